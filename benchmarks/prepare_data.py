@@ -1,0 +1,47 @@
+"""Turn a folder of public data sets into prompt/response files for the recipes here.
+
+    python benchmarks/prepare_data.py DATA OUTPUT
+
+DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/test.txt, as published.
+NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances), rows 2000-3609 `nq_test.jsonl` (for measuring).
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+
+def main(data: Path, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = _read(data / "gsm8k" / f"{split}.jsonl")
+        _write(output / f"gsm8k_{split}.jsonl", [_pair(r["question"], _without_marks(r["answer"])) for r in rows])
+    nq = [_pair(r["question"] + "?", r["answer"][0]) for r in _read(data / "nq_open" / "dev.jsonl")]
+    _write(output / "nq_context.jsonl", nq[:2000])
+    _write(output / "nq_test.jsonl", nq[2000:])
+    web = json.loads((data / "webquestions" / "train.json").read_text())
+    _write(output / "webq_test.jsonl", [_pair(r["qText"], r["answers"][0]) for r in web])
+    (output / "wikitext2_test.txt").write_text((data / "wikitext2" / "test.txt").read_text())
+
+
+def _pair(question: str, answer: str) -> dict[str, str]:
+    return {"prompt": f"Question: {question}\nAnswer:", "response": f" {answer}"}
+
+
+def _without_marks(answer: str) -> str:
+    """GSM8K's answers without the calculator marks <<...>>."""
+    return re.sub(r"<<.*?>>", "", answer)
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{path}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

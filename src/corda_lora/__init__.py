@@ -1,0 +1,50 @@
+"""Fine-tune language models without making them forget: CorDA and CorDA++ for Hugging Face models.
+
+    from corda_lora import CordaConfig, get_corda_model
+    peft_model = get_corda_model(model, CordaConfig(mode="kpm", r=128), batches)
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .config import CordaConfig, CordaError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+__version__ = "0.1.0"
+__all__ = ["CordaConfig", "CordaError", "get_corda_model", "load_adapter"]
+
+
+def get_corda_model(
+    model: "nn.Module", config: CordaConfig, batches: Iterable[Mapping[str, Any]] = (), progress: bool = True
+) -> "PeftModel":
+    """Adapt a model to a context: a `PeftModel` to train as ever. (CorDA, arXiv 2406.05223 and 2506.13187.)
+
+    The model's own weights are not changed, and the adapted model's first output is the model's to the last bit.
+    `save_pretrained` writes an ordinary LoRA that plain PEFT loads on the original model (rank 2r, or r if the split
+    is `anchored`); `load_adapter(..., trainable=True)` goes on training it.
+
+    Args:
+        model: a transformers model, on any device.
+        config: see `CordaConfig`.
+        batches: the context: any iterable of dicts of what the model's forward takes, such as a DataLoader. Padding is
+            excluded through `attention_mask`. A few hundred samples of the ability to keep (kpm) or to learn (ipm).
+        progress: show a progress bar.
+
+    Raises:
+        CordaError: see `preprocess`.
+    """
+    from .adapter import install
+    from .preprocess import preprocess
+
+    return install(model, preprocess(model, config, batches, progress))
+
+
+def __getattr__(name: str) -> Any:  # torch and PEFT are imported when first needed: `corda --help` does without
+    if name == "load_adapter":
+        from .adapter import load_adapter
+
+        return load_adapter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,292 @@
+"""`corda VERB`: every stage as a command. Options come from config.py's dataclasses; heavy imports wait for the verb."""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+
+from .config import CordaConfig, CordaError, DataConfig, EvalConfig, LoraStart, ModelConfig, TrainConfig
+
+T = TypeVar("T")
+out = Console()
+
+EXAMPLES = """\
+four commands for a model of your own:
+  corda init  --model MODEL --context known.jsonl --mode kpm --r 32 --output start/
+  corda train --model MODEL --start start/ --data new.jsonl --output tuned/
+  corda eval  --model MODEL --adapter tuned/ --keep known_test.jsonl --learn new_test.jsonl
+  corda export --model MODEL --adapter tuned/ --as merged --output merged/
+
+DATA is a hub name or a .json, .jsonl, .csv, .tsv, .parquet or .txt file with the columns prompt and response, or text,
+or any others with --prompt and --response templates such as "Question: {question}\\nAnswer:".
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Exits with 0, or with 2 and one sentence if there is something for the user to mend."""
+    arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+    parser, verbs = build_parser()
+    options = parser.parse_args(arguments)
+    if options.verb is None:
+        parser.print_help()
+        raise SystemExit(2)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = lambda message, *_: Console(stderr=True).print(f"[yellow]note:[/] {message}", highlight=False)
+    try:
+        verbs[options.verb](options[options.verb])
+    except CordaError as error:
+        print(f"corda {options.verb}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except OSError as error:
+        if "No space left" not in str(error):
+            raise
+        print(f"corda {options.verb}: the disk is full ({error.filename or error})", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print(f"corda {options.verb}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
+    """The parser and the function of each verb."""
+    parser = ArgumentParser(prog="corda", description=__doc__, epilog=EXAMPLES)
+    parser._optionals.title = "options"
+    subcommands = parser.add_subcommands(required=False, dest="verb", metavar="VERB")
+    verbs: dict[str, Callable[[Namespace], None]] = {}
+
+    def verb(name: str, run: Callable[[Namespace], None], summary: str, *configs: type, skip: set[str] | None = None) -> Any:
+        sub = ArgumentParser(description=run.__doc__)
+        sub.add_argument("--config", action=ActionConfigFile, help="YAML recipe; flags after it win over it")
+        for config in configs:
+            names = {f.name for f in fields(config)}
+            sub.add_class_arguments(config, skip=names & (skip or set()))
+        subcommands.add_subcommand(name, sub, help=summary)
+        verbs[name] = run
+        return sub
+
+    sub = verb("demo", demo, "learn without forgetting, on a small real model, in minutes")
+    sub.add_argument("--output", type=Path, default=Path("demo"), help="where the table and the picture go")
+
+    sub = verb("init", init, "cut an adapter's start out of a model", ModelConfig, CordaConfig, DataConfig, skip={"data"})
+    sub.set_defaults({"samples": 256})
+    sub.add_argument("--context", type=str | None, help="DATA that shows the ability to keep (kpm) or to learn (ipm)")
+    sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
+
+    sub = verb("train", train, "train an adapter", ModelConfig, LoraStart, TrainConfig, DataConfig, skip={"data", "seed"})
+    sub.add_argument("--data", type=str, required=True, help="DATA to learn")
+    sub.add_argument("--start", type=Path | None, help="directory from `corda init`; without it, a plain LoRA")
+    sub.add_argument("--seed", type=int, default=0, help="of the draw of samples, their order and dropout")
+    sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
+
+    sub = verb("eval", evaluate, "measure what was learned and what was kept", ModelConfig, EvalConfig)
+    sub.add_argument("--adapter", type=Path | None, help="adapter directory; without it, the base model alone")
+    sub.add_argument("--output", type=Path | None, help="JSON file to write the numbers to")
+
+    sub = verb("export", export, "turn a tuned adapter into a plain LoRA, a merged or a residual model", ModelConfig)
+    sub.add_argument("--adapter", type=Path, required=True, help="directory from `corda train`")
+    sub.add_argument("--as", dest="form", type=str, default="lora", help="lora, merged, or residual")
+    sub.add_argument("--r", type=int | None, help="compress the LoRA to this rank; the error is printed")
+    sub.add_argument("--output", type=Path, required=True, help="directory to write")
+    return parser, verbs
+
+
+def init(options: Namespace) -> None:
+    """Collect the covariances of a context, cut the adapter's start out of the model's weights, and write it as an
+    adapter directory that plain PEFT loads, with `corda.json` (what was run) and `spectra.safetensors`."""
+    config, source = _take(CordaConfig, options), _take(ModelConfig, options)
+    if options.context is None and config.orientation != "identity":
+        raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
+    from .adapter import RECORD, check_output, install, save_adapter
+    from .context import context_batches, load_samples
+    from .models import load_model, load_tokenizer
+    from .preprocess import preprocess
+
+    check_output(options.output)
+    tokenizer = load_tokenizer(source)
+    batches, data = [], None
+    model = None
+    if options.context is not None and config.orientation != "identity":
+        data = _take(DataConfig, options, data=options.context)
+        samples = load_samples(data)
+        model = load_model(source)
+        has_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        batches = context_batches(tokenizer, samples, data.max_length, has_decoder=has_decoder)
+    model = model or load_model(source)
+    start = preprocess(model, config, batches)
+    record = {"model": source.model, "revision": source.revision, "data": data and asdict(data), **start.record}
+    spectra = {name: layer.spectrum for name, layer in start.layers.items()}
+    save_adapter(install(model, start), options.output, {RECORD: record}, spectra)
+    _print_summary(start)
+    out.print(f"written to {options.output}")
+
+
+def train(options: Namespace) -> None:
+    """Supervised fine-tuning through TRL, loss on the response alone, from `corda init`'s start or a plain LoRA. A run
+    that was broken off goes on from its last checkpoint when the same command is given again."""
+    source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
+    data = _take(DataConfig, options, data=options.data)
+    from .adapter import RECORD, check_output, load_adapter, read_record, save_adapter
+    from .context import load_samples
+    from .models import load_model, load_tokenizer
+    from .training import open_work, plain_lora
+    from .training import train as run_training
+
+    check_output(options.output)
+    record = read_record(options.start) if options.start else None
+    samples = load_samples(data)
+    tokenizer = load_tokenizer(source)
+    model = load_model(source).to(_accelerator())
+    if options.start:
+        peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout)
+    else:
+        peft_model = plain_lora(model, lora, config)
+    recipe = {
+        "model": asdict(source),
+        "start": str(options.start) if options.start else asdict(lora),
+        "data": asdict(data),
+        "train": asdict(config),
+    }
+    work = open_work(options.output, recipe)
+    result = run_training(peft_model, tokenizer, samples, config, data.max_length, work)
+    records: dict[str, Any] = {"training.json": {"recipe": recipe, **result}}
+    if record is not None:
+        records[RECORD] = record
+    save_adapter(peft_model, options.output, records)
+    shutil.rmtree(work, ignore_errors=True)
+    out.print(f"loss {result['train_loss']:.4f} over {result['steps']} steps, {result['seconds']:.0f} s")
+    out.print(f"written to {options.output}")
+
+
+def evaluate(options: Namespace) -> None:
+    """Measure the base model and the tuned one in one run: loss, drift (mean KL(base‖tuned) per answer token),
+    perplexity, multiple-choice accuracy, exact match."""
+    source, config = _take(ModelConfig, options), _take(EvalConfig, options)
+    from .adapter import load_adapter, read_record
+    from .evaluation import evaluate as measure
+    from .models import load_model, load_tokenizer
+
+    if options.adapter is not None:
+        read_record(options.adapter)
+    if options.output is not None and not options.output.absolute().parent.is_dir():
+        raise CordaError(f"the output {options.output} cannot be written: there is no folder {options.output.parent}")
+    tokenizer = load_tokenizer(source)
+    model = load_model(source).to(_accelerator())
+    if options.adapter is not None:
+        model = load_adapter(model, options.adapter).eval()
+    results = measure(model, tokenizer, config)
+    if options.output is not None:
+        text = {"model": source.model, "adapter": str(options.adapter), "results": results}
+        options.output.write_text(json.dumps(text, indent=1) + "\n")
+    _print_results(results)
+
+
+def export(options: Namespace) -> None:
+    """Turn an adapter into (lora) a plain LoRA on the original model, exact or compressed to a rank; (merged) the whole
+    model with it merged in; (residual) the residual model and the rank-r adapter for it."""
+    source = _take(ModelConfig, options)
+    if options.form not in ("lora", "merged", "residual"):
+        raise CordaError(f"--as is {options.form!r}, but must be one of lora, merged, residual")
+    if options.r is not None and options.form != "lora":
+        raise CordaError("--r goes with --as lora only")
+    from .adapter import check_output, export_lora, export_merged, export_residual, read_record
+    from .models import load_model, load_tokenizer
+
+    check_output(options.output)
+    read_record(options.adapter)
+    model = load_model(source)
+    if options.form == "lora":
+        error = export_lora(model, options.adapter, options.output, options.r)
+        out.print("exact" if options.r is None else f"compressed to rank {options.r}: relative error {error:.3e}")
+    else:
+        write = export_merged if options.form == "merged" else export_residual
+        write(model, options.adapter, options.output, load_tokenizer(source))
+    out.print(f"written to {options.output}")
+
+
+def demo(options: Namespace) -> None:
+    """SmolLM2-135M keeps its factual knowledge and learns word problems: CorDA and plain LoRA side by side, from the
+    same samples in the same order. Ends with a table and a picture, all computed in this run."""
+    from .demo import run_demo
+
+    run_demo(options.output)
+
+
+def _take(kind: type[T], options: Namespace, **given: Any) -> T:
+    """The dataclass `kind` out of the parsed options."""
+    values = {f.name: options[f.name] for f in fields(kind) if f.name not in given}  # type: ignore[arg-type]
+    return kind(**values, **given)
+
+
+def _underscored(argument: str) -> str:
+    """`--learning-rate` means `--learning_rate`."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument
+
+
+def _accelerator() -> str:
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found is not None else "cpu"
+
+
+def _print_summary(start: Any) -> None:
+    """A line for each kind of layer: how many, components, what the adapter holds and leaks of the context."""
+    kinds = defaultdict(list)
+    for name, layer in start.layers.items():
+        kinds[name.rpartition(".")[2]].append(layer.record)
+    table = Table(title=f"{start.config.mode}, {start.config.split}, rank {start.config.r}")
+    for column in ("layers", "kind", "shape", "Σσ in adapter", "‖A‖", "‖B‖", "leak"):
+        table.add_column(column, justify="left" if column in ("kind", "shape") else "right")
+
+    def mean(records: list[dict[str, Any]], key: str) -> float:
+        return sum(r[key] for r in records) / len(records)
+
+    for kind, records in kinds.items():
+        leaks = [r["leak"] / r["output_energy"] for r in records if r.get("output_energy")]
+        table.add_row(
+            str(len(records)),
+            kind,
+            " × ".join(map(str, records[0]["shape"])),
+            f"{mean(records, 'sigma_share'):.2e}",
+            f"{mean(records, 'norm_A'):.3g}",
+            f"{mean(records, 'norm_B'):.3g}",
+            f"{sum(leaks) / len(leaks):.2e}" if leaks else "",
+        )
+    out.print(table)
+    seconds = start.record["seconds"]
+    out.print(
+        f"forward {seconds['forward']:.1f} s, decomposition {seconds['decomposition']:.1f} s, all {seconds['all']:.1f} s; "
+        "leak = tr(A C Aᵀ) / tr(W C Wᵀ)"
+    )
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    from .evaluation import iterate
+
+    table = Table(caption="loss and drift in nats per token; drift = mean KL(base‖tuned) per answer token")
+    for column in ("measure", "data", "base", "tuned"):
+        table.add_column(column, justify="right" if column in ("base", "tuned") else "left")
+    cells: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for kind, data, side, numbers in iterate(results):
+        for key, value in numbers.items():
+            if key not in ("tokens", "samples"):
+                cells[f"{kind}: {key.replace('_', ' ')}", data][side] = value
+    for (measure, data), by_side in cells.items():
+        row = [f"{by_side[side]:.4f}" if side in by_side else "" for side in ("base", "tuned")]
+        table.add_row(measure, os.path.basename(data), *row)
+    out.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Every option of every stage, once: its default and its meaning. (No heavy import: `corda --help` reads this file.)"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class CordaError(ValueError):
+    """Something the user can mend. The message is one sentence that names what and where; the CLI exits with 2."""
+
+
+@dataclass
+class CordaConfig:
+    """How an adapter is cut out of a model's weights. Orientation, mode and split span one grid: `identity` with `ipm`
+    is PiSSA, `identity` with `kpm` is MiLoRA, `diagonal` is ASVD, `covariance` is CorDA.
+
+    Args:
+        mode: `kpm` (knowledge-preserved) adapts the components the context uses least, to learn without forgetting
+            it; `ipm` (instruction-previewed) those it uses most, to learn faster what the context shows.
+        r: rank, the number of components adapted in each layer.
+        split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero, the
+            outputs on the context provably still; `balanced`: each component's row of A as long as its column of B;
+            `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default: `anchored` in kpm, `balanced` in ipm.
+        orientation: what the weight is multiplied by before the SVD: the context's covariance (CorDA), the root of
+            its diagonal (ASVD), or nothing (plain SVD, which needs no context).
+        solver: `gram` (float64 eigendecomposition of the small Gram matrix), `svd` (float64 SVD, the reference), or
+            `auto` (gram, and svd for the layers whose spectrum is too wide for it).
+        damping: λ of C + λ·mean(diag C)·I.
+        target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or `all-linear`.
+        lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: r, so s = 1.
+        device: where blocks are run and decomposed. Default: where the model is, or the accelerator if it is on the
+            CPU and there is one.
+    """
+
+    mode: Literal["kpm", "ipm"] = "kpm"
+    r: int = 16
+    split: Literal["anchored", "balanced", "paper"] | None = None
+    orientation: Literal["covariance", "diagonal", "identity"] = "covariance"
+    solver: Literal["auto", "gram", "svd"] = "auto"
+    damping: float = 0.01
+    target_modules: str | list[str] = "all-linear"
+    lora_alpha: float | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.split is None:
+            self.split = "anchored" if self.mode == "kpm" else "balanced"
+        for name, allowed in {
+            "mode": ("kpm", "ipm"),
+            "split": ("anchored", "balanced", "paper"),
+            "orientation": ("covariance", "diagonal", "identity"),
+            "solver": ("auto", "gram", "svd"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise CordaError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
+        if self.r < 1:
+            raise CordaError(f"r is {self.r}, but a rank is at least 1")
+        if not self.damping > 0:
+            raise CordaError(f"damping is {self.damping}, but must be above 0")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise CordaError(f"lora_alpha is {self.lora_alpha}, but must be above 0")
+
+    @property
+    def scale(self) -> float:
+        """s of `W + s·BA`."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+
+@dataclass
+class DataConfig:
+    """Which samples, and what of a row is used.
+
+    Args:
+        data: name of a data set on the Hugging Face hub, or a file: .json, .jsonl, .csv, .tsv, .parquet, .txt.
+        prompt: template of the prompt over the row's columns, such as "Question: {question}\\nAnswer:". Default: the
+            column `prompt` if there is one.
+        response: template of the response, such as " {answer[0]}". Default: the column `response`, or `text`.
+        rows: split of the data set, or a slice of it: "train", "test", "train[2000:]". A file is all "train".
+        name: configuration of a hub data set ("main" of openai/gsm8k).
+        samples: take this many, drawn with the seed; all if there are fewer or if not given.
+        seed: of the draw.
+        max_length: in tokens; longer samples are cut.
+    """
+
+    data: str
+    prompt: str | None = None
+    response: str | None = None
+    rows: str = "train"
+    name: str | None = None
+    samples: int | None = None
+    seed: int = 0
+    max_length: int = 512
+
+
+@dataclass
+class TrainConfig:
+    """The training recipe; the defaults are the paper's (appendix B) but for the learning rate, which depends on the
+    split: see the README.
+
+    Args:
+        learning_rate: peak of the schedule.
+        epochs: passes over the data.
+        max_steps: stop after this many steps instead, if given.
+        batch_size: samples a step.
+        micro_batch_size: samples a forward; the rest of the batch is accumulated. Default: the batch size.
+        warmup: share of the steps with rising learning rate.
+        schedule: `cosine`, `linear` or `constant`.
+        weight_decay: of AdamW.
+        lora_dropout: of the adapter's input.
+        precision: `bf16` and `fp16` are mixed precision (autocast), `fp32` is none.
+        gradient_checkpointing: less memory, a third more time.
+        seed: of order and dropout.
+        checkpoints: how many are written over the run; a run started again goes on from the last. 0 for none.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    warmup: float = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    lora_dropout: float = 0.0
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpoints: int = 4
+
+
+@dataclass
+class LoraStart:
+    """A plain LoRA to start from instead of a `corda init` directory.
+
+    Args:
+        r: rank.
+        lora_alpha: the adapter is scaled by lora_alpha / r. Default: r.
+        target_modules: as in PEFT.
+    """
+
+    r: int = 16
+    lora_alpha: float | None = None
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and how it is loaded.
+
+    Args:
+        model: name on the hub, directory, or .gguf file (its weights are expanded).
+        revision: of a model on the hub.
+        dtype: of the weights: `auto` is the checkpoint's own.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class EvalConfig:
+    """What is measured. Data is a hub name or file, or a mapping of the options of DataConfig, or a list of either.
+
+    Args:
+        keep: samples of what should be kept: drift, and the loss of the responses.
+        learn: samples of what was learned: loss, and exact match if `exact_match` is set.
+        text: running text: perplexity, and drift over every token.
+        choices: multiple choice: rows with a list `choices` and, as `response`, the right one.
+        exact_match: decode greedily and compare with the response: "text" compares the whole, anything else is a
+            regular expression whose last match (its first group) is compared, such as "#### (-?[0-9,.]+)".
+        max_new_tokens: of a greedy answer.
+        batch_tokens: tokens a forward.
+    """
+
+    keep: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
+    learn: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
+    text: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
+    choices: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
+    exact_match: str | None = None
+    max_new_tokens: int = 64
+    batch_tokens: int = 8192
+
+    def data(self, kind: str) -> list[DataConfig]:
+        """The data of "keep", "learn", "text" or "choices", however it was given."""
+        given = getattr(self, kind)
+        given = given if isinstance(given, list) else [given]
+        return [DataConfig(data) if isinstance(data, str) else data for data in given]

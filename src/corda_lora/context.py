@@ -1,0 +1,175 @@
+"""Samples → token batches: rows of a data set, templates over their columns, tokens."""
+
+import random
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import CordaError, DataConfig
+
+BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+
+
+class Sample(NamedTuple):
+    """What is asked, what is answered ("" and the whole text if there is only text), and the row it came from."""
+
+    prompt: str
+    response: str
+    row: dict[str, Any]
+
+
+def load_samples(config: DataConfig) -> list[Sample]:
+    """Read, draw and render the samples that `config` names.
+
+    Raises:
+        CordaError: no such file or data set, an unknown column in a template, no row.
+    """
+    rows = load_rows(config)
+    columns = list(rows.column_names)
+    prompt, response = _templates(config, columns)
+    for template in (prompt, response):
+        for _, field, _, _ in string.Formatter().parse(template):
+            column = None if field is None else field.split("[")[0].split(".")[0]
+            if column is not None and column not in columns:
+                raise CordaError(
+                    f"{config.data} has no column {column!r} for the template {template!r}: it has {', '.join(columns)}"
+                )
+    indices = list(range(len(rows)))
+    if config.samples is not None and config.samples < len(indices):
+        indices = sorted(random.Random(config.seed).sample(indices, config.samples))
+    if not indices:
+        raise CordaError(f"{config.data} ({config.rows}) has no rows")
+    samples = []
+    for row in rows.select(indices):
+        try:
+            samples.append(Sample(prompt.format_map(row), response.format_map(row), row))
+        except (IndexError, KeyError, AttributeError, ValueError) as error:
+            raise CordaError(f"a row of {config.data} does not fit the template: {error!r} in {row}") from error
+    if not any((s.prompt + s.response).strip() for s in samples):
+        raise CordaError(f"every sample of {config.data} is empty text")
+    return samples
+
+
+def load_rows(config: DataConfig) -> Any:
+    """The `datasets.Dataset` that `config.data` and `config.rows` name."""
+    import datasets
+
+    suffix = Path(config.data).suffix.lower()
+    is_file = suffix in BUILDERS or Path(config.data).exists()
+    if is_file and not Path(config.data).is_file():
+        raise CordaError(f"there is no file {config.data}")
+    if is_file and suffix not in BUILDERS:
+        raise CordaError(f"cannot tell what kind of file {config.data} is: its name must end in {', '.join(BUILDERS)}")
+    options: dict[str, Any] = {"delimiter": "\t"} if suffix == ".tsv" else {}
+    datasets.disable_progress_bars()
+    try:
+        if is_file:
+            return datasets.load_dataset(BUILDERS[suffix], data_files=config.data, split=config.rows, **options)
+        return datasets.load_dataset(config.data, config.name, split=config.rows)
+    except Exception as error:  # `datasets` raises many kinds; all mean that this data cannot be had
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise CordaError(f"cannot load data {config.data!r} (rows {config.rows!r}): {reason}") from error
+
+
+def _templates(config: DataConfig, columns: Sequence[str]) -> tuple[str, str]:
+    """Prompt and response template, with the defaults that the columns allow."""
+    prompt, response = config.prompt, config.response
+    if prompt is None and response is None and "text" in columns and "response" not in columns:
+        return "", "{text}"
+    if prompt is None:
+        prompt = "{prompt}" if "prompt" in columns and response is None else ""
+    if response is None:
+        response = "{response}" if "response" in columns else ""
+    if not prompt + response:
+        raise CordaError(
+            f"{config.data} has none of the columns text, prompt, response: say with templates what of a row is used; "
+            f"it has {', '.join(columns)}"
+        )
+    return prompt, response
+
+
+def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> tuple[list[int], int]:
+    """Token ids of prompt and response, cut at `max_length`, and how many of them are the prompt's.
+
+    The two are tokenized apart, so that where the response begins is certain. `end` adds the end-of-text token.
+    """
+    prompt = tokenizer(sample.prompt).input_ids if sample.prompt else _prefix(tokenizer)
+    if tokenizer.sep_token_id is not None and prompt[-1:] == [tokenizer.sep_token_id]:
+        prompt = prompt[:-1]  # an encoder's tokenizer closes what it is given
+    response = tokenizer(sample.response, add_special_tokens=False).input_ids if sample.response else []
+    if end and tokenizer.eos_token_id is not None:
+        response = [*response, tokenizer.eos_token_id]
+    ids = [*prompt, *response][:max_length]
+    return ids, min(len(prompt), len(ids))
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text (a begin-of-text token, or nothing)."""
+    ids = list(tokenizer("").input_ids)
+    return ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and their attention mask, both (b, longest) int64."""
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), value)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.tensor(sequence)
+        mask[i, : len(sequence)] = 1
+    return ids, mask
+
+
+def batch_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped so that a padded batch has at most `batch_tokens` tokens; alike lengths go together."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def context_batches(
+    tokenizer: Any, samples: Iterable[Sample], max_length: int, batch_tokens: int = 4096, has_decoder: bool = False
+) -> list[dict[str, Tensor]]:
+    """Batches of what the model's forward takes, of samples of like length.
+
+    A decoder-only model or an encoder gets prompt and response as one text; an encoder-decoder (`has_decoder`) gets
+    the prompt, and the response as labels.
+
+    Raises:
+        CordaError: no token in any sample.
+    """
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    encoded = [encode(tokenizer, s, max_length) for s in samples]
+    if has_decoder:
+        inputs = [(ids[:n], ids[n:]) for ids, n in encoded]
+        inputs = [pair for pair in inputs if pair[0] and pair[1]]
+        if not inputs:
+            raise CordaError("an encoder-decoder model needs samples with a prompt and a response; none has both")
+    else:
+        inputs = [(ids, []) for ids, _ in encoded if ids]
+        if not inputs:
+            raise CordaError("the context is empty: no sample has a token")
+    batches = []
+    for indices in batch_by_length([len(i) for i, _ in inputs], batch_tokens):
+        ids, mask = pad([inputs[i][0] for i in indices], pad_id)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if has_decoder:
+            labels, label_mask = pad([inputs[i][1] for i in indices], pad_id)
+            batch["labels"] = labels.masked_fill(label_mask == 0, -100)
+        batches.append(batch)
+    return batches

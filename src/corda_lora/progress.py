@@ -1,0 +1,28 @@
+"""Progress on the terminal, with time left. On standard error, so that what a command prints can be piped."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+console = Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(label: str, total: int, show: bool = True) -> Iterator[Callable[[], None]]:
+    """A bar; yields the function that moves it on by one."""
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)
+
+
+def track(items: Sequence[T], label: str, show: bool = True) -> Iterable[T]:
+    """Iterate over `items` with a bar."""
+    with progress_bar(label, len(items), show) as advance:
+        for item in items:
+            yield item
+            advance()

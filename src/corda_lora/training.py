@@ -1,0 +1,132 @@
+"""Supervised fine-tuning on prompt/response pairs, through TRL: from a start to a tuned adapter."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from .config import CordaError, LoraStart, TrainConfig
+from .context import Sample, encode
+from .progress import progress_bar
+from .targets import find_targets, task_type
+
+
+def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftModel:
+    """A LoRA as PEFT starts it: A random, B zero."""
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(
+        r=start.r,
+        lora_alpha=start.lora_alpha or start.r,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(find_targets(model, start.target_modules)),
+        task_type=task_type(model),
+    )
+    return peft.get_peft_model(model, lora)
+
+
+def train(
+    peft_model: PeftModel,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    config: TrainConfig,
+    max_length: int = 512,
+    work: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train the adapter in place; the loss is on the response (and the end-of-text token) alone.
+
+    Args:
+        work: where checkpoints are written; if it holds some, training goes on from the last.
+
+    Returns:
+        {"loss": [[step, loss], ...], "steps", "seconds", "train_loss"}.
+
+    Raises:
+        CordaError: no sample has a response.
+    """
+    encoded = [encode(tokenizer, s, max_length, end=True) for s in samples]
+    rows = [{"input_ids": ids, "completion_mask": [int(i >= n) for i in range(len(ids))]} for ids, n in encoded if n < len(ids)]
+    if not rows:
+        raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
+    micro = config.micro_batch_size or config.batch_size
+    if config.batch_size % micro:
+        raise CordaError(f"batch_size {config.batch_size} is not a multiple of micro_batch_size {micro}")
+    steps = config.max_steps or max(1, round(config.epochs * len(rows) / config.batch_size))
+    arguments = SFTConfig(
+        output_dir=str(work or "."),
+        learning_rate=config.learning_rate,
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch_size // micro,
+        warmup_steps=max(1, round(config.warmup * steps)) if config.warmup else 0,
+        lr_scheduler_type=config.schedule if config.warmup or config.schedule != "constant" else "constant",
+        weight_decay=config.weight_decay,
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        max_length=max_length,
+        completion_only_loss=True,
+        logging_steps=max(1, steps // 100),
+        save_strategy="steps" if work and config.checkpoints else "no",
+        save_steps=max(1, steps // max(1, config.checkpoints)),
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=next(peft_model.parameters()).device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
+    if config.warmup and config.schedule == "constant":
+        arguments.lr_scheduler_type = "constant_with_warmup"
+    trainer = SFTTrainer(
+        peft_model, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.remove_callback(PrinterCallback)
+    since = time.perf_counter()
+    with progress_bar("training", steps, progress) as advance:
+        trainer.add_callback(_Steps(advance))
+        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work and work.is_dir() else None)
+    return {
+        "steps": steps,
+        "samples": len(rows),
+        "seconds": time.perf_counter() - since,
+        "train_loss": result.training_loss,
+        "loss": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
+    }
+
+
+class _Steps(TrainerCallback):
+    """Moves a progress bar with the trainer's steps, also those a resumed run has behind it."""
+
+    def __init__(self, advance: Callable[[], None]):
+        self.advance, self.shown = advance, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for _ in range(state.global_step - self.shown):
+            self.advance()
+        self.shown = state.global_step
+
+
+def open_work(output: Path, recipe: dict[str, Any]) -> Path:
+    """The folder beside `output` for the checkpoints of this recipe, new or of a run that was broken off.
+
+    Raises CordaError if what was broken off there is another recipe's.
+    """
+    work = output.with_name(output.name + ".work")
+    path = work / "recipe.json"
+    text = json.dumps(recipe, indent=1, default=str)
+    if path.is_file() and path.read_text() != text:
+        raise CordaError(f"{work} holds an unfinished run of another recipe: remove it, or finish that run first")
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return work
