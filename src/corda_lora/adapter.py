@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import __version__
 from .config import CordaError
 from .preprocess import Start
 from .targets import fingerprint, task_type
@@ -156,7 +157,7 @@ def save_adapter(
     """
     with writing(directory) as folder:
         _save_plain(peft_model, folder)
-        versions = {p: version(p) for p in ("corda-lora", "torch", "transformers", "peft")}
+        versions = {"corda-lora": __version__} | {p: version(p) for p in ("torch", "transformers", "peft")}
         for name, record in records.items():
             (folder / name).write_text(json.dumps({"versions": versions, **record}, indent=1) + "\n")
         if spectra:

@@ -47,14 +47,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except CordaError as error:
         print(f"corda {options.verb}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    except OSError as error:
-        if "No space left" not in str(error):
-            raise
-        print(f"corda {options.verb}: the disk is full ({error.filename or error})", file=sys.stderr)
-        raise SystemExit(2) from error
     except KeyboardInterrupt:
         print(f"corda {options.verb}: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        # How Python and safetensors say it, and how `torch.save` does.
+        if not any(sign in str(error) for sign in ("No space left", "inline_container.cc")):
+            raise
+        print(f"corda {options.verb}: the disk is full ({str(error).splitlines()[0]})", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
@@ -138,7 +139,7 @@ def train(options: Namespace) -> None:
     from .adapter import RECORD, check_output, load_adapter, read_record, save_adapter
     from .context import load_samples
     from .models import load_model, load_tokenizer
-    from .training import open_work, plain_lora
+    from .training import last_checkpoint, open_work, plain_lora
     from .training import train as run_training
 
     check_output(options.output)
@@ -157,7 +158,12 @@ def train(options: Namespace) -> None:
         "train": asdict(config),
     }
     work = open_work(options.output, recipe)
-    result = run_training(peft_model, tokenizer, samples, config, data.max_length, work)
+    try:
+        result = run_training(peft_model, tokenizer, samples, config, data.max_length, work)
+    except CordaError:
+        if last_checkpoint(work) is None:  # nothing was begun
+            shutil.rmtree(work)
+        raise
     records: dict[str, Any] = {"training.json": {"recipe": recipe, **result}}
     if record is not None:
         records[RECORD] = record

@@ -30,6 +30,7 @@ class Collector:
         self.starts = [sum(len(m[0]) for m in self.masks[:i]) for i in range(len(batches))]  # first sample's number
         self.covariances: dict[str, Covariance] = {}
         self.leaders: dict[str, str] = {}  # layer -> the layer whose covariance it shares
+        self.first_batch: dict[str, int] = {}
         self.finite: dict[str, list[tuple[int, Tensor]]] = {}  # layer -> (batch, (samples,) or () bool)
         encoder = model.get_encoder() if has_decoder else None
         self.encoder = encoder
@@ -61,8 +62,11 @@ class Collector:
         name = self.names[module]
         for ref, leader in self.inputs:
             if ref() is args[0] and leader != name:
-                if self.leaders.setdefault(name, leader) == leader:
+                if name not in self.covariances and self.first_batch[leader] == self.batch:
+                    self.leaders.setdefault(name, leader)
+                if self.leaders.get(name) == leader:
                     return
+        self.first_batch.setdefault(name, self.batch)
         if name in self.leaders:
             raise RuntimeError(f"{name} shared its input with {self.leaders[name]} in an earlier batch, but not now")
         self.inputs.append((weakref.ref(args[0]), name))

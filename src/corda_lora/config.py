@@ -67,7 +67,8 @@ class CordaConfig:
 
 @dataclass
 class DataConfig:
-    """Which samples, and what of a row is used.
+    """Which samples, and what of a row is used. (Templates are plain strings: as `str | None` the command line would
+    read them as YAML first, and take a `#` for a comment.)
 
     Args:
         data: name of a data set on the Hugging Face hub, or a file: .json, .jsonl, .csv, .tsv, .parquet, .txt.
@@ -82,8 +83,8 @@ class DataConfig:
     """
 
     data: str
-    prompt: str | None = None
-    response: str | None = None
+    prompt: str = ""
+    response: str = ""
     rows: str = "train"
     name: str | None = None
     samples: int | None = None
@@ -125,6 +126,12 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     seed: int = 0
     checkpoints: int = 4
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise CordaError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
 
 
 @dataclass
@@ -178,7 +185,7 @@ class EvalConfig:
     learn: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
     text: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
     choices: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
-    exact_match: str | None = None
+    exact_match: str = ""
     max_new_tokens: int = 64
     batch_tokens: int = 8192
 

@@ -85,12 +85,12 @@ def load_rows(config: DataConfig) -> Any:
 def _templates(config: DataConfig, columns: Sequence[str]) -> tuple[str, str]:
     """Prompt and response template, with the defaults that the columns allow."""
     prompt, response = config.prompt, config.response
-    if prompt is None and response is None and "text" in columns and "response" not in columns:
-        return "", "{text}"
-    if prompt is None:
-        prompt = "{prompt}" if "prompt" in columns and response is None else ""
-    if response is None:
-        response = "{response}" if "response" in columns else ""
+    if not response:
+        if "response" in columns:
+            response = "{response}"
+        elif not prompt and "text" in columns:
+            return "", "{text}"
+        prompt = prompt or ("{prompt}" if "prompt" in columns else "")
     if not prompt + response:
         raise CordaError(
             f"{config.data} has none of the columns text, prompt, response: say with templates what of a row is used; "

@@ -84,7 +84,8 @@ def components(M: Tensor, chosen: slice, solver: str = "auto") -> Components:
         border = chosen.start - 1 if chosen.start else chosen.stop - 1
         bound = torch.finfo(M.dtype).eps * squares[0] / squares[border].clamp(min=1e-300)
         if solver == "gram" or bound < GRAM_TOLERANCE or chosen == slice(0, R):
-            U = Q[:, chosen] if m <= n else torch.linalg.qr(M @ Q[:, chosen]).Q  # (m, r)
+            # QR from the largest on: what is dead (W of low rank) comes out orthogonal to what is not.
+            U = (Q if m <= n else torch.linalg.qr(M @ Q[:, : chosen.stop]).Q)[:, chosen]  # (m, r)
             # Rayleigh-Ritz: within S, σ is now relative to the largest of S, not to σ₁.
             T = U.T @ M  # (r, n)
             inner, rotation = torch.linalg.eigh(T @ T.T)  # (r,), (r, r)

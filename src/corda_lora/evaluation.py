@@ -26,7 +26,7 @@ def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: boo
 
     Returns:
         {"keep": {data: {"base": {...}, "tuned": {...}}}, "learn": ..., "text": ..., "choices": ...}, where data is the
-        name given. `loss` is in nats per token, `drift` is mean KL(base‖tuned) in nats per answer token, `agreement`
+        name given. `loss` is in nats per token, `recall` the share of responses that greedy decoding gives, `drift` is mean KL(base‖tuned) in nats per answer token, `agreement`
         the share of answer tokens where both put the same token first; accuracies are shares.
 
     Raises CordaError for data that cannot be had (all of it is loaded before anything is measured).
@@ -52,8 +52,8 @@ def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: boo
                     for side in result.values():
                         side["perplexity"] = math.exp(side["loss"])
                 if kind == "learn" and config.exact_match:
-                    matches = exact_match(model, tokenizer, samples, config, progress)
-                    for side, share in matches.items():
+                    shares = exact_match(model, tokenizer, samples, config, progress)
+                    for side, share in shares.items():
                         result[side]["exact_match"] = share
             results.setdefault(kind, {})[name] = result
     return results
@@ -75,7 +75,8 @@ def loss_and_drift(
     progress: bool = False,
     label: str = "eval",
 ) -> dict[str, dict[str, float]]:
-    """Mean loss of the response tokens, on each side; for the tuned side also drift and agreement.
+    """Mean loss of the response tokens, and `recall`, the share of samples whose every response token is the model's
+    first choice, on each side; for the tuned side also drift and agreement.
 
     Args:
         encoded: token ids of each sample and how many of them are the prompt's: see `context.encode`.
@@ -83,7 +84,7 @@ def loss_and_drift(
     encoded = [(ids, max(n, 1)) for ids, n in encoded if len(ids) > max(n, 1)]
     if not encoded:
         raise CordaError("no sample has a response to measure")
-    sums = {side: {"loss": 0.0} for side in sides(model)}
+    sums = {side: {"loss": 0.0, "recall": 0.0} for side in sides(model)}
     if "tuned" in sums:
         sums["tuned"] |= {"drift": 0.0, "agreement": 0.0}
     tokens = 0
@@ -91,18 +92,25 @@ def loss_and_drift(
     for indices in track(batches, label, progress):
         ids, mask, answers = _padded([encoded[i] for i in indices], tokenizer, model)
         targets = ids[:, 1:][answers]  # (a,) the answers' tokens
+        lines = answers.nonzero()[:, 0]  # (a,) the row of the batch that each belongs to
         base: Tensor | None = None
         for side, active in sides(model).items():
             with active():
                 logp = answer_log_probs(model, ids, mask, answers)  # (a, vocabulary)
+            first = logp.argmax(1)  # (a,)
             sums[side]["loss"] -= float(logp.gather(1, targets[:, None]).sum())
+            wrong = torch.zeros(len(indices), device=ids.device).index_add_(0, lines, (first != targets).float())
+            sums[side]["recall"] += float((wrong == 0).sum())
             if base is None:
                 base = logp
             else:
                 sums[side]["drift"] += float(F.kl_div(logp, base, reduction="sum", log_target=True))
-                sums[side]["agreement"] += float((logp.argmax(1) == base.argmax(1)).sum())
+                sums[side]["agreement"] += float((first == base.argmax(1)).sum())
         tokens += len(targets)
-    return {side: {k: v / tokens for k, v in values.items()} | {"tokens": tokens} for side, values in sums.items()}
+    for values in sums.values():
+        for key in values:
+            values[key] /= len(encoded) if key == "recall" else tokens
+    return {side: {**values, "tokens": tokens} for side, values in sums.items()}
 
 
 def answer_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
@@ -159,8 +167,8 @@ def choice_accuracy(
             with active():
                 logp = answer_log_probs(model, ids, mask, answers)
             token = logp.gather(1, ids[:, 1:][answers][:, None]).flatten()  # (a,)
-            line = answers.nonzero()[:, 0]  # which row of the batch each answer token belongs to
-            total = torch.zeros(len(indices), device=token.device).index_add_(0, line, token)
+            lines = answers.nonzero()[:, 0]  # (a,) the row of the batch that each belongs to
+            total = torch.zeros(len(indices), device=token.device).index_add_(0, lines, token)
             scores[side][torch.tensor(indices)] = total.cpu()
     results = {}
     for side, score in scores.items():
@@ -187,7 +195,7 @@ def exact_match(
             with active():
                 answers = generate(model, tokenizer, [prompts[i] for i in indices], config.max_new_tokens)
             for i, answer in zip(indices, answers):
-                right[side] += matches(answer, samples[i].response, config.exact_match or "text")
+                right[side] += matches(answer, samples[i].response, config.exact_match)
     return {side: n / len(samples) for side, n in right.items()}
 
 

@@ -15,7 +15,6 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 
-@torch.no_grad()
 def lockstep(
     model: nn.Module,
     blocks: Sequence[nn.Module],
@@ -49,6 +48,7 @@ def lockstep(
     def forward(batch: Mapping[str, Any]) -> None:
         model(**batch)
 
+    @torch.no_grad()  # here, not on `lockstep`: a generator's decorator is off while the caller runs `run`
     def advance() -> nn.Module | None:
         """Run every batch to its next pause; the block they all stand at, or None at the end."""
         stops = []

@@ -42,9 +42,22 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise CordaError(f"cannot load the tokenizer of {config.model!r}: {_first_line(error)}") from error
+    if "gguf_file" in options:
+        _set_special_tokens(tokenizer, Path(config.model))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _set_special_tokens(tokenizer: Any, path: Path) -> None:
+    """The special tokens that the file names: transformers (5.17) gives a GGUF's tokenizer its begin-of-text token for
+    an end."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    for name, key in {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}.items():
+        if field := fields.get(f"tokenizer.ggml.{key}"):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
 
 
 def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:

@@ -23,6 +23,13 @@ TASK_TYPES = {
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
 }
 
+# The heads of classifiers, which PEFT trains whole (`modules_to_save`) and its `all-linear` excludes in part.
+HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
 
 def task_type(model: nn.Module) -> TaskType | None:
     """PEFT's task type, from the name of the model's class; None if it has none."""
@@ -46,7 +53,9 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> dict[str,
         raise CordaError("the model carries a PEFT adapter already: give the base model, or unload() it first")
     config = LoraConfig(target_modules=target_modules, task_type=task_type(model))
     config = _maybe_include_all_linear_layers(config, model)
-    found = {n: m for n, m in model.named_modules() if n and LoraModel._check_target_module_exists(config, n)}
+    heads = HEADS.get(config.task_type, ())
+    modules = {n: m for n, m in model.named_modules() if n and n.partition(".")[0] not in heads}
+    found = {n: m for n, m in modules.items() if LoraModel._check_target_module_exists(config, n)}
     if not found:
         wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)))

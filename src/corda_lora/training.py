@@ -1,6 +1,7 @@
 """Supervised fine-tuning on prompt/response pairs, through TRL: from a start to a tuned adapter."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from .config import CordaError, LoraStart, TrainConfig
@@ -54,13 +54,11 @@ def train(
     Raises:
         CordaError: no sample has a response.
     """
-    encoded = [encode(tokenizer, s, max_length, end=True) for s in samples]
+    encoded = [encode(tokenizer, s, max_length, end=True) for s in samples if s.response]
     rows = [{"input_ids": ids, "completion_mask": [int(i >= n) for i in range(len(ids))]} for ids, n in encoded if n < len(ids)]
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
     micro = config.micro_batch_size or config.batch_size
-    if config.batch_size % micro:
-        raise CordaError(f"batch_size {config.batch_size} is not a multiple of micro_batch_size {micro}")
     steps = config.max_steps or max(1, round(config.epochs * len(rows) / config.batch_size))
     arguments = SFTConfig(
         output_dir=str(work or "."),
@@ -95,7 +93,7 @@ def train(
     since = time.perf_counter()
     with progress_bar("training", steps, progress) as advance:
         trainer.add_callback(_Steps(advance))
-        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work and work.is_dir() else None)
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
     return {
         "steps": steps,
         "samples": len(rows),
@@ -117,6 +115,18 @@ class _Steps(TrainerCallback):
         self.shown = state.global_step
 
 
+def last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that is whole (the trainer writes its state last); what was broken off is removed."""
+    steps = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
 def open_work(output: Path, recipe: dict[str, Any]) -> Path:
     """The folder beside `output` for the checkpoints of this recipe, new or of a run that was broken off.
 
@@ -125,7 +135,7 @@ def open_work(output: Path, recipe: dict[str, Any]) -> Path:
     work = output.with_name(output.name + ".work")
     path = work / "recipe.json"
     text = json.dumps(recipe, indent=1, default=str)
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and path.read_text() != text and last_checkpoint(work):
         raise CordaError(f"{work} holds an unfinished run of another recipe: remove it, or finish that run first")
     work.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

@@ -1,0 +1,141 @@
+"""Run `corda init`, `corda train` and `corda eval` over starts × learning rates × seeds, several at a time, and make a
+table of what came out.
+
+    python benchmarks/sweep.py RECIPE --model MODEL --data DATA --output RUNS [--jobs 8] [--results NAME]
+
+RECIPE is a YAML file (see benchmarks/recipes/); `{data}` in it is the folder DATA. Every run is a directory in RUNS;
+what is there is not run again. `--results NAME` writes NAME.json and NAME.md with the numbers, machine and versions.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    recipe = yaml.safe_load(options.recipe.read_text().replace("{data}", str(options.data)))
+
+    def corda(verb: str, where: Path, **flags: Any) -> bool:
+        """Run a verb unless its output is there; False (and a log beside it) if it failed."""
+        if where.exists():
+            return True
+        config = where.parent / f"{where.name}.{verb}.yaml"
+        config.write_text(yaml.safe_dump({**recipe[verb], **flags, "model": options.model, "output": str(where)}))
+        with open(where.parent / f"{where.name}.{verb}.log", "w") as log:
+            command = [sys.executable, "-m", "corda_lora.cli", verb, "--config", str(config)]
+            return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode == 0
+
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True)
+
+    def prepare(name: str) -> None:
+        flags = recipe["starts"][name]
+        if flags is not None and not corda("init", options.output / name, **flags):
+            say(f"{name}: init failed")
+
+    def run(cell: tuple[str, float, int]) -> None:
+        start, rate, seed = cell
+        where = options.output / f"{start}_lr{rate:g}_s{seed}"
+        plain = recipe["starts"][start] is None
+        given = {} if plain else {"start": str(options.output / start)}
+        done = (
+            corda("train", where, learning_rate=rate, seed=seed, **given)
+            and corda("eval", where.parent / f"{where.name}.json", adapter=str(where))
+        )  # fmt: skip
+        say(f"{where.name}: {'done' if done else 'FAILED'}")
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(prepare, recipe["starts"]))
+        list(pool.map(run, cells(recipe)))
+    rows = collect(recipe, options.output)
+    table = markdown(rows)
+    print(table)
+    if options.results:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        setup = {
+            "command": f"python benchmarks/sweep.py {options.recipe} --model MODEL --data DATA --output RUNS",
+            "recipe": recipe,
+            "commit": commit,
+            "machine": machine(),
+            "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl")},
+        }
+        options.results.with_suffix(".json").write_text(json.dumps({**setup, "rows": rows}, indent=1) + "\n")
+        packages = ", ".join(f"{package} {v}" for package, v in setup["versions"].items())
+        head = f"`{setup['command']}`\n\n{setup['machine']}; {packages}"
+        options.results.with_suffix(".md").write_text(f"# {options.results.stem}\n\n{head}\n\n{table}\n")
+
+
+def cells(recipe: dict[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """(start, learning rate, seed) of every run."""
+    for start, rates in recipe["learning_rates"].items():
+        for rate in rates:
+            for seed in recipe.get("seeds", [0]):
+                yield start, float(rate), seed
+
+
+def collect(recipe: dict[str, Any], output: Path) -> list[dict[str, Any]]:
+    """One flat row a finished run."""
+    rows = []
+    for start, rate, seed in cells(recipe):
+        path = output / f"{start}_lr{rate:g}_s{seed}.json"
+        if not path.exists():
+            continue
+        row: dict[str, Any] = {"start": start, "learning_rate": rate, "seed": seed}
+        for kind, datas in json.loads(path.read_text())["results"].items():
+            for data, sides in datas.items():
+                name = Path(data.split(" (")[0]).stem
+                for side, numbers in sides.items():
+                    row |= {f"{kind} {name} {side} {key}": value for key, value in numbers.items()}
+        training = json.loads((output / path.name.removesuffix(".json") / "training.json").read_text())
+        row["seconds"] = training["seconds"]
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The tuned models' numbers, and the base model's in the first line."""
+    if not rows:
+        return "no run finished"
+    wanted = {"keep": ("drift", "recall"), "learn": ("loss", "exact_match"), "text": ("drift",), "choices": ("accuracy",)}
+    keys = [k for k in rows[0] if " tuned " in k and k.split()[-1] in wanted[k.split()[0]]]
+    lines = ["| start | learning rate | seed | " + " | ".join(k.replace(" tuned", "") for k in keys) + " |"]
+    lines.append("|" + "---|" * (len(keys) + 3))
+    base = [f"{rows[0][b]:.4g}" if (b := k.replace(" tuned ", " base ")) in rows[0] else "0" for k in keys]
+    lines.append("| base | | | " + " | ".join(base) + " |")
+    for row in rows:
+        numbers = " | ".join(f"{row[k]:.4g}" for k in keys)
+        lines.append(f"| {row['start']} | {row['learning_rate']:g} | {row['seed']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

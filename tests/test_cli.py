@@ -1,0 +1,407 @@
+"""The command, in this process: the four verbs in a row, recipes, broken-off runs, and every kind of bad input."""
+
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+import tiny
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from corda_lora.cli import main
+
+KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(12)]
+LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 33)]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """An empty working directory for outputs, and beside it the files of samples."""
+    monkeypatch.setattr("corda_lora.cli._accelerator", lambda: "cpu")
+    for name, rows in (("keep", KEEP), ("learn", LEARN)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return tmp_path
+
+
+def init(checkpoint, data, *more, output="start"):
+    context = ["--context", data / "keep.jsonl"]
+    run("init", "--model", checkpoint, *context, "--r", 4, "--device", "cpu", "--output", output, *more)
+
+
+def train(checkpoint, data, *more, output="tuned"):
+    recipe = ["--precision", "fp32", "--batch_size", 4, "--learning_rate", 0.01]
+    run("train", "--model", checkpoint, "--data", data / "learn.jsonl", *recipe, "--output", output, *more)
+
+
+def run(*arguments):
+    main([str(a) for a in arguments])
+
+
+def refused(capsys, *arguments, call=run):
+    """Run a command that must exit with 2; the sentence it says, its last line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(*arguments)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "Traceback" not in "\n".join(lines)
+    return lines[-1]
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def nothing_left(folder):
+    return not list((folder / "work").iterdir())
+
+
+# --- what it is for --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_the_four_commands(mode, checkpoint, data, capsys):
+    work = data / "work"
+    init(checkpoint, data, "--mode", mode)
+    assert f"{mode}, {'anchored' if mode == 'kpm' else 'balanced'}, rank 4" in capsys.readouterr().out
+    record = json.loads((work / "start" / "corda.json").read_text())
+    assert record["context"]["samples"] == 12
+    assert record["data"]["data"] == str(data / "keep.jsonl")
+
+    train(checkpoint, data, "--start", "start", "--epochs", 3)
+    assert sorted(p.name for p in work.iterdir()) == ["start", "tuned"]
+    log = json.loads((work / "tuned" / "training.json").read_text())
+    assert log["steps"] == 24
+    assert log["loss"][-1][1] < log["loss"][0][1] - 0.3
+    assert json.loads((work / "tuned" / "corda.json").read_text())["fingerprint"] == record["fingerprint"]
+
+    model = ["--model", checkpoint, "--adapter", "tuned"]
+    run("eval", *model, "--keep", data / "keep.jsonl", "--learn", data / "learn.jsonl", "--output", "eval.json")
+    results = json.loads((work / "eval.json").read_text())["results"]
+    learned, kept = results["learn"][str(data / "learn.jsonl")], results["keep"][str(data / "keep.jsonl")]
+    assert learned["tuned"]["loss"] < learned["base"]["loss"] - 0.3
+    assert kept["tuned"]["drift"] > 0
+    assert "drift" in capsys.readouterr().out
+
+    before = tiny.logits(peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), "tuned"))
+    run("export", *model, "--as", "merged", "--output", "merged")
+    torch.testing.assert_close(tiny.logits(AutoModelForCausalLM.from_pretrained("merged")), before, rtol=0, atol=1e-4)
+    assert (work / "merged" / "tokenizer.json").is_file()
+    capsys.readouterr()
+    run("export", *model, "--as", "lora", "--r", 2, "--output", "small")
+    assert "compressed to rank 2: relative error" in capsys.readouterr().out
+    assert json.loads((work / "small" / "adapter_config.json").read_text())["r"] == 2
+    run("export", *model, "--output", "lora")
+    lora = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), "lora")
+    torch.testing.assert_close(tiny.logits(lora), before, rtol=0, atol=1e-4)
+
+
+def test_train_without_a_start_is_a_plain_lora(checkpoint, data):
+    train(checkpoint, data, "--r", 3, "--target_modules", "[q_proj]", "--max_steps", 2)
+    config = json.loads((data / "work" / "tuned" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 3)
+    assert not (data / "work" / "tuned" / "corda.json").exists()
+    assert all("q_proj" in name for name in load_file("tuned/adapter_model.safetensors"))
+
+
+def test_the_loss_is_on_the_response_alone(checkpoint, data):
+    """Prompts differ, responses do not: the first loss is that of the responses, token by token."""
+    train(checkpoint, data, "--max_steps", 1, "--batch_size", 32, "--warmup", 0)
+    run("eval", "--model", checkpoint, "--learn", data / "learn.jsonl", "--output", "eval.json")
+    base = json.loads((data / "work" / "eval.json").read_text())["results"]["learn"][str(data / "learn.jsonl")]
+    log = json.loads((data / "work" / "tuned" / "training.json").read_text())
+    assert log["loss"][0][1] == pytest.approx(base["base"]["loss"], abs=2e-4)
+
+
+def test_micro_batches_train_the_same(checkpoint, data):
+    for micro in (4, 2):
+        train(checkpoint, data, "--micro_batch_size", micro, "--max_steps", 3, "--r", 3, output=f"micro{micro}")
+    whole, parts = load_file("micro4/adapter_model.safetensors"), load_file("micro2/adapter_model.safetensors")
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=2e-3)
+
+
+def test_recipe_of_mixed_precision_and_checkpointing(checkpoint, data):
+    init(checkpoint, data, "--split", "balanced")
+    more = ["--start", "start", "--precision", "bf16", "--gradient_checkpointing", "true", "--max_steps", 12]
+    train(checkpoint, data, *more)
+    log = json.loads((data / "work" / "tuned" / "training.json").read_text())
+    assert log["loss"][-1][1] < log["loss"][0][1] - 0.2
+    assert all(t.dtype == torch.float32 for t in load_file("tuned/adapter_model.safetensors").values())
+
+
+def test_same_command_same_bytes(checkpoint, data):
+    work = data / "work"
+    for output in ("one", "two"):
+        init(checkpoint, data, "--samples", 7, output=output)
+        train(checkpoint, data, "--start", output, "--max_steps", 3, output=f"{output}-tuned")
+    assert weights(work / "one") == weights(work / "two")
+    assert weights(work / "one-tuned") == weights(work / "two-tuned")
+    assert weights(work / "one") != weights(work / "one-tuned")
+    init(checkpoint, data, "--samples", 7, "--seed", 1, output="other")
+    assert weights(work / "one") != weights(work / "other")
+    train(checkpoint, data, "--start", "one", "--max_steps", 3, "--seed", 1, output="shuffled")
+    assert weights(work / "one-tuned") != weights(work / "shuffled")
+
+
+@pytest.mark.parametrize("split", ["anchored", "paper"])
+def test_a_broken_off_training_goes_on_to_the_same_bytes(split, checkpoint, data, monkeypatch, capsys):
+    from corda_lora import training
+
+    work, recipe = data / "work", ["--start", "start", "--max_steps", 8, "--checkpoints", 4, "--lora_dropout", 0.1]
+    init(checkpoint, data, "--split", split)
+    train(checkpoint, data, *recipe, output="whole")
+
+    steps, on_step_end = [], training._Steps.on_step_end
+
+    def broken(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training._Steps, "on_step_end", broken)
+    with pytest.raises(SystemExit) as stopped:
+        train(checkpoint, data, *recipe, output="broken")
+    assert stopped.value.code == 130
+    assert not (work / "broken").exists()
+
+    message = refused(capsys, *recipe, "--seed", 1, call=lambda *a: train(checkpoint, data, *a, output="broken"))
+    assert "unfinished run of another recipe" in message
+
+    train(checkpoint, data, *recipe, output="broken")
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert weights(work / "broken") == weights(work / "whole")
+    assert sorted(p.name for p in work.iterdir()) == ["broken", "start", "whole"]
+
+
+def test_dashes_and_underscores(checkpoint, data):
+    init(checkpoint, data, "--target-modules=[q_proj,v_proj]", "--lora_alpha", 8, "--max-length", 9)
+    config = json.loads((data / "work" / "start" / "adapter_config.json").read_text())
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"q_proj", "v_proj"}
+    record = json.loads((data / "work" / "start" / "corda.json").read_text())
+    assert (record["config"]["lora_alpha"], record["data"]["max_length"]) == (8, 9)
+
+
+def test_recipe_and_flags_over_it(checkpoint, data):
+    (data / "recipe.yaml").write_text(
+        f"model: {checkpoint}\ncontext: {data}/keep.jsonl\nmode: ipm\nsplit: paper\nr: 3\ndevice: cpu\n"
+        "prompt: 'Q: {prompt}'\nresponse: '{response} # end'\noutput: start\n"
+    )
+    run("init", "--config", data / "recipe.yaml", "--r", 5)
+    record = json.loads((data / "work" / "start" / "corda.json").read_text())
+    assert (record["config"]["mode"], record["config"]["split"], record["config"]["r"]) == ("ipm", "paper", 5)
+    assert record["data"]["prompt"] == "Q: {prompt}"
+    assert record["data"]["response"] == "{response} # end"
+
+
+def test_evaluation_recipe(checkpoint, data):
+    (data / "recipe.yaml").write_text(
+        f"keep:\n- {data}/keep.jsonl\n- data: {data}/learn.jsonl\n  rows: train[:4]\n  prompt: '{{prompt}}'\n"
+    )
+    run("eval", "--model", checkpoint, "--config", data / "recipe.yaml", "--output", "eval.json")
+    keep = json.loads((data / "work" / "eval.json").read_text())["results"]["keep"]
+    assert list(keep) == [f"{data}/keep.jsonl", f"{data}/learn.jsonl"]
+
+
+def test_help_and_exit_codes_of_the_command():
+    code = "import sys; from corda_lora.cli import main; main(sys.argv[1:])"
+
+    def command(*arguments):
+        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+    shown = command("--help")
+    assert shown.returncode == 0
+    assert all(f"corda {verb}" in shown.stdout for verb in ("init", "train", "eval", "export"))
+    assert command().returncode == 2
+    missing = command("eval", "--model", "./nowhere", "--keep", "x.jsonl")
+    assert missing.returncode == 2
+    assert missing.stderr == "corda eval: there is no model in ./nowhere: it has no config.json\n"
+    code = "import sys, corda_lora.cli as c; c.build_parser(); sys.exit('torch' in sys.modules)"
+    assert command().returncode == 0  # help is quick: the parser needs no torch
+
+
+# --- bad input: one sentence, exit code 2, nothing left --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--target_modules", "[q_prj]"], "matches no layer of LlamaForCausalLM; nearest names: q_proj"),
+        (["--target_modules", "[embed_tokens]"], "CorDA adapts linear layers only"),
+        (["--r", "17"], "r is 17, but model.layers.0.self_attn.k_proj (16 × 32) has only 16 components"),
+        (["--r", "0"], "r is 0, but a rank is at least 1"),
+        (["--damping", "0"], "damping is 0.0, but must be above 0"),
+        (["--prompt", "{question}"], "no column 'question' for the template '{question}': it has prompt, response"),
+        (["--context", "missing.jsonl"], "there is no file missing.jsonl"),
+        (["--context", "someone/nothing"], "cannot load data 'someone/nothing'"),
+        (["--model", "./nowhere"], "there is no model in ./nowhere: it has no config.json"),
+        (["--model", "someone/nothing"], "cannot load the tokenizer of 'someone/nothing'"),
+        (["--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
+    ],
+)
+def test_init_refuses(more, message, checkpoint, data, capsys):
+    said = refused(capsys, *more, call=lambda *a: init(checkpoint, data, *a))
+    assert said.startswith("corda init: ")
+    assert message in said
+    assert nothing_left(data)
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}\n'])
+def test_an_empty_context_file(content, checkpoint, data, capsys):
+    (data / "keep.jsonl").write_text(content)
+    assert "keep.jsonl" in refused(capsys, call=lambda: init(checkpoint, data))
+    assert nothing_left(data)
+
+
+def test_no_context_is_for_the_plain_svd_only(checkpoint, data, capsys):
+    arguments = ["init", "--model", checkpoint, "--r", 4, "--device", "cpu", "--output", "start"]
+    assert "give a --context" in refused(capsys, *arguments)
+    run(*arguments, "--orientation", "identity")
+    assert (data / "work" / "start" / "adapter_model.safetensors").is_file()
+
+
+def test_nan_in_the_activations_names_layer_and_sample(checkpoint, data, tokenizer, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("Z")] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    rows = [{"text": f"{i} fine {'!' * i}"} for i in range(5)] + [{"text": "one sample has a Z in it"}]
+    (data / "keep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = refused(capsys, call=lambda: init(tmp_path / "broken", data))
+    assert "NaN or Inf in the input of model.layers.0.self_attn.q_proj, sample 5 of the context" in said
+    assert nothing_left(data)
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "export"])
+def test_an_adapter_for_other_weights(verb, checkpoint, data, tokenizer, capsys):
+    init(checkpoint, data)
+    tiny.build("llama", seed=1).save_pretrained(data / "other")
+    tokenizer.save_pretrained(data / "other")
+    arguments = {
+        "train": ["--start", "start", "--data", data / "learn.jsonl", "--output", "out"],
+        "eval": ["--adapter", "start", "--keep", data / "keep.jsonl", "--output", "out"],
+        "export": ["--adapter", "start", "--as", "merged", "--output", "out"],
+    }[verb]
+    said = refused(capsys, verb, "--model", data / "other", *arguments)
+    assert f"the adapter in start was made for other weights than these (its base was {checkpoint})" in said
+    assert [p.name for p in (data / "work").iterdir()] == ["start"]
+
+
+@pytest.mark.parametrize("verb", ["init", "train", "export"])
+def test_an_output_with_something_in_it(verb, checkpoint, data, capsys):
+    init(checkpoint, data)
+    (data / "work" / "out").mkdir()
+    (data / "work" / "out" / "mine").write_text("mine")
+    arguments = {
+        "init": ["--context", data / "keep.jsonl"],
+        "train": ["--start", "start", "--data", data / "learn.jsonl"],
+        "export": ["--adapter", "start"],
+    }[verb]
+    said = refused(capsys, verb, "--model", checkpoint, *arguments, "--output", "out")
+    assert said == f"corda {verb}: the output out has something in it already: remove it, or choose another"
+    assert [p.name for p in (data / "work" / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device (os error 28)")]
+)
+def test_a_full_disk(error, checkpoint, data, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise error
+
+    init(checkpoint, data)
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    said = refused(capsys, call=lambda: init(checkpoint, data, output="full"))
+    assert said == "corda init: the disk is full: full could not be written, and nothing is left of it"
+    assert [p.name for p in (data / "work").iterdir()] == ["start"]
+
+    more = ["--start", "start", "--max_steps", 2]
+    assert "the disk is full" in refused(capsys, call=lambda: train(checkpoint, data, *more))  # a checkpoint
+    assert not (data / "work" / "tuned").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(data / "work")
+    train(checkpoint, data, *more)  # the same command, when there is room again
+    assert (data / "work" / "tuned" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("form", ["merged", "residual"])
+def test_a_quantized_base_is_refused(form, checkpoint, data, monkeypatch, capsys):
+    from corda_lora import models
+
+    init(checkpoint, data, "--split", "balanced")
+    load = models.load_model
+
+    def quantized(source):
+        model = load(source)
+        model.is_quantized = True
+        return model
+
+    monkeypatch.setattr(models, "load_model", quantized)
+    arguments = ["--adapter", "start", "--as", form, "--output", "out"]
+    said = refused(capsys, "export", "--model", checkpoint, *arguments)
+    assert f"the base model is quantized, and --as {form} needs its full weights" in said
+    assert not (data / "work" / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--as", "gguf"], "--as is 'gguf', but must be one of lora, merged, residual"),
+        (["--as", "merged", "--r", 2], "--r goes with --as lora only"),
+        (["--as", "residual"], "there is no residual to export"),
+        (["--r", 5], "rank 5 is no compression"),
+        (["--adapter", "nowhere"], "nowhere is not an adapter directory"),
+    ],
+)
+def test_export_refuses(arguments, message, checkpoint, data, capsys):
+    init(checkpoint, data)
+    said = refused(capsys, "export", "--model", checkpoint, "--adapter", "start", "--output", "out", *arguments)
+    assert message in said
+    assert [p.name for p in (data / "work").iterdir()] == ["start"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--start", "nowhere"], "nowhere is not an adapter directory"),
+        (["--response", "{text}"], "no column 'text'"),
+        (["--micro_batch_size", 3], "batch_size 4 is not a multiple of micro_batch_size 3"),
+        (["--target_modules", "[q_prj]"], "nearest names: q_proj"),
+        (["--precision", "fp8"], "fp8"),
+    ],
+)
+def test_train_refuses(arguments, message, checkpoint, data, capsys):
+    said = refused(capsys, *arguments, call=lambda *a: train(checkpoint, data, *a))
+    assert message in said
+    assert nothing_left(data)
+
+
+def test_data_without_responses_is_not_trained_on(checkpoint, data, capsys):
+    (data / "learn.jsonl").write_text('{"prompt": "only a prompt"}\n')
+    assert "no sample has a response to learn" in refused(capsys, call=lambda: train(checkpoint, data))
+    assert nothing_left(data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to measure"),
+        (["--keep", "missing.jsonl"], "there is no file missing.jsonl"),
+        (["--keep", "{data}/keep.jsonl", "--output", "no/eval.json"], "there is no folder no"),
+        (["--choices", "{data}/keep.jsonl"], "row 0 of"),
+        (["--keep", "{data}/keep.jsonl", "--adapter", "nowhere"], "nowhere is not an adapter directory"),
+    ],
+)
+def test_eval_refuses(arguments, message, checkpoint, data, capsys):
+    arguments = [a.format(data=data) for a in arguments]
+    assert message in refused(capsys, "eval", "--model", checkpoint, *arguments)
+    assert nothing_left(data)

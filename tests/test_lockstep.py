@@ -1,0 +1,222 @@
+"""One block at a time: the order of things, what is on the device, and that nothing is left behind."""
+
+from contextlib import contextmanager
+
+import pytest
+import tiny
+import torch
+
+from corda_lora import CordaConfig, CordaError, preprocess
+from corda_lora.lockstep import find_blocks, lockstep, on_device, tensors_of
+from corda_lora.preprocess import covariances
+from corda_lora.targets import find_targets
+
+CPU = torch.device("cpu")
+FAMILIES = ["llama", "gemma3", "gpt2_conv1d", "bert", "roberta", "t5", "mixtral"]
+
+
+def blocks_of(model):
+    return find_blocks(model, list(find_targets(model, "all-linear")))
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def record_runs(model):
+    """A list that fills with the names of the blocks as they run."""
+    runs = []
+    for name, block in blocks_of(model).items():
+        block.register_forward_hook(lambda *_, name=name: runs.append(name))
+    return runs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_block_runs_once_a_batch_and_all_batches_before_the_next(family):
+    model, batches = tiny.build(family), tiny.batches(family)
+    blocks = blocks_of(model)
+    assert len(blocks) == (4 if family == "t5" else 2)
+    runs = record_runs(model)
+    list(covariances(model, find_targets(model, "all-linear"), batches, CPU))
+    assert runs == [name for name in blocks for _ in batches]
+
+
+def test_a_block_is_done_when_it_is_yielded_and_the_next_has_not_begun():
+    model, batches = tiny.build("llama"), tiny.batches()
+    runs = record_runs(model)
+    for i, (names, found) in enumerate(covariances(model, find_targets(model, "all-linear"), batches, CPU)):
+        assert runs.count(f"model.layers.{i}") == len(batches)
+        assert f"model.layers.{i + 1}" not in runs
+        assert set(names) == set(found) == {n for n in find_targets(model, "all-linear") if f"layers.{i}." in n}
+
+
+def test_the_output_head_is_not_computed_where_nothing_after_the_blocks_is_asked_for():
+    model, runs = tiny.build("llama"), []
+    model.lm_head.register_forward_pre_hook(lambda *_: runs.append("head"))
+    for to_end in (False, True):
+        for _, run in lockstep(model, list(model.model.layers), tiny.batches(), to_end=to_end):
+            run()
+        assert len(runs) == (3 if to_end else 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2_conv1d", "bert", "t5"])
+def test_outputs_are_those_of_a_plain_forward(family):
+    model, batches = tiny.build(family), tiny.batches(family)
+    outputs = []
+    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output.logits))
+    for _, run in lockstep(model, list(blocks_of(model).values()), batches, to_end=True):
+        run()
+    hook.remove()
+    with torch.no_grad():
+        for batch, found in zip(batches, outputs, strict=True):
+            assert torch.equal(found, model(**batch).logits)
+
+
+def test_only_one_block_is_on_the_device(monkeypatch):
+    model, active, most = tiny.build("llama"), set(), []
+    owner = {id(t): name for name, block in blocks_of(model).items() for t in tensors_of(block)}
+
+    @contextmanager
+    def recorded(tensors, device):
+        here = {owner.get(id(t), "rest") for t in tensors}
+        active.update(here)
+        most.append(set(active))
+        yield
+        active.difference_update(here)
+
+    monkeypatch.setattr("corda_lora.preprocess.on_device", recorded)
+    for name, block in blocks_of(model).items():
+        block.mlp.register_forward_hook(lambda *_, name=name: most.append({*active} | {f"run {name}"}))
+    list(covariances(model, find_targets(model, "all-linear"), tiny.batches(), CPU))
+    layers = [{n for n in seen if "model.layers" in n} for seen in most]
+    assert all(len({n for n in seen if not n.startswith("run")}) <= 1 for seen in layers)
+    assert sum(seen == {f"model.layers.{i}", f"run model.layers.{i}"} for i in (0, 1) for seen in layers) == 6
+    assert active == set()
+
+
+def test_on_device_gives_back_the_very_memory():
+    block, device = tiny.build("llama").model.layers[0], torch.device("cpu", 0)  # "cpu:0" is not "cpu" to torch
+    before = [t.data_ptr() for t in tensors_of(block)]
+    with on_device(tensors_of(block), device):
+        assert not set(before) & {t.data_ptr() for t in tensors_of(block)}
+    assert [t.data_ptr() for t in tensors_of(block)] == before
+
+    with pytest.raises(KeyError), on_device(tensors_of(block), device):
+        raise KeyError
+    assert [t.data_ptr() for t in tensors_of(block)] == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_failing_forward_is_passed_on_and_leaves_nothing(training):
+    model = tiny.build("llama").train(training)
+    weights, calls = tiny.snapshot(model), []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ArithmeticError("in the second batch")
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError, match="in the second batch"):
+        preprocess.preprocess(model, CordaConfig(r=4), tiny.batches(), progress=False)
+    handle.remove()
+    assert hooks_of(model) == 0
+    assert model.training is training
+    assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
+
+
+def test_stopping_early_leaves_nothing():
+    model = tiny.build("llama")
+    found = covariances(model, find_targets(model, "all-linear"), tiny.batches(), CPU)
+    next(found)
+    assert hooks_of(model) > 0
+    found.close()
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("split", ["paper", "balanced", "anchored"])
+def test_preprocess_changes_nothing_of_the_model(split):
+    model = tiny.build("llama").train()
+    weights = tiny.snapshot(model)
+    preprocess.preprocess(model, CordaConfig(r=4, split=split), tiny.batches(), progress=False)
+    assert hooks_of(model) == 0
+    assert model.training
+    assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
+
+
+def test_blocks_that_share_weights_are_refused():
+    model = tiny.build("llama")
+    model.model.layers[1] = model.model.layers[0]
+    steps = lockstep(model, [model.model.layers[0]], tiny.batches(), to_end=True)
+    next(steps)[1]()
+    with pytest.raises(RuntimeError, match="run twice"):
+        next(steps)
+    assert hooks_of(model) == 0
+
+
+# --- what the activations may not be ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_activations_name_layer_and_sample(value):
+    model, batches = tiny.build("llama"), tiny.batches()
+    bad = int(batches[1]["input_ids"][1, 3])  # the fifth sample
+    for i, batch in enumerate(batches):
+        others = batch["input_ids"] == bad
+        others[1] &= i != 1
+        batch["input_ids"][others] = bad - 1 if bad > 3 else bad + 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad] = value
+    with pytest.raises(CordaError, match=r"model\.layers\.0\.self_attn\.q_proj, sample 4 of the context"):
+        preprocess.preprocess(model, CordaConfig(r=4), batches, progress=False)
+    assert hooks_of(model) == 0
+
+
+def test_bad_numbers_in_padding_do_not_count():
+    model = tiny.build("bert")
+    ids, mask = tiny.padded([4, 6], 6, seed=0)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[0] = 1e30
+    model.bert.embeddings.LayerNorm.register_forward_hook(
+        lambda module, args, output: output.masked_fill(mask[..., None] == 0, torch.inf)
+    )
+    layer = {"bert.encoder.layer.0.attention.self.query": model.bert.encoder.layer[0].attention.self.query}
+    found = list(covariances(model, layer, [{"input_ids": ids, "attention_mask": mask}], CPU))
+    assert all(torch.isfinite(C).all() for _, new in found for C in new.values())
+    assert found
+
+
+def test_all_padding_is_refused():
+    batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.zeros(2, 5)}
+    with pytest.raises(CordaError, match="only padding: the attention masks of its 4 samples"):
+        preprocess.preprocess(tiny.build("llama"), CordaConfig(r=4), [batch, batch], progress=False)
+
+
+def test_an_empty_context_is_refused():
+    with pytest.raises(CordaError, match="context is empty"):
+        preprocess.preprocess(tiny.build("llama"), CordaConfig(r=4), [], progress=False)
+
+
+def test_a_short_context_is_reported_and_works():
+    model = tiny.build("llama")
+    with pytest.warns(UserWarning, match=r"14 real tokens in 2 samples, fewer than .*down_proj.* \(48\).*about 7 such"):
+        start = preprocess.preprocess(
+            model, CordaConfig(r=4), [dict(zip(("input_ids", "attention_mask"), tiny.padded([6, 8], 8, 0)))], False
+        )
+    assert start.record["context"] == {"samples": 2, "tokens": 14, "widest": 48, "samples_for_full_rank": 7}
+    assert all(torch.isfinite(layer.A).all() for layer in start.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, r"'q_prj'.*matches no layer of LlamaForCausalLM; nearest names: q_proj"),
+        ({"r": 17}, r"r is 17, but model\.layers\.0\.self_attn\.k_proj \(16 × 32\) has only 16 components"),
+        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding; CorDA adapts linear layers only"),
+    ],
+)
+def test_bad_targets_and_ranks_are_refused_before_the_forward(options, message):
+    model = tiny.build("llama")
+    model.forward = None  # so a forward would fail otherwise
+    with pytest.raises(CordaError, match=message):
+        preprocess.preprocess(model, CordaConfig(**{"r": 4, **options}), tiny.batches(), progress=False)

@@ -1,0 +1,87 @@
+"""SmolLM2-135M and a context of real sentences: layers of every kind in the first, a middle and the last block."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from corda_lora import CordaConfig
+from corda_lora.adapter import install
+from corda_lora.context import Sample, context_batches
+from corda_lora.preprocess import covariances, preprocess
+from corda_lora.targets import find_targets
+
+CPU = torch.device("cpu")
+LAYERS = r"model\.layers\.(0|15|29)\..*_proj"
+TEXT = """The capital of France is Paris, and the capital of Japan is Tokyo.
+Water is made of hydrogen and oxygen; table salt is sodium chloride.
+The chemical symbol of gold is Au, that of silver is Ag and that of iron is Fe.
+The Nile flows north through Egypt into the Mediterranean Sea.
+Mount Everest, in the Himalayas, is the highest mountain above the sea.
+Shakespeare wrote Hamlet; Cervantes wrote Don Quixote; Tolstoy wrote War and Peace.
+Light travels about three hundred thousand kilometres in a second.
+The currency of India is the rupee, that of Mexico the peso and that of Sweden the krona.
+A spider has eight legs, an insect six, and a centipede never exactly a hundred.
+The Berlin Wall fell in November of 1989, after twenty-eight years."""
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    return AutoModelForCausalLM.from_pretrained(smollm2).eval()
+
+
+@pytest.fixture(scope="module")
+def batches(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return context_batches(tokenizer, [Sample("", line, {}) for line in TEXT.split("\n")], 64, batch_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def exact(model, batches):
+    """U and Σ of W C_λ by a float64 SVD, and W and C_λ, of each layer."""
+    found = {}
+    targets = find_targets(model, LAYERS)
+    with torch.no_grad():
+        for _, new in covariances(model, targets, batches, CPU):
+            for name, C in new.items():
+                C = C.double()
+                C = C + 0.01 * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
+                W = targets[name].weight.double()
+                U, sigma, _ = torch.linalg.svd(W @ C, full_matrices=False)
+                found[name] = U, sigma, W, C
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:the context has")
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_components_of_real_layers_are_exact(mode, model, batches, exact):
+    config = CordaConfig(mode=mode, r=16, split="balanced", target_modules=LAYERS)
+    start = preprocess(model, config, batches, progress=False)
+    assert len(start.layers) == 21
+    assert start.layers.keys() == exact.keys()
+    separated = 0
+    for name, (U, sigma, W, C) in exact.items():
+        S = slice(0, 16) if mode == "ipm" else slice(len(sigma) - 16, len(sigma))
+        BA = start.layers[name].B.double() @ start.layers[name].A.double()
+        above, below = sigma[15:17] if mode == "ipm" else sigma[-17:-15]
+        if (above - below) / above > 1e-4:
+            expected = U[:, S] @ U[:, S].T @ W
+            assert (BA - expected).norm() / expected.norm() < 1e-5, name
+            separated += 1
+        assert abs((BA @ C).norm() / sigma[S].norm() - 1) < 1e-6, name
+    assert separated >= 15
+
+
+@pytest.mark.filterwarnings("ignore:the context has")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_logits_are_the_base_models_to_the_last_bit(dtype, model, batches):
+    model = copy.deepcopy(model).to(dtype)
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+        for split in ("paper", "balanced", "anchored"):
+            config = CordaConfig(r=16, split=split, target_modules=LAYERS)
+            adapted = install(model, preprocess(model, config, batches, progress=False))
+            assert torch.equal(adapted(**batches[0]).logits, before)
+            model = adapted.unload()
+            assert torch.equal(model(**batches[0]).logits, before)

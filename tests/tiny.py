@@ -1,0 +1,101 @@
+"""Tiny random models of each family, with padded batches for them."""
+
+from collections.abc import Callable
+
+import torch
+import transformers as t
+from torch import Tensor, nn
+
+VOCABULARY = 96
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ENCODER = {k: v for k, v in SIZE.items() if k != "num_key_value_heads"} | {"num_labels": 3}
+KINDS = ["sliding_attention", "full_attention"]
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZE, tie_word_embeddings=False)),
+    "llama_tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZE, tie_word_embeddings=True)),
+    "qwen2_biased": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZE)),
+    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZE, head_dim=8)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZE, sliding_window=4)),
+    "gemma2": lambda: t.Gemma2ForCausalLM(
+        t.Gemma2Config(**SIZE, head_dim=8, sliding_window=4, layer_types=KINDS, query_pre_attn_scalar=8)
+    ),
+    "gemma3": lambda: t.Gemma3ForCausalLM(
+        t.Gemma3TextConfig(**SIZE, head_dim=8, sliding_window=4, layer_types=KINDS, query_pre_attn_scalar=8)
+    ),
+    "gpt2_conv1d": lambda: t.GPT2LMHeadModel(
+        t.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, n_inner=48)
+    ),
+    "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**ENCODER)),
+    "roberta": lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**ENCODER)),
+    "t5": lambda: t.T5ForConditionalGeneration(
+        t.T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+    ),
+    "mixtral": lambda: t.MixtralForCausalLM(
+        t.MixtralConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
+    ),
+    "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(
+        t.Qwen3MoeConfig(**SIZE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    ),
+}
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A model of random weights and biases."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(3)
+    return model.to(dtype).eval()
+
+
+def padded(lengths: list[int], longest: int, seed: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Random ids and their attention mask, (b, longest)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (len(lengths), longest), generator=generator)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    mask = mask.flip(1) if left else mask
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def batches(family: str = "llama", equal: bool = False) -> list[dict[str, Tensor]]:
+    """Three batches of different shapes, the first two with padding. `equal`: a T5's decoder sees as many tokens as
+    its encoder."""
+    made = []
+    for seed, (lengths, longest, answers) in enumerate(
+        [([9, 4, 12], 12, [3, 7, 5]), ([5, 10], 10, [6, 2]), ([8] * 4, 8, [4] * 4)]
+    ):
+        ids, mask = padded(lengths, longest, seed)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if family == "t5":
+            labels, label_mask = padded(answers, longest if equal else max(answers), 10 + seed)
+            batch["labels"] = labels.masked_fill(label_mask == 0, -100)
+        made.append(batch)
+    return made
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, family: str = "llama") -> Tensor:
+    """Logits of the first batch."""
+    return model(**batches(family)[0]).logits
