@@ -3,6 +3,7 @@
     python benchmarks/prepare_data.py DATA OUTPUT
 
 DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/test.txt, as published.
+`gsm8k_*` asks as the questions to keep are asked ("Question: ... Answer:"), `gsm8k_plain_*` does not.
 NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances), rows 2000-3609 `nq_test.jsonl` (for measuring).
 """
 
@@ -17,6 +18,8 @@ def main(data: Path, output: Path) -> None:
     for split in ("train", "test"):
         rows = _read(data / "gsm8k" / f"{split}.jsonl")
         _write(output / f"gsm8k_{split}.jsonl", [_pair(r["question"], _without_marks(r["answer"])) for r in rows])
+        plain = [{"prompt": r["question"] + "\n", "response": _without_marks(r["answer"])} for r in rows]
+        _write(output / f"gsm8k_plain_{split}.jsonl", plain)
     nq = [_pair(r["question"] + "?", r["answer"][0]) for r in _read(data / "nq_open" / "dev.jsonl")]
     _write(output / "nq_context.jsonl", nq[:2000])
     _write(output / "nq_test.jsonl", nq[2000:])

@@ -117,7 +117,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The tuned models' numbers, and the base model's in the first line."""
     if not rows:
         return "no run finished"
-    wanted = {"keep": ("drift", "recall"), "learn": ("loss", "exact_match"), "text": ("drift",), "choices": ("accuracy",)}
+    wanted = {
+        "keep": ("drift", "recall"),
+        "learn": ("loss", "exact_match"),
+        "text": ("drift",),
+        "choices": ("accuracy",),
+    }
     keys = [k for k in rows[0] if " tuned " in k and k.split()[-1] in wanted[k.split()[0]]]
     lines = ["| start | learning rate | seed | " + " | ".join(k.replace(" tuned", "") for k in keys) + " |"]
     lines.append("|" + "---|" * (len(keys) + 3))

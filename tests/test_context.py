@@ -163,7 +163,8 @@ def test_batches_hold_every_sample_once_and_no_more_tokens_than_allowed():
 
 def test_context_batches_of_a_decoder(tokenizer):
     samples = [Sample("ab", "cde", {}), Sample("", "x" * 50, {}), Sample("q", "", {})]
-    batches = context_batches(tokenizer, samples, max_length=20, batch_tokens=25)
+    batches, numbers = context_batches(tokenizer, samples, max_length=20, batch_tokens=25)
+    assert numbers == [2, 0, 1]  # alike lengths together
     assert [tuple(b["input_ids"].shape) for b in batches] == [(2, 6), (1, 20)]
     for batch in batches:
         assert torch.equal(batch["input_ids"] == tokenizer.pad_token_id, batch["attention_mask"] == 0)
@@ -172,7 +173,7 @@ def test_context_batches_of_a_decoder(tokenizer):
 
 def test_context_batches_of_an_encoder_decoder(tokenizer):
     samples = [Sample("ab", "cde", {}), Sample("abcdef", "x", {}), Sample("no answer", "", {})]
-    (batch,) = context_batches(tokenizer, samples, max_length=20, has_decoder=True)
+    (batch,), _ = context_batches(tokenizer, samples, max_length=20, has_decoder=True)
     assert batch["attention_mask"].sum(1).tolist() == [3, 7]
     assert (batch["labels"] != -100).sum(1).tolist() == [3, 1]
     with pytest.raises(CordaError, match="needs samples with a prompt and a response"):

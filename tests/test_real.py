@@ -34,7 +34,7 @@ def model(smollm2):
 @pytest.fixture(scope="module")
 def batches(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    return context_batches(tokenizer, [Sample("", line, {}) for line in TEXT.split("\n")], 64, batch_tokens=128)
+    return context_batches(tokenizer, [Sample("", line, {}) for line in TEXT.split("\n")], 64, batch_tokens=128)[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Fine-tune language models without making them forget: CorDA and CorDA++ for Hugging Face models.
 
-    from corda_lora import CordaConfig, get_corda_model
-    peft_model = get_corda_model(model, CordaConfig(mode="kpm", r=128), batches)
+from corda_lora import CordaConfig, get_corda_model
+peft_model = get_corda_model(model, CordaConfig(mode="kpm", r=128), batches)
 """
 
 from collections.abc import Iterable, Mapping

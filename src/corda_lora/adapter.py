@@ -49,8 +49,10 @@ class HeldFactor(nn.Module):
 
     def __init__(self, trained: Tensor | None, held: Tensor | None, axis: int):
         super().__init__()
-        self.trained = None if trained is None else nn.Parameter(trained)
-        self.register_buffer("held", held, persistent=False)
+        self.trained: nn.Parameter | None
+        self.held: Tensor | None
+        self.register_parameter("trained", None if trained is None else nn.Parameter(trained))
+        self.register_buffer("held", held)
         self.axis = axis  # 0 for lora_A, 1 for lora_B
 
     @property
@@ -165,7 +167,8 @@ def save_adapter(
 
 
 def _save_plain(peft_model: PeftModel, folder: Path) -> None:
-    peft_model.save_pretrained(str(folder), selected_adapters=["default"])
+    # Embeddings are never adapted; left to itself PEFT asks the hub whether they were resized.
+    peft_model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, all blanks
 
 
@@ -181,8 +184,8 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text())
-        assert isinstance(record["fingerprint"], str) and isinstance(record["config"], dict)
-    except (ValueError, KeyError, AssertionError) as error:
+        record = {"config": dict(record["config"]), "fingerprint": str(record["fingerprint"]), **record}
+    except (ValueError, KeyError, TypeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error
     return dict(record)
 
@@ -232,7 +235,8 @@ def writing(directory: Path) -> Iterator[Path]:
     Raises CordaError if `directory` holds anything (see `check_output`), or the disk is full.
     """
     check_output(directory)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -241,7 +245,9 @@ def writing(directory: Path) -> Iterator[Path]:
         partial.rename(directory)
     except Exception as error:
         if "No space left" in str(error):
-            raise CordaError(f"the disk is full: {directory} could not be written, and nothing is left of it") from error
+            raise CordaError(
+                f"the disk is full: {directory} could not be written, and nothing is left of it"
+            ) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""`corda VERB`: every stage as a command. Options come from config.py's dataclasses; heavy imports wait for the verb."""
+"""Every stage as a command: `corda VERB`."""
+
+# Options come from config.py's dataclasses. Heavy imports wait for the verb, so that --help is quick.
 
 import json
 import os
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import CordaConfig, CordaError, DataConfig, EvalConfig, LoraStart, ModelConfig, TrainConfig
+from .progress import console
 
 T = TypeVar("T")
 out = Console()
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.print_help()
         raise SystemExit(2)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = lambda message, *_: Console(stderr=True).print(f"[yellow]note:[/] {message}", highlight=False)
+    warnings.showwarning = lambda message, *_: console.print(f"[yellow]note:[/] {message}", highlight=False)
     try:
         verbs[options.verb](options[options.verb])
     except CordaError as error:
@@ -65,7 +68,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     subcommands = parser.add_subcommands(required=False, dest="verb", metavar="VERB")
     verbs: dict[str, Callable[[Namespace], None]] = {}
 
-    def verb(name: str, run: Callable[[Namespace], None], summary: str, *configs: type, skip: set[str] | None = None) -> Any:
+    def verb(
+        name: str, run: Callable[[Namespace], None], summary: str, *configs: type, skip: set[str] | None = None
+    ) -> Any:
         sub = ArgumentParser(description=run.__doc__)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML recipe; flags after it win over it")
         for config in configs:
@@ -78,12 +83,16 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub = verb("demo", demo, "learn without forgetting, on a small real model, in minutes")
     sub.add_argument("--output", type=Path, default=Path("demo"), help="where the table and the picture go")
 
-    sub = verb("init", init, "cut an adapter's start out of a model", ModelConfig, CordaConfig, DataConfig, skip={"data"})
+    sub = verb(
+        "init", init, "cut an adapter's start out of a model", ModelConfig, CordaConfig, DataConfig, skip={"data"}
+    )
     sub.set_defaults({"samples": 256})
     sub.add_argument("--context", type=str | None, help="DATA that shows the ability to keep (kpm) or to learn (ipm)")
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
 
-    sub = verb("train", train, "train an adapter", ModelConfig, LoraStart, TrainConfig, DataConfig, skip={"data", "seed"})
+    sub = verb(
+        "train", train, "train an adapter", ModelConfig, LoraStart, TrainConfig, DataConfig, skip={"data", "seed"}
+    )
     sub.add_argument("--data", type=str, required=True, help="DATA to learn")
     sub.add_argument("--start", type=Path | None, help="directory from `corda init`; without it, a plain LoRA")
     sub.add_argument("--seed", type=int, default=0, help="of the draw of samples, their order and dropout")
@@ -113,17 +122,16 @@ def init(options: Namespace) -> None:
     from .preprocess import preprocess
 
     check_output(options.output)
-    tokenizer = load_tokenizer(source)
-    batches, data = [], None
-    model = None
-    if options.context is not None and config.orientation != "identity":
+    if config.orientation == "identity":
+        data, model = None, load_model(source)
+        start = preprocess(model, config)
+    else:
         data = _take(DataConfig, options, data=options.context)
         samples = load_samples(data)
-        model = load_model(source)
+        tokenizer, model = load_tokenizer(source), load_model(source)
         has_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        batches = context_batches(tokenizer, samples, data.max_length, has_decoder=has_decoder)
-    model = model or load_model(source)
-    start = preprocess(model, config, batches)
+        batches, numbers = context_batches(tokenizer, samples, data.max_length, has_decoder=has_decoder)
+        start = preprocess(model, config, batches, numbers=numbers)
     record = {"model": source.model, "revision": source.revision, "data": data and asdict(data), **start.record}
     spectra = {name: layer.spectrum for name, layer in start.layers.items()}
     save_adapter(install(model, start), options.output, {RECORD: record}, spectra)
@@ -271,10 +279,7 @@ def _print_summary(start: Any) -> None:
         )
     out.print(table)
     seconds = start.record["seconds"]
-    out.print(
-        f"forward {seconds['forward']:.1f} s, decomposition {seconds['decomposition']:.1f} s, all {seconds['all']:.1f} s; "
-        "leak = tr(A C Aᵀ) / tr(W C Wᵀ)"
-    )
+    out.print("leak = tr(A C Aᵀ) / tr(W C Wᵀ); " + ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
 
 
 def _print_results(results: dict[str, Any]) -> None:

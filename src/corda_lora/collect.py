@@ -22,17 +22,24 @@ class Collector:
     Call `start(index)` before batch `index` runs on; `take` hands over the covariances of layers that are done.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Sequence[Mapping[str, Any]],
+        numbers: Sequence[int] | None = None,
+    ):
         self.layers = layers
         self.names = {module: name for name, module in layers.items()}
         has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.masks = [token_masks(batch, has_decoder) for batch in batches]
-        self.starts = [sum(len(m[0]) for m in self.masks[:i]) for i in range(len(batches))]  # first sample's number
+        self.starts = [sum(len(m[0]) for m in self.masks[:i]) for i in range(len(batches))]  # each batch's first sample
+        self.numbers = numbers or range(sum(len(m[0]) for m in self.masks))  # what the samples are called
         self.covariances: dict[str, Covariance] = {}
         self.leaders: dict[str, str] = {}  # layer -> the layer whose covariance it shares
         self.first_batch: dict[str, int] = {}
         self.finite: dict[str, list[tuple[int, Tensor]]] = {}  # layer -> (batch, (samples,) or () bool)
-        encoder = model.get_encoder() if has_decoder else None
+        encoder: nn.Module | None = model.get_encoder() if has_decoder else None  # type: ignore[operator]
         self.encoder = encoder
         self.in_encoder = set(encoder.modules()) if encoder is not None else set()
         self.encoded: dict[int, weakref.ref[Tensor]] = {}  # batch -> the encoder's output
@@ -112,7 +119,7 @@ class Collector:
                 if not bool(finite.all()):
                     bad = int((~finite).nonzero()[0])
                     per_sample = finite.numel() == len(self.masks[batch][0])
-                    where = f"sample {self.starts[batch] + bad}" if per_sample else f"batch {batch}"
+                    where = f"sample {self.numbers[self.starts[batch] + bad]}" if per_sample else f"batch {batch}"
                     raise CordaError(f"NaN or Inf in the input of {name}, {where} of the context (counted from 0)")
         sums = {leader: self.covariances.pop(leader, None) for leader in {self.leaders.get(n, n) for n in names}}
         means = {leader: s.mean() for leader, s in sums.items() if s is not None and s.tokens}

@@ -144,8 +144,8 @@ def batch_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]
 
 def context_batches(
     tokenizer: Any, samples: Iterable[Sample], max_length: int, batch_tokens: int = 4096, has_decoder: bool = False
-) -> list[dict[str, Tensor]]:
-    """Batches of what the model's forward takes, of samples of like length.
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    """Batches of what the model's forward takes, of samples of like length, and the samples' numbers in that order.
 
     A decoder-only model or an encoder gets prompt and response as one text; an encoder-decoder (`has_decoder`) gets
     the prompt, and the response as labels.
@@ -154,22 +154,22 @@ def context_batches(
         CordaError: no token in any sample.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    encoded = [encode(tokenizer, s, max_length) for s in samples]
+    encoded = list(enumerate(encode(tokenizer, s, max_length) for s in samples))
     if has_decoder:
-        inputs = [(ids[:n], ids[n:]) for ids, n in encoded]
-        inputs = [pair for pair in inputs if pair[0] and pair[1]]
+        inputs = [(number, ids[:n], ids[n:]) for number, (ids, n) in encoded if 0 < n < len(ids)]
         if not inputs:
             raise CordaError("an encoder-decoder model needs samples with a prompt and a response; none has both")
     else:
-        inputs = [(ids, []) for ids, _ in encoded if ids]
+        inputs = [(number, ids, []) for number, (ids, _) in encoded if ids]
         if not inputs:
             raise CordaError("the context is empty: no sample has a token")
-    batches = []
-    for indices in batch_by_length([len(i) for i, _ in inputs], batch_tokens):
-        ids, mask = pad([inputs[i][0] for i in indices], pad_id)
+    batches, numbers = [], []
+    for indices in batch_by_length([len(ids) for _, ids, _ in inputs], batch_tokens):
+        ids, mask = pad([inputs[i][1] for i in indices], pad_id)
         batch = {"input_ids": ids, "attention_mask": mask}
         if has_decoder:
-            labels, label_mask = pad([inputs[i][1] for i in indices], pad_id)
+            labels, label_mask = pad([inputs[i][2] for i in indices], pad_id)
             batch["labels"] = labels.masked_fill(label_mask == 0, -100)
         batches.append(batch)
-    return batches
+        numbers += [inputs[i][0] for i in indices]
+    return batches, numbers

@@ -71,28 +71,27 @@ def components(M: Tensor, chosen: slice, solver: str = "auto") -> Components:
 
     Args:
         solver: `svd`: the reference. `gram`: `eigh` of the (R, R) Gram matrix, then Rayleigh-Ritz within S; the
-            subspace is off by an angle of about 1e-16·(σ₁/σ_b)² over the relative gap, b the component at the border of S.
-            `auto`: gram where that bound is below 1e-8, else svd. (On SmolLM2's q_proj it is 1e-2 in the first block: a
-            wide spectrum is common.)
+            subspace is off by an angle of about 1e-16·(σ₁/σ_b)² over the relative gap, b the component at S's border.
+            `auto`: gram where that bound is below 1e-8, else svd. (On SmolLM2's q_proj it is 1e-2 in the first block:
+            a wide spectrum is common.)
     """
-    m, n = M.shape
-    R = min(m, n)
+    if M.shape[0] > M.shape[1]:
+        Q, M = torch.linalg.qr(M)  # tall: the column space, and an (R, R) matrix in it with the same Σ and V
+        U, sigma, spectrum = components(M, chosen, solver)
+        return Components(Q @ U, sigma, spectrum)
     if solver != "svd":
-        # eigh is ascending; (R,), (R, R)
-        squares, Q = torch.linalg.eigh(M @ M.T if m <= n else M.T @ M)
-        squares, Q = squares.flip(0), Q.flip(1)
+        squares, U = torch.linalg.eigh(M @ M.T)  # ascending; (R,), (R, R)
+        squares, U = squares.flip(0), U.flip(1)
         border = chosen.start - 1 if chosen.start else chosen.stop - 1
         bound = torch.finfo(M.dtype).eps * squares[0] / squares[border].clamp(min=1e-300)
-        if solver == "gram" or bound < GRAM_TOLERANCE or chosen == slice(0, R):
-            # QR from the largest on: what is dead (W of low rank) comes out orthogonal to what is not.
-            U = (Q if m <= n else torch.linalg.qr(M @ Q[:, : chosen.stop]).Q)[:, chosen]  # (m, r)
+        if solver == "gram" or bound < GRAM_TOLERANCE or chosen == slice(0, len(squares)):
             # Rayleigh-Ritz: within S, σ is now relative to the largest of S, not to σ₁.
-            T = U.T @ M  # (r, n)
+            T = U[:, chosen].T @ M  # (r, n)
             inner, rotation = torch.linalg.eigh(T @ T.T)  # (r,), (r, r)
             sigma = inner.flip(0).clamp(min=0).sqrt()
             spectrum = squares.clamp(min=0).sqrt()
             spectrum[chosen] = sigma
-            return Components(U @ rotation.flip(1), sigma, spectrum)
+            return Components(U[:, chosen] @ rotation.flip(1), sigma, spectrum)
     U, spectrum, _ = torch.linalg.svd(M, full_matrices=False)
     return Components(U[:, chosen], spectrum[chosen], spectrum)
 
@@ -134,10 +133,11 @@ def split_components(U: Tensor, sigma: Tensor, W: Tensor, split: str, scale: flo
 
 
 def leak(A: Tensor, C: Tensor) -> float:
-    """tr(A C Aᵀ): mean over the context's tokens of ‖A x‖². A: (r, n), C: (n, n), not regularized.
+    """tr(A C Aᵀ): mean over the context's tokens of ‖A x‖².
+
+    A: (r, n), C: (n, n), not regularized, of one dtype: float64 for a tail, whose leak is far below ‖A‖²‖C‖.
 
     The certificate of `anchored`: for any B, the adapter moves the layer's outputs on the context by at most
     s·‖B‖₂·√(tr(A C Aᵀ)), as root mean square over tokens; known before training.
     """
-    A, C = A.double(), C.double()
     return float(((A @ C) * A).sum())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .config import CordaError, EvalConfig
@@ -26,8 +27,9 @@ def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: boo
 
     Returns:
         {"keep": {data: {"base": {...}, "tuned": {...}}}, "learn": ..., "text": ..., "choices": ...}, where data is the
-        name given. `loss` is in nats per token, `recall` the share of responses that greedy decoding gives, `drift` is mean KL(base‖tuned) in nats per answer token, `agreement`
-        the share of answer tokens where both put the same token first; accuracies are shares.
+        name given. `loss` is in nats per token; `recall` the share of responses that greedy decoding gives; `drift`
+        mean KL(base‖tuned) in nats per answer token; `agreement` the share of answer tokens where both put the same
+        token first; accuracies are shares.
 
     Raises CordaError for data that cannot be had (all of it is loaded before anything is measured).
     """
@@ -37,6 +39,7 @@ def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: boo
         raise CordaError("nothing to measure: give some of keep, learn, text, choices")
     for data, samples in loaded["choices"]:
         check_choices(data.data, samples)
+    model.eval()
     results: dict[str, Any] = {}
     for kind, pairs in loaded.items():
         for data, samples in pairs:
@@ -49,8 +52,8 @@ def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: boo
                 encoded = [encode(tokenizer, s, data.max_length, end=kind == "learn") for s in samples]
                 result = loss_and_drift(model, tokenizer, encoded, config.batch_tokens, progress, kind)
                 if kind == "text":
-                    for side in result.values():
-                        side["perplexity"] = math.exp(side["loss"])
+                    for numbers in result.values():
+                        numbers["perplexity"] = math.exp(numbers["loss"])
                 if kind == "learn" and config.exact_match:
                     shares = exact_match(model, tokenizer, samples, config, progress)
                     for side, share in shares.items():
@@ -61,7 +64,7 @@ def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: boo
 
 def sides(model: nn.Module) -> dict[str, Callable[[], Any]]:
     """The models to compare: context managers under which `model` is the base, and the tuned one."""
-    if hasattr(model, "disable_adapter"):
+    if isinstance(model, PeftModel):
         return {"base": model.disable_adapter, "tuned": nullcontext}
     return {"base": nullcontext}
 
@@ -126,7 +129,7 @@ def answer_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, answers: Tenso
 
 
 def _padded(rows: Sequence[tuple[list[int], int]], tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, attention mask (b, s) and which next-token predictions are the answer's (b, s − 1), on the model's device."""
+    """ids, attention mask (b, s), and which next-token predictions are the answer's (b, s − 1), where the model is."""
     ids, mask = pad([ids for ids, _ in rows], tokenizer.pad_token_id or 0)
     starts = torch.tensor([n for _, n in rows])[:, None]
     answers = (torch.arange(1, ids.shape[1]) >= starts) & mask[:, 1:].bool()
@@ -146,7 +149,9 @@ def check_choices(name: str, samples: Sequence[Sample]) -> None:
     for i, sample in enumerate(samples):
         choices = sample.row.get("choices")
         if not isinstance(choices, list) or sample.response not in choices:
-            raise CordaError(f"row {i} of {name} needs a column `choices`: a list that holds the response {sample.response!r}")
+            raise CordaError(
+                f"row {i} of {name} needs a column `choices`: a list that holds the response {sample.response!r}"
+            )
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from .config import CordaError
+
 
 def lockstep(
     model: nn.Module,
@@ -98,11 +100,16 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def find_blocks(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """The model's blocks, by name: the entries of its outermost `ModuleList`s that hold any of the target layers."""
+    """The model's blocks, by name: the entries of its outermost `ModuleList`s that hold any of the target layers.
+
+    Raises CordaError if some are run more than once in a forward (ALBERT).
+    """
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{b}.") for b in blocks):
             continue
         if any(target.startswith(f"{name}.") for target in targets):
+            if len(module) > len(set(module)) or hasattr(getattr(model, "config", None), "num_hidden_groups"):
+                raise CordaError(f"the blocks of {name} share their weights, which CorDA cannot decompose one by one")
             blocks.update({f"{name}.{child}": block for child, block in module.named_children()})
     return blocks

@@ -55,7 +55,11 @@ def _set_special_tokens(tokenizer: Any, path: Path) -> None:
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
-    for name, key in {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}.items():
+    for name, key in {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "pad_token": "padding_token_id",
+    }.items():
         if field := fields.get(f"tokenizer.ggml.{key}"):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
 

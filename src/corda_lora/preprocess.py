@@ -48,7 +48,11 @@ class Start:
 
 @torch.no_grad()
 def preprocess(
-    model: nn.Module, config: CordaConfig, batches: Iterable[Mapping[str, Any]] = (), progress: bool = True
+    model: nn.Module,
+    config: CordaConfig,
+    batches: Iterable[Mapping[str, Any]] = (),
+    progress: bool = True,
+    numbers: Sequence[int] | None = None,
 ) -> Start:
     """Collect the context's covariances and cut the adapter's start out of every target layer. The model's weights
     are read, not changed.
@@ -59,12 +63,13 @@ def preprocess(
         batches: the context: dicts of what the model's forward takes. Padding is excluded through `attention_mask`.
             Not looked at with orientation `identity`.
         progress: show a progress bar on the terminal.
+        numbers: what messages call each sample, in the batches' order; default 0, 1, ...
 
     Raises:
         CordaError: a target that matches nothing, a rank above a layer's, an empty or all-padding context, NaN or Inf
             in the activations. The first three before any long work.
     """
-    began = time.perf_counter()
+    since = began = time.perf_counter()
     targets = find_targets(model, config.target_modules)
     check_rank(targets, config)
     home = next(model.parameters()).device
@@ -85,23 +90,30 @@ def preprocess(
 
     layers: dict[str, LayerStart] = {}
     seconds = {"forward": 0.0, "decomposition": 0.0}
+
+    def lap(stage: str) -> None:
+        nonlocal since
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[stage] += time.perf_counter() - since
+        since = time.perf_counter()
+
     with progress_bar("decomposing", len(targets), progress) as advance, _exact_float32():
         if config.orientation == "identity":
             found: Iterable[tuple[list[str], dict[str, Tensor]]] = (([name], {}) for name in targets)
         else:
             context = list(batches)
             record["context"] = check_context(model, context, targets)
-            found = covariances(model, targets, context, device)
-        clock = time.perf_counter()
+            found = covariances(model, targets, context, device, numbers)
+        since = time.perf_counter()
         for names, C in found:
-            _wait(device)
-            seconds["forward"], clock = seconds["forward"] + time.perf_counter() - clock, time.perf_counter()
+            lap("forward")
             for name in names:
                 layers[name] = start_layer(weight_of(targets[name]), C.get(name), config, device)
                 advance()
-            _wait(device)
-            seconds["decomposition"], clock = seconds["decomposition"] + time.perf_counter() - clock, time.perf_counter()
-    if config.orientation != "identity" and (unseen := [n for n, layer in layers.items() if "leak" not in layer.record]):
+            lap("decomposition")
+    unseen = [name for name, layer in layers.items() if "leak" not in layer.record]
+    if config.orientation != "identity" and unseen:
         warnings.warn(
             f"{len(unseen)} layers got no token of the context, so the plain SVD of their weights is taken: "
             f"{', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}",
@@ -117,7 +129,11 @@ def preprocess(
 
 
 def covariances(
-    model: nn.Module, targets: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Any]], device: torch.device
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    batches: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
     """Run the batches through the model block by block; after each, yield its target layers and their covariances.
 
@@ -134,7 +150,7 @@ def covariances(
             del remaining[name]
     to_end = bool(remaining) or not blocks
 
-    collector = Collector(model, targets, batches)
+    collector = Collector(model, targets, batches, numbers)
     inputs = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs = [{**batch, "use_cache": False} for batch in inputs]  # or every paused batch would hold its keys
@@ -179,9 +195,8 @@ def start_layer(W: Tensor, C: Tensor | None, config: CordaConfig, device: torch.
         "norm_B": float(B.norm()),
     }
     if C is not None:
-        C = C.double()
-        record["leak"] = leak(A, C)
-        record["output_energy"] = leak(W, C)
+        record["leak"] = leak(A, C.double())
+        record["output_energy"] = leak(W.to(C.dtype), C)
     return LayerStart(A.float().cpu(), B.float().cpu(), spectrum.cpu(), record)
 
 
@@ -220,8 +235,3 @@ def _exact_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -60,8 +60,11 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> dict[str,
         wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)))
         near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], names, n=3, cutoff=0.3)]
+        hint = (
+            f" (a bare name is a pattern for whole names: write [{target_modules}])" if target_modules in names else ""
+        )
         raise CordaError(
-            f"target_modules {target_modules!r} matches no layer of {type(model).__name__}; "
+            f"target_modules {target_modules!r} matches no layer of {type(model).__name__}{hint}; "
             f"nearest names: {', '.join(dict.fromkeys(near or names)) or 'none'}"
         )
     for name, module in found.items():

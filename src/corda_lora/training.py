@@ -1,6 +1,7 @@
 """Supervised fine-tuning on prompt/response pairs, through TRL: from a start to a tuned adapter."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -55,7 +56,11 @@ def train(
         CordaError: no sample has a response.
     """
     encoded = [encode(tokenizer, s, max_length, end=True) for s in samples if s.response]
-    rows = [{"input_ids": ids, "completion_mask": [int(i >= n) for i in range(len(ids))]} for ids, n in encoded if n < len(ids)]
+    rows = [
+        {"input_ids": ids, "completion_mask": [int(i >= n) for i in range(len(ids))]}
+        for ids, n in encoded
+        if n < len(ids)
+    ]
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
     micro = config.micro_batch_size or config.batch_size
@@ -66,8 +71,8 @@ def train(
         max_steps=steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=config.batch_size // micro,
-        warmup_steps=max(1, round(config.warmup * steps)) if config.warmup else 0,
-        lr_scheduler_type=config.schedule if config.warmup or config.schedule != "constant" else "constant",
+        warmup_steps=math.ceil(config.warmup * steps),
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         weight_decay=config.weight_decay,
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
@@ -84,8 +89,7 @@ def train(
         use_cpu=next(peft_model.parameters()).device.type == "cpu",
         dataloader_pin_memory=False,
     )
-    if config.warmup and config.schedule == "constant":
-        arguments.lr_scheduler_type = "constant_with_warmup"
+    datasets.disable_progress_bars()
     trainer = SFTTrainer(
         peft_model, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
     )
