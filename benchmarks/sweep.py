@@ -76,7 +76,7 @@ def main() -> None:
         setup = {
             "command": f"python benchmarks/sweep.py {options.recipe} --model MODEL --data DATA --output RUNS",
             "recipe": recipe,
-            "commit": commit,
+            "commit": commit or "not in a checkout",
             "machine": machine(),
             "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl")},
         }

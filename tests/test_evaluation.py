@@ -206,3 +206,10 @@ def test_choices_without_the_response_are_refused(row, tokenizer, tmp_path):
     path.write_text(json.dumps({"prompt": "2 + 2 =", "response": "4", **row}) + "\n")
     with pytest.raises(CordaError, match=r"row 0 of .*rows\.jsonl needs a column `choices`"):
         evaluate(tiny.build("llama"), tokenizer, EvalConfig(choices=str(path)), progress=False)
+
+
+def test_only_causal_language_models_are_measured(tokenizer, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(CordaError, match="BertForSequenceClassification is no causal language model"):
+        evaluate(tiny.build("bert"), tokenizer, EvalConfig(keep=str(path)))

@@ -2,6 +2,7 @@
 
 # Options come from config.py's dataclasses. Heavy imports wait for the verb, so that --help is quick.
 
+import argparse
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from .progress import console
 T = TypeVar("T")
 out = Console()
 
+SUMMARY = "Fine-tune language models without making them forget: CorDA for Hugging Face models."
 EXAMPLES = """\
 four commands for a model of your own:
   corda init  --model MODEL --context known.jsonl --mode kpm --r 32 --output start/
@@ -61,9 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves the examples' lines as they are."""
+
+
 def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     """The parser and the function of each verb."""
-    parser = ArgumentParser(prog="corda", description=__doc__, epilog=EXAMPLES)
+    parser = ArgumentParser(prog="corda", description=SUMMARY, epilog=EXAMPLES, formatter_class=_Help)
     parser._optionals.title = "options"
     subcommands = parser.add_subcommands(required=False, dest="verb", metavar="VERB")
     verbs: dict[str, Callable[[Namespace], None]] = {}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .config import CordaError, EvalConfig
 from .context import Sample, batch_by_length, encode, load_samples, pad
 from .progress import track
+from .targets import require_causal
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,6 +40,7 @@ def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: boo
         raise CordaError("nothing to measure: give some of keep, learn, text, choices")
     for data, samples in loaded["choices"]:
         check_choices(data.data, samples)
+    require_causal(model)
     model.eval()
     results: dict[str, Any] = {}
     for kind, pairs in loaded.items():

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.integrations import dequantize_module_weight
@@ -38,6 +38,15 @@ def task_type(model: nn.Module) -> TaskType | None:
     if found is TaskType.SEQ_2_SEQ_LM and not getattr(model.config, "is_encoder_decoder", False):
         return TaskType.CAUSAL_LM  # vision-language decoders are named ForConditionalGeneration, too
     return found
+
+
+def require_causal(model: nn.Module) -> None:
+    """Raises CordaError if a model (adapted or not) is not a causal language model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if task_type(base) is not TaskType.CAUSAL_LM:
+        raise CordaError(
+            f"{type(base).__name__} is no causal language model, the only kind that is trained and measured"
+        )
 
 
 def find_targets(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Module]:

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from .config import CordaError, LoraStart, TrainConfig
 from .context import Sample, encode
 from .progress import progress_bar
-from .targets import find_targets, task_type
+from .targets import find_targets, require_causal, task_type
 
 
 def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftModel:
@@ -61,6 +61,7 @@ def train(
         for ids, n in encoded
         if n < len(ids)
     ]
+    require_causal(peft_model)
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
     micro = config.micro_batch_size or config.batch_size
