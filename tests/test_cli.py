@@ -243,6 +243,7 @@ def test_help_and_exit_codes_of_the_command():
         (["--context", "missing.jsonl"], "there is no file missing.jsonl"),
         (["--context", "someone/nothing"], "cannot load data 'someone/nothing'"),
         (["--model", "./nowhere"], "there is no model in ./nowhere: it has no config.json"),
+        (["--model", "nowhere/"], "there is no model in nowhere/: it has no config.json"),
         (["--model", "someone/nothing"], "cannot load the tokenizer of 'someone/nothing'"),
         (["--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
     ],

@@ -9,8 +9,6 @@ from torch import nn
 
 from .config import CordaError, ModelConfig
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.index.json")
-
 
 def load_model(config: ModelConfig) -> nn.Module:
     """The model, on the CPU, in evaluation mode.
@@ -67,7 +65,8 @@ def _set_special_tokens(tokenizer: Any, path: Path) -> None:
 def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes: name, and keyword arguments."""
     path = Path(config.model)
-    looks_local = path.is_absolute() or config.model.startswith(".") or path.exists() or config.model.count("/") > 1
+    looks_local = path.exists() or config.model.startswith((".", "/")) or config.model.count("/") > 1
+    looks_local = looks_local or config.model.endswith("/")
     if config.model.endswith(".gguf"):
         if not path.is_file():
             raise CordaError(f"there is no file {config.model}")
