@@ -483,3 +483,33 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(CordaError, match=r"the disk is full: .*out could not be written, and nothing is left of it"):
         save_adapter(adapted, tmp_path / "out", {}, {"x": torch.ones(2)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("split", ["paper", "balanced"])
+def test_training_is_that_of_a_residual_in_place(split):
+    """W + s·(BA − B₀A₀) with A₀, B₀ held takes the same steps as the paper's W' + s·BA with W' written over W."""
+    model = tiny.build("llama").double()
+    start = preprocess(model, CordaConfig(r=4, split=split, lora_alpha=8), tiny.batches(), progress=False)
+    ours = install(copy.deepcopy(model), start).double()
+
+    for name, layer in start.layers.items():
+        model.get_submodule(name).weight.data -= start.config.scale * layer.B.double() @ layer.A.double()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(start.layers), task_type="CAUSAL_LM")
+    residual = peft.get_peft_model(model, config).double()
+    for name, layer in lora_layers(residual).items():
+        layer.lora_A["default"].weight.data.copy_(start.layers[name].A)
+        layer.lora_B["default"].weight.data.copy_(start.layers[name].B)
+
+    batch = tiny.batches()[0]
+    for adapted in (ours, residual):
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+        for _ in range(5):
+            adapted(**batch, labels=batch["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    plain = lora_layers(residual)
+    for name, layer in lora_layers(ours).items():
+        for factor in ("lora_A", "lora_B"):
+            trained = getattr(layer, factor)["default"].trained
+            assert not torch.allclose(trained, getattr(start.layers[name], factor[-1]).double(), atol=1e-3)  # it moved
+            torch.testing.assert_close(trained, getattr(plain[name], factor)["default"].weight, atol=1e-6, rtol=1e-6)

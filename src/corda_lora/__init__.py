@@ -1,7 +1,6 @@
-"""Fine-tune language models without making them forget: CorDA and CorDA++ for Hugging Face models.
+"""Fine-tune language models without making them forget: CorDA for Hugging Face models.
 
-from corda_lora import CordaConfig, get_corda_model
-peft_model = get_corda_model(model, CordaConfig(mode="kpm", r=128), batches)
+`get_corda_model(model, CordaConfig(mode="kpm", r=128), batches)` is a `PeftModel`, to train as ever.
 """
 
 from collections.abc import Iterable, Mapping

@@ -184,10 +184,9 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text())
-        record = {"config": dict(record["config"]), "fingerprint": str(record["fingerprint"]), **record}
+        return {**record, "config": dict(record["config"]), "fingerprint": str(record["fingerprint"])}
     except (ValueError, KeyError, TypeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error
-    return dict(record)
 
 
 def load_adapter(

@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         # How Python and safetensors say it, and how `torch.save` does.
         if not any(sign in str(error) for sign in ("No space left", "inline_container.cc")):
             raise
-        print(f"corda {options.verb}: the disk is full ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(
+            f"corda {options.verb}: the disk is full or cannot be written ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from error
 
 

@@ -17,9 +17,8 @@ class CordaConfig:
         mode: `kpm` (knowledge-preserved) adapts the components the context uses least, to learn without forgetting
             it; `ipm` (instruction-previewed) those it uses most, to learn faster what the context shows.
         r: rank, the number of components adapted in each layer.
-        split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero, the
-            outputs on the context provably still; `balanced`: each component's row of A as long as its column of B;
-            `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default: `anchored` in kpm, `balanced` in ipm.
+        split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero;
+            `balanced`: each component's row of A as long as its column of B; `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default: `anchored` in kpm, `balanced` in ipm.
         orientation: what the weight is multiplied by before the SVD: the context's covariance (CorDA), the root of
             its diagonal (ASVD), or nothing (plain SVD, which needs no context).
         solver: `gram` (float64 eigendecomposition of the small Gram matrix), `svd` (float64 SVD, the reference), or
@@ -94,8 +93,8 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """The training recipe; the defaults are the paper's (appendix B) but for the learning rate, which depends on the
-    split: see the README.
+    """The training recipe: AdamW, cosine, 3 % warm-up, no weight decay, one epoch, as CorDA's authors train. The
+    learning rate depends on the split: see the README.
 
     Args:
         learning_rate: peak of the schedule.

@@ -1,9 +1,9 @@
-"""Context-oriented decomposition of one weight: pure tensors, nothing of models. (CorDA, arXiv 2406.05223, section 3.)
+"""Context-oriented decomposition of one weight: pure tensors, nothing of models. (CorDA, arXiv 2406.05223.)
 
 The layer computes y = W x, W: (m, n) = (d_out, d_in), R = min(m, n). The context's inputs have covariance C: (n, n).
 CorDA takes the SVD of the *oriented* weight,
 
-    W C_λ = U Σ Vᵀ                 C_λ = C + λ·mean(diag C)·I              (paper, Eq. 1; regularization, section 3.2)
+    W C_λ = U Σ Vᵀ                 C_λ = C + λ·mean(diag C)·I
 
 and writes W = U Σ (Vᵀ C_λ⁻¹). A large σ_i means that component i carries much of what W does *on this context*; in
 the tail are directions the context hardly uses. The adapter takes the r last components (kpm: keep the context, learn
@@ -106,7 +106,7 @@ def select(mode: str, rank: int, r: int) -> slice:
 def split_components(U: Tensor, sigma: Tensor, W: Tensor, split: str, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Factors B (m, r) and A (r, n) of the components U (m, r), σ (r,) of W (m, n): s·B A = U Uᵀ W.
 
-    `paper`: B = U Σ^½, A = Σ^-½ Uᵀ W (paper, Eq. 3). Multiplying C by c multiplies B by √c and divides A by it, so the
+    `paper`: B = U Σ^½, A = Σ^-½ Uᵀ W, as published. Multiplying C by c multiplies B by √c and divides A by it, so the
     balance of the two, and with it how fast each learns, hangs on the scale of the activations.
     `balanced`: ‖A_i‖ = ‖B_i‖ for every component i: no such dependence.
     `anchored`: rows of A of length one, to be frozen; B = 0. Here s·B A = 0: the weight itself keeps the components.
@@ -137,7 +137,8 @@ def leak(A: Tensor, C: Tensor) -> float:
 
     A: (r, n), C: (n, n), not regularized, of one dtype: float64 for a tail, whose leak is far below ‖A‖²‖C‖.
 
-    The certificate of `anchored`: for any B, the adapter moves the layer's outputs on the context by at most
-    s·‖B‖₂·√(tr(A C Aᵀ)), as root mean square over tokens; known before training.
+    The certificate of `anchored`: for any B, on the inputs that the base model gives the layer over the context, the
+    adapter moves its outputs by at most s·‖B‖₂·√(tr(A C Aᵀ)), as root mean square over tokens; known before training.
+    (It bounds each layer by itself: once earlier layers are tuned, too, the inputs are no longer quite those.)
     """
     return float(((A @ C) * A).sum())
