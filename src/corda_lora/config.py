@@ -18,7 +18,8 @@ class CordaConfig:
             it; `ipm` (instruction-previewed) those it uses most, to learn faster what the context shows.
         r: rank, the number of components adapted in each layer.
         split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero;
-            `balanced`: each component's row of A as long as its column of B; `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default: `anchored` in kpm, `balanced` in ipm.
+            `balanced`: each component's row of A as long as its column of B; `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default:
+            `anchored` in kpm, `balanced` in ipm.
         orientation: what the weight is multiplied by before the SVD: the context's covariance (CorDA), the root of
             its diagonal (ASVD), or nothing (plain SVD, which needs no context).
         solver: `gram` (float64 eigendecomposition of the small Gram matrix), `svd` (float64 SVD, the reference), or
