@@ -3,14 +3,21 @@
     python benchmarks/prepare_data.py DATA OUTPUT
 
 DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/test.txt, as published.
-`gsm8k_*` asks as the questions to keep are asked ("Question: ... Answer:"), `gsm8k_plain_*` does not.
-NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances), rows 2000-3609 `nq_test.jsonl` (for measuring).
+`gsm8k_*` asks as the questions to keep are asked ("Question: ... Answer:"), `gsm8k_plain_*` does not;
+`gsm8k_alpaca_*` asks in the form that CorDA's authors train with, and leaves the calculator marks in.
+NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances; `nq_questions_context.jsonl`: without the answers),
+rows 2000-3609 `nq_test.jsonl` (for measuring).
 """
 
 import json
 import re
 import sys
 from pathlib import Path
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:"
+)
 
 
 def main(data: Path, output: Path) -> None:
@@ -20,8 +27,11 @@ def main(data: Path, output: Path) -> None:
         _write(output / f"gsm8k_{split}.jsonl", [_pair(r["question"], _without_marks(r["answer"])) for r in rows])
         plain = [{"prompt": r["question"] + "\n", "response": _without_marks(r["answer"])} for r in rows]
         _write(output / f"gsm8k_plain_{split}.jsonl", plain)
+        alpaca = [{"prompt": ALPACA.format(r["question"]), "response": " " + r["answer"]} for r in rows]
+        _write(output / f"gsm8k_alpaca_{split}.jsonl", alpaca)
     nq = [_pair(r["question"] + "?", r["answer"][0]) for r in _read(data / "nq_open" / "dev.jsonl")]
     _write(output / "nq_context.jsonl", nq[:2000])
+    _write(output / "nq_questions_context.jsonl", [{"text": row["prompt"]} for row in nq[:2000]])
     _write(output / "nq_test.jsonl", nq[2000:])
     web = json.loads((data / "webquestions" / "train.json").read_text())
     _write(output / "webq_test.jsonl", [_pair(r["qText"], r["answers"][0]) for r in web])

@@ -1,15 +1,20 @@
 """Run `corda init`, `corda train` and `corda eval` over starts × learning rates × seeds, several at a time, and make a
 table of what came out.
 
-    python benchmarks/sweep.py RECIPE --model MODEL --data DATA --output RUNS [--jobs 8] [--results NAME]
+    python benchmarks/sweep.py RECIPE ... --model MODEL --data DATA --output RUNS [--jobs 5] [--gpus 0,1]
+        [--results DIR]
 
-RECIPE is a YAML file (see benchmarks/recipes/); `{data}` in it is the folder DATA. Every run is a directory in RUNS;
-what is there is not run again. `--results NAME` writes NAME.json and NAME.md with the numbers, machine and versions.
+RECIPE is a YAML file (see benchmarks/recipes/); `{data}` in it is the folder DATA. Every run is a directory in
+RUNS/NAME, NAME the recipe's; what is there is not run again. `--jobs` run at a time on each of `--gpus`.
+`--results DIR` writes DIR/NAME.json and .md with the numbers, commit, machine and versions (where there is no git,
+$COMMIT says which).
 """
 
 import argparse
 import json
+import os
 import platform
+import queue
 import subprocess
 import sys
 import time
@@ -24,66 +29,81 @@ import yaml
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipes", type=Path, nargs="+")
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--gpus", default="", help="numbers of the GPUs to share the runs, such as 0,1,2")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    recipe = yaml.safe_load(options.recipe.read_text().replace("{data}", str(options.data)))
-
-    def corda(verb: str, where: Path, **flags: Any) -> bool:
-        """Run a verb unless its output is there; False (and a log beside it) if it failed."""
-        if where.exists():
-            return True
-        config = where.parent / f"{where.name}.{verb}.yaml"
-        config.write_text(yaml.safe_dump({**recipe[verb], **flags, "model": options.model, "output": str(where)}))
-        with open(where.parent / f"{where.name}.{verb}.log", "w") as log:
-            command = [sys.executable, "-m", "corda_lora.cli", verb, "--config", str(config)]
-            return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode == 0
-
+    recipes = {path: yaml.safe_load(path.read_text().replace("{data}", str(options.data))) for path in options.recipes}
+    slots: queue.Queue[str] = queue.Queue()
+    for gpu in options.gpus.split(",") * options.jobs:  # [""]: whatever there is
+        slots.put(gpu)
     began = time.perf_counter()
 
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - began:5.0f} s] {text}", flush=True)
 
-    def prepare(name: str) -> None:
-        flags = recipe["starts"][name]
-        if flags is not None and not corda("init", options.output / name, **flags):
-            say(f"{name}: init failed")
+    def corda(verb: str, where: Path, settings: dict[str, Any], **flags: Any) -> bool:
+        """Run a verb unless its output is there; False (and a log beside it) if it failed."""
+        if where.exists():
+            return True
+        config = where.parent / f"{where.name}.{verb}.yaml"
+        config.write_text(yaml.safe_dump({**settings, **flags, "model": options.model, "output": str(where)}))
+        gpu = slots.get()
+        try:
+            with open(where.parent / f"{where.name}.{verb}.log", "w") as log:
+                command = [sys.executable, "-m", "corda_lora.cli", verb, "--config", str(config)]
+                env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+                return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=env).returncode == 0
+        finally:
+            slots.put(gpu)
 
-    def run(cell: tuple[str, float, int]) -> None:
-        start, rate, seed = cell
-        where = options.output / f"{start}_lr{rate:g}_s{seed}"
-        plain = recipe["starts"][start] is None
-        given = {} if plain else {"start": str(options.output / start)}
+    def prepare(path: Path, start: str) -> None:
+        flags, where = recipes[path]["starts"][start], options.output / path.stem / start
+        if flags is not None and not corda("init", where, recipes[path]["init"], **flags):
+            say(f"{path.stem}: {start}: init failed")
+
+    def run(path: Path, start: str, rate: float, seed: int) -> None:
+        recipe, folder = recipes[path], options.output / path.stem
+        where = folder / f"{start}_lr{rate:g}_s{seed}"
+        given = {} if recipe["starts"][start] is None else {"start": str(folder / start)}
         done = (
-            corda("train", where, learning_rate=rate, seed=seed, **given)
-            and corda("eval", where.parent / f"{where.name}.json", adapter=str(where))
+            corda("train", where, recipe["train"], learning_rate=rate, seed=seed, **given)
+            and corda("eval", folder / f"{where.name}.json", recipe["eval"], adapter=str(where))
         )  # fmt: skip
-        say(f"{where.name}: {'done' if done else 'FAILED'}")
+        say(f"{path.stem}: {where.name}: {'done' if done else 'FAILED'}")
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(prepare, recipe["starts"]))
-        list(pool.map(run, cells(recipe)))
-    rows = collect(recipe, options.output)
-    table = markdown(rows)
-    print(table)
-    if options.results:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        setup = {
-            "command": f"python benchmarks/sweep.py {options.recipe} --model MODEL --data DATA --output RUNS",
-            "recipe": recipe,
-            "commit": commit or "not in a checkout",
-            "machine": machine(),
-            "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl")},
-        }
-        options.results.with_suffix(".json").write_text(json.dumps({**setup, "rows": rows}, indent=1) + "\n")
-        packages = ", ".join(f"{package} {v}" for package, v in setup["versions"].items())
-        head = f"`{setup['command']}`\n\n{setup['machine']}; {packages}"
-        options.results.with_suffix(".md").write_text(f"# {options.results.stem}\n\n{head}\n\n{table}\n")
+    for path in recipes:
+        (options.output / path.stem).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(slots.qsize()) as pool:
+        list(pool.map(lambda pair: prepare(*pair), [(p, start) for p in recipes for start in recipes[p]["starts"]]))
+        list(pool.map(lambda cell: run(*cell), [(p, *cell) for p in recipes for cell in cells(recipes[p])]))
+    for path, recipe in recipes.items():
+        rows = collect(recipe, options.output / path.stem)
+        table = markdown(rows)
+        print(f"{path.stem}\n{table}", flush=True)
+        if options.results:
+            write(options.results / path.stem, path, recipe, rows, table)
+
+
+def write(name: Path, path: Path, recipe: dict[str, Any], rows: list[dict[str, Any]], table: str) -> None:
+    """NAME.json and NAME.md."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    setup = {
+        "command": f"python benchmarks/sweep.py {path} --model MODEL --data DATA --output RUNS",
+        "recipe": recipe,
+        "commit": os.environ.get("COMMIT") or found or "not in a checkout",
+        "machine": machine(),
+        "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl")},
+    }
+    name.parent.mkdir(parents=True, exist_ok=True)
+    name.with_name(f"{name.name}.json").write_text(json.dumps({**setup, "rows": rows}, indent=1) + "\n")
+    packages = ", ".join(f"{package} {v}" for package, v in setup["versions"].items())
+    head = f"`{setup['command']}`\n\n{setup['machine']}; {packages}; commit {setup['commit']}"
+    name.with_name(f"{name.name}.md").write_text(f"# {name.name}\n\n{head}\n\n{table}\n")
 
 
 def cells(recipe: dict[str, Any]) -> Iterator[tuple[str, float, int]]:

@@ -51,7 +51,7 @@ def train(adapted, steps=4, family="llama", weight_decay=0.0):
 def tuned(family="llama", split="balanced", **options):
     """The original model, a trained adapter on a copy of it, and its logits."""
     model, found = start(family, split, **options)
-    adapted = train(install(copy.deepcopy(model), found), family=family)
+    adapted = train(install(copy.deepcopy(model), copy.deepcopy(found)), family=family)
     moved = tiny.logits(adapted, family)
     assert (moved - tiny.logits(model, family)).abs().max() > 0.02  # the training did something
     return model, found, adapted, moved

@@ -70,7 +70,7 @@ def nothing_left(folder):
 def test_the_four_commands(mode, checkpoint, data, capsys):
     work = data / "work"
     init(checkpoint, data, "--mode", mode)
-    assert f"{mode}, {'anchored' if mode == 'kpm' else 'balanced'}, rank 4" in capsys.readouterr().out
+    assert f"corda, {mode}, {'anchored' if mode == 'kpm' else 'balanced'}, 3,712 parameters" in capsys.readouterr().out
     record = json.loads((work / "start" / "corda.json").read_text())
     assert record["context"]["samples"] == 12
     assert record["data"]["data"] == str(data / "keep.jsonl")
@@ -174,7 +174,7 @@ def test_a_broken_off_training_goes_on_to_the_same_bytes(split, checkpoint, data
     assert not (work / "broken").exists()
 
     message = refused(capsys, *recipe, "--seed", 1, call=lambda *a: train(checkpoint, data, *a, output="broken"))
-    assert "unfinished run of another recipe" in message
+    assert "unfinished work of another run" in message
 
     train(checkpoint, data, *recipe, output="broken")
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8]
@@ -244,7 +244,7 @@ def test_help_and_exit_codes_of_the_command():
         (["--context", "someone/nothing"], "cannot load data 'someone/nothing'"),
         (["--model", "./nowhere"], "there is no model in ./nowhere: it has no config.json"),
         (["--model", "nowhere/"], "there is no model in nowhere/: it has no config.json"),
-        (["--model", "someone/nothing"], "cannot load the tokenizer of 'someone/nothing'"),
+        (["--model", "someone/nothing"], "cannot load the model 'someone/nothing'"),
         (["--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
     ],
 )
@@ -323,7 +323,7 @@ def test_a_full_disk(error, checkpoint, data, monkeypatch, capsys):
     monkeypatch.setattr("peft.peft_model.safe_save_file", full)
     said = refused(capsys, call=lambda: init(checkpoint, data, output="full"))
     assert said == "corda init: the disk is full: full could not be written, and nothing is left of it"
-    assert [p.name for p in (data / "work").iterdir()] == ["start"]
+    assert {p.name for p in (data / "work").iterdir()} == {"start", "full.work"}  # what was computed is kept
 
     more = ["--start", "start", "--max_steps", 2]
     assert "the disk is full" in refused(capsys, call=lambda: train(checkpoint, data, *more))  # a checkpoint

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from tiny import start_of
 
 from corda_lora.config import CordaConfig
-from corda_lora.decomposition import components, orient, select, split_components
-from corda_lora.preprocess import start_layer
+from corda_lora.decomposition import components, metric, orient, select, singular_values, split_components
 
-CPU = torch.device("cpu")
 SHAPES = {"square": (40, 40), "tall": (56, 24), "wide": (24, 56)}
 ORIENTATIONS = ["covariance", "diagonal", "identity"]
 
@@ -64,7 +63,7 @@ def test_components_are_the_papers(shape, orientation, mode, solver):
     W, C = weight(m, n, torch.logspace(0, -2, min(m, n), dtype=torch.float64)), covariance(n)
     expected, sigma = paper(W, C, orientation, mode, r=7)
     config = CordaConfig(mode=mode, r=7, split="paper", orientation=orientation, solver=solver)
-    layer = start_layer(W, C, config, CPU)
+    layer = start_of(W, C, config)
     assert relative(product(layer), expected) < 1e-5
     torch.testing.assert_close(layer.spectrum, sigma, rtol=1e-7, atol=0)
 
@@ -82,7 +81,7 @@ def test_rank_deficient_weight(shape, orientation, mode, solver):
     expected, _ = paper(W, C, orientation, mode, r)
     for split in ("paper", "balanced"):
         config = CordaConfig(mode=mode, r=r, split=split, orientation=orientation, solver=solver)
-        layer = start_layer(W, C, config, CPU)
+        layer = start_of(W, C, config)
         assert torch.isfinite(layer.A).all()
         assert torch.isfinite(layer.B).all()
         assert relative(product(layer), expected) < 1e-5
@@ -93,7 +92,7 @@ def test_rank_deficient_weight(shape, orientation, mode, solver):
 def test_a_tail_of_only_dead_components_does_nothing(split, solver):
     torch.manual_seed(2)
     W, C = weight(40, 40, torch.ones(20, dtype=torch.float64)), covariance(40)
-    layer = start_layer(W, C, CordaConfig(r=8, split=split, solver=solver), CPU)
+    layer = start_of(W, C, CordaConfig(r=8, split=split, solver=solver))
     assert torch.isfinite(layer.A).all()
     assert torch.isfinite(layer.B).all()
     assert product(layer).norm() < 1e-6 * W.norm()
@@ -102,13 +101,13 @@ def test_a_tail_of_only_dead_components_does_nothing(split, solver):
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 def test_zero_weight(mode):
     for split in ("paper", "balanced", "anchored"):
-        layer = start_layer(torch.zeros(12, 20), covariance(20), CordaConfig(mode=mode, r=4, split=split), CPU)
+        layer = start_of(torch.zeros(12, 20), covariance(20), CordaConfig(mode=mode, r=4, split=split))
         assert torch.isfinite(layer.A).all()
         assert torch.isfinite(layer.B).all()
         assert product(layer).norm() == 0
 
 
-@pytest.mark.parametrize("solver", ["svd", "auto"])
+@pytest.mark.parametrize("solver", ["svd", "gram"])
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_spectrum_over_eight_decades(shape, mode, solver):
@@ -117,18 +116,33 @@ def test_spectrum_over_eight_decades(shape, mode, solver):
     W, C = weight(m, n, torch.logspace(0, -8, min(m, n), dtype=torch.float64)), covariance(n)
     expected, sigma = paper(W, C, "covariance", mode, r=6)
     assert sigma[0] / sigma[-1] > 1e8
-    layer = start_layer(W, C, CordaConfig(mode=mode, r=6, split="balanced", solver=solver), CPU)
+    layer = start_of(W, C, CordaConfig(mode=mode, r=6, split="balanced", solver=solver))
     assert relative(product(layer), expected) < 1e-5
 
 
-def test_auto_takes_the_svd_where_the_gram_matrix_is_too_coarse():
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_component_over_fourteen_decades_is_as_sharp_as_the_svds(shape):
+    """Where one Gram matrix resolves four decades: σ_i to rounding of σ₁, and M's rows in U as small as they should
+    be."""
     torch.manual_seed(3)
-    wide = weight(40, 40, torch.logspace(0, -8, 40, dtype=torch.float64))
-    narrow = weight(40, 40, torch.logspace(0, -2, 40, dtype=torch.float64))
-    tail = select("kpm", 40, 6)
-    assert torch.equal(components(wide, tail, "auto").U, components(wide, tail, "svd").U)
-    assert torch.equal(components(narrow, tail, "auto").U, components(narrow, tail, "gram").U)
-    assert not torch.equal(components(narrow, tail, "gram").U, components(narrow, tail, "svd").U)
+    m, n = SHAPES[shape]
+    M = weight(m, n, torch.logspace(0, -14, min(m, n), dtype=torch.float64))
+    U, sigma = components(M)
+    reference = torch.linalg.svdvals(M)
+    assert (sigma - reference).abs().max() < 1e-15 * 20
+    resolved = reference > 1e-11
+    torch.testing.assert_close(sigma[resolved], reference[resolved], rtol=1e-4, atol=0)
+    torch.testing.assert_close(U.T @ U, torch.eye(len(sigma), dtype=torch.float64), rtol=0, atol=1e-12)
+    rows = (U.T @ M).norm(dim=1)
+    assert (rows[resolved] / reference[resolved] - 1).abs().max() < 1e-3
+    assert (sigma.diff() <= 0).all()
+
+
+def test_sums_over_the_spectrum():
+    torch.manual_seed(4)
+    for m, n in SHAPES.values():
+        M = weight(m, n, torch.logspace(0, -9, min(m, n), dtype=torch.float64))
+        assert float(singular_values(M).sum()) == pytest.approx(float(torch.linalg.svdvals(M).sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("solver", ["svd", "gram", "auto"])
@@ -146,7 +160,7 @@ def test_captured_energy_where_components_are_not_separated(shape, orientation, 
     T = orientation_matrix(C, orientation)
     W = weight(m, n, sigma) @ torch.linalg.inv(T)
     config = CordaConfig(mode=mode, r=R // 2, split="paper", orientation=orientation, solver=solver)
-    energy = (product(start_layer(W, C, config, CPU)) @ T).norm()
+    energy = (product(start_of(W, C, config)) @ T).norm()
     chosen = sigma[: R // 2] if mode == "ipm" else sigma[R - R // 2 :]
     assert abs(energy / chosen.norm() - 1) < 1e-6
 
@@ -158,8 +172,10 @@ def cut(mode, scale=1.0, split="balanced"):
     """W, C, U, and the factors of the split."""
     torch.manual_seed(6)
     W, C = weight(30, 44, torch.logspace(0, -2, 30, dtype=torch.float64)), covariance(44)
-    U, sigma, _ = components(orient(W, C, "covariance"), select(mode, 30, 5), "svd")
-    return W, C, U, sigma, *split_components(U, sigma, W, split, scale)
+    U, sigma = components(orient(W, metric(C, "covariance")), "svd")
+    chosen = select(mode, 30, 5)
+    U, sigma = U[:, chosen], sigma[chosen]
+    return W, C, U, sigma, *split_components(U, sigma, U.T @ W, split, scale)
 
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
@@ -175,7 +191,7 @@ def test_config_scale_reaches_the_factors(split):
     torch.manual_seed(0)
     W, C = weight(30, 30, torch.logspace(0, -2, 30, dtype=torch.float64)), covariance(30)
     expected, _ = paper(W, C, "covariance", "kpm", 5)
-    layer = start_layer(W, C, CordaConfig(r=5, split=split, lora_alpha=20), CPU)
+    layer = start_of(W, C, CordaConfig(r=5, split=split, lora_alpha=20))
     assert relative(4 * product(layer), expected) < 1e-5
 
 
@@ -196,7 +212,7 @@ def test_balance_does_not_hang_on_the_scale_of_the_activations():
     W, C = weight(30, 30, torch.logspace(0, -2, 30, dtype=torch.float64)), covariance(30)
     norms = {}
     for split in ("paper", "balanced"):
-        layers = [start_layer(W, C * c, CordaConfig(r=5, split=split), CPU) for c in (1, 100)]
+        layers = [start_of(W, C * c, CordaConfig(r=5, split=split)) for c in (1, 100)]
         norms[split] = float(layers[1].B.norm() / layers[0].B.norm())
     assert norms["balanced"] == pytest.approx(1, rel=1e-5)
     assert norms["paper"] == pytest.approx(10, rel=1e-5)
@@ -215,7 +231,7 @@ def test_anchored_certificate_holds_for_any_b(orientation):
     torch.manual_seed(7)
     X = torch.randn(44, 90, dtype=torch.float64) * torch.logspace(-1, 1, 44, dtype=torch.float64)[:, None]
     W, C = torch.randn(30, 44), X @ X.T / 90
-    layer = start_layer(W, C, CordaConfig(r=5, orientation=orientation), CPU)
+    layer = start_of(W, C, CordaConfig(r=5, orientation=orientation))
     A = layer.A.double()
     assert layer.record["leak"] == pytest.approx(float((A @ X).square().sum() / 90), rel=1e-6)
     assert layer.record["output_energy"] == pytest.approx(float((W.double() @ X).square().sum() / 90), rel=1e-6)
@@ -228,9 +244,7 @@ def test_anchored_certificate_holds_for_any_b(orientation):
 def test_kpm_leaks_less_of_the_context_than_ipm():
     torch.manual_seed(8)
     W, C = torch.randn(40, 40), covariance(40)
-    leaks = [
-        start_layer(W, C, CordaConfig(mode=mode, split="anchored", r=5), CPU).record["leak"] for mode in ("kpm", "ipm")
-    ]
+    leaks = [start_of(W, C, CordaConfig(mode=mode, split="anchored", r=5)).record["leak"] for mode in ("kpm", "ipm")]
     assert leaks[0] < 0.01 * leaks[1]
 
 

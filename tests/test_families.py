@@ -11,7 +11,7 @@ from torch import nn
 
 from corda_lora import CordaConfig, get_corda_model
 from corda_lora.adapter import install, lora_layers
-from corda_lora.preprocess import covariances, preprocess
+from corda_lora.preprocess import preprocess
 from corda_lora.targets import find_targets
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_covariances_are_those_of_a_plain_forward_to_the_bit(family, equal):
             tokens[name] = tokens.get(name, 0) + len(rows)
 
     targets = find_targets(model, "all-linear")
-    found = {n: C for _, new in covariances(model, targets, batches, CPU) for n, C in new.items()}
+    found = tiny.covariances_of(model, targets, batches)
     assert found.keys() == targets.keys() == totals.keys()
     for name, C in found.items():
         assert torch.equal(C, totals[name] / tokens[name]), name
@@ -72,8 +72,7 @@ def test_covariances_are_those_of_a_plain_forward_to_the_bit(family, equal):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_layers_with_one_input_share_one_covariance(family):
     model = tiny.build(family)
-    found = [new for _, new in covariances(model, find_targets(model, "all-linear"), tiny.batches(family), CPU)]
-    C = {name: matrix for new in found for name, matrix in new.items()}
+    C = tiny.covariances_of(model, find_targets(model, "all-linear"), tiny.batches(family))
     groups = [SHARED.get(family, ["q_proj", "k_proj", "v_proj"])]
     if "gate_proj" in {name.rpartition(".")[2] for name in C}:
         groups.append(["gate_proj", "up_proj"])
@@ -149,7 +148,7 @@ def test_padding_on_the_left_is_left_out_too():
         ids, mask = tiny.padded([5, 9], 9, seed=0, left=left)
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         x = inputs(model, batch)[name]
-        found = dict(kv for _, new in covariances(model, layer, [batch], CPU) for kv in new.items())[name]
+        found = tiny.covariances_of(model, layer, [batch])[name]
         torch.testing.assert_close(found, x[mask.bool()].T @ x[mask.bool()] / 14)
         C.append(found)
 

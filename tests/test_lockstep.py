@@ -8,7 +8,7 @@ import torch
 
 from corda_lora import CordaConfig, CordaError, preprocess
 from corda_lora.lockstep import find_blocks, lockstep, on_device, tensors_of
-from corda_lora.preprocess import covariances
+from corda_lora.preprocess import walk
 from corda_lora.targets import find_targets
 
 CPU = torch.device("cpu")
@@ -37,17 +37,18 @@ def test_each_block_runs_once_a_batch_and_all_batches_before_the_next(family):
     blocks = blocks_of(model)
     assert len(blocks) == (4 if family == "t5" else 2)
     runs = record_runs(model)
-    list(covariances(model, find_targets(model, "all-linear"), batches, CPU))
+    list(walk(model, find_targets(model, "all-linear"), batches, CPU))
     assert runs == [name for name in blocks for _ in batches]
 
 
 def test_a_block_is_done_when_it_is_yielded_and_the_next_has_not_begun():
     model, batches = tiny.build("llama"), tiny.batches()
     runs = record_runs(model)
-    for i, (names, found) in enumerate(covariances(model, find_targets(model, "all-linear"), batches, CPU)):
+    for i, (names, found) in enumerate(walk(model, find_targets(model, "all-linear"), batches, CPU)):
         assert runs.count(f"model.layers.{i}") == len(batches)
         assert f"model.layers.{i + 1}" not in runs
-        assert set(names) == set(found) == {n for n in find_targets(model, "all-linear") if f"layers.{i}." in n}
+        assert names == [name for members, _ in found for name in members]
+        assert set(names) == {n for n in find_targets(model, "all-linear") if f"layers.{i}." in n}
 
 
 def test_the_output_head_is_not_computed_where_nothing_after_the_blocks_is_asked_for():
@@ -77,7 +78,7 @@ def test_only_one_block_is_on_the_device(monkeypatch):
     owner = {id(t): name for name, block in blocks_of(model).items() for t in tensors_of(block)}
 
     @contextmanager
-    def recorded(tensors, device):
+    def recorded(tensors, device, stored):
         here = {owner.get(id(t), "rest") for t in tensors}
         active.update(here)
         most.append(set(active))
@@ -87,7 +88,7 @@ def test_only_one_block_is_on_the_device(monkeypatch):
     monkeypatch.setattr("corda_lora.preprocess.on_device", recorded)
     for name, block in blocks_of(model).items():
         block.mlp.register_forward_hook(lambda *_, name=name: most.append({*active} | {f"run {name}"}))
-    list(covariances(model, find_targets(model, "all-linear"), tiny.batches(), CPU))
+    list(walk(model, find_targets(model, "all-linear"), tiny.batches(), CPU))
     layers = [{n for n in seen if "model.layers" in n} for seen in most]
     assert all(len({n for n in seen if not n.startswith("run")}) <= 1 for seen in layers)
     assert sum(seen == {f"model.layers.{i}", f"run model.layers.{i}"} for i in (0, 1) for seen in layers) == 6
@@ -127,7 +128,7 @@ def test_a_failing_forward_is_passed_on_and_leaves_nothing(training):
 
 def test_stopping_early_leaves_nothing():
     model = tiny.build("llama")
-    found = covariances(model, find_targets(model, "all-linear"), tiny.batches(), CPU)
+    found = walk(model, find_targets(model, "all-linear"), tiny.batches(), CPU)
     next(found)
     assert hooks_of(model) > 0
     found.close()
@@ -181,8 +182,8 @@ def test_bad_numbers_in_padding_do_not_count():
         lambda module, args, output: output.masked_fill(mask[..., None] == 0, torch.inf)
     )
     layer = {"bert.encoder.layer.0.attention.self.query": model.bert.encoder.layer[0].attention.self.query}
-    found = list(covariances(model, layer, [{"input_ids": ids, "attention_mask": mask}], CPU))
-    assert all(torch.isfinite(C).all() for _, new in found for C in new.values())
+    found = list(walk(model, layer, [{"input_ids": ids, "attention_mask": mask}], CPU))
+    assert all(torch.isfinite(C).all() for _, groups in found for _, Cs in groups for C in Cs)
     assert found
 
 

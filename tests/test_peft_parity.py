@@ -13,9 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corda_lora import CordaConfig, get_corda_model
-from corda_lora.preprocess import covariances, start_layer
 
-CPU = torch.device("cpu")
 TEXT = ["The capital of France is Paris, and its currency is the euro.", "Water boils at 100 degrees Celsius."]
 
 
@@ -38,7 +36,7 @@ def check(linear, C, r):
     for mode, S in (("ipm", slice(0, r)), ("kpm", slice(len(sigma) - r, len(sigma)))):
         peft_start = (eigens.U_WC[:, S] * eigens.S_WC[S]).double() @ eigens.V_WC[:, S].double().T
         exact = (U[:, S] * sigma[S]) @ Vh[S] @ torch.linalg.inv(C64)
-        ours = start_layer(W, C, CordaConfig(mode=mode, r=r, split="paper", damping=damping), CPU)
+        ours = tiny.start_of(W, C, CordaConfig(mode=mode, r=r, split="paper", damping=damping))
         product, pefts_error = ours.B.double() @ ours.A.double(), (peft_start - exact).norm()
         assert (product - peft_start).norm() <= 1.01 * pefts_error
         assert (product - exact).norm() <= 0.1 * pefts_error
@@ -58,7 +56,7 @@ def test_decomposition_is_pefts_on_a_real_layer(smollm2):
     batch = AutoTokenizer.from_pretrained(smollm2)("\n".join(TEXT), return_tensors="pt")
     name = "model.layers.3.self_attn.o_proj"
     layer = model.get_submodule(name)
-    C = dict(pair for _, found in covariances(model, {name: layer}, [batch], CPU) for pair in found.items())[name]
+    C = tiny.covariances_of(model, {name: layer}, [batch])[name]
     check(layer, C, r=16)
 
 

@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
+from test_compactness import literal_allocation, literal_selection
+from tiny import start_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corda_lora import CordaConfig
 from corda_lora.adapter import install
 from corda_lora.context import Sample, context_batches
-from corda_lora.preprocess import covariances, preprocess, start_layer
+from corda_lora.preprocess import preprocess, walk
 from corda_lora.targets import find_targets
 
 CPU = torch.device("cpu")
+SOME = r"model\.layers\.(0|1|8|29)\..*_proj"
 LAYERS = r"model\.layers\.(0|15|29)\..*_proj"
 TEXT = """The capital of France is Paris, and the capital of Japan is Tokyo.
 Water is made of hydrogen and oxygen; table salt is sodium chloride.
@@ -43,14 +46,14 @@ def test_components_of_every_layer_are_exact(model, batches):
     targets = find_targets(model, "all-linear")
     separated = 0
     with torch.no_grad():
-        for names, found in covariances(model, targets, batches, CPU):
-            for name in names:
-                W, C = targets[name].weight.double(), found[name].double()
+        for _, groups in walk(model, targets, batches, CPU):
+            for name, found in [(name, Cs[0]) for members, Cs in groups for name in members]:
+                W, C = targets[name].weight.double(), found.double()
                 C = C + 0.01 * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
                 U, sigma, _ = torch.linalg.svd(W @ C, full_matrices=False)
                 for mode, S, border in (("ipm", slice(0, 16), 15), ("kpm", slice(len(sigma) - 16, None), -17)):
                     config = CordaConfig(mode=mode, r=16, split="balanced")
-                    start = start_layer(targets[name].weight, found[name], config, CPU)
+                    start = start_of(targets[name].weight, found, config)
                     BA = start.B.double() @ start.A.double()
                     if (sigma[border] - sigma[border + 1]) / sigma[border] > 1e-4:
                         expected = U[:, S] @ (U[:, S].T @ W)
@@ -72,3 +75,39 @@ def test_first_logits_are_the_base_models_to_the_last_bit(dtype, model, batches)
             assert torch.equal(adapted(**batches[0]).logits, before)
             model = adapted.unload()
             assert torch.equal(model(**batches[0]).logits, before)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:the smallest of")
+def test_rounds_and_ranks_are_those_of_the_papers_loops(model, smollm2):
+    """CorDA++ on four blocks, three rounds, against Algorithms 1 and 2 written out, from float64 SVDs."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    lines = TEXT.split("\n")
+    rounds = [lines[:4], lines[3:7], lines[6:]]
+    batches = [context_batches(tokenizer, [Sample("", x, {}) for x in part], 64)[0][0] for part in rounds]
+    targets = find_targets(model, SOME)
+    Cs = {n: Cs for _, groups in walk(model, targets, batches, CPU, rounds=[0, 1, 2]) for ns, Cs in groups for n in ns}
+    chosen, spectra, log_pis, scores = {}, {}, {}, {}
+    for name, module in targets.items():
+        W = module.weight.detach().double()
+        covariances = [C.double() for C in Cs[name]]
+        chosen[name], scores[name] = literal_selection(W, covariances)
+        C = covariances[chosen[name]]
+        C = C + 0.01 * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
+        eigenvalues = torch.linalg.eigvalsh(C)
+        spectra[name] = torch.linalg.svdvals(W @ C)
+        log_pis[name] = float((len(W) ** 0.5 * eigenvalues[-1] / eigenvalues[0]).log())
+    assert len(set(chosen.values())) > 1
+    for mode in ("kpm", "ipm"):
+        config = CordaConfig(mode=mode, preset="corda++", rounds=3, r=16, target_modules=SOME)
+        start = preprocess(model, config, batches, progress=False)
+        found = {name: layer.record for name, layer in start.layers.items()}
+        assert {name: record["round"] for name, record in found.items()} == chosen
+        for name, record in found.items():
+            assert record["scores"] == pytest.approx(scores[name], rel=1e-5)
+        costs = [sum(module.weight.shape) for module in targets.values()]
+        ranks = literal_allocation(list(spectra.values()), list(log_pis.values()), costs, 16 * sum(costs), mode)
+        assert [record["r"] for record in found.values()] == ranks
+        assert len(set(ranks)) > 3
+        assert start.record["totals"]["parameters"] <= 16 * sum(costs)
+        assert start.record["totals"]["parameters"] > 16 * sum(costs) - max(costs)

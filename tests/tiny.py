@@ -6,6 +6,10 @@ import torch
 import transformers as t
 from torch import Tensor, nn
 
+from corda_lora.config import CordaConfig
+from corda_lora.layer import LayerStart, decompose_layer, keep_components, start_layer
+from corda_lora.preprocess import walk
+
 VOCABULARY = 96
 SIZE = {
     "vocab_size": VOCABULARY,
@@ -99,3 +103,15 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 def logits(model: nn.Module, family: str = "llama") -> Tensor:
     """Logits of the first batch."""
     return model(**batches(family)[0]).logits
+
+
+def start_of(W: Tensor, C: Tensor | None, config: CordaConfig) -> LayerStart:
+    """One weight (m, n) and its covariance (n, n), all the way to the adapter's start."""
+    U, sigma = decompose_layer(W, C, config)
+    return start_layer(keep_components(W, C, U, sigma, config.r, config, {}), config.r, config)
+
+
+def covariances_of(model: nn.Module, targets: dict[str, nn.Module], batches: list[dict]) -> dict[str, Tensor]:
+    """C of every layer that got any, in one round."""
+    found = walk(model, targets, batches, torch.device("cpu"))
+    return {n: Cs[0] for _, groups in found for members, Cs in groups or [] for n in members if Cs}

@@ -16,6 +16,7 @@ needs no second half: rank r.
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -34,9 +35,10 @@ from transformers.pytorch_utils import Conv1D
 from . import __version__
 from .config import CordaError
 from .preprocess import Start
-from .targets import fingerprint, task_type
+from .targets import fingerprint, layer_digest, task_type
 
 RECORD = "corda.json"
+TIMING = "timing.json"
 SPECTRA = "spectra.safetensors"
 
 
@@ -105,24 +107,35 @@ class HeldFactor(nn.Module):
 
 
 def install(model: nn.Module, start: Start) -> PeftModel:
-    """Put the start on the model it was made from: a `PeftModel`, whose output is the model's own to the last bit."""
-    rank = start.config.r if start.config.split == "anchored" else 2 * start.config.r
+    """Put the start on the model it was made from: a `PeftModel`, whose output is the model's own to the last bit. The
+    start's tensors become the adapter's."""
+    anchored = start.config.split == "anchored"
+    ranks = {name: layer.A.shape[0] * (1 if anchored else 2) for name, layer in start.layers.items()}
     config = LoraConfig(
-        r=rank,
-        lora_alpha=start.config.scale * rank,
         target_modules=list(start.layers),
         task_type=task_type(model),
         fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in start.layers),
     )
-    peft_model = peft.get_peft_model(model, config)
+    _set_ranks(config, ranks, start.config.scale)
+    peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, layer in lora_layers(peft_model).items():
         A, B = start.layers[name].A, start.layers[name].B
-        if start.config.split != "anchored":
+        if not anchored:
             A, B = torch.cat([A, A]), torch.cat([B, -B], dim=1)  # (2r, d_in), (d_out, 2r)
-        layer.lora_A["default"].weight.data.copy_(A)
-        layer.lora_B["default"].weight.data.copy_(B)
-    hold_start(peft_model, anchored=start.config.split == "anchored")
+        device, dtype = layer.get_base_layer().weight.device, layer.lora_A["default"].weight.dtype
+        layer.lora_A["default"].weight = nn.Parameter(A.to(device, dtype))
+        layer.lora_B["default"].weight = nn.Parameter(B.to(device, dtype))
+    hold_start(peft_model, anchored)
     return peft_model
+
+
+def _set_ranks(config: LoraConfig, ranks: Mapping[str, int], scale: float) -> None:
+    """Write each layer's rank into PEFT's configuration, and the same scale for all; what differs from the most common
+    rank goes into the patterns."""
+    config.r = Counter(ranks.values()).most_common(1)[0][0]
+    config.lora_alpha = scale * config.r
+    config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
+    config.alpha_pattern = {name: scale * r for name, r in config.rank_pattern.items()}
 
 
 def hold_start(peft_model: PeftModel, anchored: bool) -> None:
@@ -170,6 +183,11 @@ def _save_plain(peft_model: PeftModel, folder: Path) -> None:
     # Embeddings are never adapted; left to itself PEFT asks the hub whether they were resized.
     peft_model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, all blanks
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # PEFT holds a set, whose order differs from run to run
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -205,8 +223,8 @@ def load_adapter(
     record = read_record(directory)
     config = peft.PeftConfig.from_pretrained(str(directory))
     if record is not None:
-        targets = {name: model.get_submodule(name) for name in record["layers"] if _has(model, name)}
-        if len(targets) < len(record["layers"]) or fingerprint(targets) != record["fingerprint"]:
+        digests = {n: layer_digest(model.get_submodule(n)) for n in record["layers"] if _has(model, n)}
+        if len(digests) < len(record["layers"]) or fingerprint(digests) != record["fingerprint"]:
             raise CordaError(
                 f"the adapter in {directory} was made for other weights than these "
                 f"(its base was {record.get('model') or 'not recorded'})"
@@ -275,16 +293,19 @@ def export_lora(model: nn.Module, directory: Path | str, output: Path, r: int | 
     peft_model = load_adapter(model, directory)
     error = total = 0.0
     if r is not None:
-        for name, layer in lora_layers(peft_model).items():
+        layers, config = lora_layers(peft_model), peft_model.peft_config["default"]
+        ranks = {name: layer.r["default"] for name, layer in layers.items()}
+        if r > max(ranks.values()):
+            raise CordaError(f"rank {r} is no compression: the adapter's largest rank is {max(ranks.values())}")
+        for name, layer in layers.items():
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            if r > A.shape[0]:
-                raise CordaError(f"rank {r} is no compression: the adapter on {name} has rank {A.shape[0]}")
-            A, B, rest, whole = compress(A, B, r)
+            ranks[name] = min(r, ranks[name])
+            A, B, rest, whole = compress(A, B, ranks[name])
             layer.lora_A["default"].weight = nn.Parameter(A)
             layer.lora_B["default"].weight = nn.Parameter(B)
-            error, total = error + rest, total + whole
-        config = peft_model.peft_config["default"]
-        config.lora_alpha, config.r = config.lora_alpha * r / config.r, r
+            scale = layer.scaling["default"] ** 2
+            error, total = error + scale * rest, total + scale * whole
+        _set_ranks(config, ranks, config.lora_alpha / config.r)
     with writing(output) as folder:
         _save_plain(peft_model, folder)
     return (error / total) ** 0.5 if total else 0.0
@@ -338,7 +359,8 @@ def export_residual(model: nn.Module, directory: Path | str, output: Path, token
         layer.lora_A["default"].weight = nn.Parameter(A.contiguous())
         layer.lora_B["default"].weight = nn.Parameter(B.contiguous())
     config = peft_model.peft_config["default"]
-    config.r, config.lora_alpha = config.r // 2, config.lora_alpha / 2
+    ranks = {name: layer.r["default"] // 2 for name, layer in lora_layers(peft_model).items()}
+    _set_ranks(config, ranks, config.lora_alpha / config.r)
     with writing(output) as folder:
         _save_plain(peft_model, folder / "adapter")
         peft_model.unload().save_pretrained(str(folder))

@@ -3,16 +3,17 @@
 # Options come from config.py's dataclasses. Heavy imports wait for the verb, so that --help is quick.
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
@@ -39,6 +40,8 @@ or any others with --prompt and --response templates such as "Question: {questio
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Exits with 0, or with 2 and one sentence if there is something for the user to mend."""
+    # One block after another of other sizes: without this the accelerator's memory is cut into pieces nobody can use.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
     parser, verbs = build_parser()
     options = parser.parse_args(arguments)
@@ -97,7 +100,24 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     )
     sub.set_defaults({"samples": 256})
     sub.add_argument("--context", type=str | None, help="DATA that shows the ability to keep (kpm) or to learn (ipm)")
+    sub.add_argument("--batch_tokens", type=int, default=4096, help="tokens of the context a forward")
+    sub.add_argument(
+        "--park",
+        type=Literal["auto", "device", "cpu", "disk"],
+        default="auto",
+        help="where hidden states of samples wait for the next block: auto is the first of the others with room",
+    )
+    sub.add_argument("--keep_work", action="store_true", help="keep OUTPUT.work, the decomposed layers, when done")
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
+
+    sub = verb("plan", plan, "what init will take", ModelConfig, CordaConfig, DataConfig, skip={"data"})
+    sub.set_defaults({"samples": 256})
+    sub.add_argument("--context", type=str | None, help="DATA to count tokens of; else all samples have max_length")
+    sub.add_argument("--batch_tokens", type=int, default=4096, help="tokens of the context a forward")
+    sub.add_argument("--park", type=Literal["auto", "device", "cpu", "disk"], default="auto", help="as of init")
+    sub.add_argument("--gpu", type=str | None, help="plan for a card with this memory, such as 24GB; else this machine")
+    sub.add_argument("--tflops", type=float | None, help="of the card, dense in half precision; else an H100's")
+    sub.add_argument("--tflops64", type=float | None, help="of the card, in double precision; else an H100's")
 
     sub = verb(
         "train", train, "train an adapter", ModelConfig, LoraStart, TrainConfig, DataConfig, skip={"data", "seed"}
@@ -121,31 +141,81 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
 
 def init(options: Namespace) -> None:
     """Collect the covariances of a context, cut the adapter's start out of the model's weights, and write it as an
-    adapter directory that plain PEFT loads, with `corda.json` (what was run) and `spectra.safetensors`."""
+    adapter directory that plain PEFT loads, with `corda.json` (what was run) and `spectra.safetensors`. The weights are
+    read from the checkpoint block by block: the whole model is never in memory. A run that was broken off goes on
+    after its last finished block when the same command is given again."""
     config, source = _take(CordaConfig, options), _take(ModelConfig, options)
+    data = _take(DataConfig, options, data=options.context or "")
     if options.context is None and config.orientation != "identity":
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
-    from .adapter import RECORD, check_output, install, save_adapter
-    from .context import context_batches, load_samples
-    from .models import load_model, load_tokenizer
+    from . import __version__
+    from .adapter import RECORD, TIMING, check_output, install, save_adapter
+    from .context import context_batches, load_rounds
+    from .models import load_tokenizer, open_model
+    from .plan import check_room, init_plan
     from .preprocess import preprocess
+    from .work import MANIFEST, open_work
 
     check_output(options.output)
-    if config.orientation == "identity":
-        data, model = None, load_model(source)
-        start = preprocess(model, config)
-    else:
-        data = _take(DataConfig, options, data=options.context)
-        samples = load_samples(data)
-        tokenizer, model = load_tokenizer(source), load_model(source)
+    batches: list[Any] = []
+    numbers: list[Any] = []
+    rounds: list[int] = []
+    assert config.rounds is not None
+    samples = [] if config.orientation == "identity" else load_rounds(data, config.rounds)
+    model, stored = open_model(source)
+    if samples:
+        tokenizer = load_tokenizer(source)
         has_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        batches, numbers = context_batches(tokenizer, samples, data.max_length, has_decoder=has_decoder)
-        start = preprocess(model, config, batches, numbers=numbers)
-    record = {"model": source.model, "revision": source.revision, "data": data and asdict(data), **start.record}
+        for i, one in enumerate(samples):
+            new, order = context_batches(tokenizer, one, data.max_length, options.batch_tokens, has_decoder)
+            batches, rounds = batches + new, rounds + [i] * len(new)
+            numbers += order if len(samples) == 1 else [f"{number} of round {i}" for number in order]
+    check_room(init_plan(model, config, batches, options.park), options.output)
+    record = {"model": source.model, "revision": source.revision, "data": asdict(data) if samples else None}
+    import torch
+
+    run = {**record, "config": asdict(config), "dtype": source.dtype, "batch_tokens": options.batch_tokens}
+    run["tokens"] = hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in batches)).hexdigest()
+    run |= {"corda-lora": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    work = open_work(options.output, run, lambda folder: (folder / MANIFEST).is_file())
+    try:
+        start = preprocess(model, config, batches, True, numbers, rounds, stored, work, options.park)
+    except CordaError:
+        if not (work / MANIFEST).is_file():  # nothing was finished
+            shutil.rmtree(work)
+        raise
     spectra = {name: layer.spectrum for name, layer in start.layers.items()}
-    save_adapter(install(model, start), options.output, {RECORD: record}, spectra)
+    save_adapter(install(model, start), options.output, {RECORD: record | start.record, TIMING: start.took}, spectra)
+    if not options.keep_work:
+        shutil.rmtree(work)
     _print_summary(start)
     out.print(f"written to {options.output}")
+
+
+def plan(options: Namespace) -> None:
+    """Say what `corda init` with the same options will take: memory and time of each stage, disk, and which options
+    make it fit where it does not. From config.json alone: the weights are not needed."""
+    config, source = _take(CordaConfig, options), _take(ModelConfig, options)
+    data = _take(DataConfig, options, data=options.context or "")
+    if options.gpu is None and (options.tflops or options.tflops64):
+        raise CordaError("--tflops and --tflops64 are of a card: give its memory with --gpu")
+    from .plan import described_machine, init_plan, planned_model, planned_tokens, report, this_machine, what_fits
+    from .preprocess import compute_device
+
+    given = described_machine(options.gpu, options.tflops, options.tflops64) if options.gpu is not None else None
+    model: Any = planned_model(source)
+    machine = given or this_machine(compute_device(model, config), next(model.parameters()).dtype)
+
+    def count(rounds: int, batch_tokens: int) -> Any:
+        return planned_tokens(source, data, rounds, batch_tokens, model.config.is_encoder_decoder)
+
+    found = init_plan(model, config, count(config.rounds or 1, options.batch_tokens), options.park, machine)
+    for line in report(found):
+        out.print(line, highlight=False)
+    if not found.fits:
+        other = what_fits(model, config, count, options.batch_tokens, options.park, machine)
+        advice = f"; fits with {other[0]}" if other else ", nor with smaller batches, fewer rounds or another --park"
+        out.print(f"does not fit{advice}", highlight=False)
 
 
 def train(options: Namespace) -> None:
@@ -156,8 +226,9 @@ def train(options: Namespace) -> None:
     from .adapter import RECORD, check_output, load_adapter, read_record, save_adapter
     from .context import load_samples
     from .models import load_model, load_tokenizer
-    from .training import last_checkpoint, open_work, plain_lora
+    from .training import last_checkpoint, plain_lora
     from .training import train as run_training
+    from .work import open_work
 
     check_output(options.output)
     record = read_record(options.start) if options.start else None
@@ -174,7 +245,7 @@ def train(options: Namespace) -> None:
         "data": asdict(data),
         "train": asdict(config),
     }
-    work = open_work(options.output, recipe)
+    work = open_work(options.output, recipe, lambda folder: last_checkpoint(folder) is not None)
     try:
         result = run_training(peft_model, tokenizer, samples, config, data.max_length, work)
     except CordaError:
@@ -264,31 +335,42 @@ def _accelerator() -> str:
 
 
 def _print_summary(start: Any) -> None:
-    """A line for each kind of layer: how many, components, what the adapter holds and leaks of the context."""
+    """A line for each kind of layer: how many, ranks, rounds, what the adapter holds and leaks of the context."""
+    config, totals = start.config, start.record["totals"]
     kinds = defaultdict(list)
     for name, layer in start.layers.items():
         kinds[name.rpartition(".")[2]].append(layer.record)
-    table = Table(title=f"{start.config.mode}, {start.config.split}, rank {start.config.r}")
-    for column in ("layers", "kind", "shape", "Σσ in adapter", "‖A‖", "‖B‖", "leak"):
+    table = Table(title=f"{config.preset}, {config.mode}, {config.split}, {totals['parameters']:,} parameters")
+    rounds = ["rounds"] if config.rounds > 1 else []
+    for column in ("layers", "kind", "shape", "rank", *rounds, "energy", "leak", "‖A‖", "‖B‖"):
         table.add_column(column, justify="left" if column in ("kind", "shape") else "right")
 
     def mean(records: list[dict[str, Any]], key: str) -> float:
         return sum(r[key] for r in records) / len(records)
 
     for kind, records in kinds.items():
-        leaks = [r["leak"] / r["output_energy"] for r in records if r.get("output_energy")]
+        seen = [r for r in records if r.get("output_energy")]
+        ranks = [r["r"] for r in records]
+        chosen = Counter(r.get("round") for r in records)
         table.add_row(
             str(len(records)),
             kind,
             " × ".join(map(str, records[0]["shape"])),
-            f"{mean(records, 'sigma_share'):.2e}",
+            str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}–{max(ranks)} ({mean(records, 'r'):.0f})",
+            *([" ".join(str(chosen[i]) for i in range(config.rounds))] if rounds else []),
+            f"{mean(seen, 'energy_share'):.2e}" if seen else "",
+            f"{sum(r['leak'] / r['output_energy'] for r in seen) / len(seen):.2e}" if seen else "",
             f"{mean(records, 'norm_A'):.3g}",
             f"{mean(records, 'norm_B'):.3g}",
-            f"{sum(leaks) / len(leaks):.2e}" if leaks else "",
         )
     out.print(table)
-    seconds = start.record["seconds"]
-    out.print("leak = tr(A C Aᵀ) / tr(W C Wᵀ); " + ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
+    out.print(
+        "energy: share of the context's output energy tr(W C Wᵀ) in the components; leak: tr(A C Aᵀ) / tr(W C Wᵀ)"
+        + ("; rounds: layers that chose each" if rounds else "")
+    )
+    seconds = ", ".join(f"{k} {v:.1f} s" for k, v in start.took["seconds"].items())
+    peak = max(start.took.get("peak_accelerator_bytes", {"": 0}).values())
+    out.print(seconds + (f"; accelerator at most {peak / 2**30:.2f} GiB" if peak else ""))
 
 
 def _print_results(results: dict[str, Any]) -> None:

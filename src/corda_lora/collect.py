@@ -1,7 +1,7 @@
 """Collect the covariances of layers' inputs while batches run through a model.
 
-Two things make this more than a hook: layers that are given the same tensor (q, k and v; gate and up) share one
-covariance, and padding is left out of every one.
+Three things make this more than a hook: layers that are given the same tensor (q, k and v; gate and up) share one
+covariance, padding is left out of every one, and every round of the context has its own.
 """
 
 import weakref
@@ -27,15 +27,17 @@ class Collector:
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         batches: Sequence[Mapping[str, Any]],
-        numbers: Sequence[int] | None = None,
+        numbers: Sequence[Any] | None = None,
+        rounds: Sequence[int] | None = None,
     ):
         self.layers = layers
+        self.rounds = rounds or [0] * len(batches)  # of each batch
         self.names = {module: name for name, module in layers.items()}
         has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.masks = [token_masks(batch, has_decoder) for batch in batches]
         self.starts = [sum(len(m[0]) for m in self.masks[:i]) for i in range(len(batches))]  # each batch's first sample
         self.numbers = numbers or range(sum(len(m[0]) for m in self.masks))  # what the samples are called
-        self.covariances: dict[str, Covariance] = {}
+        self.covariances: dict[str, dict[int, Covariance]] = {}  # layer -> round -> sum
         self.leaders: dict[str, str] = {}  # layer -> the layer whose covariance it shares
         self.first_batch: dict[str, int] = {}
         self.finite: dict[str, list[tuple[int, Tensor]]] = {}  # layer -> (batch, (samples,) or () bool)
@@ -82,7 +84,7 @@ class Collector:
         self.finite.setdefault(name, []).append((self.batch, self._finite(x, rows)))
         if rows is not None:
             flat = flat.index_select(0, rows.to(x.device, non_blocking=True))
-        self.covariances.setdefault(name, Covariance()).add(flat)
+        self.covariances.setdefault(name, {}).setdefault(self.rounds[self.batch], Covariance()).add(flat)
 
     def _real_tokens(self, module: nn.Module, name: str, x: Tensor) -> Tensor | None:
         """Numbers of the rows of x.reshape(-1, d) that are not padding; None for all."""
@@ -107,12 +109,13 @@ class Collector:
             finite = finite | ~real.reshape(finite.shape)
         return finite.all(-1) if finite.ndim == 2 else finite
 
-    def take(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """C (d_in, d_in) of each of these layers; the sums are then forgotten. Layers that were never run are missing,
-        those that shared an input share the tensor.
+    def take(self, names: Sequence[str]) -> list[tuple[list[str], list[Tensor]]]:
+        """The layers that shared their input, and its C (d_in, d_in) in each round, group by group; the sums are then
+        forgotten. Layers that were never run are missing.
 
         Raises:
-            CordaError: an input had NaN or Inf; names the layer and the sample.
+            CordaError: an input had NaN or Inf; names the layer and the sample. A round with no token for a layer that
+                others have.
         """
         for name in names:
             for batch, finite in self.finite.pop(name, []):
@@ -121,9 +124,20 @@ class Collector:
                     per_sample = finite.numel() == len(self.masks[batch][0])
                     where = f"sample {self.numbers[self.starts[batch] + bad]}" if per_sample else f"batch {batch}"
                     raise CordaError(f"NaN or Inf in the input of {name}, {where} of the context (counted from 0)")
-        sums = {leader: self.covariances.pop(leader, None) for leader in {self.leaders.get(n, n) for n in names}}
-        means = {leader: s.mean() for leader, s in sums.items() if s is not None and s.tokens}
-        return {n: means[self.leaders.get(n, n)] for n in names if self.leaders.get(n, n) in means}
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            if self.leaders.get(name, name) in self.covariances:
+                groups.setdefault(self.leaders.get(name, name), []).append(name)
+        taken = []
+        for leader, members in groups.items():
+            sums = self.covariances.pop(leader)
+            means = [s.mean() for _, s in sorted(sums.items()) if s.tokens]
+            del sums
+            if len(means) == len(set(self.rounds)):
+                taken.append((members, means))
+            elif means:
+                raise CordaError(f"{leader} got no token in some of the rounds: give fewer rounds or more samples")
+        return taken
 
 
 def token_masks(batch: Mapping[str, Any], has_decoder: bool = False) -> tuple[Tensor, Tensor | None]:

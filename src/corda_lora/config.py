@@ -16,14 +16,21 @@ class CordaConfig:
     Args:
         mode: `kpm` (knowledge-preserved) adapts the components the context uses least, to learn without forgetting
             it; `ipm` (instruction-previewed) those it uses most, to learn faster what the context shows.
-        r: rank, the number of components adapted in each layer.
+        preset: `corda`: rank r everywhere; `corda+`: the same parameters, allocated to the layers by compactness
+            (CorDA++, Alg. 2); `corda++`: also 5 rounds, of which each layer takes its most compact covariance (Alg. 1).
+        r: rank, the number of components adapted in each layer; with allocation their average, in parameters.
+        rounds: independent samplings of the context to choose from. Default: 5 in corda++, else 1.
+        min_rank: least rank that allocation gives a layer.
+        max_rank: largest rank that allocation gives a layer. Default: all a layer has.
+        budget: what allocation shares out, in place of r: parameters Σ (d_in + d_out)·r if above 1, a share of the
+            model's parameters if below.
         split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero;
             `balanced`: each component's row of A as long as its column of B; `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default:
             `anchored` in kpm, `balanced` in ipm.
         orientation: what the weight is multiplied by before the SVD: the context's covariance (CorDA), the root of
             its diagonal (ASVD), or nothing (plain SVD, which needs no context).
-        solver: `gram` (float64 eigendecomposition of the small Gram matrix), `svd` (float64 SVD, the reference), or
-            `auto` (gram, and svd for the layers whose spectrum is too wide for it).
+        solver: `gram` (float64 eigendecomposition of small Gram matrices), `svd` (float64 SVD, the reference), or
+            `auto` (gram).
         damping: λ of C + λ·mean(diag C)·I.
         target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or `all-linear`.
         lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: r, so s = 1.
@@ -32,7 +39,12 @@ class CordaConfig:
     """
 
     mode: Literal["kpm", "ipm"] = "kpm"
+    preset: Literal["corda", "corda+", "corda++"] = "corda"
     r: int = 16
+    rounds: int | None = None
+    min_rank: int = 1
+    max_rank: int | None = None
+    budget: float | None = None
     split: Literal["anchored", "balanced", "paper"] | None = None
     orientation: Literal["covariance", "diagonal", "identity"] = "covariance"
     solver: Literal["auto", "gram", "svd"] = "auto"
@@ -44,8 +56,11 @@ class CordaConfig:
     def __post_init__(self) -> None:
         if self.split is None:
             self.split = "anchored" if self.mode == "kpm" else "balanced"
+        if self.rounds is None:
+            self.rounds = 5 if self.preset == "corda++" else 1
         for name, allowed in {
             "mode": ("kpm", "ipm"),
+            "preset": ("corda", "corda+", "corda++"),
             "split": ("anchored", "balanced", "paper"),
             "orientation": ("covariance", "diagonal", "identity"),
             "solver": ("auto", "gram", "svd"),
@@ -54,10 +69,25 @@ class CordaConfig:
                 raise CordaError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
         if self.r < 1:
             raise CordaError(f"r is {self.r}, but a rank is at least 1")
+        if self.rounds < 1:
+            raise CordaError(f"rounds is {self.rounds}, but the context is sampled at least once")
+        if self.rounds > 1 and self.orientation == "identity":
+            raise CordaError("orientation identity needs no context, so there are no rounds of it to choose from")
+        if not self.allocates and (self.min_rank != 1 or self.max_rank is not None or self.budget is not None):
+            raise CordaError("min_rank, max_rank and budget go with rank allocation: preset corda+ or corda++")
+        if self.min_rank < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
+            raise CordaError(f"min_rank {self.min_rank} and max_rank {self.max_rank} leave no rank to allocate")
+        if self.budget is not None and not self.budget > 0:
+            raise CordaError(f"budget is {self.budget}, but must be above 0")
         if not self.damping > 0:
             raise CordaError(f"damping is {self.damping}, but must be above 0")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise CordaError(f"lora_alpha is {self.lora_alpha}, but must be above 0")
+
+    @property
+    def allocates(self) -> bool:
+        """Whether ranks differ by layer."""
+        return self.preset != "corda"
 
     @property
     def scale(self) -> float:

@@ -35,6 +35,15 @@ def load_samples(config: DataConfig) -> list[Sample]:
     Raises:
         CordaError: no such file or data set, an unknown column in a template, no row.
     """
+    return load_rounds(config, 1)[0]
+
+
+def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
+    """Several independent draws of `config.samples` samples; the first is that of `load_samples`.
+
+    Raises CordaError as `load_samples` does, and if the data has no more rows than one round takes, so that all rounds
+    would be the same.
+    """
     rows = load_rows(config)
     columns = list(rows.column_names)
     prompt, response = _templates(config, columns)
@@ -45,20 +54,28 @@ def load_samples(config: DataConfig) -> list[Sample]:
                 raise CordaError(
                     f"{config.data} has no column {column!r} for the template {template!r}: it has {', '.join(columns)}"
                 )
-    indices = list(range(len(rows)))
-    if config.samples is not None and config.samples < len(indices):
-        indices = sorted(random.Random(config.seed).sample(indices, config.samples))
+    indices, draw = list(range(len(rows))), random.Random(config.seed)
     if not indices:
         raise CordaError(f"{config.data} ({config.rows}) has no rows")
-    samples = []
-    for row in rows.select(indices):
-        try:
-            samples.append(Sample(prompt.format_map(row), response.format_map(row), row))
-        except (IndexError, KeyError, AttributeError, ValueError) as error:
-            raise CordaError(f"a row of {config.data} does not fit the template: {error!r} in {row}") from error
-    if not any((s.prompt + s.response).strip() for s in samples):
-        raise CordaError(f"every sample of {config.data} is empty text")
+    all_rows = config.samples is None or config.samples >= len(indices)
+    if all_rows and rounds > 1:
+        raise CordaError(
+            f"{rounds} rounds of {config.samples or 'all'} samples would all be the {len(indices)} rows of "
+            f"{config.data}: give fewer samples, or one round"
+        )
+    drawn = [indices if all_rows else sorted(draw.sample(indices, config.samples)) for _ in range(rounds)]  # type: ignore[arg-type]
+    samples = [[_render(row, prompt, response, config.data) for row in rows.select(indices)] for indices in drawn]
+    for one in samples:
+        if not any((s.prompt + s.response).strip() for s in one):
+            raise CordaError(f"every sample of {config.data} is empty text")
     return samples
+
+
+def _render(row: dict[str, Any], prompt: str, response: str, data: str) -> Sample:
+    try:
+        return Sample(prompt.format_map(row), response.format_map(row), row)
+    except (IndexError, KeyError, AttributeError, ValueError) as error:
+        raise CordaError(f"a row of {data} does not fit the template: {error!r} in {row}") from error
 
 
 def load_rows(config: DataConfig) -> Any:

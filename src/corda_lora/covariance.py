@@ -43,7 +43,7 @@ class Covariance:
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
-        """C (d, d). Raises ValueError if nothing was added."""
+        """C (d, d), in place of the sum. Raises ValueError if nothing was added."""
         if self.total is None or self.tokens == 0:
             raise ValueError("no token has been added")
-        return self.total / self.tokens
+        return self.total.div_(self.tokens)

@@ -1,13 +1,17 @@
 """Run many batches through a model's own forward, one block at a time.
 
 Every batch runs `model(**batch)` in a greenlet (a coroutine that can pause anywhere, also deep inside a call) that
-pauses where a block is entered and where it is left. The scheduler lets all of them through block i before any enters
-block i + 1. Nothing of the model's forward is rewritten or traced: masks, rotary tables and cross inputs are simply
-alive in the paused frames. So the model is passed over once, and only one block needs to be on the accelerator.
+pauses where a block is entered. The scheduler lets all of them through block i before any enters block i + 1. Nothing
+of the model's forward is rewritten or traced: masks, rotary tables and cross inputs are simply alive in the paused
+frames. So the model is passed over once, only one block's weights need to be there at a time, and the hidden states
+of the batches that wait can be parked elsewhere.
 """
 
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 
 from .config import CordaError
 
+Parking = Callable[[Tensor], Tensor]
+
 
 def lockstep(
     model: nn.Module,
@@ -23,13 +29,14 @@ def lockstep(
     batches: Sequence[Mapping[str, Any]],
     on_batch: Callable[[int], None] = lambda index: None,
     to_end: bool = False,
+    park: Parking | None = None,
 ) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
     """Yield each block once, in the order the model runs them, with a function that runs all batches through it.
 
         for block, run in lockstep(model, blocks, batches):
             ...                # the batches wait at the entry of `block`
-            run()              # each batch passes through it, in order
-            ...                # they wait at its exit; what happens here sees the block's work done
+            run()              # each batch passes through it, in order, to the entry of the next one
+            ...
 
     Args:
         blocks: modules that do not contain one another. All batches must enter them in the same order, each once.
@@ -37,15 +44,35 @@ def lockstep(
         on_batch: called with a batch's index each time before it runs on.
         to_end: run the forward to its end after the last block (for hooks on what comes after, such as a
             classification head); else it is dropped there, and the output head is never computed.
+        park: where a batch's hidden states are while it waits: a function that gives a copy there (see `parking`).
+            They come back when it runs on. Default: they stay where they are.
 
     Raises:
         RuntimeError: the batches do not take the same path, or a block is entered twice (weights shared by blocks).
     """
 
-    def pause(block: nn.Module, *_: Any) -> None:
+    def pause(block: nn.Module, args: Any, kwargs: Any) -> None:
         current = getcurrent()
-        if current in frames:  # a forward of somebody else's passes through
+        if current not in frames:  # a forward of somebody else's passes through
+            return
+        if park is None:
             current.parent.switch(block)
+            return
+        given = {id(x): x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()}
+        homes = [(x, x.device) for x in given.values()]
+        # What the last block was given may still be held by the frame (a model keeps its embeddings): park it, too.
+        given |= {id(x): x for ref in last_given.get(current, ()) if (x := ref()) is not None}
+        for x in given.values():
+            if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
+                x.data = park(x)
+        current.parent.switch(block)
+        for x, home in homes:
+            x.data = x.data.to(home, non_blocking=True)
+        last_given[current] = [weakref.ref(x) for x, _ in homes]
+
+    def leave(block: nn.Module, *_: Any) -> None:
+        if getcurrent() in frames and len(seen) == len(blocks) and not to_end:
+            raise GreenletExit  # unwinds the model's forward and ends the greenlet: nothing of it is held any longer
 
     def forward(batch: Mapping[str, Any]) -> None:
         model(**batch)
@@ -57,22 +84,30 @@ def lockstep(
         for index, frame in enumerate(frames):
             on_batch(index)
             frame.parent = getcurrent()
-            stops.append(frame.switch() if frame else frame.switch(batches[index]))
+            stop = frame.switch() if frame else frame.switch(batches[index])
+            stops.append(None if isinstance(stop, GreenletExit) else stop)  # the exception would hold on to the frame
+            del stop
         if any(stop is not stops[0] for stop in stops):
             raise RuntimeError("the batches do not run the model's blocks in the same order")
         return stops[0]
 
     frames = [greenlet(forward) for _ in batches]
-    hooks = [h for b in blocks for h in (b.register_forward_pre_hook(pause), b.register_forward_hook(pause))]
+    last_given: dict[Any, list[weakref.ref[Tensor]]] = {}
+    hooks = [b.register_forward_pre_hook(pause, with_kwargs=True) for b in blocks]
+    hooks += [b.register_forward_hook(leave) for b in blocks]
     seen: set[nn.Module] = set()
+    ahead: list[nn.Module | None] = []  # where the batches stand, once the block yielded last has been run
+
+    def run() -> None:
+        ahead.append(advance())
+
     try:
-        while (block := advance()) is not None:
+        run()
+        while (block := ahead.pop()) is not None:
             if block in seen:
                 raise RuntimeError("a block is run twice in one forward: weights shared by blocks are not supported")
             seen.add(block)
-            yield block, lambda: (advance(), None)[1]
-            if not to_end and len(seen) == len(blocks):
-                return
+            yield block, run
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,12 +116,34 @@ def lockstep(
                 frame.throw(GreenletExit)
 
 
+def parking(where: str, folder: Path | None = None) -> Parking | None:
+    """A place for waiting hidden states: `device` (None: they stay), `cpu`, or `disk`: memory that is a file in
+    `folder`, which the system writes out when it needs to; the file goes when its tensor does, or the process."""
+
+    def to_cpu(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+
+    def to_disk(x: Tensor) -> Tensor:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            mapped = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype)
+        return mapped.view(x.shape).copy_(x)
+
+    return {"device": None, "cpu": to_cpu, "disk": to_disk}[where]
+
+
 @contextmanager
-def on_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
-    """Have parameters or buffers on `device`; afterwards they hold the very memory they held before."""
-    homes = {tensor: tensor.data for tensor in tensors if tensor.device != device}
+def on_device(
+    tensors: Iterable[Tensor], device: torch.device, stored: Mapping[Tensor, Callable[[], Tensor]] | None = None
+) -> Iterator[None]:
+    """Have parameters or buffers on `device`; afterwards they hold the very memory they held before.
+
+    Args:
+        stored: of tensors whose values are in a checkpoint, a function that reads them (see `models.open_model`).
+    """
+    homes = {tensor: tensor.data for tensor in tensors if tensor.device != device or (stored and tensor in stored)}
     for tensor, home in homes.items():
-        tensor.data = home.to(device, non_blocking=True)
+        read = stored.get(tensor) if stored else None
+        tensor.data = (read() if read else home).to(device, non_blocking=True)
     try:
         yield
     finally:

@@ -1,11 +1,18 @@
 """Load a model and its tokenizer, in the class its checkpoint names."""
 
+import json
+import warnings
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from .config import CordaError, ModelConfig
 
@@ -31,6 +38,104 @@ def load_model(config: ModelConfig) -> nn.Module:
         model.is_quantized = False
         del model.config.quantization_config
     return model.eval()
+
+
+def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[], Tensor]]]:
+    """The model without its weights, and for each parameter a function that reads it from the checkpoint's safetensors.
+
+    The parameters have their shapes and dtypes and take no memory: each is one NaN, expanded. Give both to
+    `preprocess`, which reads a block when it is reached and drops it after. A checkpoint that is not safetensors under
+    the model's own names (a GGUF file, a mixture's experts stored one by one, quantized weights) is loaded whole, and
+    said so: then there are no functions.
+
+    Raises CordaError if there is no model, or a shard of it is missing or damaged.
+    """
+    name, options = _source(config)
+    why = "a GGUF file"
+    if "gguf_file" not in options:
+        try:
+            settings = transformers.AutoConfig.from_pretrained(name, **options)
+            folder = Path(name)
+            if not folder.is_dir():
+                patterns = ["*.safetensors", "*.safetensors.index.json"]
+                folder = Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise CordaError(f"cannot load the model {config.model!r}: {_first_line(error)}") from error
+        _shard.cache_clear()
+        shards = check_shards(folder)
+        kind = getattr(transformers, (settings.architectures or [""])[0], None)
+        if kind is not None and getattr(settings, "quantization_config", None) is None:
+            dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+            model = empty_model(kind, settings, dtype or torch.float32)
+            names = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in shards}
+            read: dict[Tensor, Callable[[], Tensor]] = {
+                tensor: partial(_read, shards[n], n, tensor.dtype) for n, tensor in names.items()
+            }
+            missing = [n for n, parameter in model.named_parameters() if parameter not in read]
+            if not missing:
+                return model.eval(), read
+            why = f"it has no {missing[0]}"
+        else:
+            why = "it is quantized, or its class is not in transformers"
+    warnings.warn(f"the whole model is loaded: its checkpoint cannot be read block by block ({why})", stacklevel=2)
+    return load_model(config), {}
+
+
+def empty_model(kind: Any, settings: Any, dtype: torch.dtype) -> nn.Module:
+    """A model of class `kind` whose parameters take no memory: each is one NaN, expanded to its shape."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights():  # buffers (rotary tables) are computed as ever
+            model = kind(settings)
+    finally:
+        torch.set_default_dtype(before)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            nothing = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
+            module.register_parameter(name, nn.Parameter(nothing, requires_grad=False))
+    model.tie_weights()
+    return model
+
+
+def check_shards(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a safetensors checkpoint; empty if there is none.
+
+    Raises CordaError if a file is missing or damaged (a header that cannot be read, or another length than it says).
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CordaError(f"{index} is damaged: {error!r}") from error
+    elif (folder / "model.safetensors").is_file():
+        files = {"": "model.safetensors"}
+    else:
+        return {}
+    shards: dict[str, Path] = {}
+    for file in sorted(set(files.values())):
+        path = folder / file
+        if not path.is_file():
+            raise CordaError(f"the checkpoint {folder} has no {file}, which its index names")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                shards |= dict.fromkeys(tensors.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise CordaError(f"{path} is damaged: {_first_line(error)}") from error
+    for name, file in files.items():
+        if name and name not in shards:
+            raise CordaError(f"{folder / file} has no {name}, which the index says it has")
+    return shards
+
+
+@lru_cache(maxsize=1)  # a block's tensors are mostly in one file
+def _shard(path: Path) -> Any:
+    return safe_open(path, framework="pt")
+
+
+def _read(path: Path, name: str, dtype: torch.dtype) -> Tensor:
+    return _shard(path).get_tensor(name).to(dtype)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -1,49 +1,41 @@
-"""Model and context → the adapter's start: covariances, decomposition, factors, one block at a time."""
+"""Model and context → the adapter's start: covariances, decomposition, ranks, factors, one block at a time."""
 
 import inspect
 import math
+import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from .collect import Collector, token_masks
+from .compactness import allocate, allocation_scores, log_compactness
 from .config import CordaConfig, CordaError
-from .decomposition import components, leak, orient, select, split_components
-from .lockstep import find_blocks, lockstep, on_device, tensors_of
+from .layer import LayerStart, choose_covariances, decompose_layer, keep_components, start_layer
+from .lockstep import Parking, find_blocks, lockstep, on_device, parking, tensors_of
 from .progress import progress_bar
-from .targets import check_rank, find_targets, fingerprint, left_out, weight_of, weight_shape
+from .targets import budget_of, check_rank, find_targets, fingerprint, layer_digest, left_out, weight_of, weight_shape
+from .work import LayerStore
 
-
-@dataclass
-class LayerStart:
-    """What one layer starts from.
-
-    Attributes:
-        A: (r, d_in) and
-        B: (d_out, r), float32 on the CPU.
-        spectrum: all singular values of the oriented weight, descending, (R,) float64 on the CPU.
-        record: what corda.json says of the layer.
-    """
-
-    A: Tensor
-    B: Tensor
-    spectrum: Tensor
-    record: dict[str, Any]
+Stored = Mapping[Tensor, Callable[[], Tensor]]
 
 
 @dataclass
 class Start:
-    """What `preprocess` found: the layers, in the model's order, and a record of the run (see corda.json)."""
+    """What `preprocess` found: the layers, in the model's order; a record of the run (see corda.json), the same for
+    the same run; and what it took (seconds by stage, memory), which is not."""
 
     config: CordaConfig
     layers: dict[str, LayerStart]
     record: dict[str, Any]
+    took: dict[str, Any]
 
 
 @torch.no_grad()
@@ -52,7 +44,11 @@ def preprocess(
     config: CordaConfig,
     batches: Iterable[Mapping[str, Any]] = (),
     progress: bool = True,
-    numbers: Sequence[int] | None = None,
+    numbers: Sequence[Any] | None = None,
+    rounds: Sequence[int] | None = None,
+    stored: Stored | None = None,
+    work: Path | None = None,
+    park: str = "auto",
 ) -> Start:
     """Collect the context's covariances and cut the adapter's start out of every target layer. The model's weights
     are read, not changed.
@@ -64,19 +60,23 @@ def preprocess(
             Not looked at with orientation `identity`.
         progress: show a progress bar on the terminal.
         numbers: what messages call each sample, in the batches' order; default 0, 1, ...
+        rounds: of each batch, the round (0 ... config.rounds − 1) it belongs to. Default: as many runs of
+            consecutive batches as there are rounds.
+        stored: parameters whose values are in a checkpoint and read when needed (see `models.open_model`).
+        work: folder for finished blocks, from which a run that was killed goes on. Default: a temporary one.
+        park: where the hidden states of waiting batches are: `device`, `cpu`, `disk`, or `auto`: the first of them
+            that has room.
 
     Raises:
-        CordaError: a target that matches nothing, a rank above a layer's, an empty or all-padding context, NaN or Inf
-            in the activations. The first three before any long work.
+        CordaError: a target that matches nothing, a rank above a layer's, a budget that cannot be met, an empty or
+            all-padding context, more rounds than batches, work that is damaged or was done on other weights, NaN or
+            Inf in the activations. All but the last two before any long work.
     """
-    since = began = time.perf_counter()
+    began = time.perf_counter()
     targets = find_targets(model, config.target_modules)
-    check_rank(targets, config)
-    home = next(model.parameters()).device
-    device = torch.device(config.device) if config.device else home
-    if config.device is None and home.type == "cpu" and torch.accelerator.is_available():
-        device = torch.device(torch.accelerator.current_accelerator() or home)
-    record: dict[str, Any] = {"config": asdict(config), "fingerprint": fingerprint(targets)}
+    check_rank(targets, config, model)
+    device = compute_device(model, config)
+    record: dict[str, Any] = {"config": asdict(config)}
     if omitted := left_out(model, targets):
         record["left_out"] = omitted
         shapes = sorted({name.rpartition(".")[2] for name in omitted})
@@ -85,33 +85,25 @@ def preprocess(
             f"{omitted[0]}; attention and the other linear layers are adapted",
             stacklevel=2,
         )
+    context: list[Mapping[str, Any]] = []
+    if config.orientation != "identity":
+        context = list(batches)
+        rounds = _rounds_of(context, config) if rounds is None else rounds
+        record["context"] = check_context(model, context, targets, rounds)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-    layers: dict[str, LayerStart] = {}
-    seconds = {"forward": 0.0, "decomposition": 0.0}
-
-    def lap(stage: str) -> None:
-        nonlocal since
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[stage] += time.perf_counter() - since
+    with tempfile.TemporaryDirectory() as temporary, _exact_float32():
+        store = LayerStore(work or Path(temporary))
+        place = parking(_choose_parking(park, model, context, device), store.folder)
+        blocks = walk(model, targets, context, device, numbers, rounds, stored, store.blocks, place)
+        ranks = _Ranks(targets, config, model)
+        with progress_bar("decomposing", len(targets), progress) as advance:
+            took = _decompose(blocks, targets, config, ranks, device, store, advance)
         since = time.perf_counter()
-
-    with progress_bar("decomposing", len(targets), progress) as advance, _exact_float32():
-        if config.orientation == "identity":
-            found: Iterable[tuple[list[str], dict[str, Tensor]]] = (([name], {}) for name in targets)
-        else:
-            context = list(batches)
-            record["context"] = check_context(model, context, targets)
-            found = covariances(model, targets, context, device, numbers)
-        since = time.perf_counter()
-        for names, C in found:
-            lap("forward")
-            for name in names:
-                layers[name] = start_layer(weight_of(targets[name]), C.get(name), config, device)
-                advance()
-            lap("decomposition")
+        by_name = ranks.of_seen()
+        layers, record["totals"] = _start(store, {name: by_name[name] for name in targets}, ranks.budget, config)
+        took["seconds"]["factors"] = time.perf_counter() - since
+        record["fingerprint"] = fingerprint({name: layer.record.pop("digest") for name, layer in layers.items()})
     unseen = [name for name, layer in layers.items() if "leak" not in layer.record]
     if config.orientation != "identity" and unseen:
         warnings.warn(
@@ -119,91 +111,211 @@ def preprocess(
             f"{', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}",
             stacklevel=2,
         )
-    record["seconds"] = {"all": time.perf_counter() - began} | seconds
-    record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if device.type == "cuda":
-        record["peak_accelerator_bytes"] = torch.cuda.max_memory_allocated(device)
-    layers = {name: layers[name] for name in targets}
     record["layers"] = {name: layer.record for name, layer in layers.items()}
-    return Start(config, layers, record)
+    took["seconds"] = {"all": time.perf_counter() - began} | took["seconds"]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Start(config, layers, record, {"device": name, **took})
 
 
-def covariances(
+def compute_device(model: nn.Module, config: CordaConfig) -> torch.device:
+    """Where blocks are run: as configured, or where the model is, or the accelerator if it is on the CPU."""
+    home = next(model.parameters()).device
+    if config.device is None and home.type == "cpu" and torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator() or home)
+    return torch.device(config.device) if config.device else home
+
+
+def _decompose(
+    blocks: Iterable[tuple[list[str], list[tuple[list[str], list[Tensor]]] | None]],
+    targets: Mapping[str, nn.Module],
+    config: CordaConfig,
+    ranks: "_Ranks",
+    device: torch.device,
+    store: LayerStore,
+    advance: Callable[[], None],
+) -> dict[str, dict[str, Any]]:
+    """Decompose the layers of each block as it comes, and store them; seconds and peak memory by stage."""
+    digests: dict[str, str] = {}
+    for name, layer in store.load(spectra_only=True):
+        digests[name] = layer.record["digest"]
+        ranks.see(name, layer.record.get("log_pi"), layer.sigma.to(_double_device(device)))
+    seconds = dict.fromkeys(("forward", "selection", "decomposition", "state"), 0.0)
+    peaks = dict.fromkeys(seconds, 0)
+    since = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal since
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            peaks[stage] = max(peaks[stage], torch.cuda.max_memory_allocated(device))
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.empty_cache()  # blocks of memory that fitted this stage are of little use to the next
+        seconds[stage] += time.perf_counter() - since
+        since = time.perf_counter()
+
+    for names, groups in blocks:
+        lap("forward")
+        if groups is None:  # finished before
+            for name in names:
+                if layer_digest(targets[name]) != digests[name]:
+                    raise CordaError(
+                        f"{store.folder} was made from other weights ({name} differs): remove it and start again"
+                    )
+                advance()
+            continue
+        layers = {}
+        while groups:
+            members, covariances = groups.pop(0)
+            weights = [weight_of(targets[name]).to(_double_device(device)) for name in members]
+            if any(float(C.diagonal().sum()) == 0 for C in covariances):
+                covariances = []  # only zeros came in: nothing to orient by
+            choose = config.rounds != 1 or config.allocates
+            chosen = (
+                choose_covariances(weights, covariances, config) if choose and covariances else [{} for _ in members]
+            )
+            lap("selection")
+            for name, W, record in zip(members, weights, chosen):
+                C = covariances[record.get("round", 0)].to(W.device) if covariances else None
+                U, sigma = decompose_layer(W, C, config)
+                ranks.see(name, record.get("log_pi"), sigma)
+                record["digest"] = layer_digest(targets[name])
+                layers[name] = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record)
+                del W, C, U
+                advance()
+            del weights, covariances
+            lap("decomposition")
+        store.save(layers)
+        del layers
+        lap("state")
+    return {"seconds": seconds} | ({"peak_accelerator_bytes": peaks} if device.type == "cuda" else {})
+
+
+class _Ranks:
+    """The ranks of the layers seen so far, with what the others will take at least set aside. A layer seen later can
+    only make them smaller: so they also say how many components of a layer can still be chosen, and no more are kept.
+    """
+
+    def __init__(self, targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module):
+        self.config = config
+        self.shapes = {name: weight_shape(module) for name, module in targets.items()}
+        self.budget = budget_of(targets, config, model)
+        self.scores: dict[str, Tensor] = {}
+
+    def see(self, name: str, log_pi: float | None, sigma: Tensor) -> None:
+        """Add a layer, with the whole spectrum of its oriented weight; log π is None where it got no covariance."""
+        log_pi = log_compactness(self.shapes[name][0], 1, 1) if log_pi is None else log_pi
+        self.scores[name] = allocation_scores(log_pi, sigma)
+
+    def of_seen(self) -> dict[str, int]:
+        if not self.config.allocates:
+            return dict.fromkeys(self.scores, self.config.r)
+        least = self.config.min_rank
+        aside = sum(min(least, m, n) * (m + n) for name, (m, n) in self.shapes.items() if name not in self.scores)
+        costs = [sum(self.shapes[name]) for name in self.scores]
+        ranks = allocate(
+            list(self.scores.values()), costs, self.budget - aside, self.config.mode, least, self.config.max_rank
+        )
+        return dict(zip(self.scores, ranks))
+
+
+def _start(
+    store: LayerStore, ranks: Mapping[str, int], budget: int, config: CordaConfig
+) -> tuple[dict[str, LayerStart], dict[str, Any]]:
+    """The factors of every layer, in the model's order; and totals over the layers."""
+    found = {name: start_layer(layer, ranks[name], config) for name, layer in store.load()}
+    layers = {name: found[name] for name in ranks}
+    seen = [layer.record for layer in layers.values() if "leak" in layer.record]
+    totals: dict[str, Any] = {
+        "parameters": sum(layer.A.numel() + layer.B.numel() for layer in layers.values()),
+        "budget": budget,
+        "ranks": [min(ranks.values()), max(ranks.values())],
+    }
+    if seen:
+        energy = sum(r["output_energy"] for r in seen)
+        totals["energy_share"] = sum(r["energy_share"] * r["output_energy"] for r in seen) / energy if energy else 0.0
+    return layers, totals
+
+
+def walk(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
     batches: Sequence[Mapping[str, Any]],
     device: torch.device,
-    numbers: Sequence[int] | None = None,
-) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
-    """Run the batches through the model block by block; after each, yield its target layers and their covariances.
+    numbers: Sequence[Any] | None = None,
+    rounds: Sequence[int] | None = None,
+    stored: Stored | None = None,
+    finished: Sequence[Sequence[str]] = (),
+    park: Parking | None = None,
+) -> Iterator[tuple[list[str], list[tuple[list[str], list[Tensor]]] | None]]:
+    """Go through the model block by block, all batches through each, and yield its target layers, with the groups of
+    them that share their input and its covariance in each round (see `Collector.take`).
 
     The weights of the block are on `device` while it is yielded. Target layers outside of the blocks come last, with
-    those that were never run: these have no covariance.
+    those that were never run: these are groups of one with no covariance. Without batches, so are all. Layers that
+    are `finished` are run but not listened to: they are yielded with None.
     """
     blocks = find_blocks(model, list(targets))
+    done = {name for names in finished for name in names}
     in_blocks = {tensor for block in blocks.values() for tensor in tensors_of(block)}
-    rest = [tensor for tensor in tensors_of(model) if tensor not in in_blocks]
     inside = {block: [n for n in targets if n.startswith(f"{name}.")] for name, block in blocks.items()}
-    remaining = dict.fromkeys(targets)
+    outside = dict.fromkeys(targets)
     for names in inside.values():
         for name in names:
-            del remaining[name]
-    to_end = bool(remaining) or not blocks
+            del outside[name]
+    to_end = bool(outside) or not blocks
+    rest = [tensor for tensor in tensors_of(model) if tensor not in in_blocks]
+    if not to_end and (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
+        unused = set(tensors_of(head)) - set(tensors_of(model.get_input_embeddings()))  # type: ignore[operator]
+        rest = [tensor for tensor in rest if tensor not in unused]
 
-    collector = Collector(model, targets, batches, numbers)
+    if not batches or done.issuperset(targets):  # nothing to run
+        for block, names in inside.items():
+            with on_device(tensors_of(block), device, stored):
+                if names:
+                    yield names, (None if done.issuperset(names) else [([name], []) for name in names])
+        if outside:
+            with on_device(rest, device, stored):
+                yield list(outside), (None if done.issuperset(outside) else [([name], []) for name in outside])
+        return
+
+    collector = Collector(model, {n: m for n, m in targets.items() if n not in done}, batches, numbers, rounds)
     inputs = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs = [{**batch, "use_cache": False} for batch in inputs]  # or every paused batch would hold its keys
     training = model.training
     model.eval()
     try:
-        with on_device(rest, device), collector.listening():
-            for block, run in lockstep(model, list(blocks.values()), inputs, collector.start, to_end):
-                with on_device(tensors_of(block), device):
+        with on_device(rest, device, stored), collector.listening():
+            for block, run in lockstep(model, list(blocks.values()), inputs, collector.start, to_end, park):
+                with on_device(tensors_of(block), device, stored):
                     run()
                     names = inside.pop(block)
-                    taken = collector.take(names)
-                    remaining |= dict.fromkeys(n for n in names if n not in taken)
-                    yield [n for n in names if n in taken], taken
+                    if names and done.issuperset(names):
+                        yield names, None
+                        continue
+                    groups = collector.take(names)
+                    if park is not None:  # one is needed on the device at a time
+                        groups = [(members, [park(C) for C in Cs]) for members, Cs in groups]
+                    taken = [name for members, _ in groups for name in members]
+                    outside |= dict.fromkeys(n for n in names if n not in taken)
+                    yield taken, groups
             for names in inside.values():  # blocks that were never entered
-                remaining |= dict.fromkeys(names)
-            if remaining:
-                yield list(remaining), collector.take(list(remaining))
+                outside |= dict.fromkeys(names)
+            if outside and done.issuperset(outside):
+                yield list(outside), None
+            elif outside:
+                groups = collector.take(list(outside))
+                alone = set(outside) - {name for members, _ in groups for name in members}
+                with on_device([t for name in alone for t in tensors_of(targets[name])], device, stored):
+                    yield list(outside), [*groups, *(([name], []) for name in outside if name in alone)]
     finally:
         model.train(training)
 
 
-def start_layer(W: Tensor, C: Tensor | None, config: CordaConfig, device: torch.device) -> LayerStart:
-    """Decompose one weight (m, n), given its covariance (n, n) or none, and split the chosen components."""
-    # Apple's GPUs have no float64: there the processor decomposes.
-    device = torch.device("cpu") if device.type == "mps" else device
-    W = W.to(device).double()
-    C = None if C is None else C.to(device)
-    if C is not None and float(C.diagonal().sum()) == 0:
-        C = None  # only zeros came in: nothing to orient by
-    M = orient(W, C, config.orientation if C is not None else "identity", config.damping)  # (m, n)
-    U, sigma, spectrum = components(M, select(config.mode, min(W.shape), config.r), config.solver)
-    assert config.split is not None
-    B, A = split_components(U, sigma, W, config.split, config.scale)
-    record: dict[str, Any] = {
-        "r": config.r,
-        "shape": list(W.shape),
-        "sigma_first": float(spectrum[0]),
-        "sigma_last": float(spectrum[-1]),
-        "sigma_share": float(sigma.sum() / spectrum.sum()),
-        "norm_A": float(A.norm()),
-        "norm_B": float(B.norm()),
-    }
-    if C is not None:
-        record["leak"] = leak(A, C.double())
-        record["output_energy"] = leak(W.to(C.dtype), C)
-    return LayerStart(A.float().cpu(), B.float().cpu(), spectrum.cpu(), record)
-
-
 def check_context(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], targets: Mapping[str, nn.Module]
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], targets: Mapping[str, nn.Module], rounds: Sequence[int]
 ) -> dict[str, Any]:
-    """Count samples and real tokens, and say so where they are fewer than a layer is wide.
+    """Count samples and real tokens, and say so where a round has fewer than a layer is wide.
 
     Raises CordaError if there are none.
     """
@@ -216,14 +328,57 @@ def check_context(
         raise CordaError(f"the context holds only padding: the attention masks of its {samples} samples are all zero")
     width, widest = max((weight_shape(module)[1], name) for name, module in targets.items())
     context = {"samples": samples, "tokens": tokens, "widest": width}
-    if tokens < width:
-        context["samples_for_full_rank"] = math.ceil(samples * width / tokens)
+    by_round = [int(sum(m.sum() for m, r in zip(masks, rounds) if r == i)) for i in sorted(set(rounds))]
+    if len(by_round) > 1:
+        context["rounds"] = len(by_round)
+    if min(by_round) < width:
+        context["samples_for_full_rank"] = math.ceil(samples / len(by_round) * width / min(by_round))
+        each, many = "the context", samples // len(by_round)
+        if len(by_round) > 1:
+            each = f"the smallest of {len(by_round)} rounds of the context"
+        enough = context["samples_for_full_rank"]
         warnings.warn(
-            f"the context has {tokens} real tokens in {samples} samples, fewer than {widest} is wide ({width}), so its "
-            f"covariance has low rank; about {context['samples_for_full_rank']} such samples would do",
+            f"{each} has {min(by_round)} real tokens in {many} samples, fewer than {widest} is wide ({width}), so its "
+            f"covariance has low rank; about {enough} such samples would do",
             stacklevel=3,
         )
     return context
+
+
+def _rounds_of(batches: Sequence[Mapping[str, Any]], config: CordaConfig) -> list[int]:
+    """As many runs of consecutive batches as there are rounds."""
+    assert config.rounds is not None
+    if 0 < len(batches) < config.rounds:
+        raise CordaError(f"rounds is {config.rounds}, but the context has only {len(batches)} batches to make them of")
+    return [i * config.rounds // len(batches) for i in range(len(batches))]
+
+
+def waiting_bytes(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> int:
+    """Of the hidden states of all batches, and of their embeddings, which most models hold on to."""
+    config = getattr(model, "config", None)
+    width = getattr(config.get_text_config() if config is not None else None, "hidden_size", 0)
+    tokens = sum(len(mask.flatten()) for batch in batches for mask in [token_masks(batch)[0]])
+    return 2 * tokens * width * next(model.parameters()).element_size()
+
+
+def _choose_parking(park: str, model: nn.Module, batches: Sequence[Mapping[str, Any]], device: torch.device) -> str:
+    """The place given, or the first of device, CPU and disk that has three times the room; the latter two are said."""
+    if park != "auto" or not batches:
+        return "device" if park == "auto" or (park == "cpu" and device.type == "cpu") else park
+    size = waiting_bytes(model, batches)
+    if device.type == "cuda" and 3 * size < torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    place = "cpu" if 3 * size < psutil.virtual_memory().available else "disk"
+    if place == "cpu" and device.type == "cpu":
+        return "device"
+    where = {"cpu": "the CPU's memory", "disk": "files beside the output"}[place]
+    warnings.warn(f"the hidden states of waiting samples ({size / 1e9:.1f} GB) are parked in {where}", stacklevel=3)
+    return place
+
+
+def _double_device(device: torch.device) -> torch.device:
+    """Apple's GPUs have no float64: there the processor decomposes."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextmanager

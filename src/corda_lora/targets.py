@@ -98,12 +98,31 @@ def left_out(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
     ]
 
 
-def check_rank(targets: Mapping[str, nn.Module], config: CordaConfig) -> None:
-    """Raises CordaError if a layer has fewer components than are asked for."""
-    for name, module in targets.items():
-        m, n = weight_shape(module)
-        if config.r > min(m, n):
-            raise CordaError(f"r is {config.r}, but {name} ({m} × {n}) has only {min(m, n)} components")
+def budget_of(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module) -> int:
+    """Parameters Σ (d_in + d_out)·r of the adapter: those of rank r everywhere, or config.budget."""
+    if config.budget is None:
+        return config.r * sum(sum(weight_shape(module)) for module in targets.values())
+    return int(config.budget if config.budget > 1 else config.budget * sum(p.numel() for p in model.parameters()))
+
+
+def check_rank(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module) -> None:
+    """Raises CordaError if a layer has fewer components than are asked for, or the budget cannot be met."""
+    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    if not config.allocates:
+        for name, (m, n) in shapes.items():
+            if config.r > min(m, n):
+                raise CordaError(f"r is {config.r}, but {name} ({m} × {n}) has only {min(m, n)} components")
+        return
+    budget = budget_of(targets, config, model)
+    least = sum(min(config.min_rank, m, n) * (m + n) for m, n in shapes.values())
+    most = sum(min(config.max_rank or m, m, n) * (m + n) for m, n in shapes.values())
+    if budget < least:
+        raise CordaError(
+            f"the budget is {budget:,} parameters, but min_rank {config.min_rank} in each of {len(shapes)} layers "
+            f"takes {least:,}"
+        )
+    if budget > most:
+        raise CordaError(f"the budget is {budget:,} parameters, but all components that may be chosen have {most:,}")
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
@@ -124,14 +143,17 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
 
 
-def fingerprint(targets: Mapping[str, nn.Module]) -> str:
-    """sha256 over up to 4096 evenly spaced numbers of each layer's weight, as bfloat16: tells whether an adapter was
-    made for these weights, whatever dtype they were loaded in, without reading all of a large model."""
-    digest = hashlib.sha256()
-    for name, module in sorted(targets.items()):
-        flat = weight_of(module).reshape(-1)
-        step = max(1, flat.numel() // 4096)
-        sample = flat[::step][:4096].to("cpu", torch.float32).to(torch.bfloat16)
-        digest.update(name.encode() + str(weight_shape(module)).encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+def layer_digest(module: nn.Module) -> str:
+    """sha256 over up to 4096 evenly spaced numbers of a layer's weight, as bfloat16: the same whatever dtype it was
+    loaded in."""
+    flat = weight_of(module).reshape(-1)
+    step = max(1, flat.numel() // 4096)
+    sample = flat[::step][:4096].to("cpu", torch.float32).to(torch.bfloat16)
+    digest = hashlib.sha256(str(weight_shape(module)).encode())
+    digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """Of all layers, by name: tells whether an adapter was made for these weights."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()

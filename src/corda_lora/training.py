@@ -130,18 +130,3 @@ def last_checkpoint(work: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(path)
     return None
-
-
-def open_work(output: Path, recipe: dict[str, Any]) -> Path:
-    """The folder beside `output` for the checkpoints of this recipe, new or of a run that was broken off.
-
-    Raises CordaError if what was broken off there is another recipe's.
-    """
-    work = output.with_name(output.name + ".work")
-    path = work / "recipe.json"
-    text = json.dumps(recipe, indent=1, default=str)
-    if path.is_file() and path.read_text() != text and last_checkpoint(work):
-        raise CordaError(f"{work} holds an unfinished run of another recipe: remove it, or finish that run first")
-    work.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return work

@@ -1,0 +1,216 @@
+"""Time and memory of `corda init` with everything on a large model: corda++ of rank 128, five rounds of 256 samples.
+
+    python benchmarks/init_large.py --model DIR --context FILE --output RESULTS_NAME [--work DIR] [-- corda init flags]
+
+Model and context may come from make_llama.py. The seconds are from the command to the adapter on disk, in a process of
+its own. The accelerator's memory is told twice: what the tensors took (PyTorch's allocator) and what the driver saw
+(nvidia-smi, with the CUDA context). Resident memory counts pages of the checkpoint that the system maps and may drop;
+`fall of available memory`, of the whole machine, does not, and counts pinned memory. Flags after `--` go to `corda
+init` and win. RESULTS_NAME.json and .md get the numbers, and what `corda plan` says of the same run before it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from sweep import machine
+
+FLAGS = "--mode kpm --preset corda++ --r 128 --rounds 5 --samples 256 --max_length 512 --park cpu"
+WIDE = {**os.environ, "COLUMNS": "120"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--context", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="name of the results, without an ending")
+    parser.add_argument("--work", type=Path, help="folder for the adapter, which stays there; else a temporary one")
+    parser.add_argument("flags", nargs="*", help="of `corda init`, after --")
+    options = parser.parse_args()
+    flags = [*FLAGS.split(), *options.flags]
+    what = ["--model", str(options.model), "--context", str(options.context), *flags]
+    with folder(options.work) as work:
+        start, log = work / "start", work / "init.log"
+        if start.exists() or start.with_name("start.work").exists():
+            raise SystemExit(f"there is a start in {work} already, whole or unfinished: remove it")
+        before = psutil.virtual_memory().available
+        peaks = {"fall_of_available_bytes": 0, "work_bytes": 0}
+
+        def sample(_: int) -> None:
+            peaks["fall_of_available_bytes"] = max(
+                peaks["fall_of_available_bytes"], before - psutil.virtual_memory().available
+            )
+            peaks["work_bytes"] = max(peaks["work_bytes"], size_of(start.with_name("start.work")))
+
+        with driver_memory() as seen:
+            run = measure(corda("init", *what, "--output", str(start)), log, sample, env=WIDE)
+        if run["status"] != 0:
+            raise SystemExit(f"corda init failed ({run['status']}):\n{log.read_text()[-3000:]}")
+        print(log.read_text())
+        timing, record = (json.loads((start / name).read_text()) for name in ("timing.json", "corda.json"))
+        sizes = {"checkpoint": size_of(options.model), "adapter directory": size_of(start)}
+        sizes |= {path.name: path.stat().st_size for path in sorted(start.iterdir())}
+    plan = plan_of(what)
+    rows = {
+        "seconds": {"command to adapter": run["seconds"], **timing["seconds"]},
+        "peak_accelerator_bytes": timing.get("peak_accelerator_bytes"),
+        "peak_accelerator_bytes_driver": max(seen, default=None),
+        "peak_resident_bytes": run["peak_resident_bytes"],
+        **peaks,
+        "device": timing.get("device"),
+        "totals": record.get("totals"),
+        "context": record.get("context"),
+        "sizes": sizes,
+        "plan": plan,
+    }
+    memory = {
+        **{
+            f"accelerator, GiB: tensors, {stage}": (size, 2**30)
+            for stage, size in (rows["peak_accelerator_bytes"] or {}).items()
+        },
+        "accelerator, GiB: as the driver sees it": (rows["peak_accelerator_bytes_driver"], 2**30),
+        "CPU, GB: resident": (rows["peak_resident_bytes"], 1e9),
+        "CPU, GB: fall of available memory": (rows["fall_of_available_bytes"], 1e9),
+        "disk, GB: unfinished work": (rows["work_bytes"], 1e9),
+    }
+    lines = ["| stage | seconds |", "|---|---:|"]
+    lines += [f"| {stage} | {seconds:.1f} |" for stage, seconds in rows["seconds"].items()]
+    lines += ["", "`all` is the time in `preprocess`, and the stages after it are its parts.", ""]
+    lines += ["| peak memory | |", "|---|---:|"]
+    lines += [f"| {name} | {value / unit:.2f} |" for name, (value, unit) in memory.items() if value is not None]
+    lines += ["", "| size | GB |", "|---|---:|"]
+    lines += [f"| {name} | {size / 1e9:.3f} |" for name, size in sizes.items() if size > 5e5]
+    lines += ["", "Totals: " + json.dumps(rows["totals"]), "", "Context: " + json.dumps(rows["context"])]
+    if plan:
+        lines += ["", "`corda plan` of the same run:", "", "```", plan, "```"]
+    given = " ".join(["", "--", *options.flags]) if options.flags else ""
+    command = f"python benchmarks/init_large.py --model MODEL --context CONTEXT{given}"
+    write_results(options.output, command, f"corda init {' '.join(flags)}", options.model, rows, lines)
+
+
+def corda(verb: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "corda_lora.cli", verb, *flags]
+
+
+def plan_of(flags: Sequence[str]) -> str | None:
+    """What `corda plan` prints of a `corda init`; None where there is no such verb, or it fails."""
+    done = subprocess.run(corda("plan", *flags), capture_output=True, text=True, env=WIDE)
+    if done.returncode != 0:
+        print(f"no plan: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        return None
+    return done.stdout.strip()
+
+
+def measure(command: Sequence[str], log: Path, sample: Callable[[int], None], **how: Any) -> dict[str, Any]:
+    """Run a command whose output goes into `log`, and call `sample` with its process id now and then.
+
+    Returns {"seconds", "peak_resident_bytes", "status"}; the status is negative if a signal ended it. (The peak that
+    Linux tells is at least this process's own when it starts the command, so nothing large is imported before.)
+    """
+    done = threading.Event()
+    since = time.perf_counter()
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **how)
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            sample(process.pid)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - since
+    done.set()
+    watcher.join()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return {"seconds": seconds, "peak_resident_bytes": usage.ru_maxrss * 1024, "status": process.returncode}
+
+
+@contextmanager
+def driver_memory() -> Iterator[list[int]]:
+    """Bytes in use of the first GPU, twice a second, as its driver counts them; none where there is no nvidia-smi."""
+    seen: list[int] = []
+    if shutil.which("nvidia-smi") is None:
+        yield seen
+        return
+    query = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "500"]
+    process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def read() -> None:
+        assert process.stdout is not None
+        seen.extend(int(line) * 2**20 for line in process.stdout if line.strip().isdigit())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield seen
+    finally:
+        process.terminate()
+        process.wait()
+        reader.join()
+
+
+@contextmanager
+def folder(given: Path | None) -> Iterator[Path]:
+    """The folder to work in, or a temporary one."""
+    if given is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+    else:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a folder's files; files that go while they are counted do not count."""
+    total = 0
+    for file in path.iterdir() if path.is_dir() else ():
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
+
+
+def write_results(
+    results: Path, command: str, inner: str, model: Path, rows: dict[str, Any], lines: Sequence[str]
+) -> None:
+    """Write RESULTS.json and RESULTS.md, with what was run on which model, the machine and the versions; print the
+    tables."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True).stdout.strip()
+    config = json.loads((model / "config.json").read_text())
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "dtype")
+    memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
+    setup: dict[str, Any] = {
+        "command": command,
+        "corda": inner,
+        "commit": (commit or "not in a checkout") + (", with changes in src" if changed else ""),
+        "machine": f"{machine()}; {platform.machine()}, {os.cpu_count()} CPU cores, {memory}",
+        "versions": {p: version(p) for p in ("torch", "transformers", "peft", "safetensors")},
+        "model": {"type": config["model_type"]} | {key: config[key] for key in keys if key in config},
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.with_suffix(".json").write_text(json.dumps({**setup, "rows": rows}, indent=1) + "\n")
+    packages = ", ".join(f"{package} {v}" for package, v in setup["versions"].items())
+    shape = ", ".join(f"{key} {value}" for key, value in setup["model"].items())
+    head = f"# {results.stem}\n\n`{command}`, which runs `{inner}`\n\n{setup['machine']}; {packages}; commit "
+    head += f"{setup['commit']}\n\nModel: {shape}\n\n"
+    text = "\n".join(lines) + "\n"
+    results.with_suffix(".md").write_text(head + text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Which covariance, and how many components of each layer: pure tensors. (CorDA++, arXiv 2506.13187.)
+
+A context that a layer handles with few components is *compact*: its head holds the ability, its tail is free. Two
+choices rest on that.
+
+**Covariance selection.** N independent samplings of the context give N covariances a layer. Each scores
+
+    s = log π(C) · Σσ/σ₁          π(C) = √m · σ_max(C_λ) / σ_min(C_λ)          σ: singular values of W C_λ
+
+and the smallest wins, layer by layer: `selection_score`. (Σσ/σ₁ is the nuclear over the spectral norm, a soft rank.)
+
+**Rank allocation.** Take components away from the tails of all layers, the least important of the whole model first.
+Taking the r-th of a layer with spectrum σ (descending, R of them) costs
+
+    log π(C) · σ_{R−r+1} / (σ₁ + ... + σ_{R−r})
+
+what is lost over what remains. In `kpm` the filtered components become the adapter, in `ipm` those that remain do. The
+paper filters one at a time, always the cheapest. As the cost grows with r (the numerator rises, the denominator falls),
+that greedy loop takes the components in the order of one global sort: `allocate`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# A full symmetric eigendecomposition up to here, Lanczos above, which is faster on a GPU and on two cores.
+DENSE = 1024
+
+
+def log_compactness(d_out: int, lowest: float, highest: float) -> float:
+    """log π(C) of a layer with d_out outputs, from the extreme eigenvalues of C_λ. With no covariance both are 1."""
+    return 0.5 * math.log(d_out) + math.log(highest / lowest)
+
+
+def extreme_eigenvalues(C: Tensor) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of C_λ, (n, n) float64, positive definite.
+
+    Above n = 1024 by Lanczos, on C and on its inverse, to about 1e-9 relative.
+    """
+    n = C.shape[0]
+    if n <= DENSE:
+        eigenvalues = torch.linalg.eigvalsh(C)
+        return float(eigenvalues[0]), float(eigenvalues[-1])
+    highest = lanczos(lambda v: C @ v, n, C.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(C))
+    return 1 / lanczos(lambda v: inverse @ v, n, C.device), highest
+
+
+def lanczos(
+    multiply: Callable[[Tensor], Tensor], n: int, device: torch.device, steps: int = 400, tolerance: float = 1e-7
+) -> float:
+    """Largest eigenvalue of a symmetric matrix, given by its product with a vector (n,). Lanczos with full
+    reorthogonalization; ends when half as many steps more change the value by less than `tolerance`, relative (it is
+    nearer by then: the error falls with the square of the vector's)."""
+    steps = min(steps, n)
+    checks = [*(c for c in (20, 30, 45, 68, 100, 150, 225, 340) if c < steps), steps]
+    Q = torch.zeros(steps + 1, n, dtype=torch.float64, device=device)  # the Krylov basis, a row a step
+    T = torch.zeros(steps, steps + 1, dtype=torch.float64, device=device)  # the matrix in that basis
+    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Q[0] = (start / start.norm()).to(device)
+    value = 0.0
+    for j in range(steps):
+        w = multiply(Q[j])
+        for _ in range(2):  # twice is enough
+            h = Q[: j + 1] @ w
+            w = w - Q[: j + 1].T @ h
+            T[j, : j + 1] += h
+        beyond = w.norm()
+        if_any = (beyond > 1e-12 * T.diagonal().abs().max()).double()  # else the basis is complete: only zeros follow
+        T[j, j + 1] = beyond * if_any
+        Q[j + 1] = w * (if_any / beyond.clamp(min=1e-300))
+        if j + 1 in checks:
+            small = T[: j + 1, : j + 1].cpu()
+            before, value = value, float(torch.linalg.eigvalsh((small + small.T) / 2)[-1])
+            if abs(value - before) <= tolerance * abs(value):
+                break
+    return value
+
+
+def selection_score(log_pi: float, sigma: Tensor) -> float:
+    """s = log π(C) · Σσ/σ₁ of one covariance, from the singular values σ (R,) of W C_λ, descending; the smallest of a
+    layer's scores names its covariance. 0 if the weight is zero."""
+    return log_pi * float(sigma.sum() / sigma[0]) if sigma[0] > 0 else 0.0
+
+
+def allocation_scores(log_pi: float, sigma: Tensor) -> Tensor:
+    """Cost of filtering the r-th component from the tail, for r = 1 ... R: (R,) float64, ascending. σ: (R,),
+    descending. The last is infinite: nothing would remain."""
+    remaining = torch.cat([sigma.new_zeros(1), sigma.cumsum(0)[:-1]]).flip(0)  # (R,): σ₁ + ... + σ_{R−r}
+    scores = log_pi * sigma.flip(0) / remaining
+    return torch.where(remaining > 0, scores, torch.where(sigma.flip(0) > 0, torch.inf, 0.0))
+
+
+def allocate(
+    scores: Sequence[Tensor],
+    costs: Sequence[int],
+    budget: int,
+    mode: str,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+) -> list[int]:
+    """The rank of every layer: the paper's greedy loop as one stable sort of all layers' scores.
+
+    Args:
+        scores: `allocation_scores` of each layer.
+        costs: parameters of one component of each layer, d_in + d_out.
+        budget: parameters of all. `kpm` stops before it is passed; `ipm` stops as soon as what remains fits, less
+            than one component below.
+        min_rank: every layer gets at least this (or all it has).
+        max_rank: and at most this.
+
+    Raises:
+        ValueError: the budget does not pay for `min_rank` components of every layer.
+    """
+    sizes = [len(s) for s in scores]
+    least = [min(min_rank, R) for R in sizes]
+    most = [R if max_rank is None else max(low, min(max_rank, R)) for low, R in zip(least, sizes)]
+    floor = sum(low * cost for low, cost in zip(least, costs))
+    if floor > budget:
+        raise ValueError(f"a budget of {budget} does not pay for {min_rank} components a layer, which take {floor}")
+    # A layer's candidates, by how many are filtered: in kpm its ranks above the least, in ipm those above what remains.
+    if mode == "kpm":
+        spans = list(zip(least, most))
+    else:
+        spans = [(R - high, R - low) for R, low, high in zip(sizes, least, most)]
+    device = scores[0].device
+    lengths = torch.tensor([end - begin for begin, end in spans])
+    layer = torch.repeat_interleave(torch.arange(len(sizes)), lengths).to(device)
+    candidates = torch.cat([s[begin:end] for s, (begin, end) in zip(scores, spans)])
+    order = torch.sort(candidates, stable=True).indices  # equal scores: the earlier layer first, as in the loop
+    paid = torch.tensor(costs, device=device)[layer[order]].cumsum(0)
+    if mode == "kpm":
+        taken = int((paid <= budget - floor).sum())
+    else:
+        whole = sum(high * cost for high, cost in zip(most, costs))
+        taken = int((paid < whole - budget).sum()) + (whole > budget)
+    filtered = torch.bincount(layer[order[:taken]], minlength=len(sizes)).tolist()
+    if mode == "kpm":
+        return [low + f for low, f in zip(least, filtered)]
+    return [high - f for high, f in zip(most, filtered)]

@@ -1,0 +1,123 @@
+"""One layer, from its weight and its covariances to the adapter's start. Ranks may be known only when every layer has
+been seen, so the way has two halves: `decompose_layer`, whose result waits on disk, and `start_layer`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .compactness import extreme_eigenvalues, log_compactness, selection_score
+from .config import CordaConfig
+from .decomposition import components, energies, metric, orient, select, singular_values, split_components
+
+
+@dataclass
+class Decomposed:
+    """The components of a layer that could still be chosen, k of R, in the order of σ: the tail in kpm, the head in
+    ipm.
+
+    Attributes:
+        rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU.
+        U: (d_out, k), the same; None where the split needs none (`anchored`).
+        sigma: all singular values of the oriented weight, descending, (R,) float64 on the CPU.
+        energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
+        record: what corda.json will say of the layer.
+    """
+
+    rows: Tensor
+    U: Tensor | None
+    sigma: Tensor
+    energy: Tensor | None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LayerStart:
+    """What one layer starts from.
+
+    Attributes:
+        A: (r, d_in) and
+        B: (d_out, r), float32 on the CPU.
+        spectrum: all singular values of the oriented weight, descending, (R,) float64 on the CPU.
+        record: what corda.json says of the layer.
+    """
+
+    A: Tensor
+    B: Tensor
+    spectrum: Tensor
+    record: dict[str, Any]
+
+
+def choose_covariances(
+    weights: Sequence[Tensor], covariances: Sequence[Tensor], config: CordaConfig
+) -> list[dict[str, Any]]:
+    """Dynamic covariance selection (CorDA++, Alg. 1) for layers that share their inputs: W (m, n) of each, C (n, n) of
+    each round. For each layer {"round", "scores" (of every round), "log_pi" (of the chosen one)}."""
+    found: list[list[tuple[float, float]]] = [[] for _ in weights]  # layer -> round -> (score, log π)
+    for C in covariances:
+        by = metric(C.to(weights[0].device), config.orientation, config.damping)
+        assert by is not None
+        lowest, highest = extreme_eigenvalues(by) if by.ndim == 2 else (float(by.min()), float(by.max()))
+        for W, scores in zip(weights, found):
+            log_pi = log_compactness(W.shape[0], lowest, highest)
+            score = 0.0 if len(covariances) == 1 else selection_score(log_pi, singular_values(orient(W, by)))
+            scores.append((score, log_pi))
+        del by  # before the next is made
+    records = []
+    for scores in found:
+        best = min(range(len(scores)), key=lambda i: scores[i][0])  # the first of equals
+        record: dict[str, Any] = {"log_pi": scores[best][1]}
+        if len(covariances) > 1:
+            record = {"round": best, "scores": [s for s, _ in scores]} | record
+        records.append(record)
+    return records
+
+
+def decompose_layer(W: Tensor, C: Tensor | None, config: CordaConfig) -> tuple[Tensor, Tensor]:
+    """U (m, R) and σ (R,), float64, of a weight W (m, n) oriented by C (n, n), or by nothing."""
+    return components(orient(W, metric(C, config.orientation, config.damping)), config.solver)
+
+
+def keep_components(
+    W: Tensor, C: Tensor | None, U: Tensor, sigma: Tensor, k: int, config: CordaConfig, record: dict[str, Any]
+) -> Decomposed:
+    """What is kept of a layer of which at most k components will be chosen."""
+    chosen = select(config.mode, len(sigma), k)
+    U = U[:, chosen]
+    rows = U.T @ W.double()  # (k, n)
+    record = {"shape": list(W.shape), **record}
+    energy = None
+    if C is not None:
+        energy = energies(rows, C.double()).cpu()
+        record["output_energy"] = float(energies(W.to(C.dtype), C).sum())
+    kept = None if config.split == "anchored" else U.float().cpu()
+    return Decomposed(rows.float().cpu(), kept, sigma.cpu(), energy, record)
+
+
+def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
+    """Split r of the kept components into the factors A and B."""
+    chosen = select(config.mode, len(layer.rows), r)
+    rows, sigma = layer.rows[chosen].double(), layer.sigma[select(config.mode, len(layer.sigma), r)]
+    m = layer.record["shape"][0]
+    # `anchored` starts B from zero, whatever U is.
+    U = rows.new_zeros(m, r) if layer.U is None else layer.U[:, chosen].double()
+    assert config.split is not None
+    B, A = split_components(U, sigma, rows, config.split, config.scale)
+    record = {
+        "r": r,
+        **layer.record,
+        "sigma_first": float(layer.sigma[0]),
+        "sigma_last": float(layer.sigma[-1]),
+        "sigma_share": float(sigma.sum() / layer.sigma.sum()),
+        "norm_A": float(A.norm()),
+        "norm_B": float(B.norm()),
+    }
+    if layer.energy is not None:
+        energy = layer.energy[chosen]
+        stretch = (A.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-300)) ** 2  # A_i is a_i, longer or shorter
+        record["energy_share"] = float(energy.sum()) / record["output_energy"] if record["output_energy"] else 0.0
+        record["leak"] = float((stretch * energy).sum())
+    return LayerStart(
+        A.float(), B.float(), layer.sigma.clone(), record
+    )  # a clone: not a view of the file it was read from
