@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--context", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="name of the results, without an ending")
     parser.add_argument("--work", type=Path, help="folder for the adapter, which stays there; else a temporary one")
+    parser.add_argument("--no_plan", action="store_true", help="leave `corda plan` out")
     parser.add_argument("flags", nargs="*", help="of `corda init`, after --")
     options = parser.parse_args()
     flags = [*FLAGS.split(), *options.flags]
@@ -63,7 +64,7 @@ def main() -> None:
         timing, record = (json.loads((start / name).read_text()) for name in ("timing.json", "corda.json"))
         sizes = {"checkpoint": size_of(options.model), "adapter directory": size_of(start)}
         sizes |= {path.name: path.stat().st_size for path in sorted(start.iterdir())}
-    plan = plan_of(what)
+    plan = None if options.no_plan else plan_of(what)
     rows = {
         "seconds": {"command to adapter": run["seconds"], **timing["seconds"]},
         "peak_accelerator_bytes": timing.get("peak_accelerator_bytes"),
@@ -196,7 +197,8 @@ def write_results(
     setup: dict[str, Any] = {
         "command": command,
         "corda": inner,
-        "commit": (commit or "not in a checkout") + (", with changes in src" if changed else ""),
+        "commit": (os.environ.get("COMMIT") or commit or "not in a checkout")
+        + (", with changes in src" if changed else ""),
         "machine": f"{machine()}; {platform.machine()}, {os.cpu_count()} CPU cores, {memory}",
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "safetensors")},
         "model": {"type": config["model_type"]} | {key: config[key] for key in keys if key in config},

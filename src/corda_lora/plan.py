@@ -61,7 +61,7 @@ class Machine:
 
 
 # measured: benchmarks/results/init_7b
-H100 = Machine("H100", 80e9, math.inf, 4.5e14, 4.5e13, 5.0e13, 0.125 / 4096**3, 1.5e9)
+H100 = Machine("H100", 80e9, math.inf, 6.2e14, 5.0e13, 5.4e13, 0.127 / 4096**3, 0.9e9)
 
 
 class Tokens(NamedTuple):
