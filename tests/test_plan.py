@@ -13,11 +13,11 @@ import tiny
 import torch
 from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from corda_lora.adapter import install, save_adapter
 from corda_lora.cli import main
-from corda_lora.config import CordaConfig, CordaError
+from corda_lora.config import CordaConfig, CordaError, ModelConfig
 from corda_lora.layer import choose_covariances, decompose_layer, keep_components
 from corda_lora.lockstep import find_blocks
 from corda_lora.models import empty_model
@@ -53,7 +53,8 @@ def quiet():
 @pytest.fixture(scope="module")
 def llama7b():
     """The shapes of a LLaMA-2-7B."""
-    return shapes_of(empty_model(LlamaForCausalLM, LlamaConfig(**SEVEN), torch.bfloat16), CordaConfig(r=16))
+    settings = LlamaConfig(**SEVEN | {"architectures": ["LlamaForCausalLM"]})
+    return shapes_of(empty_model(settings, ModelConfig("", dtype="bfloat16")), CordaConfig(r=16))
 
 
 def configuration(folder, **settings):

@@ -299,8 +299,8 @@ def export_lora(model: nn.Module, directory: Path | str, output: Path, r: int | 
             raise CordaError(f"rank {r} is no compression: the adapter's largest rank is {max(ranks.values())}")
         for name, layer in layers.items():
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            ranks[name] = min(r, ranks[name])
-            A, B, rest, whole = compress(A, B, ranks[name])
+            A, B, rest, whole = compress(A, B, min(r, ranks[name]))
+            ranks[name] = A.shape[0]  # never above the layer's own, where 2r may be
             layer.lora_A["default"].weight = nn.Parameter(A)
             layer.lora_B["default"].weight = nn.Parameter(B)
             scale = layer.scaling["default"] ** 2
@@ -312,7 +312,8 @@ def export_lora(model: nn.Module, directory: Path | str, output: Path, r: int | 
 
 
 def compress(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
-    """Best rank-r factors of B A (Eckart-Young), with ‖BA − B_r A_r‖² and ‖BA‖². A: (k, n), B: (m, k), k ≥ r.
+    """Best rank-r factors of B A (Eckart-Young), with ‖BA − B_r A_r‖² and ‖BA‖². A: (k, n), B: (m, k), k ≥ r; the
+    factors have no more than min(m, n) components.
 
     The SVD is of a (k, k) matrix: B = Q_b R_b, Aᵀ = Q_a R_a, and B A = Q_b (R_b R_aᵀ) Q_aᵀ.
     """

@@ -53,20 +53,15 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
     name, options = _source(config)
     why = "a GGUF file"
     if "gguf_file" not in options:
-        try:
-            settings = transformers.AutoConfig.from_pretrained(name, **options)
-            folder = Path(name)
-            if not folder.is_dir():
-                patterns = ["*.safetensors", "*.safetensors.index.json"]
-                folder = Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise CordaError(f"cannot load the model {config.model!r}: {_first_line(error)}") from error
+        settings = read_settings(config)
+        folder = Path(name)
+        if not folder.is_dir():
+            patterns = ["*.safetensors", "*.safetensors.index.json"]
+            folder = Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
         _shard.cache_clear()
         shards = check_shards(folder)
-        kind = getattr(transformers, (settings.architectures or [""])[0], None)
-        if kind is not None and getattr(settings, "quantization_config", None) is None:
-            dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-            model = empty_model(kind, settings, dtype or torch.float32)
+        if class_of(settings) is not None and getattr(settings, "quantization_config", None) is None:
+            model = empty_model(settings, config)
             names = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in shards}
             read: dict[Tensor, Callable[[], Tensor]] = {
                 tensor: partial(_read, shards[n], n, tensor.dtype) for n, tensor in names.items()
@@ -81,13 +76,30 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
     return load_model(config), {}
 
 
-def empty_model(kind: Any, settings: Any, dtype: torch.dtype) -> nn.Module:
-    """A model of class `kind` whose parameters take no memory: each is one NaN, expanded to its shape."""
+def read_settings(config: ModelConfig) -> Any:
+    """What config.json says of a model. Raises CordaError if there is none."""
+    name, options = _source(config)
+    if "gguf_file" in options:
+        raise CordaError(f"{config.model} has no config.json: name the model it came from")
+    try:
+        return transformers.AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise CordaError(f"cannot load the model {config.model!r}: {_first_line(error)}") from error
+
+
+def class_of(settings: Any) -> Any:
+    """The class of transformers that config.json names; None if it names none of them."""
+    return getattr(transformers, (settings.architectures or [""])[0], None)
+
+
+def empty_model(settings: Any, config: ModelConfig) -> nn.Module:
+    """The model without its weights: its parameters take no memory, each is one NaN, expanded to its shape."""
+    dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype or torch.float32)
     try:
         with init_empty_weights():  # buffers (rotary tables) are computed as ever
-            model = kind(settings)
+            model = class_of(settings)(settings)
     finally:
         torch.set_default_dtype(before)
     for module in model.modules():

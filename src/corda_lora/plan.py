@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-import transformers
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from .config import CordaConfig, CordaError, DataConfig, ModelConfig
 from .context import context_batches, load_rounds
 from .covariance import HALF
 from .lockstep import find_blocks, tensors_of
-from .models import _first_line, _source, empty_model, load_tokenizer
+from .models import class_of, empty_model, load_tokenizer, read_settings
 from .preprocess import compute_device
 from .targets import budget_of, check_rank, find_targets, weight_shape
 
@@ -146,21 +145,13 @@ def planned_model(config: ModelConfig) -> nn.Module:
 
     Raises CordaError if there is none, or it names no class of transformers.
     """
-    name, options = _source(config)
-    if "gguf_file" in options:
-        raise CordaError(f"a plan is made from a config.json, and {config.model} has none: name the model it came from")
-    try:
-        settings = transformers.AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise CordaError(f"cannot read the configuration of {config.model!r}: {_first_line(error)}") from error
-    kind = getattr(transformers, (settings.architectures or [""])[0], None)
-    if kind is None:
+    settings = read_settings(config)
+    if class_of(settings) is None:
         named = ", ".join(settings.architectures or []) or "none given"
         raise CordaError(f"{config.model} cannot be planned: its class ({named}) is not in transformers")
     if getattr(settings, "quantization_config", None) is not None:
         warnings.warn("the model is quantized, and planned as if it were not", stacklevel=2)
-    dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    return empty_model(kind, settings, dtype or torch.float32).eval()
+    return empty_model(settings, config).eval()
 
 
 def shared_inputs(model: nn.Module, targets: Iterable[str], blocks: Iterable[str]) -> dict[str, str]:
@@ -178,7 +169,8 @@ def shared_inputs(model: nn.Module, targets: Iterable[str], blocks: Iterable[str
 
     try:
         settings: Any = model.config
-        probe = empty_model(type(model), settings, torch.bfloat16).to("meta").eval()
+        with torch.device("meta"):
+            probe = type(model)(settings).bfloat16().eval()  # what the kernels of mixtures ask for
         for name in targets:
             block = next((b for b in blocks if name.startswith(f"{b}.")), "")
             probe.get_submodule(name).register_forward_pre_hook(listen(name, block))
