@@ -91,11 +91,10 @@ def main() -> None:
 
 def write(name: Path, path: Path, recipe: dict[str, Any], rows: list[dict[str, Any]], table: str) -> None:
     """NAME.json and NAME.md."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     setup = {
         "command": f"python benchmarks/sweep.py {path} --model MODEL --data DATA --output RUNS",
         "recipe": recipe,
-        "commit": os.environ.get("COMMIT") or found or "not in a checkout",
+        "commit": commit(),
         "machine": machine(),
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "trl")},
     }
@@ -152,6 +151,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         numbers = " | ".join(f"{row[k]:.4g}" for k in keys)
         lines.append(f"| {row['start']} | {row['learning_rate']:g} | {row['seed']} | {numbers} |")
     return "\n".join(lines)
+
+
+def commit() -> str:
+    """The checkout's, or $COMMIT."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return os.environ.get("COMMIT") or found or "not in a checkout"
 
 
 def machine() -> str:

@@ -304,6 +304,11 @@ def test_work_of_another_run_is_refused_and_kept(unfinished, capsys, change, mes
     assert len(list(work.glob("*.safetensors"))) == 3
 
 
+def test_work_of_another_version_is_refused(unfinished, capsys, monkeypatch):
+    monkeypatch.setattr("corda_lora.__version__", "0.0.9")
+    assert "another run (corda-lora was '0.1.0' there and is '0.0.9' here)" in refused(unfinished[0], capsys)
+
+
 def test_work_on_another_context_is_refused(unfinished, capsys):
     arguments, _ = unfinished
     path = Path(arguments[arguments.index("--context") + 1])

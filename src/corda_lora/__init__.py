@@ -29,7 +29,8 @@ def get_corda_model(
         model: a transformers model, on any device.
         config: see `CordaConfig`.
         batches: the context: any iterable of dicts of what the model's forward takes, such as a DataLoader. Padding is
-            excluded through `attention_mask`. A few hundred samples of the ability to keep (kpm) or to learn (ipm).
+            excluded through `attention_mask`. A few hundred samples of the ability to keep (kpm) or to learn (ipm), in
+            each of the rounds if there are several (preset corda++): batches that follow one another make a round.
         progress: show a progress bar.
 
     Raises:

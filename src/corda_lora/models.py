@@ -57,7 +57,10 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
         folder = Path(name)
         if not folder.is_dir():
             patterns = ["*.safetensors", "*.safetensors.index.json"]
-            folder = Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
+            try:
+                folder = Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
+            except (OSError, ValueError) as error:
+                raise CordaError(f"cannot load the model {config.model!r}: {_first_line(error)}") from error
         _shard.cache_clear()
         shards = check_shards(folder)
         if class_of(settings) is not None and getattr(settings, "quantization_config", None) is None:

@@ -1,0 +1,99 @@
+"""Why rank allocation can lose in kpm: what an adapter leaks on all tokens of a context, and on all but the first of
+each sample, where some layers have outputs thousands of times larger than anywhere else (massive activations).
+
+    python benchmarks/first_token.py --model MODEL --context FILE --output NAME START ...
+
+Each START is a directory from `corda init --split anchored`. Writes NAME.md: for each kind of layer the mean of
+tr(A C Aᵀ) / tr(W C Wᵀ), C over other samples of the context than the start was made from (another seed), and the layers
+where it is worst.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sweep import commit, machine
+from torch import Tensor, nn
+
+from corda_lora.config import DataConfig, ModelConfig
+from corda_lora.context import context_batches, load_samples
+from corda_lora.models import load_model, load_tokenizer
+from corda_lora.targets import find_targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("starts", type=Path, nargs="+")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--context", required=True)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    source = ModelConfig(options.model)
+    samples = load_samples(DataConfig(options.context, samples=options.samples, seed=5))
+    batches, _ = context_batches(load_tokenizer(source), samples, 512)
+    lines = []
+    model = load_model(source)
+    for start in options.starts:
+        lines += table(start.name, *energies(model, load_file(start / "adapter_model.safetensors"), batches))
+    text = (
+        f"# {options.output.stem}\n\n`python benchmarks/first_token.py --model MODEL --context CONTEXT START ...`\n\n"
+    )
+    text += f"{machine()}; commit {commit()}; {options.samples} samples\n\n" + "\n".join(lines) + "\n"
+    options.output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+@torch.no_grad()
+def energies(
+    model: nn.Module, adapter: dict[str, Tensor], batches: list[dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+    """Sums of ‖W x‖² and of ‖A x‖² of each layer over all tokens and over all but the first of each sample, (2,) each;
+    and the ranks."""
+    targets = find_targets(model, "all-linear")
+    A = {name: adapter[f"base_model.model.{name}.lora_A.weight"] for name in targets}
+    outputs, leaks = (dict.fromkeys(targets, torch.zeros(2, dtype=torch.float64)) for _ in range(2))
+
+    def listen(name: str) -> Any:
+        def on_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]  # (b, s, d)
+            for sums, factor in ((outputs, module.weight), (leaks, A[name])):
+                energy = (x @ factor.T).double().square().sum(-1) * mask  # (b, s)
+                sums[name] = sums[name] + torch.stack([energy.sum(), energy[:, 1:].sum()])
+
+        return on_input
+
+    hooks = [module.register_forward_pre_hook(listen(name)) for name, module in targets.items()]
+    for batch in batches:
+        mask = batch["attention_mask"]
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return outputs, leaks, {name: len(rows) for name, rows in A.items()}
+
+
+def table(name: str, outputs: dict[str, Tensor], leaks: dict[str, Tensor], ranks: dict[str, int]) -> list[str]:
+    share = {n: (leaks[n] / outputs[n]).tolist() for n in outputs}
+    kinds = defaultdict(list)
+    for n in share:
+        kinds[n.rpartition(".")[2]].append(n)
+    lines = [f"## {name}", "", "| kind | ranks | leak, all tokens | leak, all but the first |", "|---|---:|---:|---:|"]
+    for kind, names in kinds.items():
+        means = [sum(share[n][i] for n in names) / len(names) for i in (0, 1)]
+        span = f"{min(ranks[n] for n in names)}–{max(ranks[n] for n in names)}"
+        lines.append(f"| {kind} | {span} | {means[0]:.1e} | {means[1]:.1e} |")
+    head = (
+        "| worst layers | rank | leak, all tokens | leak, all but the first | output energy, all / all but the first |"
+    )
+    lines += ["", head, "|---|---:|---:|---:|---:|"]
+    for n in sorted(share, key=lambda n: -share[n][1])[:4]:
+        ratio = float(outputs[n][0] / outputs[n][1])
+        lines.append(f"| {n} | {ranks[n]} | {share[n][0]:.1e} | {share[n][1]:.1e} | {ratio:.3g} |")
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    main()
