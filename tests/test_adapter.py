@@ -277,7 +277,7 @@ def test_what_is_in_the_directory(tmp_path):
     assert record["versions"].keys() == {"corda-lora", "torch", "transformers", "peft"}
     assert record["context"]["tokens"] == 9 + 4 + 12 + 5 + 10 + 32
     for name, sigma in load_file(tmp_path / "a" / "spectra.safetensors").items():
-        assert len(sigma) == min(record["layers"][name]["shape"])
+        assert len(sigma) == record["layers"][name]["r"]  # of a fixed rank, no more are found
         assert (sigma[:-1] >= sigma[1:]).all()
 
 

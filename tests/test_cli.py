@@ -278,7 +278,7 @@ def test_nan_in_the_activations_names_layer_and_sample(checkpoint, data, tokeniz
     rows = [{"text": f"{i} fine {'!' * i}"} for i in range(5)] + [{"text": "one sample has a Z in it"}]
     (data / "keep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = refused(capsys, call=lambda: init(tmp_path / "broken", data))
-    assert "NaN or Inf in the input of model.layers.0.self_attn.q_proj, sample 5 of the context" in said
+    assert "input of model.layers.0.self_attn.q_proj, sample 5 of the context" in said
     assert nothing_left(data)
 
 

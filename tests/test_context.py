@@ -161,9 +161,14 @@ def test_batches_hold_every_sample_once_and_no_more_tokens_than_allowed():
     assert len(batches) < 8
 
 
+def test_a_batch_large_enough_takes_nothing_that_pads_it():
+    lengths = [10] * 4 + [11] * 2 + [20, 21]
+    assert [[lengths[i] for i in batch] for batch in batch_by_length(lengths, 300)] == [[10] * 4 + [11] * 2, [20, 21]]
+
+
 def test_context_batches_of_a_decoder(tokenizer):
     samples = [Sample("ab", "cde", {}), Sample("", "x" * 50, {}), Sample("q", "", {})]
-    batches, numbers = context_batches(tokenizer, samples, max_length=20, batch_tokens=25)
+    batches, numbers = context_batches(tokenizer, samples, max_length=20, batch_tokens=60)
     assert numbers == [2, 0, 1]  # alike lengths together
     assert [tuple(b["input_ids"].shape) for b in batches] == [(2, 6), (1, 20)]
     for batch in batches:

@@ -154,16 +154,22 @@ def allocated(run):
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
-@pytest.mark.parametrize("solver", ["gram", "svd"])
-def test_memory_of_a_decomposition_is_what_is_allocated(shape, solver):
+@pytest.mark.parametrize(
+    ("mode", "solver"), [("kpm", "gram"), ("kpm", "subspace"), ("ipm", "subspace"), ("kpm", "svd")]
+)
+def test_memory_of_a_decomposition_is_what_is_allocated(shape, mode, solver):
     torch.manual_seed(0)
     m, n = shape
-    config, W, X = CordaConfig(r=8, solver=solver), torch.randn(m, n), torch.randn(2 * n, n) * torch.logspace(0, -4, n)
+    config, W, X = (
+        CordaConfig(mode=mode, r=8, solver=solver),
+        torch.randn(m, n),
+        torch.randn(2 * n, n) * torch.logspace(0, -4, n),
+    )
     C = X.T @ X
     most, (U, sigma) = allocated(lambda: decompose_layer(W, C, config))
     kept, _ = allocated(lambda: keep_components(W, C, U, sigma, 8, config, {}))
     assert 0.95 < 8 * _decomposition(Layer("", m, n, ""), 8, True, config)[1] / max(most, kept + U.nbytes) < 1.4
-    both = replace(config, preset="corda++", rounds=2)
+    both = replace(config, preset="corda++", rounds=2, solver="gram")
     most, _ = allocated(lambda: choose_covariances([W, W], [C, C], both))
     assert 0.95 < 8 * _selection([Layer("", m, n, "")] * 2, both)[1] / most < 1.4
 

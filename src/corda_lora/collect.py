@@ -13,30 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from .config import CordaError
-from .covariance import Covariance
+from .covariance import HALF, Covariance
 
 
 class Collector:
     """Accumulates a `Covariance` for each of `layers` while their modules run.
 
     Call `start(index)` before batch `index` runs on; `take` hands over the covariances of layers that are done.
+
+    Args:
+        per_sample: normalize as PEFT does, see `Covariance.add_samples`.
+
+    Attributes:
+        counts: of the layers taken, the rows (or samples) that the covariance is the mean of.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        batches: Sequence[Mapping[str, Any]],
+        batches: Sequence[Mapping[str, Any]] = (),
         numbers: Sequence[Any] | None = None,
         rounds: Sequence[int] | None = None,
+        per_sample: bool = False,
     ):
         self.layers = layers
-        self.rounds = rounds or [0] * len(batches)  # of each batch
         self.names = {module: name for name, module in layers.items()}
-        has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self.masks = [token_masks(batch, has_decoder) for batch in batches]
-        self.starts = [sum(len(m[0]) for m in self.masks[:i]) for i in range(len(batches))]  # each batch's first sample
-        self.numbers = numbers or range(sum(len(m[0]) for m in self.masks))  # what the samples are called
+        self.has_decoder = has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.per_sample = per_sample
+        self.numbers = numbers  # what the samples are called
+        self.counts: dict[str, int] = {}
         self.covariances: dict[str, dict[int, Covariance]] = {}  # layer -> round -> sum
         self.leaders: dict[str, str] = {}  # layer -> the layer whose covariance it shares
         self.first_batch: dict[str, int] = {}
@@ -45,7 +51,23 @@ class Collector:
         self.encoder = encoder
         self.in_encoder = set(encoder.modules()) if encoder is not None else set()
         self.encoded: dict[int, weakref.ref[Tensor]] = {}  # batch -> the encoder's output
+        self.masks: list[tuple[Tensor | None, Tensor | None]] = []  # of each batch, see `token_masks`
+        self.starts: list[int] = []  # each batch's first sample
+        self.rounds: list[int] = []
+        self.samples = 0
+        for batch, round in zip(batches, rounds or [0] * len(batches)):
+            self.add(batch, round)
         self.start(0)
+
+    def add(self, batch: Mapping[str, Any] | None, round: int = 0) -> None:
+        """One more batch, which runs next. None: calls of which nothing is known. What a layer is given in them is one
+        sample, all of it real, and shared with no other layer."""
+        mask, decoder_mask = (None, None) if batch is None else token_masks(batch, self.has_decoder)
+        self.masks.append((mask, decoder_mask))
+        self.starts.append(self.samples)
+        self.rounds.append(round)
+        self.samples += 0 if mask is None else len(mask)
+        self.start(len(self.masks) - 1)
 
     def start(self, index: int) -> None:
         self.batch = index
@@ -68,46 +90,51 @@ class Collector:
 
     def _on_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach() if args[0].requires_grad else args[0]  # (b, s, d), (b, d) or (b·s, d)
-        name = self.names[module]
-        for ref, leader in self.inputs:
-            if ref() is args[0] and leader != name:
-                if name not in self.covariances and self.first_batch[leader] == self.batch:
-                    self.leaders.setdefault(name, leader)
-                if self.leaders.get(name) == leader:
-                    return
-        self.first_batch.setdefault(name, self.batch)
+        name, mask = self.names[module], self._mask_of(module, args[0])
+        if mask is not None and self._shares(name, args[0]):
+            return
         if name in self.leaders:
             raise RuntimeError(f"{name} shared its input with {self.leaders[name]} in an earlier batch, but not now")
-        self.inputs.append((weakref.ref(args[0]), name))
-        rows = self._real_tokens(module, name, args[0])
+        rows = None if mask is None else _real_tokens(mask, name, x)
         flat = x.reshape(-1, x.shape[-1])  # (t, d)
         self.finite.setdefault(name, []).append((self.batch, self._finite(x, rows)))
         if rows is not None:
             flat = flat.index_select(0, rows.to(x.device, non_blocking=True))
-        self.covariances.setdefault(name, {}).setdefault(self.rounds[self.batch], Covariance()).add(flat)
+        covariance = self.covariances.setdefault(name, {}).setdefault(self.rounds[self.batch], Covariance())
+        if self.per_sample:
+            covariance.add_samples(flat, _sample_lengths(mask, name, x))
+        else:
+            covariance.add(flat)
 
-    def _real_tokens(self, module: nn.Module, name: str, x: Tensor) -> Tensor | None:
-        """Numbers of the rows of x.reshape(-1, d) that are not padding; None for all."""
+    def _shares(self, name: str, x: Tensor) -> bool:
+        """Whether a layer is given what another was given in this batch, which accumulates it for both."""
+        for ref, leader in self.inputs:
+            if ref() is x and leader != name:
+                if name not in self.covariances and self.first_batch[leader] == self.batch:
+                    self.leaders.setdefault(name, leader)
+                if self.leaders.get(name) == leader:
+                    return True
+        self.first_batch.setdefault(name, self.batch)
+        self.inputs.append((weakref.ref(x), name))
+        return False
+
+    def _mask_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """(b, s): which tokens of a layer's input are real, in the batch that runs; None if that is not known."""
         mask, decoder_mask = self.masks[self.batch]
         if decoder_mask is not None and module not in self.in_encoder:
             encoded = self.encoded.get(self.batch, lambda: None)()
             mask = mask if x is encoded else decoder_mask
-        if bool(mask.all()) or x.shape[:-1] == mask.shape[:1]:  # no padding; or one pooled vector a sample
-            return None
-        if x.shape[:-1].numel() != mask.numel():
-            raise CordaError(
-                f"{name} is given {tuple(x.shape)}, from which padding cannot be told: give batches without padding"
-            )
-        return mask.flatten().nonzero().flatten()
+        return mask
 
     def _finite(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """(b,) whether each sample's numbers are finite; what is padding does not count. No wait for the device."""
-        finite = torch.isfinite(x).all(-1)  # (b, s), (b,) or (b·s,)
+        precise = torch.float32 if x.dtype in HALF else x.dtype
+        finite = torch.linalg.vector_norm(x, dim=-1, dtype=precise).isfinite()  # (b, s), (b,) or (b·s,); in one pass
         if rows is not None:
             real = torch.zeros(finite.numel(), dtype=torch.bool, device=x.device)
             real[rows.to(x.device, non_blocking=True)] = True
             finite = finite | ~real.reshape(finite.shape)
-        return finite.all(-1) if finite.ndim == 2 else finite
+        return finite.flatten(1).all(-1) if finite.ndim > 1 else finite
 
     def take(self, names: Sequence[str]) -> list[tuple[list[str], list[Tensor]]]:
         """The layers that shared their input, and its C (d_in, d_in) in each round, group by group; the sums are then
@@ -120,10 +147,8 @@ class Collector:
         for name in names:
             for batch, finite in self.finite.pop(name, []):
                 if not bool(finite.all()):
-                    bad = int((~finite).nonzero()[0])
-                    per_sample = finite.numel() == len(self.masks[batch][0])
-                    where = f"sample {self.numbers[self.starts[batch] + bad]}" if per_sample else f"batch {batch}"
-                    raise CordaError(f"NaN or Inf in the input of {name}, {where} of the context (counted from 0)")
+                    where = self._where(batch, finite)
+                    raise CordaError(f"Invalid value found in input of {name}, {where}: NaN or Inf")
         groups: dict[str, list[str]] = {}
         for name in names:
             if self.leaders.get(name, name) in self.covariances:
@@ -131,7 +156,8 @@ class Collector:
         taken = []
         for leader, members in groups.items():
             sums = self.covariances.pop(leader)
-            means = [s.mean() for _, s in sorted(sums.items()) if s.tokens]
+            means = [s.mean() for _, s in sorted(sums.items()) if s.count]
+            self.counts |= dict.fromkeys(members, sum(s.count for s in sums.values()))
             del sums
             if len(means) == len(set(self.rounds)):
                 taken.append((members, means))
@@ -139,23 +165,63 @@ class Collector:
                 raise CordaError(f"{leader} got no token in some of the rounds: give fewer rounds or more samples")
         return taken
 
+    def _where(self, batch: int, finite: Tensor) -> str:
+        """Names the first sample of a batch that is not finite; the batch, if that is all that is known."""
+        mask, _ = self.masks[batch]
+        if mask is None or finite.numel() != len(mask):
+            return f"batch {batch} of the context (counted from 0)"
+        sample = self.starts[batch] + int((~finite).nonzero()[0])
+        return f"sample {self.numbers[sample] if self.numbers else sample} of the context (counted from 0)"
+
+
+def _real_tokens(mask: Tensor, name: str, x: Tensor) -> Tensor | None:
+    """Numbers of the rows of x.reshape(-1, d) that are not padding; None for all."""
+    if bool(mask.all()) or x.shape[:-1] == mask.shape[:1]:  # no padding; or one pooled vector a sample
+        return None
+    if x.shape[:-1].numel() != mask.numel():
+        raise CordaError(
+            f"{name} is given {tuple(x.shape)}, from which padding cannot be told: give batches without padding"
+        )
+    return mask.flatten().nonzero().flatten()
+
+
+def _sample_lengths(mask: Tensor | None, name: str, x: Tensor) -> list[int]:
+    """How many real rows of x.reshape(-1, d) each sample has, without those that have none."""
+    rows = x.shape[:-1].numel()
+    samples = len(mask) if mask is not None else len(x) if x.ndim > 2 else 1
+    if samples == 1 and (mask is None or rows != mask.numel()):
+        return [rows] if rows else []
+    if mask is None:
+        raise CordaError(
+            f"{name} is given {samples} samples in a call whose padding is not known: call the model itself with "
+            "input_ids and attention_mask, or with one sample at a time"
+        )
+    if x.shape[:-1] == mask.shape[:1]:
+        return [1] * samples
+    if rows == mask.numel():
+        return [n for n in mask.sum(1).tolist() if n]
+    if len(x) != samples:
+        raise CordaError(f"{name} is given {tuple(x.shape)}, from which samples cannot be told: give one at a time")
+    return [rows // samples] * samples
+
 
 def token_masks(batch: Mapping[str, Any], has_decoder: bool = False) -> tuple[Tensor, Tensor | None]:
     """Which tokens of a batch are real: (b, s) bool on the CPU, and the same for a decoder's inputs if there is one.
 
     Padding is what `attention_mask` (`decoder_attention_mask`) says; without the latter, a decoder's padding is where
-    `labels` are -100. Without any mask every token is real.
+    `labels` are -100. Without any mask every token is real. (Of a mask that also covers what is in a cache, the end.)
     """
     ids = next((batch[k] for k in ("input_ids", "inputs_embeds") if batch.get(k) is not None), None)
     if ids is None:
         raise CordaError(f"a batch needs input_ids or inputs_embeds, but has only {', '.join(batch) or 'nothing'}")
     mask = batch.get("attention_mask")
-    mask = torch.ones(ids.shape[:2]) if mask is None or mask.ndim != 2 else mask
+    mask = torch.ones(ids.shape[:2]) if mask is None or mask.ndim != 2 else mask[:, -ids.shape[1] :]
     decoder = None
     if has_decoder:
         decoder = batch.get("decoder_attention_mask")
         if decoder is None and batch.get("labels") is not None:
             decoder = batch["labels"] != -100
-        if decoder is None:
-            decoder = torch.ones(batch["decoder_input_ids"].shape[:2])
+        if decoder is None:  # BART makes its decoder's inputs of the encoder's
+            decoder_ids = batch.get("decoder_input_ids")
+            decoder = mask if decoder_ids is None else torch.ones(decoder_ids.shape[:2])
     return mask.bool().cpu(), None if decoder is None else decoder.bool().cpu()

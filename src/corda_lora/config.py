@@ -29,8 +29,9 @@ class CordaConfig:
             `anchored` in kpm, `balanced` in ipm.
         orientation: what the weight is multiplied by before the SVD: the context's covariance (CorDA), the root of
             its diagonal (ASVD), or nothing (plain SVD, which needs no context).
-        solver: `gram` (float64 eigendecomposition of small Gram matrices), `svd` (float64 SVD, the reference), or
-            `auto` (gram).
+        solver: `gram` (float64 eigendecomposition of small Gram matrices), `subspace` (iteration that finds the
+            components of the adapter alone; for preset corda), `svd` (float64 SVD, the reference), or `auto`: subspace
+            where it can be used and r is small beside the layer, else gram.
         damping: λ of C + λ·mean(diag C)·I.
         target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or `all-linear`.
         lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: r, so s = 1.
@@ -47,7 +48,7 @@ class CordaConfig:
     budget: float | None = None
     split: Literal["anchored", "balanced", "paper"] | None = None
     orientation: Literal["covariance", "diagonal", "identity"] = "covariance"
-    solver: Literal["auto", "gram", "svd"] = "auto"
+    solver: Literal["auto", "gram", "subspace", "svd"] = "auto"
     damping: float = 0.01
     target_modules: str | list[str] = "all-linear"
     lora_alpha: float | None = None
@@ -63,7 +64,7 @@ class CordaConfig:
             "preset": ("corda", "corda+", "corda++"),
             "split": ("anchored", "balanced", "paper"),
             "orientation": ("covariance", "diagonal", "identity"),
-            "solver": ("auto", "gram", "svd"),
+            "solver": ("auto", "gram", "subspace", "svd"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise CordaError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
@@ -75,6 +76,10 @@ class CordaConfig:
             raise CordaError("orientation identity needs no context, so there are no rounds of it to choose from")
         if not self.allocates and (self.min_rank != 1 or self.max_rank is not None or self.budget is not None):
             raise CordaError("min_rank, max_rank and budget go with rank allocation: preset corda+ or corda++")
+        if self.allocates and self.solver == "subspace":
+            raise CordaError(
+                "solver subspace finds the components of a fixed rank; to allocate ranks, all are needed: gram"
+            )
         if self.min_rank < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
             raise CordaError(f"min_rank {self.min_rank} and max_rank {self.max_rank} leave no rank to allocate")
         if self.budget is not None and not self.budget > 0:

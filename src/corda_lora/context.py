@@ -149,11 +149,14 @@ def pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]
 
 
 def batch_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices grouped so that a padded batch has at most `batch_tokens` tokens; alike lengths go together."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    """Indices grouped so that a padded batch has at most `batch_tokens` tokens; alike lengths go together. A batch of
+    an eighth of that is large enough to work at full speed, and takes none that would make the others pad much."""
     batches: list[list[int]] = []
-    for i in order:
-        if not batches or (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        batch = batches[-1] if batches else []
+        full = (len(batch) + 1) * lengths[i] > batch_tokens
+        pads = batch and lengths[i] > 1.1 * lengths[batch[0]] and 8 * len(batch) * lengths[i] > batch_tokens
+        if full or pads or not batches:
             batches.append([])
         batches[-1].append(i)
     return batches

@@ -3,13 +3,16 @@ been seen, so the way has two halves: `decompose_layer`, whose result waits on d
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .compactness import extreme_eigenvalues, log_compactness, selection_score
 from .config import CordaConfig
-from .decomposition import components, energies, metric, orient, select, singular_values, split_components
+from .decomposition import energies, orient, regularize, select, split_components
+from .solvers import chosen_components, components, singular_values
 
 
 @dataclass
@@ -20,7 +23,8 @@ class Decomposed:
     Attributes:
         rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU.
         U: (d_out, k), the same; None where the split needs none (`anchored`).
-        sigma: all singular values of the oriented weight, descending, (R,) float64 on the CPU.
+        sigma: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or of a fixed rank
+            those of the adapter, (r,).
         energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
         record: what corda.json will say of the layer.
     """
@@ -39,7 +43,8 @@ class LayerStart:
     Attributes:
         A: (r, d_in) and
         B: (d_out, r), float32 on the CPU.
-        spectrum: all singular values of the oriented weight, descending, (R,) float64 on the CPU.
+        spectrum: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or those of the
+            adapter, (r,), where no more were computed.
         record: what corda.json says of the layer.
     """
 
@@ -56,14 +61,18 @@ def choose_covariances(
     each round. For each layer {"round", "scores" (of every round), "log_pi" (of the chosen one)}."""
     found: list[list[tuple[float, float]]] = [[] for _ in weights]  # layer -> round -> (score, log π)
     for C in covariances:
-        by = metric(C.to(weights[0].device), config.orientation, config.damping)
-        assert by is not None
-        lowest, highest = extreme_eigenvalues(by) if by.ndim == 2 else (float(by.min()), float(by.max()))
+        C = C.to(weights[0].device)
+        if config.orientation == "covariance":
+            lowest, highest = extreme_eigenvalues(regularize(C, config.damping))
+        else:
+            d = orient(C.new_ones(1, len(C)), C, config.orientation, config.damping)
+            lowest, highest = float(d.min()), float(d.max())
         for W, scores in zip(weights, found):
             log_pi = log_compactness(W.shape[0], lowest, highest)
-            score = 0.0 if len(covariances) == 1 else selection_score(log_pi, singular_values(orient(W, by)))
+            score = 0.0
+            if len(covariances) > 1:
+                score = selection_score(log_pi, singular_values(orient(W, C, config.orientation, config.damping)))
             scores.append((score, log_pi))
-        del by  # before the next is made
     records = []
     for scores in found:
         best = min(range(len(scores)), key=lambda i: scores[i][0])  # the first of equals
@@ -74,9 +83,18 @@ def choose_covariances(
     return records
 
 
+def keeps_all(config: CordaConfig) -> bool:
+    """Whether all components are found: ranks are to be allocated, or the solver finds no fewer."""
+    return config.allocates or config.solver in ("gram", "svd")
+
+
 def decompose_layer(W: Tensor, C: Tensor | None, config: CordaConfig) -> tuple[Tensor, Tensor]:
-    """U (m, R) and σ (R,), float64, of a weight W (m, n) oriented by C (n, n), or by nothing."""
-    return components(orient(W, metric(C, config.orientation, config.damping)), config.solver)
+    """U and σ, float64, of a weight W (m, n) oriented by C (n, n), or by nothing: all its components, (m, R) and (R,),
+    or those of the adapter, (m, r) and (r,)."""
+    times = partial(orient, C=C, orientation=config.orientation, damping=config.damping)
+    if keeps_all(config):
+        return components(W, times, config.solver)
+    return chosen_components(W, times, config.mode, config.r, config.solver)
 
 
 def keep_components(
@@ -89,10 +107,19 @@ def keep_components(
     record = {"shape": list(W.shape), **record}
     energy = None
     if C is not None:
-        energy = energies(rows, C.double()).cpu()
-        record["output_energy"] = float(energies(W.to(C.dtype), C).sum())
+        energy = energies(rows, C).cpu()
+        record["output_energy"] = _output_energy(W, C)
     kept = None if config.split == "anchored" else U.float().cpu()
     return Decomposed(rows.float().cpu(), kept, sigma.cpu(), energy, record)
+
+
+def _output_energy(W: Tensor, C: Tensor) -> float:
+    """tr(W C Wᵀ). A sum of so many numbers that TF32 gives it to 1e-6."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    energy = float(((W.to(C.dtype) @ C) * W).sum())
+    torch.set_float32_matmul_precision(precision)
+    return energy
 
 
 def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
@@ -107,9 +134,8 @@ def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
     record = {
         "r": r,
         **layer.record,
-        "sigma_first": float(layer.sigma[0]),
-        "sigma_last": float(layer.sigma[-1]),
-        "sigma_share": float(sigma.sum() / layer.sigma.sum()),
+        "sigma_first": float(sigma[0]),
+        "sigma_last": float(sigma[-1]),
         "norm_A": float(A.norm()),
         "norm_B": float(B.norm()),
     }

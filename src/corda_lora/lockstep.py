@@ -23,6 +23,10 @@ from .config import CordaError
 Parking = Callable[[Tensor], Tensor]
 
 
+class DifferentPathsError(RuntimeError):
+    """The batches do not run the same blocks in the same order."""
+
+
 def lockstep(
     model: nn.Module,
     blocks: Sequence[nn.Module],
@@ -48,7 +52,8 @@ def lockstep(
             They come back when it runs on. Default: they stay where they are.
 
     Raises:
-        RuntimeError: the batches do not take the same path, or a block is entered twice (weights shared by blocks).
+        DifferentPathsError (a RuntimeError): the batches do not run the same blocks in the same order.
+        RuntimeError: a block is entered twice (weights shared by blocks).
     """
 
     def pause(block: nn.Module, args: Any, kwargs: Any) -> None:
@@ -88,7 +93,7 @@ def lockstep(
             stops.append(None if isinstance(stop, GreenletExit) else stop)  # the exception would hold on to the frame
             del stop
         if any(stop is not stops[0] for stop in stops):
-            raise RuntimeError("the batches do not run the model's blocks in the same order")
+            raise DifferentPathsError("the batches do not run the model's blocks in the same order")
         return stops[0]
 
     frames = [greenlet(forward) for _ in batches]

@@ -29,6 +29,8 @@ from .compactness import DENSE
 from .config import CordaConfig, CordaError, DataConfig, ModelConfig
 from .context import context_batches, load_rounds
 from .covariance import HALF
+from .decomposition import COLUMNS
+from .layer import keeps_all
 from .lockstep import find_blocks, tensors_of
 from .models import class_of, empty_model, load_tokenizer, read_settings
 from .preprocess import compute_device
@@ -328,7 +330,7 @@ def init_plan(
     tokens = Tokens() if config.orientation == "identity" else tokens
     rounds, on_cpu, item = config.rounds or 1, machine.accelerator is None, shapes.dtype.itemsize
     multiply = "multiply" if shapes.dtype in HALF else "single"
-    gram = "single" if on_cpu else multiply  # see `covariance.gram`
+    gram = "single" if on_cpu else multiply  # see `covariance.add_gram`
     waiting = 2 * tokens.total * shapes.hidden * item  # see `waiting_bytes`
     park = _place(park, waiting, machine)
     rest = shapes.rest if tokens.total else 0
@@ -347,7 +349,7 @@ def init_plan(
         parked.append(rounds * sum(sums.values()))
         if tokens.total:
             work["forward"][multiply] += 2 * parameters * tokens.total + 4 * shapes.hidden * tokens.pairs
-            work["forward"][gram] += sum(sums.values()) // 2 * tokens.total
+            work["forward"][gram] += 5 * sum(sums.values()) // 16 * tokens.total  # the lower blocks
             row = 6 * shapes.hidden + 2 * max((m + n for _, m, n, _ in layers), default=0)  # a token's activations
             product = max(sums.values(), default=0)  # of a batch, to be added
             peak["forward"] = max(peak["forward"], held + parked[-1] + product + tokens.batch * row * item)
@@ -364,7 +366,8 @@ def init_plan(
             ahead -= rounds * sums.get(name, 0)
         # Rows, U unless it is anchored, energies and spectrum (see `Decomposed`).
         columns = {layer.name: layer.n + (0 if config.split == "anchored" else layer.m) for layer in layers}
-        stored.append(sum(kept[name] * (4 * columns[name] + 8) + 8 * min(m, n) for name, m, n, _ in layers))
+        sigmas = {name: min(m, n) if keeps_all(config) else config.r for name, m, n, _ in layers}
+        stored.append(sum(kept[name] * (4 * columns[name] + 8) + 8 * sigmas[name] for name in columns))
 
     adapter = 4 * shapes.budget * (1 if config.split == "anchored" else 2)  # else PEFT subtracts the start again
     seconds = {stage: sum(flop / _rate(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
@@ -427,28 +430,36 @@ def _selection(layers: Sequence[Layer], config: CordaConfig) -> tuple[dict[str, 
     for _, m, n, _ in layers if rounds > 1 else ():
         R = min(m, n)
         work.update(double=rounds * (2 * m * by + 2 * R * m * n), eigen=rounds * EIGVALSH * R**3)
-        numbers = max(numbers, by + 2 * m * n, by + m * n + 3 * R * R)
+        numbers = max(numbers, _oriented(m, n, bool(by)), m * n + 3 * R * R)
     return work, numbers
+
+
+def _oriented(m: int, n: int, by: bool) -> int:
+    """Float64 numbers in `orient`: W, W C, and of C and of the product some columns at a time."""
+    return 2 * m * n + by * (m + n) * min(n, COLUMNS)
 
 
 def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig) -> tuple[dict[str, int], int]:
     """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers they hold at once."""
     _, m, n, _ = layer
     R, W, rows = min(m, n), m * n, k * n
-    by = n * n if seen and config.orientation == "covariance" else 0
-    work = Counter(double=2 * m * by + 2 * k * W + 2 * k * n * n * seen, single=2 * W * n * seen)
-    numbers = max(2 * by, by + 2 * W)  # C_λ and C; W and W C_λ
-    beside, inner = 0, W  # numbers of Q, and of what is decomposed
-    if m > n:
-        work.update(factor=4 * n * n * (m - n // 3), double=2 * m * n * n)  # QR, Q U
-        beside, inner = W, n * n
-        numbers = max(numbers, 2 * W + 2 * n * n)
+    by = seen and config.orientation == "covariance"
+    # Beside the oriented M, (R, n): of a tall W = Q Lᵀ (all but svd) W itself and the triangle, which is oriented.
+    tall = m > n and config.solver != "svd"
+    M, beside = (n * n, W + n * n) if tall else (W, W)
+    work = Counter(double=2 * M * n * by + 2 * tall * W * n + 2 * k * (W + n * n * seen), single=2 * W * n * seen)
+    numbers = _oriented(R if tall else m, n, by) + beside - M
     if config.solver == "svd":
         work["eigen"] += SVD * R**3
-        numbers = max(numbers, beside + 3 * inner + 2 * R * R)
-    else:
-        work.update(eigen=GRAM * R**3, double=5 * R * inner)  # two Gram matrices, and the rows not resolved
-        numbers = max(numbers, beside + 2 * inner + 4 * R * R)  # M and those rows; U, and for `eigh` 3 smaller ones
+        numbers = max(numbers, 4 * W + 2 * R * R)
+    elif keeps_all(config):  # two Gram matrices, and the rows not resolved; U, and for `eigh` three more of its size
+        work.update(eigen=GRAM * R**3, double=5 * R * M + 2 * tall * W * n)
+        numbers = max(numbers, beside + 2 * M + 4 * R * R, tall * (2 * W + 2 * n * n))
+    else:  # what `_inverse_factor` holds, or the iteration: H and some b vectors
+        b = min(R, k + min(max(k, 32), 128))
+        products = 3 * R * M + 2 * R**3 if config.mode == "kpm" else 0
+        work.update(double=2 * (products + R * M + 30 * R * R * b), eigen=4 * GRAM * b**3)
+        numbers = max(numbers, beside + M + (M + 5 * R * R if config.mode == "kpm" else R * R + 4 * b * (R + n)))
     # U, beside W in another dtype and its products, or C.
     return work, max(numbers, m * R + max(W + rows, (n * n + 3 * rows) * seen, (3 * W // 2 + rows) * seen))
 

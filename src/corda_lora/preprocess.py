@@ -1,13 +1,16 @@
 """Model and context → the adapter's start: covariances, decomposition, ranks, factors, one block at a time."""
 
 import inspect
+import itertools
 import math
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +95,7 @@ def preprocess(
         record["context"] = check_context(model, context, targets, rounds)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with tempfile.TemporaryDirectory() as temporary, _exact_float32():
+    with tempfile.TemporaryDirectory() as temporary, exact_float32():
         store = LayerStore(work or Path(temporary))
         place = parking(_choose_parking(park, model, context, device), store.folder)
         blocks = walk(model, targets, context, device, numbers, rounds, stored, store.blocks, place)
@@ -138,7 +141,7 @@ def _decompose(
     digests: dict[str, str] = {}
     for name, layer in store.load(spectra_only=True):
         digests[name] = layer.record["digest"]
-        ranks.see(name, layer.record.get("log_pi"), layer.sigma.to(_double_device(device)))
+        ranks.see(name, layer.record.get("log_pi"), layer.sigma.to(double_device(device)))
     seconds = dict.fromkeys(("forward", "selection", "decomposition", "state"), 0.0)
     peaks = dict.fromkeys(seconds, 0)
     since = time.perf_counter()
@@ -167,7 +170,7 @@ def _decompose(
         layers = {}
         while groups:
             members, covariances = groups.pop(0)
-            weights = [weight_of(targets[name]).to(_double_device(device)) for name in members]
+            weights = [weight_of(targets[name]).to(double_device(device)) for name in members]
             if any(float(C.diagonal().sum()) == 0 for C in covariances):
                 covariances = []  # only zeros came in: nothing to orient by
             choose = config.rounds != 1 or config.allocates
@@ -175,15 +178,18 @@ def _decompose(
                 choose_covariances(weights, covariances, config) if choose and covariances else [{} for _ in members]
             )
             lap("selection")
-            for name, W, record in zip(members, weights, chosen):
-                C = covariances[record.get("round", 0)].to(W.device) if covariances else None
-                U, sigma = decompose_layer(W, C, config)
+            Cs = [
+                covariances[record.get("round", 0)].to(weights[0].device) if covariances else None for record in chosen
+            ]
+            found = side_by_side(lambda W, C: decompose_layer(W, C, config), weights, Cs)
+            for name, W, C, record in zip(members, weights, Cs, chosen):
+                U, sigma = found.pop(0)
                 ranks.see(name, record.get("log_pi"), sigma)
                 record["digest"] = layer_digest(targets[name])
                 layers[name] = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record)
                 del W, C, U
                 advance()
-            del weights, covariances
+            del weights, covariances, Cs
             lap("decomposition")
         store.save(layers)
         del layers
@@ -247,13 +253,15 @@ def walk(
     stored: Stored | None = None,
     finished: Sequence[Sequence[str]] = (),
     park: Parking | None = None,
+    collector: Collector | None = None,
 ) -> Iterator[tuple[list[str], list[tuple[list[str], list[Tensor]]] | None]]:
     """Go through the model block by block, all batches through each, and yield its target layers, with the groups of
     them that share their input and its covariance in each round (see `Collector.take`).
 
     The weights of the block are on `device` while it is yielded. Target layers outside of the blocks come last, with
     those that were never run: these are groups of one with no covariance. Without batches, so are all. Layers that
-    are `finished` are run but not listened to: they are yielded with None.
+    are `finished` are run but not listened to: they are yielded with None. A `collector` of one's own has to be one of
+    these batches.
     """
     blocks = find_blocks(model, list(targets))
     done = {name for names in finished for name in names}
@@ -279,7 +287,8 @@ def walk(
                 yield list(outside), (None if done.issuperset(outside) else [([name], []) for name in outside])
         return
 
-    collector = Collector(model, {n: m for n, m in targets.items() if n not in done}, batches, numbers, rounds)
+    if collector is None:
+        collector = Collector(model, {n: m for n, m in targets.items() if n not in done}, batches, numbers, rounds)
     inputs = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs = [{**batch, "use_cache": False} for batch in inputs]  # or every paused batch would hold its keys
@@ -377,13 +386,40 @@ def _choose_parking(park: str, model: nn.Module, batches: Sequence[Mapping[str, 
     return place
 
 
-def _double_device(device: torch.device) -> torch.device:
+def double_device(device: torch.device) -> torch.device:
     """Apple's GPUs have no float64: there the processor decomposes."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def side_by_side(function: Callable[..., Any], *items: Sequence[Any]) -> list[Any]:
+    """list(map(function, *items)) of tensors; on a GPU three at a time, each on a stream of its own: much of a
+    decomposition is small steps that leave it idle."""
+    device = items[0][0].device
+    if device.type != "cuda":
+        return list(map(function, *items))
+    here, streams = torch.cuda.current_stream(device), _streams(device)
+
+    @torch.no_grad()  # holds for one thread
+    def on_a_stream(number: int, *item: Any) -> Any:
+        stream = streams[number % len(streams)]
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            found = function(*item)
+        stream.synchronize()
+        return found
+
+    with ThreadPoolExecutor(len(streams)) as pool:
+        return list(pool.map(on_a_stream, itertools.count(), *items))
+
+
+@cache
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """The same ones every time: memory that is free again is used again on the stream that had it."""
+    return [torch.cuda.Stream(device) for _ in range(3)]
+
+
 @contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """Covariances are summed in real float32, also where the user has allowed TF32 for training."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,254 @@
+"""PEFT's `preprocess_corda` and the one here, on the same model, samples and device, in one run: time, memory, error.
+
+    python benchmarks/speed.py --model DIR --context FILE --output NAME [--r 128] [--samples 64] [--max_length 2048]
+        [--batch_tokens 16384] [--modes ipm kpm] [--repeats 3]
+
+The whole preprocessing is timed, covariances and decomposition, with the model loaded; the two alternate, after a run
+of each that does not count (PEFT's is for one layer), and medians are told. PEFT gets one sample at a time, as it
+demands. With a GPU also the one here with the model on the CPU, whose blocks visit the GPU. Memory is the peak of what
+PyTorch allocated on the GPU, model included, or of the process on a CPU. The error of a layer is
+‖B A − U_S U_Sᵀ W‖ / ‖U_S U_Sᵀ W‖, with the answer in float64 for the covariance and λ that the method itself had. The
+limit is the time that the products alone would take at the rate measured for large ones: the forward, half of each XᵀX
+(it is symmetric), of each W the product with C and half of its Gram matrix in float64.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peft.tuners.lora.corda as original
+import psutil
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+from sweep import commit, machine
+from torch import Tensor, nn
+
+from corda_lora.config import DataConfig, ModelConfig
+from corda_lora.context import context_batches, load_samples
+from corda_lora.decomposition import orient, select
+from corda_lora.models import load_model, load_tokenizer
+from corda_lora.peft import preprocess_corda
+from corda_lora.solvers import components
+from corda_lora.targets import find_targets, weight_of, weight_shape
+
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PEFT, OURS, VISITING = "PEFT", "corda_lora.peft", "corda_lora.peft, model on the CPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--context", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--r", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--batch_tokens", type=int, default=16384, help="of a batch of ours")
+    parser.add_argument("--modes", nargs="+", default=["ipm", "kpm"])
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = ModelConfig(options.model)
+    tokenizer, model = load_tokenizer(source), load_model(source).to(device)
+    samples = load_samples(DataConfig(options.context, samples=options.samples))
+    singles, _ = context_batches(tokenizer, samples, options.max_length, batch_tokens=1)
+    batches, _ = context_batches(tokenizer, samples, options.max_length, batch_tokens=options.batch_tokens)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in singles)
+
+    def run(name: str, mode: str, keep: bool = False, names: Any = NAMES) -> tuple[float, int]:
+        settings = PeftCordaConfig(corda_method=mode, prune_temporary_fields=not keep)
+        config = LoraConfig(
+            r=options.r, target_modules=names, init_lora_weights="corda", corda_config=settings, lora_alpha=options.r
+        )
+        preprocess = original.preprocess_corda if name == PEFT else preprocess_corda
+        model.to("cpu" if name == VISITING else device)
+
+        def run_model() -> None:
+            for batch in singles if name == PEFT else batches:
+                if len(batch["input_ids"]) == 1:  # PEFT's users give no mask
+                    model(input_ids=batch["input_ids"].to(model.device))
+                else:
+                    model(**{k: v.to(model.device) for k, v in batch.items()})
+
+        synchronize(device)
+        peak(device, begin=True)
+        since = time.perf_counter()
+        preprocess(model, config, run_model)
+        synchronize(device)
+        return time.perf_counter() - since, peak(device)
+
+    rows: dict[str, Any] = {"tokens": tokens}
+    names = [PEFT, OURS] + [VISITING] * (device.type == "cuda")
+    print(f"{tokens} tokens in {len(singles)} samples, {len(batches)} batches of ours", flush=True)
+    for mode in options.modes:
+        for name in names:  # PEFT's in one layer: its libraries are loaded
+            run(name, mode, names=r".*layers\.0\.self_attn\.q_proj" if name == PEFT else NAMES)
+            clear(model)
+        runs: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+        found: dict[str, Any] = {}
+        for last in [False] * (options.repeats - 1) + [True]:
+            for name in names:
+                runs[name].append(run(name, mode, keep=last and name == PEFT))  # it holds all covariances anyway
+                print(f"{mode} {name}: {runs[name][-1][0]:.2f} s, {runs[name][-1][1] / 2**30:.2f} GiB", flush=True)
+                if last and name == PEFT:
+                    found[name] = errors(model, mode, options.r, name)
+                clear(model)
+        run(OURS, mode, keep=True)
+        found[OURS] = errors(model, mode, options.r, OURS)
+        clear(model)
+        rows[mode] = {
+            name: {"seconds": statistics.median(s for s, _ in all_), "bytes": max(b for _, b in all_), "runs": all_}
+            for name, all_ in runs.items()
+        }
+        for name in found:
+            rows[mode][name] |= found[name]
+    rows["limit"] = limit(model.to(device), tokens, singles, device)
+    write(options, rows, names)
+
+
+def errors(model: nn.Module, mode: str, r: int, name: str) -> dict[str, Any]:
+    """Of each layer's B A, from the `eigens` it was given; and the λ that the method ended with."""
+    found, dampings = {}, []
+    for layer, module in find_targets(model, NAMES).items():
+        W, C = weight_of(module), module.covariance_matrix
+        dampings.append(damping_of(C) if name == PEFT else 0.01)
+        U, sigma = components(W, partial(orient, C=C, orientation="covariance", damping=dampings[-1]))
+        U = U[:, select(mode, len(sigma), r)]
+        exact = U @ (U.T @ W.double())
+        e = module.eigens
+        BA = (e.U_WC.double() * e.S_WC.double()) @ e.V_WC.double().T
+        found[layer] = float((BA - exact).norm() / exact.norm())
+    values = sorted(found.values())
+    return {
+        "error": {"median": statistics.median(values), "worst": values[-1]},
+        "damping": max(dampings),
+        "errors": found,
+    }
+
+
+def damping_of(C: Tensor) -> float:
+    """λ that PEFT ends with: doubled from 0.01 while its inverse is inaccurate."""
+    damping, C = 0.01, C.float()
+    while True:
+        fixed = C + torch.diag(torch.ones_like(C.diagonal()) * C.diagonal().mean() * damping)
+        if torch.dist(fixed @ torch.linalg.inv(fixed), torch.eye(len(C), device=C.device)).item() < 0.05:
+            return damping
+        damping *= 2
+
+
+def clear(model: nn.Module) -> None:
+    for module in model.modules():
+        for field in ("eigens", "covariance_matrix", "sample_count", "corda_method", "rank"):
+            module.__dict__.pop(field, None)
+
+
+def limit(model: nn.Module, tokens: int, singles: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
+    """Operations of the work's products, and seconds that they take at the rate of large ones."""
+    targets = find_targets(model, NAMES)
+    shapes = [weight_shape(module) for module in targets.values()]
+    shared = [
+        weight_shape(m)[1] for n, m in targets.items() if n.rpartition(".")[2] not in ("k_proj", "v_proj", "up_proj")
+    ]
+    width, depth = model.config.hidden_size, model.config.num_hidden_layers
+    pairs = sum(batch["input_ids"].shape[1] ** 2 for batch in singles)
+    low = 2 * sum(m * n for m, n in shapes) * tokens + 2 * depth * width * pairs + sum(n * n for n in shared) * tokens
+    double = sum(2 * min(m, n) * n * n + min(m, n) ** 2 * n + (m * n * n if m > n else 0) for m, n in shapes)
+    dtype = next(model.parameters()).dtype
+    rates = {
+        "low": rate(8192 if device.type == "cuda" else 2048, dtype, device),
+        "double": rate(4096 if device.type == "cuda" else 1024, torch.float64, device),
+    }
+    return {
+        "operations": low, "operations_float64": double, "rate": rates["low"], "rate_float64": rates["double"],
+        "seconds": low / rates["low"] + double / rates["double"],
+    }  # fmt: skip
+
+
+def rate(n: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of an (n, n) product."""
+    x = torch.randn(n, n, dtype=dtype, device=device)
+    for _ in range(3):
+        x @ x
+    synchronize(device)
+    since = time.perf_counter()
+    for _ in range(5):
+        x @ x
+    synchronize(device)
+    return 10 * n**3 / (time.perf_counter() - since)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(device: torch.device, begin: bool = False) -> int:
+    """Peak bytes since it was last called to begin."""
+    if device.type == "cuda":
+        if begin:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if begin:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if "VmHWM" in line).split()[1])
+
+
+def write(options: argparse.Namespace, rows: dict[str, Any], names: list[str]) -> None:
+    """NAME.json and NAME.md."""
+    chosen = {k: v for k, v in vars(options).items() if k not in ("model", "context", "output")}
+    command = "python benchmarks/speed.py --model MODEL --context CONTEXT " + " ".join(
+        f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in chosen.items()
+    )
+    config = json.loads((Path(options.model) / "config.json").read_text())
+    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "dtype")
+    memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
+    setup = {
+        "command": command,
+        "commit": commit(),
+        "machine": f"{machine()}; {platform.machine()}, {os.cpu_count()} CPU cores, {memory}",
+        "versions": {p: version(p) for p in ("torch", "transformers", "peft")},
+        "model": {k: config[k] for k in keys if k in config},
+    }
+    limit = rows["limit"]
+    lines = [f"{rows['tokens']} tokens, {options.samples} samples, r = {options.r}", ""]
+    lines += [
+        "| mode | | seconds | PEFT / this | peak memory (GiB) | error: median | worst |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for mode in options.modes:
+        for name in names:
+            row = rows[mode][name]
+            ratio = rows[mode][PEFT]["seconds"] / row["seconds"]
+            error = [f"{row['error'][k]:.1e}" if "error" in row else "" for k in ("median", "worst")]
+            cells = [mode, name, f"{row['seconds']:.2f}", f"{ratio:.1f}", f"{row['bytes'] / 2**30:.2f}", *error]
+            lines.append(f"| {' | '.join(cells)} |")
+    dampings = {rows[mode][PEFT].get("damping") for mode in options.modes} - {None}
+    lines += ["", f"λ: 0.01; PEFT's at most {max(dampings)}" if dampings else ""]
+    lines.append(
+        f"Limit: {limit['seconds']:.2f} s, for {limit['operations']:.2e} operations at "
+        f"{limit['rate'] / 1e12:.3g} TFLOP/s and {limit['operations_float64']:.2e} in float64 at "
+        f"{limit['rate_float64'] / 1e12:.3g} TFLOP/s"
+    )
+    head = f"# {options.output.stem}\n\n`{command}`\n\n{setup['machine']}; "
+    head += ", ".join(f"{p} {v}" for p, v in setup["versions"].items()) + f"; commit {setup['commit']}\n\n"
+    head += "Model: " + ", ".join(f"{k} {v}" for k, v in setup["model"].items()) + "\n\n"
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.with_suffix(".json").write_text(json.dumps({**setup, "rows": rows}, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

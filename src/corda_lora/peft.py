@@ -1,0 +1,323 @@
+"""`preprocess_corda` in place of PEFT's own: change the import, keep everything else.
+
+    from corda_lora.peft import preprocess_corda   # was: from peft.tuners.lora.corda import preprocess_corda
+
+The same arguments, covariances, files and errors, and on the layers what `get_peft_model` looks for. What differs:
+
+- **One block at a time.** PEFT's interface is a callback that calls the model, as a rule in a loop that ignores what
+  comes back. So its calls only wait; when it has returned, all of them go through the first block, whose layers are
+  then decomposed, and so on: the covariances of one block exist at a time. An output that is looked at is computed
+  there and then; where that happens everything is run as in PEFT, with the covariances of all layers in memory.
+- **Several samples a call**, with padding, count as if given one at a time without it.
+- **No inverse and no full SVD:** see `decomposition`. λ is 0.01: PEFT doubles it while its float32 inverse is
+  inaccurate, and here there is none.
+- **Files** are read as plain tensors and nothing else, and written whole or not at all.
+"""
+
+import copy
+import inspect
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.corda import CordaEigens, target_modules
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .collect import Collector
+from .config import CordaConfig, CordaError
+from .decomposition import orient
+from .lockstep import DifferentPathsError, find_blocks, parking
+from .preprocess import compute_device, double_device, exact_float32, side_by_side, walk
+from .progress import progress_bar, track
+from .solvers import chosen_components
+from .targets import weight_of, weight_shape
+
+PARTS = ("S_WC", "U_WC", "V_WC")  # of PEFT's CordaEigens
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Set `eigens` on every target layer, from which `get_peft_model(model, lora_config)` makes the adapter.
+
+    Args:
+        model: the model to adapt.
+        lora_config: with `init_lora_weights="corda"` and a `corda_config`. Of its options, `use_float16_for_covariance`
+            is about what is kept (in the file, on the layers): that has the dtype of the weights. Covariances are
+            summed and decomposed in float32 all the same.
+        run_model: calls the model on the context, a few hundred samples. Padding is what `attention_mask` says.
+            Not needed where one of the files exists.
+        hooked_model: the model that `run_model` calls, if another; its layers have the same names. It is left in
+            evaluation mode, as in PEFT.
+
+    Raises:
+        CordaError (a ValueError): where PEFT raises one; a layer that was never run; a file that holds something else.
+            All that can be told before the model runs, is. On an error no layer is given anything.
+    """
+    options = lora_config.corda_config
+    config = _maybe_include_all_linear_layers(copy.copy(lora_config), model)
+    targets = dict(target_modules(model, config)) if config.target_modules else {}
+    if not targets:
+        raise CordaError(f"target_modules {config.target_modules!r} matches no linear layer of {type(model).__name__}")
+    if _exists(options.cache_file):
+        cached = _read(options.cache_file, [f"{name}.eigens.{part}" for name in targets for part in PARTS])
+        for name, module in targets.items():
+            device = module.weight.device
+            module.eigens = CordaEigens(
+                **{part: cached[f"{name}.eigens.{part}"].to(device, copy=True) for part in PARTS}
+            )
+        return
+
+    method, rank_pattern = options.corda_method, config.rank_pattern
+    if method is None:
+        raise CordaError("corda_method is required when cache_file is not provided.")
+    if method not in ("ipm", "kpm"):
+        raise CordaError(f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'.")
+    ranks = {name: rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config.r) for name in targets}
+    for name, module in targets.items():
+        R = min(weight_shape(module))
+        if ranks[name] > R:
+            raise CordaError(f"rank mismatch: {R} vs. {ranks[name]}: {name} has only {R} components")
+
+    hooked = model if hooked_model is None else hooked_model
+    device = compute_device(hooked, CordaConfig())
+    homes = {name: module.weight.device for name, module in targets.items()}  # while they visit `device`, too
+    from_file = _exists(options.covariance_file)
+    fields: dict[str, dict[str, Any]] = {}  # layer -> what it is given in the end
+    kept: dict[str, Tensor] = {}  # layer -> its covariance, to be written
+
+    def decompose(names: Sequence[str], C: Tensor, samples: int | None = None) -> None:
+        """Layers that share their inputs, with covariance C (n, n): the mean over so many samples."""
+        if not bool(torch.isfinite(C).all()):
+            raise CordaError(
+                f"Invalid value found in covariance of {names[0]}: every sample is divided by its largest number, "
+                "which must not be 0"
+            )
+        times = partial(orient, C=C.to(double_device(device)), orientation="covariance")
+        C = C.to(targets[names[0]].weight.dtype) if options.use_float16_for_covariance else C
+        weights = [weight_of(targets[name]).to(double_device(device)) for name in names]  # (m, n)
+        eigens = side_by_side(lambda W, r: corda_eigens(W, times, method, r), weights, [ranks[name] for name in names])
+        for name, parts in zip(names, eigens):
+            fields[name] = {"eigens": CordaEigens(*(part.to(homes[name]) for part in parts))}
+            if not options.prune_temporary_fields:
+                fields[name] |= {"covariance_matrix": C.to(homes[name]), "corda_method": method, "rank": ranks[name]}
+                if samples is not None:
+                    fields[name]["sample_count"] = samples
+            if options.covariance_file is not None and not from_file:
+                kept[name] = C.cpu()
+
+    with exact_float32():
+        if from_file:
+            covariances = _read(options.covariance_file, list(targets))
+            for name in track(list(targets), "Collecting eigens", options.verbose):
+                n = weight_shape(targets[name])[1]
+                if covariances[name].shape != (n, n):
+                    raise CordaError(f"{options.covariance_file} is of another model: {name} has {n} inputs")
+                decompose([name], covariances[name].clone())  # not a view of the file
+        elif run_model is None:
+            raise CordaError("run_model must be specified when covariance file and cache file aren't built.")
+        else:
+            hooked.eval()
+            layers = {name: module for name, module in target_modules(hooked, config) if name in targets}
+            collect(hooked, layers, run_model, device, decompose, options.verbose)
+    if unseen := [name for name in targets if name not in fields]:
+        raise CordaError(f"{unseen[0]} ({len(unseen)} of {len(targets)} target layers) was not run by run_model")
+    if kept:
+        _write(options.covariance_file, kept)
+    if options.cache_file is not None:
+        eigens = {name: given["eigens"] for name, given in fields.items()}
+        _write(
+            options.cache_file, {f"{n}.eigens.{part}": getattr(e, part) for n, e in eigens.items() for part in PARTS}
+        )
+    for name, given in fields.items():
+        for field, value in given.items():
+            setattr(targets[name], field, value)
+
+
+def corda_eigens(W: Tensor, times: Callable[[Tensor], Tensor], method: str, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The r components that become the adapter: PEFT's S_WC (r,), U_WC (m, r), V_WC (n, r), float32.
+
+    W: (m, n), times: W → W C_λ, see `solvers`. U S Vᵀ is the components' part U Uᵀ W of W, so
+    V = (S⁻¹ Uᵀ W)ᵀ (PEFT: C_λ⁻¹ V); where σ is 0 so is the component, and its column of V.
+    """
+    U, sigma = chosen_components(W, times, method, r)  # (m, r), (r,)
+    rows = U.T @ W.double()  # (r, n)
+    V = torch.where(sigma > 0, rows.T / sigma, 0.0)
+    return sigma.float(), U.float(), V.float()
+
+
+class _Output:
+    """What the model returns for a call that waits: its output, computed when it is first looked at."""
+
+    def __init__(self, compute: Callable[[], Any]):
+        self._compute = cache(compute)
+
+    __class__ = property(lambda self: type(self._compute()))  # `isinstance` looks, too
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compute(), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._compute()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._compute())
+
+    def __len__(self) -> int:
+        return len(self._compute())
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._compute()
+
+    def __repr__(self) -> str:
+        return repr(self._compute())
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    run_model: Callable[[], Any],
+    device: torch.device,
+    done: Callable[[Sequence[str], Tensor, int], None],
+    verbose: bool = False,
+) -> None:
+    """Covariances as PEFT normalizes them, of the layers' inputs in all calls of the model that `run_model` makes.
+
+    Args:
+        device: where blocks are run, if the calls can wait.
+        done: called with layers that share their inputs, C (n, n), and the number of samples it is the mean over, when
+            all calls have gone through the layers' block.
+    """
+    forward = model.forward
+    signature = inspect.signature(forward)
+    can_pause = _can_pause(model, layers)
+    waiting: dict[int, dict[str, Any]] = {}
+    at_once = Collector(model, layers, per_sample=True)
+    at_once.add(None)  # layers may also be run without the model
+
+    def run(call: Mapping[str, Any], /, *args: Any, **kwargs: Any) -> Any:
+        at_once.add(call if _has_tokens(call) else None)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            at_once.add(None)
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        call = {**signature.bind_partial(*args).arguments, **kwargs}
+        if not can_pause or not _can_wait(call):
+            return run(call, *args, **kwargs)
+        call = {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}  # a buffer may be used again
+        waiting[id(call)] = call
+
+        def compute() -> Any:
+            waiting.pop(id(call), None)
+            return run(call, **call)
+
+        return _Output(compute)
+
+    with at_once.listening(), _forward_replaced(model, record):
+        run_model()
+
+    def hand_over(collector: Collector, groups: list[tuple[list[str], list[Tensor]]]) -> None:
+        while groups:  # popped: one that is done is not held any longer
+            names, Cs = groups.pop(0)
+            for C in Cs:  # one; none for a layer that was not run
+                done(names, C, collector.counts[names[0]])
+                for _ in names:
+                    advance()
+
+    calls = list(waiting.values())
+    with progress_bar("Collecting eigens", len(layers), verbose) as advance:
+        if calls and not at_once.covariances:
+            collector = Collector(model, layers, calls, per_sample=True)
+            try:
+                visiting = device.type == "cuda" and next(model.parameters()).device != device  # there is little room
+                park = parking("cpu" if visiting else "device")
+                for _, groups in walk(model, layers, calls, device, collector=collector, park=park):
+                    hand_over(collector, groups or [])
+                return
+            except DifferentPathsError:  # some calls run other blocks than others (with an image, and without)
+                pass
+        with at_once.listening():
+            for call in calls:
+                run(call, **call)
+        hand_over(at_once, at_once.take(list(layers)))
+
+
+def _can_pause(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether calls of the model can wait, and go through it block by block: it is one of transformers', whose outputs
+    have attributes and items, on one device, and its blocks are layers of their own."""
+    try:
+        return (
+            isinstance(model, PreTrainedModel)
+            and len({parameter.device for parameter in model.parameters()}) == 1
+            and bool(find_blocks(model, list(layers)))
+        )
+    except CordaError:  # shared weights
+        return False
+
+
+def _has_tokens(call: Mapping[str, Any]) -> bool:
+    """Whether a call says which of its tokens are real (see `token_masks`); otherwise it is one sample, as in PEFT."""
+    return any(isinstance(call.get(key), Tensor) for key in ("input_ids", "inputs_embeds"))
+
+
+def _can_wait(call: Mapping[str, Any]) -> bool:
+    """Whether a call gives the same when it is run later: it depends on no cache, nor on autocast."""
+    plain = all(value is None or isinstance(value, (Tensor, int, float, str)) for value in call.values())
+    devices = {value.device.type for value in call.values() if isinstance(value, Tensor)}
+    return plain and _has_tokens(call) and not any(torch.is_autocast_enabled(kind) for kind in devices)
+
+
+@contextmanager
+def _forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in place of the model's own (which accelerate may have replaced, too)."""
+    own = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def _exists(file: str | Path | None) -> bool:
+    return file is not None and os.path.exists(file) and os.path.getsize(file) > 0
+
+
+def _read(file: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of these names, on the CPU, read when they are used. Raises CordaError if the file has others."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CordaError(f"{file} is not a file of tensors, as preprocess_corda writes it") from error
+    for name in names:
+        if not isinstance(found, dict) or not isinstance(found.get(name), Tensor):
+            raise CordaError(f"{file} holds no tensor {name}: it was written for another model or other target_modules")
+    return found
+
+
+def _write(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """The whole file or none."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save(dict(tensors), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

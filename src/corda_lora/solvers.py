@@ -1,0 +1,223 @@
+"""U and Σ of an oriented weight without an SVD: pure tensors, in float64.
+
+M = W T = U Σ Vᵀ, W: (m, n), R = min(m, n), and T the covariance C_λ (n, n), or a diagonal, or nothing: the functions
+here are given `times`, W → W T (see `decomposition.orient`). Of a tall W = Q Lᵀ only the square Lᵀ is multiplied: Lᵀ T
+has the same Σ and V, and U after Q.
+
+**All components** (`components`). G = M Mᵀ = U Σ² Uᵀ is (R, R), and a float64 `eigh` of it is cheaper than an SVD, on a
+GPU several times. Squaring costs accuracy: the relative error of σ_i is about 1e-16·(σ₁/σ_i)², and spectra are wide (on
+SmolLM2's q_proj σ₁/σ_R is 1e7 and more). But all that goes wrong is that components far below σ₁ are mixed *among
+themselves*: the space they span together is sharp. So the components well above the error are kept, M is projected onto
+the space of the others, and the same is done there, where the largest σ is now a small one. Each step gains 3 to 4
+decades of the spectrum, until what is left is rounding.
+
+**Only those of the adapter** (`chosen_components`). The head of M is that of H = M Mᵀ, its tail the head of (M Mᵀ)⁻¹.
+Either is found by subspace iteration: some more vectors than are wanted are multiplied by a polynomial of H that is
+large on the wanted eigenvalues and small on the others, until the residuals are small: `leading_singular_vectors`.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .covariance import add_gram, mirror
+from .decomposition import select
+
+Times = Callable[[Tensor], Tensor]
+
+# One eigendecomposition of a Gram matrix resolves the components down to this share of the largest σ, to about
+# eps / RESOLVED² = 2e-9; below it, another follows.
+RESOLVED = 3e-4
+# Largest error of a chosen subspace: root mean square, over its vectors, of the part of each that lies outside.
+TOLERANCE = 1e-6
+EPS = torch.finfo(torch.float64).eps
+
+
+def _as_it_is(W: Tensor) -> Tensor:
+    return W
+
+
+def components(W: Tensor, times: Times = _as_it_is, solver: str = "auto") -> tuple[Tensor, Tensor]:
+    """U (m, R) and σ (R,), descending, float64, of the oriented W (m, n).
+
+    Args:
+        solver: `svd`: float64 SVD, the reference. `gram`, `auto`: `eigh` of Gram matrices, as accurate: each σ_i to
+            about 1e-15·σ₁, and what separates neighbours is resolved to 1e-8 of itself.
+    """
+    W = W.double()
+    if solver == "svd":
+        U, sigma, _ = torch.linalg.svd(times(W), full_matrices=False)
+        return U, sigma
+    if W.shape[0] <= W.shape[1]:
+        M = times(W)
+        return _gram_components(M, noise=EPS * float(torch.linalg.norm(M)))
+    L = _tall_factor(W)
+    if L is None:
+        Q, Lt = torch.linalg.qr(W)
+        U, sigma = components(Lt, times)
+        return Q @ U, sigma
+    U, sigma = components(L.T, times)
+    return W @ torch.linalg.solve_triangular(L.T, U, upper=True), sigma
+
+
+def _gram_components(M: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """`eigh` of the Gram matrix of M (R, n), R ≤ n; what lies too deep below σ₁ for that, again from its own rows."""
+    squares, U = torch.linalg.eigh(
+        add_gram(None, M.T)
+    )  # of M Mᵀ, whose lower triangle is read; ascending; (R,), (R, R)
+    sigma, U = squares.clamp(min=0).sqrt().flip(0), U.flip(1)
+    resolved = int((sigma >= RESOLVED * sigma[0]).sum())
+    if resolved < len(sigma) and sigma[0] > noise:
+        tail = U[:, resolved:]  # (R, R'): spans the unresolved components, mixed
+        inner, lower = _gram_components(tail.T @ M, noise)
+        U[:, resolved:] = tail @ inner
+        sigma[resolved:] = lower.clamp(max=sigma[resolved - 1])
+    return U, sigma
+
+
+def _tall_factor(W: Tensor) -> Tensor | None:
+    """L (n, n), lower triangular, of a tall W = Q Lᵀ: Q = W L⁻ᵀ has orthonormal columns to about 1e-16·cond(W)². A
+    Cholesky factor of WᵀW, much cheaper than QR; None where W is too badly conditioned for it."""
+    L, failed = torch.linalg.cholesky_ex(add_gram(None, W))
+    d = L.diagonal()
+    return None if failed or d.min() < 1e-4 * d.max() else L
+
+
+def singular_values(M: Tensor) -> Tensor:
+    """σ (R,) of M (m, n) float64, descending, each to about 1e-8·σ₁: enough for sums over the spectrum."""
+    G = add_gram(None, M.T if M.shape[0] <= M.shape[1] else M)
+    return torch.linalg.eigvalsh(G).clamp(min=0).sqrt().flip(0)
+
+
+def chosen_components(W: Tensor, times: Times, mode: str, r: int, solver: str = "auto") -> tuple[Tensor, Tensor]:
+    """U_S (m, r) and σ_S (r,), descending, float64: tail (`kpm`) or head (`ipm`) of the oriented W (m, n).
+
+    Args:
+        solver: `subspace`: iteration, until the estimated error of the subspace, hence of B A = U_S U_Sᵀ W, is below
+            1e-6 (root mean square over components). Where it does not get there (a tail of zeros, no gap at r), `gram`
+            takes over, and says so. `auto`: subspace where r is small enough for it to pay, else gram. `gram`, `svd`:
+            see `components`.
+    """
+    R = min(W.shape)
+    if (solver == "subspace" and r < R) or (solver == "auto" and 6 * r <= R):
+        found = _subspace(W.double(), times, mode, r)
+        if found is not None:
+            return found
+        warnings.warn("subspace iteration did not converge on some layers: gram decomposes these", stacklevel=2)
+    U, sigma = components(W, times, solver)
+    chosen = select(mode, R, r)
+    return U[:, chosen], sigma[chosen]
+
+
+def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tensor] | None:
+    """`chosen_components` by subspace iteration; None if it does not converge."""
+    m, n = W.shape
+    L = _tall_factor(W) if m > n else None
+    M = times(W if L is None else L.T)  # (R, n)
+    F = M.T if mode == "ipm" else _inverse_factor(M)
+    found = None if F is None or (m > n and L is None) else leading_singular_vectors(F, r)
+    if found is None:
+        return None
+    values, U = found  # (b,), (R, b): more than r of them
+    sigma = values if mode == "ipm" else 1 / values
+    for matrix, s in ((M, sigma), (F, values)):  # rounding mixes neighbours at the border: its size over their distance
+        apart = (s[-1] - s[r - 1]).abs() / (len(s) - r)
+        if not EPS * torch.linalg.norm(matrix) < TOLERANCE * r**0.5 * apart:
+            return None
+    U, sigma = U[:, :r], sigma[:r]
+    if mode == "kpm":
+        U, sigma = U.flip(1), sigma.flip(0)
+    return (U if L is None else W @ torch.linalg.solve_triangular(L.T, U, upper=True)), sigma
+
+
+def _inverse_factor(M: Tensor) -> Tensor | None:
+    """F (R, R) with (M Mᵀ)⁻¹ = FᵀF, of M (R, n); its large singular values, which are the tail of M, to about
+    EPS·cond(M). None if M is too badly conditioned.
+
+    F⁻¹ is the triangular factor of M: the Cholesky factor of M Mᵀ, shifted so that it exists, takes most of the
+    conditioning away, and that of what is left the rest (shifted CholeskyQR, Fukaya et al., SIAM J. Sci. Comput. 42,
+    2020). All of it is matrix products and small triangles, where a GPU is ten times faster than in QR.
+    """
+    G = add_gram(None, M.T)
+    G.diagonal().add_(10 * len(G) * EPS * G.diagonal().max())
+    L, failed = torch.linalg.cholesky_ex(G)
+    inverse = torch.linalg.solve_triangular(L, torch.eye(len(G), dtype=G.dtype, device=G.device), upper=False)
+    rest = inverse @ M
+    L, failed_again = torch.linalg.cholesky_ex(add_gram(None, rest.T))
+    return None if failed or failed_again else torch.linalg.solve_triangular(L, inverse, upper=False)
+
+
+def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tensor, Tensor] | None:
+    """σ (b,) and X (R, b), b > k: the k largest singular values of F (l, R) float64 with their right singular vectors,
+    and approximations to the b − k after them. None if they did not converge.
+
+    Subspace iteration on H = FᵀF with a Chebyshev filter and b − k vectors of oversampling (Zhou and Saad, SIAM J.
+    Matrix Anal. Appl. 29, 2007): of a spectrum that falls fast the polynomial has degree one or two, of a flat one up
+    to 100. Stops when the residuals say that the part of the k vectors outside of the true space is TOLERANCE, root
+    mean square. These come from products with F and Fᵀ, whose rounding is that of F, not of its squares.
+    """
+    R = F.shape[1]
+    b = min(R, k + min(max(k, 32), 128))
+    H = mirror(add_gram(None, F))
+    X = torch.randn(R, b, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
+    X = H @ (H @ X)
+    for _ in range(sweeps):
+        Q = _orthonormal(X)
+        FQ = F @ Q
+        V, sigma = _gram_components(FQ.T, noise=EPS * float(torch.linalg.norm(FQ)))  # (b, b), (b,)
+        X, theta = Q @ V, sigma.square()
+        # X has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
+        residual = (F.T @ (FQ @ V[:, :k]) - X[:, :k] * theta[:k]).norm(dim=0)  # (k,)
+        outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
+        first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
+        if b == R or error < TOLERANCE:
+            return sigma, X
+        if not (math.isfinite(error) and last > 0):
+            return None
+        # Where a few tower above the rest (massive activations), the rest is found with them taken out of F.
+        high = int((theta > 1e6 * kth).sum())
+        if high and float((residual[:high] / theta[:high]).max()) < TOLERANCE:
+            top = X[:, :high]
+            rest = leading_singular_vectors(F - (F @ top) @ top.T, k - high, sweeps)
+            return None if rest is None else (torch.cat([sigma[:high], rest[0]]), torch.cat([top, rest[1]], dim=1))
+        # cosh(m·growth(θ)) is what degree m does to θ, while all below θ_b stays below one. It must do enough to θ_k
+        # (more than that: θ_b is still too low), and not so much more to θ_1 that rounding drowns the k-th vector.
+        slow, fast = (math.acosh(2 * max(value / last, 1) - 1) for value in (kth, first))
+        enough = 1.4 * math.log(10 * error / TOLERANCE) / max(slow, 1e-3)
+        room = math.log(1e13) / max(fast - slow, 1e-3)
+        factors = (H,) if kth > 1e-8 * first else (F, F.T)
+        X = _filter(factors, X, last, max(1, math.ceil(min(enough, room, 100))))
+    return None
+
+
+def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -> Tensor:
+    """T_m(2H/below − 1) X of degree m: Chebyshev's polynomial, at most 1 where the eigenvalues of H are in 0 … below. H
+    is the product of the factors, the first of which comes to X first."""
+
+    def step(Y: Tensor) -> Tensor:
+        for factor in factors:
+            Y = factor @ Y
+        return Y
+
+    before, now = X, torch.sub(step(X).mul_(2 / below), X)
+    for _ in range(degree - 1):
+        after = step(now).mul_(4 / below)
+        before, now = now, after.sub_(now, alpha=2).sub_(before)
+    return now
+
+
+def _orthonormal(X: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of X (R, b): CholeskyQR2, which is faster than Householder's QR, or the
+    latter where the columns are too much alike for it."""
+    Q = X / X.norm(dim=0)
+    failures = []
+    for _ in range(2):
+        L, failed = torch.linalg.cholesky_ex(Q.T @ Q)
+        Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
+        failures.append(failed)
+    if torch.stack(failures).any():
+        Q, _ = torch.linalg.qr(X / X.norm(dim=0))
+    return Q
