@@ -1,7 +1,7 @@
 """Write a checkpoint of LLaMA's shape with random bfloat16 weights, and a context of random words, to measure on.
 
     python benchmarks/make_llama.py --output DIR --size 7b [--layers 32] [--vocab 49152] [--shard_gb 2]
-        [--tokenizer DIR] [--context words.jsonl] [--seed 0]
+        [--tokenizer DIR] [--context words.jsonl] [--words 520] [--seed 0]
 
 The weights are made and written one shard at a time, on the GPU if there is one. Matrices are normal with standard
 deviation 0.02, those that write to the residual stream with 0.02/√(2·layers), norms are one. (A GPU's random numbers
@@ -27,7 +27,7 @@ SIZES = {  # hidden, intermediate, layers, heads, key and value heads
     "tiny": (256, 704, 4, 4, 2),  # to try the scripts
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-ROWS, WORDS_A_ROW = 2000, 520  # a word is at least one token of any tokenizer, so a row has more than 512
+WORDS = 1_040_000  # of a context
 
 
 def main() -> None:
@@ -38,7 +38,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--shard_gb", type=float, default=2.0, help="a larger tensor has a shard to itself")
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer, which is copied")
-    parser.add_argument("--context", type=Path, help=f"file to write: {ROWS} rows of over 512 random words")
+    parser.add_argument("--context", type=Path, help="file to write: rows of random words")
+    parser.add_argument("--words", type=int, default=520, help="of a row; each is at least a token (default: 520)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     since = time.perf_counter()
@@ -68,7 +69,7 @@ def main() -> None:
             if path.is_file():
                 shutil.copy(path, options.output)
     if options.context:
-        write_context(options.context, options.seed)
+        write_context(options.context, options.words, options.seed)
     seconds = time.perf_counter() - since
     print(f"{options.output}: {total / 2e9:.2f} billion weights, {total / 1e9:.2f} GB, {shards} files, {seconds:.1f} s")
 
@@ -114,14 +115,14 @@ def vocabulary_size(tokenizer: Path) -> int:
     return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
 
 
-def write_context(path: Path, seed: int) -> None:
+def write_context(path: Path, length: int, seed: int) -> None:
     """Rows {"text": random words}."""
     draw = random.Random(seed)
     words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(3, 9))) for _ in range(20_000)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        for _ in range(ROWS):
-            file.write(json.dumps({"text": " ".join(draw.choices(words, k=WORDS_A_ROW))}) + "\n")
+        for _ in range(WORDS // length):
+            file.write(json.dumps({"text": " ".join(draw.choices(words, k=length))}) + "\n")
 
 
 if __name__ == "__main__":

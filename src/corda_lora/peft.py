@@ -36,7 +36,7 @@ from .collect import Collector
 from .config import CordaConfig, CordaError
 from .decomposition import orient
 from .lockstep import DifferentPathsError, find_blocks, parking
-from .preprocess import compute_device, double_device, exact_float32, side_by_side, walk
+from .preprocess import compute_device, double_device, exact_float32, walk
 from .progress import progress_bar, track
 from .solvers import chosen_components
 from .targets import weight_of, weight_shape
@@ -108,9 +108,9 @@ def preprocess_corda(
             )
         times = partial(orient, C=C.to(double_device(device)), orientation="covariance")
         C = C.to(targets[names[0]].weight.dtype) if options.use_float16_for_covariance else C
-        weights = [weight_of(targets[name]).to(double_device(device)) for name in names]  # (m, n)
-        eigens = side_by_side(lambda W, r: corda_eigens(W, times, method, r), weights, [ranks[name] for name in names])
-        for name, parts in zip(names, eigens):
+        for name in names:
+            W = weight_of(targets[name]).to(double_device(device))  # (m, n)
+            parts = corda_eigens(W, times, method, ranks[name])
             fields[name] = {"eigens": CordaEigens(*(part.to(homes[name]) for part in parts))}
             if not options.prune_temporary_fields:
                 fields[name] |= {"covariance_matrix": C.to(homes[name]), "corda_method": method, "rank": ranks[name]}

@@ -1,16 +1,13 @@
 """Model and context → the adapter's start: covariances, decomposition, ranks, factors, one block at a time."""
 
 import inspect
-import itertools
 import math
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -178,18 +175,15 @@ def _decompose(
                 choose_covariances(weights, covariances, config) if choose and covariances else [{} for _ in members]
             )
             lap("selection")
-            Cs = [
-                covariances[record.get("round", 0)].to(weights[0].device) if covariances else None for record in chosen
-            ]
-            found = side_by_side(lambda W, C: decompose_layer(W, C, config), weights, Cs)
-            for name, W, C, record in zip(members, weights, Cs, chosen):
-                U, sigma = found.pop(0)
+            for name, W, record in zip(members, weights, chosen):
+                C = covariances[record.get("round", 0)].to(W.device) if covariances else None
+                U, sigma = decompose_layer(W, C, config)
                 ranks.see(name, record.get("log_pi"), sigma)
                 record["digest"] = layer_digest(targets[name])
                 layers[name] = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record)
                 del W, C, U
                 advance()
-            del weights, covariances, Cs
+            del weights, covariances
             lap("decomposition")
         store.save(layers)
         del layers
@@ -389,33 +383,6 @@ def _choose_parking(park: str, model: nn.Module, batches: Sequence[Mapping[str, 
 def double_device(device: torch.device) -> torch.device:
     """Apple's GPUs have no float64: there the processor decomposes."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def side_by_side(function: Callable[..., Any], *items: Sequence[Any]) -> list[Any]:
-    """list(map(function, *items)) of tensors; on a GPU three at a time, each on a stream of its own: much of a
-    decomposition is small steps that leave it idle."""
-    device = items[0][0].device
-    if device.type != "cuda":
-        return list(map(function, *items))
-    here, streams = torch.cuda.current_stream(device), _streams(device)
-
-    @torch.no_grad()  # holds for one thread
-    def on_a_stream(number: int, *item: Any) -> Any:
-        stream = streams[number % len(streams)]
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            found = function(*item)
-        stream.synchronize()
-        return found
-
-    with ThreadPoolExecutor(len(streams)) as pool:
-        return list(pool.map(on_a_stream, itertools.count(), *items))
-
-
-@cache
-def _streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """The same ones every time: memory that is free again is used again on the stream that had it."""
-    return [torch.cuda.Stream(device) for _ in range(3)]
 
 
 @contextmanager

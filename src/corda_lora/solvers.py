@@ -78,6 +78,15 @@ def _gram_components(M: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     return U, sigma
 
 
+def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh`; on the CPU where cuSOLVER says that it did not converge, which was seen once here."""
+    try:
+        eigenvalues, U = torch.linalg.eigh(G)
+    except torch.linalg.LinAlgError:
+        eigenvalues, U = (x.to(G.device) for x in torch.linalg.eigh(G.cpu()))
+    return eigenvalues, U
+
+
 def _tall_factor(W: Tensor) -> Tensor | None:
     """L (n, n), lower triangular, of a tall W = Q Lᵀ: Q = W L⁻ᵀ has orthonormal columns to about 1e-16·cond(W)². A
     Cholesky factor of WᵀW, much cheaper than QR; None where W is too badly conditioned for it."""
