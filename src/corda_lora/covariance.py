@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-BLOCKS = 4  # of columns: XᵀX is symmetric, and of so many blocks a side only those on and below the diagonal are made
+BLOCKS = 6  # of columns: XᵀX is symmetric, and of so many blocks a side only those on and below the diagonal are made
 
 
 def add_gram(
@@ -40,7 +40,7 @@ def add_gram(
         return total
     if scales is not None:
         assert lengths is not None
-        x = torch.cat([rows.to(scales.dtype) * scale for rows, scale in zip(x.split(list(lengths)), scales)])
+        x = x * scales[_sample_of_rows(lengths, x.device), None]
     elif x.dtype in HALF and not half_on_gpu:
         x = x.float()
     for low, high in pairwise(d * i // BLOCKS for i in range(BLOCKS + 1)):
@@ -50,6 +50,11 @@ def add_gram(
         else:
             part.addmm_(rows, columns)
     return total
+
+
+def _sample_of_rows(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(t,): to which of the samples, one after the other, a row belongs."""
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
 
 
 def mirror(C: Tensor) -> Tensor:
@@ -94,8 +99,9 @@ class Covariance:
         Where the largest number is 0 the sum is NaN or Inf from then on.
         """
         if lengths:
-            largest = torch.stack([sample.amax() for sample in x.split(list(lengths))])  # (b,)
-            largest = largest.float() if x.dtype in HALF else largest
+            largest = x.amax(dim=1).to(torch.float32 if x.dtype in HALF else x.dtype)  # (t,)
+            sample = _sample_of_rows(lengths, x.device)
+            largest = largest.new_full((len(lengths),), -torch.inf).scatter_reduce(0, sample, largest, "amax")  # (b,)
             self.total = add_gram(self.total, x, lengths, largest.abs().reciprocal())
             self.count += len(lengths)
 

@@ -132,10 +132,10 @@ def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tenso
         return None
     values, U = found  # (b,), (R, b): more than r of them
     sigma = values if mode == "ipm" else 1 / values
-    for matrix, s in ((M, sigma), (F, values)):  # rounding mixes neighbours at the border: its size over their distance
-        apart = (s[-1] - s[r - 1]).abs() / (len(s) - r)
-        if not EPS * torch.linalg.norm(matrix) < TOLERANCE * r**0.5 * apart:
-            return None
+    # Rounding of F mixes neighbours at the border: its size over their distance. (That of M is anybody's.)
+    apart = (values[r - 1] - values[-1]) / (len(values) - r)
+    if not EPS * torch.linalg.norm(F) < TOLERANCE * r**0.5 * apart:
+        return None
     U, sigma = U[:, :r], sigma[:r]
     if mode == "kpm":
         U, sigma = U.flip(1), sigma.flip(0)

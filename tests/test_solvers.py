@@ -1,0 +1,135 @@
+"""The components that become the adapter, found without the others: against a float64 SVD, where iteration is hard."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+
+from corda_lora import solvers
+from corda_lora.config import CordaConfig, CordaError
+from corda_lora.decomposition import orient, select
+from corda_lora.preprocess import double_device
+from corda_lora.solvers import chosen_components, components
+
+SHAPES = {"square": (300, 300), "tall": (420, 260), "wide": (260, 420)}
+
+
+def orthogonal(rows, columns):
+    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64)).Q
+
+
+def spectrum(kind, R):
+    if kind == "flat":  # as of random numbers: no gap, and at the ends hardly a slope
+        return torch.linalg.svdvals(torch.randn(R, 2 * R, dtype=torch.float64))
+    if kind == "steep":
+        return torch.logspace(0, -9, R, dtype=torch.float64)
+    values = torch.arange(1, R + 1, dtype=torch.float64) ** -1.2
+    if kind == "massive":  # two directions tower over the others, as the first token's do
+        values[:2] *= torch.tensor([1e6, 1e5], dtype=torch.float64)
+    return values
+
+
+@pytest.fixture(autouse=True)
+def no_fallback():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@pytest.mark.parametrize("kind", ["flat", "power", "steep", "massive"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_subspace_is_the_svds(shape, kind, mode):
+    torch.manual_seed(0)
+    m, n = SHAPES[shape]
+    R = min(m, n)
+    W = orthogonal(m, R) @ torch.diag(1 + torch.rand(R, dtype=torch.float64)) @ orthogonal(n, R).T
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    # T with W T = U Σ Vᵀ: W is well conditioned, and what it is multiplied by is not.
+    T = torch.linalg.pinv(W) @ (U * spectrum(kind, R)) @ Vh + (torch.eye(n) - Vh.T @ Vh)
+    times = lambda W: W @ T  # noqa: E731
+    exact, values, _ = torch.linalg.svd(W @ T, full_matrices=False)
+    chosen = select(mode, R, 20)
+    found, sigma = chosen_components(W, times, mode, 20, "subspace")
+    rows = exact[:, chosen].T @ W
+    assert (found @ (found.T @ W) - exact[:, chosen] @ rows).norm() < 1e-5 * rows.norm()
+    torch.testing.assert_close(sigma, values[chosen], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.T @ found, torch.eye(20, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_auto_iterates_where_r_is_small(mode, monkeypatch):
+    """... and all components are never computed; with a real covariance, of fewer tokens than the layer is wide."""
+    torch.manual_seed(1)
+    W, X = torch.randn(200, 160), torch.randn(120, 160) * torch.logspace(1, -2, 160)
+    times = partial(orient, C=X.T @ X / 120, orientation="covariance")
+    exact, _ = components(W, times, "svd")
+    exact = exact[:, select(mode, 160, 10)]
+    monkeypatch.setattr(solvers, "components", None)
+    found, _ = chosen_components(W, times, mode, 10)
+    rows = exact.T @ W.double()
+    assert (found @ (found.T @ W.double()) - exact @ rows).norm() < 1e-5 * rows.norm()
+
+
+def test_where_iteration_cannot_get_there_gram_takes_over_and_says_so():
+    """A tail of zeros: there is no inverse."""
+    torch.manual_seed(2)
+    values = torch.linspace(2, 1, 120, dtype=torch.float64)
+    values[110:] = 0
+    W = (orthogonal(120, 120) * values) @ orthogonal(120, 120).T
+    with pytest.warns(UserWarning, match="did not converge on some layers: gram"):
+        U, sigma = chosen_components(W, lambda W: W, "kpm", 15, "subspace")
+    torch.testing.assert_close(sigma, values[105:], rtol=0, atol=1e-7)
+    assert abs((U.T @ W).norm() - values[105:].norm()) < 1e-7
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_border_among_equals(mode):
+    """Any of them will do, if the energy is right; by iteration or not."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(2)
+    values = torch.full((120,), 1.2, dtype=torch.float64)
+    values[: 5 if mode == "ipm" else 0] = 2
+    W = (orthogonal(120, 120) * values) @ orthogonal(120, 120).T
+    U, sigma = chosen_components(W, lambda W: W, mode, 15, "subspace")
+    torch.testing.assert_close(sigma, values[select(mode, 120, 15)], rtol=1e-9, atol=0)
+    torch.testing.assert_close((U.T @ W).norm(dim=1), sigma, rtol=1e-6, atol=0)
+
+
+def test_a_tall_weight_that_cholesky_cannot_factor():
+    torch.manual_seed(3)
+    values = torch.logspace(0, -10, 40, dtype=torch.float64)
+    W = (orthogonal(90, 40) * values) @ orthogonal(40, 40).T
+    U, sigma = components(W)
+    torch.testing.assert_close(sigma, values, rtol=1e-4, atol=0)
+    torch.testing.assert_close((U.T @ W).norm(dim=1), values, rtol=1e-3, atol=0)
+
+
+def test_orthonormal_basis_of_columns_that_are_nearly_one():
+    X = torch.randn(50, 1, dtype=torch.float64) + 1e-12 * torch.randn(50, 6, dtype=torch.float64)
+    Q = solvers._orthonormal(X)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_an_eigensolver_that_fails_is_asked_again_on_the_cpu(monkeypatch):
+    G, original, calls = torch.diag(torch.tensor([1.0, 2.0])), torch.linalg.eigh, []
+
+    def fails_once(G):
+        calls.append(G)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return original(G)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_once)
+    assert solvers._eigh(G)[0].tolist() == [1, 2]
+
+
+def test_no_iteration_where_all_components_are_needed():
+    with pytest.raises(CordaError, match="to allocate ranks, all are needed: gram"):
+        CordaConfig(preset="corda+", solver="subspace")
+
+
+def test_a_device_without_float64_leaves_it_to_the_cpu():
+    assert double_device(torch.device("mps")).type == "cpu"
+    assert double_device(torch.device("cuda")).type == "cuda"
