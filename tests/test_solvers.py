@@ -113,7 +113,7 @@ def test_orthonormal_basis_of_columns_that_are_nearly_one():
 
 
 def test_an_eigensolver_that_fails_is_asked_again_on_the_cpu(monkeypatch):
-    G, original, calls = torch.diag(torch.tensor([1.0, 2.0])), torch.linalg.eigh, []
+    original, calls = torch.linalg.eigh, []
 
     def fails_once(G):
         calls.append(G)
@@ -122,7 +122,16 @@ def test_an_eigensolver_that_fails_is_asked_again_on_the_cpu(monkeypatch):
         return original(G)
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_once)
-    assert solvers._eigh(G)[0].tolist() == [1, 2]
+    assert components(torch.diag(torch.tensor([1.0, 2.0])))[1].tolist() == [2, 1]
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_a_weight_of_zeros(mode):
+    with pytest.warns(UserWarning, match="gram"):
+        U, sigma = chosen_components(torch.zeros(90, 60), lambda W: W, mode, 5, "subspace")
+    assert torch.isfinite(U).all()
+    assert sigma.tolist() == [0] * 5
 
 
 def test_no_iteration_where_all_components_are_needed():

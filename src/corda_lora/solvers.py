@@ -65,9 +65,7 @@ def components(W: Tensor, times: Times = _as_it_is, solver: str = "auto") -> tup
 
 def _gram_components(M: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     """`eigh` of the Gram matrix of M (R, n), R ≤ n; what lies too deep below σ₁ for that, again from its own rows."""
-    squares, U = torch.linalg.eigh(
-        add_gram(None, M.T)
-    )  # of M Mᵀ, whose lower triangle is read; ascending; (R,), (R, R)
+    squares, U = _eigh(add_gram(None, M.T))  # of M Mᵀ, by its lower triangle; ascending
     sigma, U = squares.clamp(min=0).sqrt().flip(0), U.flip(1)
     resolved = int((sigma >= RESOLVED * sigma[0]).sum())
     if resolved < len(sigma) and sigma[0] > noise:
@@ -170,13 +168,16 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tenso
     """
     R = F.shape[1]
     b = min(R, k + min(max(k, 32), 128))
+    size = float(torch.linalg.norm(F))
+    if size == 0:
+        return None
     H = mirror(add_gram(None, F))
     X = torch.randn(R, b, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
     X = H @ (H @ X)
     for _ in range(sweeps):
         Q = _orthonormal(X)
         FQ = F @ Q
-        V, sigma = _gram_components(FQ.T, noise=EPS * float(torch.linalg.norm(FQ)))  # (b, b), (b,)
+        V, sigma = _gram_components(FQ.T, noise=EPS * size)  # (b, b), (b,)
         X, theta = Q @ V, sigma.square()
         # X has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
         residual = (F.T @ (FQ @ V[:, :k]) - X[:, :k] * theta[:k]).norm(dim=0)  # (k,)
