@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10 to 3.13, pip and make; they set up .venv themselves.
+# `make demo` and `make test` need Python 3.11 to 3.13, pip and make; they set up .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -406,3 +406,13 @@ def test_eval_refuses(arguments, message, checkpoint, data, capsys):
     arguments = [a.format(data=data) for a in arguments]
     assert message in refused(capsys, "eval", "--model", checkpoint, *arguments)
     assert nothing_left(data)
+
+
+def test_a_gguf_file_without_the_package_that_reads_it(tmp_path, capsys, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    monkeypatch.setattr("corda_lora.models.find_spec", lambda name: None)
+    (tmp_path / "c.jsonl").write_text('{"text": "a b c"}')
+    with pytest.raises(SystemExit) as stopped:
+        main(f"init --model {tmp_path}/model.gguf --context {tmp_path}/c.jsonl --output {tmp_path}/a".split())
+    assert stopped.value.code == 2
+    assert "the package gguf is needed: pip install gguf" in capsys.readouterr().err

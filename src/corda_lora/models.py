@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,8 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if config.model.endswith(".gguf"):
         if not path.is_file():
             raise CordaError(f"there is no file {config.model}")
+        if find_spec("gguf") is None:
+            raise CordaError(f"to read {config.model}, the package gguf is needed: pip install gguf")
         return str(path.parent), {"gguf_file": path.name}
     if looks_local and not (path / "config.json").is_file():
         raise CordaError(f"there is no model in {config.model}: it has no config.json")
