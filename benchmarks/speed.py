@@ -9,7 +9,8 @@ demands. With a GPU also the one here with the model on the CPU, whose blocks vi
 PyTorch allocated on the GPU, model included, or of the process on a CPU. The error of a layer is
 ‖B A − U_S U_Sᵀ W‖ / ‖U_S U_Sᵀ W‖, with the answer in float64 for the covariance and λ that the method itself had. The
 limit is the time that the products alone would take at the rate measured for large ones: the forward, half of each XᵀX
-(it is symmetric), of each W the product with C and half of its Gram matrix in float64.
+(it is symmetric), of each W the product with C and half of its Gram matrix in float64; beside it, the time to move what
+must be moved: weights, activations and covariances, once each, at the rate of a large copy.
 """
 
 import argparse
@@ -163,15 +164,25 @@ def limit(model: nn.Module, tokens: int, singles: list[dict[str, Tensor]], devic
     pairs = sum(batch["input_ids"].shape[1] ** 2 for batch in singles)
     low = 2 * sum(m * n for m, n in shapes) * tokens + 2 * depth * width * pairs + sum(n * n for n in shared) * tokens
     double = sum(2 * min(m, n) * n * n + min(m, n) ** 2 * n + (m * n * n if m > n else 0) for m, n in shapes)
-    dtype = next(model.parameters()).dtype
-    rates = {
-        "low": rate(8192 if device.type == "cuda" else 2048, dtype, device),
-        "double": rate(4096 if device.type == "cuda" else 1024, torch.float64, device),
-    }
-    return {
-        "operations": low, "operations_float64": double, "rate": rates["low"], "rate_float64": rates["double"],
-        "seconds": low / rates["low"] + double / rates["double"],
-    }  # fmt: skip
+    on_gpu, dtype = device.type == "cuda", next(model.parameters()).dtype
+    moved = (sum(m * n for m, n in shapes) + sum(shared) * tokens) * dtype.itemsize + 4 * sum(n * n for n in shared)
+    rates = rate(8192 if on_gpu else 2048, dtype, device), rate(4096 if on_gpu else 1024, torch.float64, device)
+    found = {"operations": low, "operations_float64": double, "bytes": moved}
+    found |= {"rate": rates[0], "rate_float64": rates[1], "bandwidth": bandwidth(2**31 if on_gpu else 2**29, device)}
+    return found | {"seconds": low / rates[0] + double / rates[1], "seconds_moving": moved / found["bandwidth"]}
+
+
+def bandwidth(size: int, device: torch.device) -> float:
+    """Bytes a second of a copy, read and written."""
+    x = torch.ones(size, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    y.copy_(x)
+    synchronize(device)
+    since = time.perf_counter()
+    for _ in range(5):
+        y.copy_(x)
+    synchronize(device)
+    return 10 * size / (time.perf_counter() - since)
 
 
 def rate(n: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -239,7 +250,8 @@ def write(options: argparse.Namespace, rows: dict[str, Any], names: list[str]) -
     lines.append(
         f"Limit: {limit['seconds']:.2f} s, for {limit['operations']:.2e} operations at "
         f"{limit['rate'] / 1e12:.3g} TFLOP/s and {limit['operations_float64']:.2e} in float64 at "
-        f"{limit['rate_float64'] / 1e12:.3g} TFLOP/s"
+        f"{limit['rate_float64'] / 1e12:.3g} TFLOP/s; {limit['seconds_moving']:.3f} s for "
+        f"{limit['bytes'] / 1e9:.3g} GB at {limit['bandwidth'] / 1e9:.0f} GB/s"
     )
     head = f"# {options.output.stem}\n\n`{command}`\n\n{setup['machine']}; "
     head += ", ".join(f"{p} {v}" for p, v in setup["versions"].items()) + f"; commit {setup['commit']}\n\n"

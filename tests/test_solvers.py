@@ -12,6 +12,7 @@ from corda_lora.decomposition import orient, select
 from corda_lora.preprocess import double_device
 from corda_lora.solvers import chosen_components, components
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SHAPES = {"square": (300, 300), "tall": (420, 260), "wide": (260, 420)}
 
 
@@ -106,10 +107,12 @@ def test_a_tall_weight_that_cholesky_cannot_factor():
     torch.testing.assert_close((U.T @ W).norm(dim=1), values, rtol=1e-3, atol=0)
 
 
-def test_orthonormal_basis_of_columns_that_are_nearly_one():
-    X = torch.randn(50, 1, dtype=torch.float64) + 1e-12 * torch.randn(50, 6, dtype=torch.float64)
-    Q = solvers._orthonormal(X)
-    torch.testing.assert_close(Q.T @ Q, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-9)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("apart", [1.0, 1e-12])
+def test_orthonormal_basis_of_columns_that_are_nearly_one(apart, device):
+    X = torch.randn(50, 1, dtype=torch.float64) + apart * torch.randn(50, 6, dtype=torch.float64)
+    Q = solvers._orthonormal(X.to(device))
+    torch.testing.assert_close(Q.T @ Q, torch.eye(6, dtype=torch.float64, device=device), rtol=0, atol=1e-9)
 
 
 def test_an_eigensolver_that_fails_is_asked_again_on_the_cpu(monkeypatch):

@@ -220,14 +220,15 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
 
 
 def _orthonormal(X: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of X (R, b): CholeskyQR2, which is faster than Householder's QR, or the
-    latter where the columns are too much alike for it."""
-    Q = X / X.norm(dim=0)
-    failures = []
-    for _ in range(2):
-        L, failed = torch.linalg.cholesky_ex(Q.T @ Q)
-        Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
-        failures.append(failed)
-    if torch.stack(failures).any():
-        Q, _ = torch.linalg.qr(X / X.norm(dim=0))
-    return Q
+    """An orthonormal basis of the columns of X (R, b). By Householder's QR; on a GPU, where that is slow, by Cholesky
+    factors (CholeskyQR2), unless the columns are too much alike for it."""
+    X = X / X.norm(dim=0)
+    if X.is_cuda:
+        Q, failures = X, []
+        for _ in range(2):
+            L, failed = torch.linalg.cholesky_ex(Q.T @ Q)
+            Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
+            failures.append(failed)
+        if not torch.stack(failures).any():
+            return Q
+    return torch.linalg.qr(X)[0]
