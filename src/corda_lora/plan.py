@@ -34,6 +34,7 @@ from .layer import keeps_all
 from .lockstep import find_blocks, tensors_of
 from .models import class_of, empty_model, load_tokenizer, read_settings
 from .preprocess import compute_device
+from .solvers import block_width, iterates
 from .targets import budget_of, check_rank, find_targets, weight_shape
 
 PROCESS = 1.0e9  # bytes of a Python process with torch, transformers and a tokenizer
@@ -452,11 +453,13 @@ def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig) -> tup
     if config.solver == "svd":
         work["eigen"] += SVD * R**3
         numbers = max(numbers, 4 * W + 2 * R * R)
-    elif keeps_all(config):  # two Gram matrices, and the rows not resolved; U, and for `eigh` three more of its size
+    elif keeps_all(config) or not iterates(
+        R, k, config.solver
+    ):  # two Gram matrices, and the rows not resolved; U, and for `eigh` three more of its size
         work.update(eigen=GRAM * R**3, double=5 * R * M + 2 * tall * W * n)
         numbers = max(numbers, beside + 2 * M + 4 * R * R, tall * (2 * W + 2 * n * n))
     else:  # what `_inverse_factor` holds, or the iteration: H and some b vectors
-        b = min(R, k + min(max(k, 32), 128))
+        b = block_width(R, k)
         products = 3 * R * M + 2 * R**3 if config.mode == "kpm" else 0
         work.update(double=2 * (products + R * M + 30 * R * R * b), eigen=4 * GRAM * b**3)
         numbers = max(numbers, beside + M + (M + 5 * R * R if config.mode == "kpm" else R * R + 4 * b * (R + n)))

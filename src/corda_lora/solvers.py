@@ -109,7 +109,7 @@ def chosen_components(W: Tensor, times: Times, mode: str, r: int, solver: str = 
             see `components`.
     """
     R = min(W.shape)
-    if (solver == "subspace" and r < R) or (solver == "auto" and 6 * r <= R):
+    if iterates(R, r, solver):
         found = _subspace(W.double(), times, mode, r)
         if found is not None:
             return found
@@ -117,6 +117,16 @@ def chosen_components(W: Tensor, times: Times, mode: str, r: int, solver: str = 
     U, sigma = components(W, times, solver)
     chosen = select(mode, R, r)
     return U[:, chosen], sigma[chosen]
+
+
+def iterates(R: int, r: int, solver: str) -> bool:
+    """Whether `chosen_components` takes to iteration for r of R components."""
+    return (solver == "subspace" and r < R) or (solver == "auto" and 6 * r <= R)
+
+
+def block_width(R: int, k: int) -> int:
+    """Vectors that are iterated on for k of R: as many again, within limits, for oversampling."""
+    return min(R, k + min(max(k, 32), 128))
 
 
 def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tensor] | None:
@@ -167,7 +177,7 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tenso
     mean square. These come from products with F and Fᵀ, whose rounding is that of F, not of its squares.
     """
     R = F.shape[1]
-    b = min(R, k + min(max(k, 32), 128))
+    b = block_width(R, k)
     size = float(torch.linalg.norm(F))
     if size == 0:
         return None
