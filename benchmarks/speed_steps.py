@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -59,7 +60,7 @@ def main() -> None:
     show("as it is")
     for batch_tokens in (2048, 8192, 32768):
         show(f"batches of {batch_tokens} tokens", batch_tokens)
-    with patch.object(peft, "chosen_components", lambda *args: chosen_components(*args, solver="gram")):
+    with patch.object(peft, "chosen_components", partial(chosen_components, solver="gram")):
         show("all components, by gram")
     with patch.object(covariance, "add_gram", a_product_a_sample):
         show("a product a sample, both triangles")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
@@ -310,6 +311,22 @@ def test_an_output_with_something_in_it(verb, checkpoint, data, capsys):
     said = refused(capsys, verb, "--model", checkpoint, *arguments, "--output", "out")
     assert said == f"corda {verb}: the output out has something in it already: remove it, or choose another"
     assert [p.name for p in (data / "work" / "out").iterdir()] == ["mine"]
+
+
+def test_a_solver_that_does_not_converge_is_said_once_a_run(checkpoint, data, monkeypatch, capsys):
+    """Fourteen layers, one note: however Python treats a warning that comes again."""
+    monkeypatch.setattr("corda_lora.solvers.leading_singular_vectors", lambda *_: None)
+    warnings.simplefilter("always")
+    init(checkpoint, data, "--solver", "subspace", output="fallen")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("did not converge") == 1
+    assert "did not converge on 14 layers, such as model.layers.0.self_attn.q_proj: gram" in said
+    monkeypatch.undo()
+    monkeypatch.chdir(data / "work")
+    init(checkpoint, data, "--solver", "gram", output="gram")
+    assert "did not converge" not in capsys.readouterr().err
+    tensors = [load_file(data / "work" / name / "adapter_model.safetensors") for name in ("fallen", "gram")]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ from corda_lora.compactness import (
     selection_score,
 )
 from corda_lora.config import CordaConfig
-from corda_lora.layer import choose_covariances
+from corda_lora.decomposition import select
+from corda_lora.layer import choose_covariance, decompose_layer, extremes_of
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
 def literal_selection(W, covariances, damping=0.01):
@@ -129,13 +132,47 @@ def test_selection_is_algorithm_1(tokens):
     torch.manual_seed(0)
     covariances = [covariance(30, tokens, seed) for seed in range(5)]
     weights = [torch.randn(m, 30) for m in (12, 30, 50)] + [torch.randn(30, 2) @ torch.randn(2, 30)]
-    found = choose_covariances(weights, covariances, CordaConfig(preset="corda++", r=4))
+    config = CordaConfig(preset="corda++", r=4)
+    extremes = extremes_of(covariances, config, torch.device("cpu"))
+    found = [choose_covariance(W, covariances, extremes, config)[0] for W in weights]
     for W, record in zip(weights, found):
         best, scores = literal_selection(W, covariances)
         assert record["round"] == best
         assert record["scores"] == pytest.approx(scores, rel=1e-6)
     if tokens > 30:
         assert len({record["round"] for record in found}) > 1  # it hangs on W, though the inputs are shared
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_vectors_found_while_choosing_are_not_computed_again(mode, device, monkeypatch):
+    """Where `eigh` costs little more than `eigvalsh`: the same choice, components and energies as without."""
+    torch.manual_seed(0)
+    covariances = [covariance(60, 200, seed).float().to(device) for seed in range(4)]
+    config = CordaConfig(preset="corda++", mode=mode, r=4, rounds=4)
+    extremes = extremes_of(covariances, config, torch.device(device))
+    rounds = []
+    for W in [torch.randn(m, 60).to(device) for m in (40, 60, 90)]:
+        found = {}
+        for vectors in (False, True):
+            sizes, eigh = [], torch.linalg.eigh
+            monkeypatch.setattr("corda_lora.layer.vectors_are_cheap", lambda device, vectors=vectors: vectors)
+            monkeypatch.setattr(torch.linalg, "eigh", lambda G, sizes=sizes, eigh=eigh: sizes.append(len(G)) or eigh(G))
+            record, coarse = choose_covariance(W, covariances, extremes, config)
+            chosen = len(sizes)
+            U, sigma = decompose_layer(W, covariances[record["round"]], config, coarse)
+            monkeypatch.setattr(torch.linalg, "eigh", eigh)
+            assert chosen == (4 if vectors else 0)
+            assert sizes.count(min(W.shape)) == (4 if vectors else 1)
+            U = U[:, select(mode, len(sigma), 6)]
+            found[vectors] = record, sigma, U @ (U.T @ W.double())
+        (one, sigma, BA), (other, sigma_other, BA_other) = found[False], found[True]
+        assert one["round"] == other["round"]
+        rounds.append(one["round"])
+        assert other["scores"] == pytest.approx(one["scores"], rel=1e-9)
+        torch.testing.assert_close(sigma_other, sigma, rtol=1e-9, atol=0)
+        torch.testing.assert_close(BA_other, BA, rtol=0, atol=1e-7 * float(BA.norm()))
+    assert set(rounds) == {0, 2}  # one that others follow, and one in their midst
 
 
 def test_compactness_is_equation_6():

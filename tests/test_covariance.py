@@ -1,9 +1,12 @@
 """XᵀX against float64, in every way it is summed; on a GPU, where there is one, also by the kernel."""
 
 import pytest
+import tiny
 import torch
 
-from corda_lora.covariance import Covariance, add_gram, mirror
+from corda_lora import CordaConfig
+from corda_lora.covariance import Covariance, add_gram, float32_products, mirror
+from corda_lora.preprocess import preprocess
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -40,6 +43,22 @@ def test_samples_of_any_length_by_their_own_weights(dtype, device):
     total = mirror(add_gram(total, x, lengths, scales))
     expected = 2 * reference(x, lengths, scales)
     assert (total.double() - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_float32_is_real_in_a_run_and_the_users_choice_after_it():
+    model, seen = tiny.build("llama"), []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        preprocess(model, CordaConfig(r=4), tiny.batches(), progress=False)
+        assert torch.get_float32_matmul_precision() == "high"
+        with pytest.raises(KeyError), float32_products("highest"):
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
 
 
 def test_float32_is_kept():

@@ -1,17 +1,23 @@
 """One block at a time: the order of things, what is on the device, and that nothing is left behind."""
 
+import threading
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
 import torch
+import transformers
 
 from corda_lora import CordaConfig, CordaError, preprocess
-from corda_lora.lockstep import find_blocks, lockstep, on_device, tensors_of
+from corda_lora.collect import Collector
+from corda_lora.lockstep import find_blocks, lockstep, on_device, parking, tensors_of
 from corda_lora.preprocess import walk
 from corda_lora.targets import find_targets
 
 CPU = torch.device("cpu")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 FAMILIES = ["llama", "gemma3", "gpt2_conv1d", "bert", "roberta", "t5", "mixtral"]
 
 
@@ -86,6 +92,7 @@ def test_only_one_block_is_on_the_device(monkeypatch):
         active.difference_update(here)
 
     monkeypatch.setattr("corda_lora.preprocess.on_device", recorded)
+    monkeypatch.setattr("corda_lora.lockstep.on_device", recorded)
     for name, block in blocks_of(model).items():
         block.mlp.register_forward_hook(lambda *_, name=name: most.append({*active} | {f"run {name}"}))
     list(walk(model, find_targets(model, "all-linear"), tiny.batches(), CPU))
@@ -105,6 +112,169 @@ def test_on_device_gives_back_the_very_memory():
     with pytest.raises(KeyError), on_device(tensors_of(block), device):
         raise KeyError
     assert [t.data_ptr() for t in tensors_of(block)] == before
+
+
+# --- beside computing ------------------------------------------------------------------------------------------------
+
+
+def test_the_next_block_is_read_while_one_computes(monkeypatch):
+    """By a thread, which is held up here until the block before has run; each block once, and one ahead."""
+    monkeypatch.setattr("corda_lora.lockstep.has_streams", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    model = tiny.build("llama")
+    plain = preprocess.preprocess(model, CordaConfig(r=4), tiny.batches(), progress=False)
+    reads, ran, threads = [], [threading.Event() for _ in blocks_of(model)], set()
+
+    def reader(name, number, values):
+        def read():
+            threads.add(threading.current_thread())
+            assert number == 0 or ran[number - 1].wait(20)
+            reads.append(name)
+            return values
+
+        return read
+
+    stored = {}
+    for number, (block, ran_now) in enumerate(zip(blocks_of(model).values(), ran)):
+        block.register_forward_hook(lambda *_, ran_now=ran_now: ran_now.set())
+        for name, tensor in block.named_parameters(prefix=str(number)):
+            stored[tensor] = reader(name, number, tensor.data)
+            tensor.data = torch.full_like(tensor, torch.nan)
+    start = preprocess.preprocess(model, CordaConfig(r=4), tiny.batches(), progress=False, stored=stored)
+    assert all(torch.equal(plain.layers[n].A, layer.A) for n, layer in start.layers.items())
+    assert len(reads) == len(set(reads)) == len(stored)
+    assert threading.current_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_block_that_cannot_be_read_ahead_is_an_error_when_it_is_reached(monkeypatch):
+    monkeypatch.setattr("corda_lora.lockstep.has_streams", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    model, done = tiny.build("llama"), []
+
+    def fail():
+        raise OSError("the shard is gone")
+
+    stored = {model.model.layers[1].mlp.up_proj.weight: fail}
+    weights, steps = (
+        tiny.snapshot(model),
+        walk(model, find_targets(model, "all-linear"), tiny.batches(), CPU, stored=stored),
+    )
+    with pytest.raises(OSError, match="the shard is gone"):
+        done.extend(names for names, _ in steps)
+    assert len(done) == 1
+    assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
+    assert hooks_of(model) == 0
+
+
+def test_copies_are_waited_for_a_batch_later_and_all_at_the_end_of_a_block(monkeypatch):
+    """What was parked is still being copied while the next batch runs; more than that is never held."""
+    model, batches, running, pending, held = tiny.build("llama"), 3 * tiny.batches(), [], set(), []
+
+    @contextmanager
+    def recorded(device):
+        copy = running[-1], object()
+        pending.add(copy)
+        yield lambda: pending.discard(copy)
+
+    def on_batch(index):
+        held.append({batch for batch, _ in pending})
+        running.append(index)
+
+    monkeypatch.setattr("corda_lora.lockstep.beside", recorded)
+    for _, run in lockstep(model, list(blocks_of(model).values()), batches, on_batch, park=parking("cpu")):
+        assert not pending
+        run()
+    assert not pending
+    assert held[:9] == [{*range(9)[max(0, i - 2) : i]} for i in range(9)]  # the older is waited for before i runs
+
+
+def large(device, dtype=torch.bfloat16):
+    """A model of some size, and batches of it, some padded: so much work that what does not wait is caught."""
+    torch.manual_seed(0)
+    size = tiny.SIZE | {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size | {"max_position_embeddings": 512}))
+    batches = []
+    for seed in range(24):
+        ids, mask = tiny.padded([512] * 8 if seed % 3 else [512, 400, 100, 512, 17, 512, 300, 512], 512, seed)
+        batches.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+    return model.to(device, dtype).eval(), batches
+
+
+@GPU
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_states_parked_from_a_gpu_come_back_as_they_were(place, tmp_path):
+    model, batches = large("cuda")
+    with torch.no_grad():
+        plain = [model(**batch).logits.cpu() for batch in batches]
+    blocks = list(blocks_of(model).values())
+
+    def run_all(batches):
+        """Their outputs, and the most memory that any block took beyond what there was before it."""
+        outputs, most = [], 0
+        hook = model.register_forward_hook(lambda module, args, output: outputs.append(output.logits.cpu()))
+        for _, run in lockstep(model, blocks, batches, to_end=True, park=parking(place, tmp_path)):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            torch.cuda.synchronize()
+            most = max(most, torch.cuda.max_memory_allocated() - before)
+        hook.remove()
+        return outputs, most
+
+    few, many = run_all(batches[:4]), run_all(batches)
+    assert all(torch.equal(found, expected) for found, expected in zip(many[0], plain, strict=True))
+    state = batches[0]["input_ids"].numel() * 1024 * 2
+    assert many[1] < few[1] + 4 * state  # of 24 batches
+
+
+@GPU
+@pytest.mark.parametrize("preset", ["corda", "corda++"])
+def test_a_model_that_visits_the_gpu_starts_as_one_that_is_there(preset):
+    config = CordaConfig(preset=preset, r=8, **({"rounds": 3} if preset == "corda++" else {}))
+    (model, batches), starts = large("cpu"), []
+    inside = replace(config, device="cuda")
+    starts.append(preprocess.preprocess(model, inside, batches, progress=False, park="cpu"))
+    home = {n: p.data_ptr() for n, p in model.named_parameters()}
+    read = {p: partial(getattr, p.detach().clone(), "data") for p in model.parameters()}
+    starts.append(preprocess.preprocess(model, inside, batches, progress=False, stored=read))
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == home
+    starts.append(preprocess.preprocess(model.cuda(), config, batches, progress=False, park="device"))
+    for start in starts[:2]:
+        for name, layer in starts[2].layers.items():
+            assert torch.equal(start.layers[name].A, layer.A), name
+            assert torch.equal(start.layers[name].B, layer.B), name
+
+
+@GPU
+@pytest.mark.parametrize("place", ["device", "cpu"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_host_waits_for_nothing_inside_a_block(place, per_sample, monkeypatch):
+    model, batches = large("cuda")
+    targets = find_targets(model, "all-linear")
+
+    def watched(*args):
+        for block, run in lockstep(*args):
+
+            def strict(run=run):
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    run()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+            yield block, strict
+
+    monkeypatch.setattr("corda_lora.preprocess.lockstep", watched)
+    collector = Collector(model, targets, batches, per_sample=per_sample)
+    found = list(walk(model, targets, batches, torch.device("cuda", 0), collector=collector, park=parking(place)))
+    assert all(torch.isfinite(C).all() for _, groups in found for _, Cs in groups for C in Cs)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from corda_lora import CordaConfig, CordaError
 from corda_lora.cli import main
@@ -17,6 +20,7 @@ from corda_lora.lockstep import find_blocks, lockstep, parking, tensors_of
 from corda_lora.models import load_model, open_model
 from corda_lora.preprocess import preprocess
 from corda_lora.targets import find_targets
+from corda_lora.work import saving
 
 CONFIG = CordaConfig(preset="corda++", r=4, rounds=3)
 FAMILIES = ["llama", "llama_tied", "gemma3", "gpt2_conv1d", "bert", "t5"]
@@ -302,6 +306,57 @@ def test_work_of_another_run_is_refused_and_kept(unfinished, capsys, change, mes
     arguments, work = unfinished
     assert message in refused([*arguments, *change], capsys)
     assert len(list(work.glob("*.safetensors"))) == 3
+
+
+def test_a_disk_that_is_full_while_the_next_block_computes(command, capsys, tmp_path, monkeypatch):
+    """As it is written beside an accelerator: the error comes a block later, and what was written before is kept."""
+    from corda_lora import work as module
+
+    monkeypatch.setattr(
+        "corda_lora.preprocess.saving", lambda store, device: module.saving(store, torch.device("cuda"))
+    )
+    written, write = [], module.save_file
+
+    def fills(*args, **kwargs):
+        written.append(threading.current_thread())
+        if len(written) == 3:
+            raise SafetensorError("No space left on device (os error 28)")
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(module, "save_file", fills)
+    arguments, work = [*command, "--output", str(tmp_path / "start")], tmp_path / "start.work"
+    assert refused(arguments, capsys).startswith("corda init: the disk is full or cannot be written (No space left")
+    assert threading.main_thread() not in written
+    assert len(written) == 3
+    assert len(json.loads((work / "finished.json").read_text())["blocks"]) == 2
+    assert not (tmp_path / "start").exists()
+    main(arguments)  # there is room again
+    assert len(written) == 3 + 4
+    monkeypatch.undo()
+    main([*command, "--output", str(tmp_path / "whole")])
+    for name in ("adapter_model.safetensors", "corda.json"):
+        assert (tmp_path / "start" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_last_blocks_error_comes_up_at_the_end_and_one_block_waits_at_most():
+    class Store:
+        begun, ended = 0, 0
+
+        def save(self, layers):
+            self.begun += 1
+            time.sleep(0.05)
+            self.ended += 1
+            if "bad" in layers:
+                raise OSError(28, "No space left on device")
+
+    store = Store()
+    with saving(store, torch.device("cuda")) as save:
+        for i in range(4):
+            save({f"good{i}": None})
+            assert store.ended >= i
+    assert store.ended == 4
+    with pytest.raises(OSError, match="No space left"), saving(store, torch.device("cuda")) as save:
+        save({"bad": None})
 
 
 def test_work_of_another_version_is_refused(unfinished, capsys, monkeypatch):

@@ -52,6 +52,7 @@ class Collector:
         self.in_encoder = set(encoder.modules()) if encoder is not None else set()
         self.encoded: dict[int, weakref.ref[Tensor]] = {}  # batch -> the encoder's output
         self.masks: list[tuple[Tensor | None, Tensor | None]] = []  # of each batch, see `token_masks`
+        self.rows: dict[int, Tensor] = {}  # identity of a mask -> numbers of its real tokens, on the device
         self.starts: list[int] = []  # each batch's first sample
         self.rounds: list[int] = []
         self.samples = 0
@@ -95,11 +96,11 @@ class Collector:
             return
         if name in self.leaders:
             raise RuntimeError(f"{name} shared its input with {self.leaders[name]} in an earlier batch, but not now")
-        rows = None if mask is None else _real_tokens(mask, name, x)
+        rows = None if mask is None else self._real_tokens(mask, name, x)
         flat = x.reshape(-1, x.shape[-1])  # (t, d)
         self.finite.setdefault(name, []).append((self.batch, self._finite(x, rows)))
         if rows is not None:
-            flat = flat.index_select(0, rows.to(x.device, non_blocking=True))
+            flat = flat.index_select(0, rows)
         covariance = self.covariances.setdefault(name, {}).setdefault(self.rounds[self.batch], Covariance())
         if self.per_sample:
             covariance.add_samples(flat, _sample_lengths(mask, name, x))
@@ -126,13 +127,25 @@ class Collector:
             mask = mask if x is encoded else decoder_mask
         return mask
 
+    def _real_tokens(self, mask: Tensor, name: str, x: Tensor) -> Tensor | None:
+        """Numbers of the rows of x.reshape(-1, d) that are not padding, on its device; None for all."""
+        if bool(mask.all()) or x.shape[:-1] == mask.shape[:1]:  # no padding; or one pooled vector a sample
+            return None
+        if x.shape[:-1].numel() != mask.numel():
+            raise CordaError(
+                f"{name} is given {tuple(x.shape)}, from which padding cannot be told: give batches without padding"
+            )
+        if id(mask) not in self.rows:  # moved once: so large a copy can make the host wait
+            self.rows[id(mask)] = mask.flatten().nonzero().flatten().to(x.device, non_blocking=True)
+        return self.rows[id(mask)]
+
     def _finite(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """(b,) whether each sample's numbers are finite; what is padding does not count. No wait for the device."""
         precise = torch.float32 if x.dtype in HALF else x.dtype
         finite = torch.linalg.vector_norm(x, dim=-1, dtype=precise).isfinite()  # (b, s), (b,) or (b·s,); in one pass
         if rows is not None:
             real = torch.zeros(finite.numel(), dtype=torch.bool, device=x.device)
-            real[rows.to(x.device, non_blocking=True)] = True
+            real.index_fill_(0, rows, True)
             finite = finite | ~real.reshape(finite.shape)
         return finite.flatten(1).all(-1) if finite.ndim > 1 else finite
 
@@ -145,7 +158,10 @@ class Collector:
                 others have.
         """
         for name in names:
-            for batch, finite in self.finite.pop(name, []):
+            found = self.finite.pop(name, [])
+            if not found or bool(torch.stack([finite.all() for _, finite in found]).all()):  # waits for the device once
+                continue
+            for batch, finite in found:
                 if not bool(finite.all()):
                     where = self._where(batch, finite)
                     raise CordaError(f"Invalid value found in input of {name}, {where}: NaN or Inf")
@@ -172,17 +188,6 @@ class Collector:
             return f"batch {batch} of the context (counted from 0)"
         sample = self.starts[batch] + int((~finite).nonzero()[0])
         return f"sample {self.numbers[sample] if self.numbers else sample} of the context (counted from 0)"
-
-
-def _real_tokens(mask: Tensor, name: str, x: Tensor) -> Tensor | None:
-    """Numbers of the rows of x.reshape(-1, d) that are not padding; None for all."""
-    if bool(mask.all()) or x.shape[:-1] == mask.shape[:1]:  # no padding; or one pooled vector a sample
-        return None
-    if x.shape[:-1].numel() != mask.numel():
-        raise CordaError(
-            f"{name} is given {tuple(x.shape)}, from which padding cannot be told: give batches without padding"
-        )
-    return mask.flatten().nonzero().flatten()
 
 
 def _sample_lengths(mask: Tensor | None, name: str, x: Tensor) -> list[int]:

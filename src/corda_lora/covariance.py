@@ -6,7 +6,8 @@
 selects the rows. PEFT's CorDA normalizes otherwise, sample by sample: see `Covariance.add_samples`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,18 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCKS = 6  # of columns: XᵀX is symmetric, and of so many blocks a side only those on and below the diagonal are made
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Products of float32 matrices in here: `highest`, in real float32, also where the user has allowed TF32 for
+    training; or `high`, where TF32 will do."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def add_gram(
@@ -53,8 +66,10 @@ def add_gram(
 
 
 def _sample_of_rows(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(t,): to which of the samples, one after the other, a row belongs."""
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
+    """(t,): to which of the samples, one after the other, a row belongs. Made on the device: only the lengths are
+    moved, and as the sum of them is given, nobody waits for it."""
+    rows = torch.tensor(lengths).to(device, non_blocking=True)
+    return torch.arange(len(lengths), device=device).repeat_interleave(rows, output_size=sum(lengths))
 
 
 def mirror(C: Tensor) -> Tensor:

@@ -5,12 +5,22 @@ pauses where a block is entered. The scheduler lets all of them through block i 
 of the model's forward is rewritten or traced: masks, rotary tables and cross inputs are simply alive in the paused
 frames. So the model is passed over once, only one block's weights need to be there at a time, and the hidden states
 of the batches that wait can be parked elsewhere.
+
+On a CUDA device moving and reading go on beside computing: hidden states come and go on a stream of their own, one
+batch ahead and one behind, and a thread reads the weights of the next block into pinned memory. The host waits for
+nothing inside a block, so that the order of things is the streams': memory of the device is allocated, used and freed
+by the stream that computes; a copy begins (`beside`) after all that this stream has been given so far, and this stream
+waits for it before it uses what came or frees what went.
 """
 
+import itertools
 import tempfile
 import weakref
+from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +31,7 @@ from torch import Tensor, nn
 from .config import CordaError
 
 Parking = Callable[[Tensor], Tensor]
+Wait = Callable[[], None]  # the stream that computes waits for a copy; the host does not
 
 
 class DifferentPathsError(RuntimeError):
@@ -67,13 +78,36 @@ def lockstep(
         homes = [(x, x.device) for x in given.values()]
         # What the last block was given may still be held by the frame (a model keeps its embeddings): park it, too.
         given |= {id(x): x for ref in last_given.get(current, ()) if (x := ref()) is not None}
-        for x in given.values():
-            if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
-                x.data = park(x)
+        send(given.values(), park)
+        waiting[current] = homes
         current.parent.switch(block)
-        for x, home in homes:
-            x.data = x.data.to(home, non_blocking=True)
         last_given[current] = [weakref.ref(x) for x, _ in homes]
+
+    def send(states: Iterable[Tensor], park: Parking) -> None:
+        """Begin to park a batch's hidden states. (A function: what `pause` holds is held while the batch waits.)"""
+        leaving.append([])
+        for x in states:
+            if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
+                memory = x.data
+                with beside(memory.device) as wait:
+                    x.data = park(x)
+                leaving[-1].append((wait, memory))
+
+    def bring(frame: greenlet) -> None:
+        """Begin to copy a batch's parked hidden states back to where they were."""
+        for x, home in waiting.pop(frame, ()):
+            if x.device != home:
+                here = torch.empty_like(x, device=home)
+                with beside(home) as wait:
+                    x.data = here.copy_(x, non_blocking=True)
+                coming.setdefault(frame, []).append(wait)
+
+    def free(all_but: int = 0) -> None:
+        """Give up the device's memory of what has been parked."""
+        while len(leaving) > all_but:
+            for wait, _ in leaving[0]:
+                wait()
+            leaving.popleft()
 
     def leave(block: nn.Module, *_: Any) -> None:
         if getcurrent() in frames and len(seen) == len(blocks) and not to_end:
@@ -88,16 +122,26 @@ def lockstep(
         stops = []
         for index, frame in enumerate(frames):
             on_batch(index)
+            bring(frame)
+            for wait in coming.pop(frame, ()):
+                wait()
+            free(all_but=1)
+            for following in frames[index + 1 : index + 2]:
+                bring(following)
             frame.parent = getcurrent()
             stop = frame.switch() if frame else frame.switch(batches[index])
             stops.append(None if isinstance(stop, GreenletExit) else stop)  # the exception would hold on to the frame
             del stop
+        free()
         if any(stop is not stops[0] for stop in stops):
             raise DifferentPathsError("the batches do not run the model's blocks in the same order")
         return stops[0]
 
     frames = [greenlet(forward) for _ in batches]
     last_given: dict[Any, list[weakref.ref[Tensor]]] = {}
+    waiting: dict[Any, list[tuple[Tensor, torch.device]]] = {}  # the parked states of a batch, and where they were
+    coming: dict[Any, list[Wait]] = {}  # of a batch whose states are on their way back
+    leaving: deque[list[tuple[Wait, Tensor]]] = deque()  # of each batch, memory that is still being copied from
     hooks = [b.register_forward_pre_hook(pause, with_kwargs=True) for b in blocks]
     hooks += [b.register_forward_hook(leave) for b in blocks]
     seen: set[nn.Module] = set()
@@ -116,9 +160,36 @@ def lockstep(
     finally:
         for hook in hooks:
             hook.remove()
+        for wait in itertools.chain(*coming.values()):
+            wait()
+        free()
         for frame in frames:
             if frame and not frame.dead:
                 frame.throw(GreenletExit)
+
+
+def has_streams(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The device's second stream."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[Wait]:
+    """Copies in here run beside what a CUDA device computes from now on; call what is yielded before what they filled
+    is used, or what they read is freed. For any other device this is nothing: copies are made at once."""
+    if not has_streams(device):
+        yield lambda: None
+        return
+    computing, copying, done = torch.cuda.current_stream(device), _copying(device), torch.cuda.Event()
+    copying.wait_stream(computing)
+    with torch.cuda.stream(copying):
+        yield lambda: computing.wait_event(done)
+        done.record(copying)
 
 
 def parking(where: str, folder: Path | None = None) -> Parking | None:
@@ -146,14 +217,47 @@ def on_device(
         stored: of tensors whose values are in a checkpoint, a function that reads them (see `models.open_model`).
     """
     homes = {tensor: tensor.data for tensor in tensors if tensor.device != device or (stored and tensor in stored)}
-    for tensor, home in homes.items():
-        read = stored.get(tensor) if stored else None
-        tensor.data = (read() if read else home).to(device, non_blocking=True)
     try:
+        for tensor, home in homes.items():
+            read = stored.get(tensor) if stored else None
+            tensor.data = (read() if read else home).to(device, non_blocking=True)
         yield
     finally:
         for tensor, home in homes.items():
             tensor.data = home
+
+
+@contextmanager
+def visits(
+    blocks: Sequence[nn.Module], device: torch.device, stored: Mapping[Tensor, Callable[[], Tensor]] | None = None
+) -> Iterator[Callable[[nn.Module], AbstractContextManager[None]]]:
+    """Yield `on_device` for the parameters and buffers of one block after another, which are expected in this order.
+
+    While a block is on a CUDA device a thread reads the parameters of the next one, from its checkpoint or from memory,
+    into pinned memory, from where they are moved in one quick copy: the device never holds two blocks.
+    """
+    after = dict(zip([None, *blocks], blocks))
+    ahead: dict[Tensor, Callable[[], Tensor]] = {}  # gives those of the next block, when they have been read
+
+    def pinned(tensor: Tensor, home: Tensor) -> Tensor:
+        return (stored[tensor]() if stored and tensor in stored else home).pin_memory()
+
+    def read_after(block: nn.Module | None) -> None:
+        ahead.clear()
+        if has_streams(device) and block in after:
+            for x in after[block].parameters():
+                if x.device.type == "cpu" or (stored and x in stored):
+                    ahead[x] = reader.submit(pinned, x, x.data).result
+
+    @contextmanager
+    def visit(block: nn.Module) -> Iterator[None]:
+        with on_device(tensors_of(block), device, ChainMap(ahead, dict(stored or {}))):
+            read_after(block)
+            yield
+
+    with ThreadPoolExecutor(1) as reader:  # no thread begins before there is something to read
+        read_after(None)
+        yield visit
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -34,11 +34,12 @@ from transformers import PreTrainedModel
 
 from .collect import Collector
 from .config import CordaConfig, CordaError
+from .covariance import float32_products
 from .decomposition import orient
 from .lockstep import DifferentPathsError, find_blocks, parking
-from .preprocess import compute_device, double_device, exact_float32, walk
+from .preprocess import compute_device, double_device, walk
 from .progress import progress_bar, track
-from .solvers import chosen_components
+from .solvers import chosen_components, say_fallback, warn_of_fallbacks
 from .targets import weight_of, weight_shape
 
 PARTS = ("S_WC", "U_WC", "V_WC")  # of PEFT's CordaEigens
@@ -98,19 +99,21 @@ def preprocess_corda(
     from_file = _exists(options.covariance_file)
     fields: dict[str, dict[str, Any]] = {}  # layer -> what it is given in the end
     kept: dict[str, Tensor] = {}  # layer -> its covariance, to be written
+    fallbacks: list[str] = []  # layers that the solver gave up on
 
     def decompose(names: Sequence[str], C: Tensor, samples: int | None = None) -> None:
         """Layers that share their inputs, with covariance C (n, n): the mean over so many samples."""
-        if not bool(torch.isfinite(C).all()):
+        here = C.to(double_device(device))
+        if not bool(torch.isfinite(here).all()):
             raise CordaError(
                 f"Invalid value found in covariance of {names[0]}: every sample is divided by its largest number, "
                 "which must not be 0"
             )
-        times = partial(orient, C=C.to(double_device(device)), orientation="covariance")
+        times = partial(orient, C=here, orientation="covariance")
         C = C.to(targets[names[0]].weight.dtype) if options.use_float16_for_covariance else C
         for name in names:
             W = weight_of(targets[name]).to(double_device(device))  # (m, n)
-            parts = corda_eigens(W, times, method, ranks[name])
+            parts = corda_eigens(W, times, method, ranks[name], partial(fallbacks.append, name))
             fields[name] = {"eigens": CordaEigens(*(part.to(homes[name]) for part in parts))}
             if not options.prune_temporary_fields:
                 fields[name] |= {"covariance_matrix": C.to(homes[name]), "corda_method": method, "rank": ranks[name]}
@@ -119,7 +122,7 @@ def preprocess_corda(
             if options.covariance_file is not None and not from_file:
                 kept[name] = C.cpu()
 
-    with exact_float32():
+    with float32_products("highest"):
         if from_file:
             covariances = _read(options.covariance_file, list(targets))
             for name in track(list(targets), "Collecting eigens", options.verbose):
@@ -133,6 +136,7 @@ def preprocess_corda(
             hooked.eval()
             layers = {name: module for name, module in target_modules(hooked, config) if name in targets}
             collect(hooked, layers, run_model, device, decompose, options.verbose)
+    warn_of_fallbacks(fallbacks)
     if unseen := [name for name in targets if name not in fields]:
         raise CordaError(f"{unseen[0]} ({len(unseen)} of {len(targets)} target layers) was not run by run_model")
     if kept:
@@ -147,13 +151,19 @@ def preprocess_corda(
             setattr(targets[name], field, value)
 
 
-def corda_eigens(W: Tensor, times: Callable[[Tensor], Tensor], method: str, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def corda_eigens(
+    W: Tensor,
+    times: Callable[[Tensor], Tensor],
+    method: str,
+    r: int,
+    fell_back: Callable[[], None] = say_fallback,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The r components that become the adapter: PEFT's S_WC (r,), U_WC (m, r), V_WC (n, r), float32.
 
     W: (m, n), times: W → W C_λ, see `solvers`. U S Vᵀ is the components' part U Uᵀ W of W, so
     V = (S⁻¹ Uᵀ W)ᵀ (PEFT: C_λ⁻¹ V); where σ is 0 so is the component, and its column of V.
     """
-    U, sigma = chosen_components(W, times, method, r)  # (m, r), (r,)
+    U, sigma = chosen_components(W, times, method, r, fell_back=fell_back)  # (m, r), (r,)
     rows = U.T @ W.double()  # (r, n)
     V = torch.where(sigma > 0, rows.T / sigma, 0.0)
     return sigma.float(), U.float(), V.float()

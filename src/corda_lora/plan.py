@@ -335,8 +335,10 @@ def init_plan(
     waiting = 2 * tokens.total * shapes.hidden * item  # see `waiting_bytes`
     park = _place(park, waiting, machine)
     rest = shapes.rest if tokens.total else 0
-    # Always on the device: what is in no block, masks (b, 1, s, s) bool of all batches, and the hidden states.
-    always = rest + tokens.pairs + (waiting if park == "device" else 2 * tokens.batch * shapes.hidden * item)
+    # Always on the device: what is in no block, masks (b, 1, s, s) bool of all batches, and the hidden states; of those
+    # that are parked a batch's, before and after the block, the next one's and the last one's.
+    always = rest + tokens.pairs + (waiting if park == "device" else 4 * tokens.batch * shapes.hidden * item)
+    vectors = not on_cpu and rounds > 1 and keeps_all(config) and config.solver != "svd"  # see `choose_covariance`
     kept = _kept(shapes, config)
     work: dict[str, Counter[str]] = {stage: Counter() for stage in ("forward", "selection", "decomposition")}
     peak = dict.fromkeys(work, 0)
@@ -358,9 +360,12 @@ def init_plan(
         for name, members in groups.items():
             seen = name in sums
             here = held + (ahead if park == "device" else sums.get(name, 0))
-            costs = [("decomposition", *_decomposition(layer, kept[layer.name], seen, config)) for layer in members]
+            costs = [
+                ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, coarse=seen and vectors))
+                for layer in members
+            ]
             if seen and (rounds > 1 or config.allocates):
-                costs.append(("selection", *_selection(members, config)))
+                costs.append(("selection", *_selection(members, config, vectors)))
             for stage, cost, numbers in costs:
                 work[stage].update(cost)
                 peak[stage] = max(peak[stage], here + 8 * numbers)
@@ -372,17 +377,23 @@ def init_plan(
 
     adapter = 4 * shapes.budget * (1 if config.split == "anchored" else 2)  # else PEFT subtracts the start again
     seconds = {stage: sum(flop / _rate(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
-    seconds["forward"] += (sum(weights for _, weights, _ in shapes.blocks) + rest) / machine.read
+    reading = (sum(weights for _, weights, _ in shapes.blocks) + rest) / machine.read
     parked_bytes = waiting + (max(parked) if park != "device" else 0)
     if park != "device":  # hidden states (half of them waits twice) and covariances: there and back
         moved = len(shapes.blocks) * waiting + 2 * sum(parked)
         seconds["forward"] += moved / (BUS if park == "cpu" else machine.read)
     memory = PROCESS + max(stored) + (parked_bytes if park == "cpu" else 0)
+    # A block's bytes are copied to be written, and read again for their checksum; all are read at the end.
+    work_bytes, adding = sum(stored), max(stored)
+    writing = 2 * work_bytes / machine.read
+    if not on_cpu:  # the next block's weights are read (the last one's may not be free yet), the last one is written
+        memory += 2 * max(weights for _, weights, _ in shapes.blocks) + 2 * adding
+        reading, writing, adding = max(0, reading - sum(seconds.values())), writing / len(stored), 0
+    seconds["forward"] += reading
     where = {stage: (0, memory + most) if on_cpu else (most, memory) for stage, most in peak.items() if seconds[stage]}
     stages = [Stage(stage, seconds[stage], *peaks) for stage, peaks in where.items()]
-    # A block's bytes are copied to be written, and read again for their checksum; all are read at the end.
-    work_bytes, factors = sum(stored), PROCESS + 4 * shapes.budget + 2 * adapter
-    stages.append(Stage("state", 2 * work_bytes / machine.read, 0, memory + max(stored)))
+    factors = PROCESS + 4 * shapes.budget + 2 * adapter
+    stages.append(Stage("state", writing, 0, memory + adding))
     stages.append(Stage("factors", (work_bytes + adapter) / machine.read, 0, factors))
     flops = sum(sum(cost.values()) for cost in work.values())
     return Plan(
@@ -417,8 +428,9 @@ def _kept(shapes: Shapes, config: CordaConfig) -> dict[str, int]:
     return kept
 
 
-def _selection(layers: Sequence[Layer], config: CordaConfig) -> tuple[dict[str, int], int]:
-    """FLOP of `choose_covariances` for layers that share their input, and the float64 numbers it holds at once."""
+def _selection(layers: Sequence[Layer], config: CordaConfig, vectors: bool) -> tuple[dict[str, int], int]:
+    """FLOP of `extremes_of` and `choose_covariance` for layers that share their input, and the float64 numbers they
+    hold at once; `vectors`: of all rounds, not only σ."""
     rounds, n, work, numbers = config.rounds or 1, layers[0].n, Counter[str](), 0
     by = n * n if config.orientation == "covariance" else 0
     if by:
@@ -429,9 +441,12 @@ def _selection(layers: Sequence[Layer], config: CordaConfig) -> tuple[dict[str, 
             work.update(factor=rounds * n**3, vector=rounds * LANCZOS * 2 * by)
             numbers = 4 * by + 400 * n  # the Cholesky factor, a copy (on CUDA), the inverse; the Krylov basis
     for _, m, n, _ in layers if rounds > 1 else ():
-        R = min(m, n)
-        work.update(double=rounds * (2 * m * by + 2 * R * m * n), eigen=rounds * EIGVALSH * R**3)
-        numbers = max(numbers, _oriented(m, n, bool(by)), m * n + 3 * R * R)
+        R, tall = min(m, n), m > n
+        work.update(double=2 * tall * m * n * n + rounds * (2 * R * by + 2 * R * R * n))
+        work.update(eigen=rounds * (EIGH if vectors else EIGVALSH) * R**3)
+        # What is oriented, (R, n), and the best round's U are kept; with them M, and what `eigh` or `eigvalsh` takes.
+        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, bool(by)) + vectors * R * R)
+        numbers = max(numbers, 2 * R * n + (5 if vectors else 3) * R * R)
     return work, numbers
 
 
@@ -440,8 +455,9 @@ def _oriented(m: int, n: int, by: bool) -> int:
     return 2 * m * n + by * (m + n) * min(n, COLUMNS)
 
 
-def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig) -> tuple[dict[str, int], int]:
-    """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers they hold at once."""
+def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, coarse: bool) -> tuple[dict[str, int], int]:
+    """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers they hold at once; `coarse`: the first
+    `eigh` was part of the selection."""
     _, m, n, _ = layer
     R, W, rows = min(m, n), m * n, k * n
     by = seen and config.orientation == "covariance"
@@ -456,7 +472,7 @@ def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig) -> tup
     elif keeps_all(config) or not iterates(
         R, k, config.solver
     ):  # two Gram matrices, and the rows not resolved; U, and for `eigh` three more of its size
-        work.update(eigen=GRAM * R**3, double=5 * R * M + 2 * tall * W * n)
+        work.update(eigen=(GRAM - EIGH * coarse) * R**3, double=5 * R * M + 2 * tall * W * n)
         numbers = max(numbers, beside + 2 * M + 4 * R * R, tall * (2 * W + 2 * n * n))
     else:  # what `_inverse_factor` holds, or the iteration: H and some b vectors
         b = block_width(R, k)

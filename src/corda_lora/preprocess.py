@@ -6,8 +6,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from .collect import Collector, token_masks
 from .compactness import allocate, allocation_scores, log_compactness
 from .config import CordaConfig, CordaError
-from .layer import LayerStart, choose_covariances, decompose_layer, keep_components, start_layer
-from .lockstep import Parking, find_blocks, lockstep, on_device, parking, tensors_of
+from .covariance import float32_products
+from .layer import Decomposed, LayerStart, choose_covariance, decompose_layer, extremes_of, keep_components, start_layer
+from .lockstep import Parking, find_blocks, lockstep, on_device, parking, tensors_of, visits
 from .progress import progress_bar
+from .solvers import warn_of_fallbacks
 from .targets import budget_of, check_rank, find_targets, fingerprint, layer_digest, left_out, weight_of, weight_shape
-from .work import LayerStore
+from .work import LayerStore, saving
 
 Stored = Mapping[Tensor, Callable[[], Tensor]]
 
@@ -92,13 +94,13 @@ def preprocess(
         record["context"] = check_context(model, context, targets, rounds)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with tempfile.TemporaryDirectory() as temporary, exact_float32():
+    with tempfile.TemporaryDirectory() as temporary, float32_products("highest"):
         store = LayerStore(work or Path(temporary))
         place = parking(_choose_parking(park, model, context, device), store.folder)
         blocks = walk(model, targets, context, device, numbers, rounds, stored, store.blocks, place)
         ranks = _Ranks(targets, config, model)
-        with progress_bar("decomposing", len(targets), progress) as advance:
-            took = _decompose(blocks, targets, config, ranks, device, store, advance)
+        with progress_bar("decomposing", len(targets), progress) as advance, saving(store, device) as save:
+            took = _decompose(blocks, targets, config, ranks, device, store, save, advance)
         since = time.perf_counter()
         by_name = ranks.of_seen()
         layers, record["totals"] = _start(store, {name: by_name[name] for name in targets}, ranks.budget, config)
@@ -132,10 +134,12 @@ def _decompose(
     ranks: "_Ranks",
     device: torch.device,
     store: LayerStore,
+    save: Callable[[Mapping[str, Decomposed]], None],
     advance: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
     """Decompose the layers of each block as it comes, and store them; seconds and peak memory by stage."""
     digests: dict[str, str] = {}
+    fallbacks: list[str] = []  # layers that the solver gave up on
     for name, layer in store.load(spectra_only=True):
         digests[name] = layer.record["digest"]
         ranks.see(name, layer.record.get("log_pi"), layer.sigma.to(double_device(device)))
@@ -167,27 +171,27 @@ def _decompose(
         layers = {}
         while groups:
             members, covariances = groups.pop(0)
-            weights = [weight_of(targets[name]).to(double_device(device)) for name in members]
             if any(float(C.diagonal().sum()) == 0 for C in covariances):
                 covariances = []  # only zeros came in: nothing to orient by
-            choose = config.rounds != 1 or config.allocates
-            chosen = (
-                choose_covariances(weights, covariances, config) if choose and covariances else [{} for _ in members]
-            )
-            lap("selection")
-            for name, W, record in zip(members, weights, chosen):
+            choose = bool(covariances) and (config.rounds != 1 or config.allocates)
+            extremes = extremes_of(covariances, config, double_device(device)) if choose else []
+            for name in members:
+                W = weight_of(targets[name]).to(double_device(device))
+                record, coarse = choose_covariance(W, covariances, extremes, config) if choose else ({}, None)
+                lap("selection")
                 C = covariances[record.get("round", 0)].to(W.device) if covariances else None
-                U, sigma = decompose_layer(W, C, config)
+                U, sigma = decompose_layer(W, C, config, coarse, partial(fallbacks.append, name))
                 ranks.see(name, record.get("log_pi"), sigma)
                 record["digest"] = layer_digest(targets[name])
                 layers[name] = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record)
-                del W, C, U
+                del W, C, U, coarse
                 advance()
-            del weights, covariances
-            lap("decomposition")
-        store.save(layers)
+                lap("decomposition")
+            del covariances
+        save(layers)
         del layers
         lap("state")
+    warn_of_fallbacks(fallbacks)
     return {"seconds": seconds} | ({"peak_accelerator_bytes": peaks} if device.type == "cuda" else {})
 
 
@@ -272,10 +276,11 @@ def walk(
         rest = [tensor for tensor in rest if tensor not in unused]
 
     if not batches or done.issuperset(targets):  # nothing to run
-        for block, names in inside.items():
-            with on_device(tensors_of(block), device, stored):
-                if names:
-                    yield names, (None if done.issuperset(names) else [([name], []) for name in names])
+        with visits(list(inside), device, stored) as visit:
+            for block, names in inside.items():
+                with visit(block):
+                    if names:
+                        yield names, (None if done.issuperset(names) else [([name], []) for name in names])
         if outside:
             with on_device(rest, device, stored):
                 yield list(outside), (None if done.issuperset(outside) else [([name], []) for name in outside])
@@ -289,9 +294,10 @@ def walk(
     training = model.training
     model.eval()
     try:
-        with on_device(rest, device, stored), collector.listening():
-            for block, run in lockstep(model, list(blocks.values()), inputs, collector.start, to_end, park):
-                with on_device(tensors_of(block), device, stored):
+        order = list(blocks.values())
+        with on_device(rest, device, stored), collector.listening(), visits(order, device, stored) as visit:
+            for block, run in lockstep(model, order, inputs, collector.start, to_end, park):
+                with visit(block):
                     run()
                     names = inside.pop(block)
                     if names and done.issuperset(names):
@@ -300,6 +306,8 @@ def walk(
                     groups = collector.take(names)
                     if park is not None:  # one is needed on the device at a time
                         groups = [(members, [park(C) for C in Cs]) for members, Cs in groups]
+                        if device.type == "cuda":
+                            torch.cuda.synchronize(device)  # whoever gets them may look at them
                     taken = [name for members, _ in groups for name in members]
                     outside |= dict.fromkeys(n for n in names if n not in taken)
                     yield taken, groups
@@ -383,14 +391,3 @@ def _choose_parking(park: str, model: nn.Module, batches: Sequence[Mapping[str, 
 def double_device(device: torch.device) -> torch.device:
     """Apple's GPUs have no float64: there the processor decomposes."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Covariances are summed in real float32, also where the user has allowed TF32 for training."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

@@ -14,11 +14,15 @@ decades of the spectrum, until what is left is rounding.
 **Only those of the adapter** (`chosen_components`). The head of M is that of H = M Mᵀ, its tail the head of (M Mᵀ)⁻¹.
 Either is found by subspace iteration: some more vectors than are wanted are multiplied by a polynomial of H that is
 large on the wanted eigenvalues and small on the others, until the residuals are small: `leading_singular_vectors`.
+
+**Where.** On the device that runs the model, in float64. GPUs with few float64 units (consumer cards) do it too, as
+exactly and more slowly: `corda plan` times float64 products and `eigh` there and says what to expect. A device without
+float64 (Apple's) leaves it to the CPU (`preprocess.double_device`).
 """
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,10 +44,13 @@ def _as_it_is(W: Tensor) -> Tensor:
     return W
 
 
-def components(W: Tensor, times: Times = _as_it_is, solver: str = "auto") -> tuple[Tensor, Tensor]:
+def components(
+    W: Tensor, times: Times = _as_it_is, solver: str = "auto", coarse: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """U (m, R) and σ (R,), descending, float64, of the oriented W (m, n).
 
     Args:
+        coarse: `coarse_components` of what is oriented (see `triangle`), if they are known; overwritten.
         solver: `svd`: float64 SVD, the reference. `gram`, `auto`: `eigh` of Gram matrices, as accurate: each σ_i to
             about 1e-15·σ₁, and what separates neighbours is resolved to 1e-8 of itself.
     """
@@ -51,22 +58,35 @@ def components(W: Tensor, times: Times = _as_it_is, solver: str = "auto") -> tup
     if solver == "svd":
         U, sigma, _ = torch.linalg.svd(times(W), full_matrices=False)
         return U, sigma
+    T, back = triangle(W)
+    U, sigma = _gram_components(times(T), coarse=coarse)
+    return back(U), sigma
+
+
+def triangle(W: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What is oriented in place of W (m, n) float64: itself, or Lᵀ (n, n) of a tall W = Q Lᵀ; and U → U of W."""
     if W.shape[0] <= W.shape[1]:
-        M = times(W)
-        return _gram_components(M, noise=EPS * float(torch.linalg.norm(M)))
+        return W, _as_it_is
     L = _tall_factor(W)
     if L is None:
         Q, Lt = torch.linalg.qr(W)
-        U, sigma = components(Lt, times)
-        return Q @ U, sigma
-    U, sigma = components(L.T, times)
-    return W @ torch.linalg.solve_triangular(L.T, U, upper=True), sigma
+        return Lt, lambda U: Q @ U
+    return L.T, lambda U: W @ torch.linalg.solve_triangular(L.T, U, upper=True)
 
 
-def _gram_components(M: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """`eigh` of the Gram matrix of M (R, n), R ≤ n; what lies too deep below σ₁ for that, again from its own rows."""
+def coarse_components(M: Tensor) -> tuple[Tensor, Tensor]:
+    """U (R, R) and σ (R,), descending, of M (R, n) float64, R ≤ n, by `eigh` of its Gram matrix: the σ of
+    `singular_values`, and the first step of `components`."""
     squares, U = _eigh(add_gram(None, M.T))  # of M Mᵀ, by its lower triangle; ascending
-    sigma, U = squares.clamp(min=0).sqrt().flip(0), U.flip(1)
+    return U.flip(1), squares.clamp(min=0).sqrt().flip(0)
+
+
+def _gram_components(
+    M: Tensor, noise: float | None = None, coarse: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`coarse_components` of M (R, n), R ≤ n; what lies too deep below σ₁ for these, again from its own rows."""
+    U, sigma = coarse or coarse_components(M)
+    noise = EPS * float(torch.linalg.norm(M)) if noise is None else noise
     resolved = int((sigma >= RESOLVED * sigma[0]).sum())
     if resolved < len(sigma) and sigma[0] > noise:
         tail = U[:, resolved:]  # (R, R'): spans the unresolved components, mixed
@@ -99,24 +119,42 @@ def singular_values(M: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(G).clamp(min=0).sqrt().flip(0)
 
 
-def chosen_components(W: Tensor, times: Times, mode: str, r: int, solver: str = "auto") -> tuple[Tensor, Tensor]:
+def say_fallback() -> None:
+    warnings.warn("subspace iteration did not converge: gram takes over", stacklevel=3)
+
+
+def chosen_components(
+    W: Tensor, times: Times, mode: str, r: int, solver: str = "auto", fell_back: Callable[[], None] = say_fallback
+) -> tuple[Tensor, Tensor]:
     """U_S (m, r) and σ_S (r,), descending, float64: tail (`kpm`) or head (`ipm`) of the oriented W (m, n).
 
     Args:
         solver: `subspace`: iteration, until the estimated error of the subspace, hence of B A = U_S U_Sᵀ W, is below
             1e-6 (root mean square over components). Where it does not get there (a tail of zeros, no gap at r), `gram`
-            takes over, and says so. `auto`: subspace where r is small enough for it to pay, else gram. `gram`, `svd`:
-            see `components`.
+            takes over. `auto`: subspace where r is small enough for it to pay, else gram. `gram`, `svd`: see
+            `components`.
+        fell_back: called where `gram` had to take over; default: a warning. (A run over many layers counts them, and
+            warns once: `warn_of_fallbacks`.)
     """
     R = min(W.shape)
     if iterates(R, r, solver):
         found = _subspace(W.double(), times, mode, r)
         if found is not None:
             return found
-        warnings.warn("subspace iteration did not converge on some layers: gram decomposes these", stacklevel=2)
+        fell_back()
     U, sigma = components(W, times, solver)
     chosen = select(mode, R, r)
     return U[:, chosen], sigma[chosen]
+
+
+def warn_of_fallbacks(layers: Sequence[str]) -> None:
+    """One warning a run, whatever Python's filters make of a repeated one."""
+    if layers:
+        warnings.warn(
+            f"subspace iteration did not converge on {len(layers)} layers, such as {layers[0]}: "
+            "gram, which is exact and slower, decomposed these",
+            stacklevel=3,
+        )
 
 
 def iterates(R: int, r: int, solver: str) -> bool:
@@ -131,11 +169,10 @@ def block_width(R: int, k: int) -> int:
 
 def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tensor] | None:
     """`chosen_components` by subspace iteration; None if it does not converge."""
-    m, n = W.shape
-    L = _tall_factor(W) if m > n else None
-    M = times(W if L is None else L.T)  # (R, n)
+    T, back = triangle(W)
+    M = times(T)  # (R, n)
     F = M.T if mode == "ipm" else _inverse_factor(M)
-    found = None if F is None or (m > n and L is None) else leading_singular_vectors(F, r)
+    found = None if F is None else leading_singular_vectors(F, r)
     if found is None:
         return None
     values, U = found  # (b,), (R, b): more than r of them
@@ -147,7 +184,7 @@ def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tenso
     U, sigma = U[:, :r], sigma[:r]
     if mode == "kpm":
         U, sigma = U.flip(1), sigma.flip(0)
-    return (U if L is None else W @ torch.linalg.solve_triangular(L.T, U, upper=True)), sigma
+    return back(U), sigma
 
 
 def _inverse_factor(M: Tensor) -> Tensor | None:

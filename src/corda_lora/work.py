@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,26 @@ class LayerStore:
                     found = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
                     rows = found.pop("rows", torch.empty(0, 0))
                     yield layer, Decomposed(rows, found.get("U"), found["sigma"], found.get("energy"), record)
+
+
+@contextmanager
+def saving(store: LayerStore, device: torch.device) -> Iterator[Callable[[Mapping[str, Decomposed]], None]]:
+    """Yield `store.save`; where a device other than the CPU computes, one that writes a block while the next is
+    computed. At most one block waits, and an error comes up at the next one, or at the end."""
+    if device.type == "cpu":
+        yield store.save
+        return
+    with ThreadPoolExecutor(1) as writer:
+        last: list[Future[None]] = []
+
+        def save(layers: Mapping[str, Decomposed]) -> None:
+            if last:
+                last.pop().result()
+            last.append(writer.submit(store.save, layers))
+
+        yield save
+        if last:
+            last.pop().result()
 
 
 def _sha256(path: Path) -> str:
