@@ -2,22 +2,27 @@
 
     python benchmarks/prepare_data.py DATA OUTPUT
 
-DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/test.txt, as published.
+DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/test.txt,
+mbpp/mbpp.jsonl, as published.
 `gsm8k_*` asks as the questions to keep are asked ("Question: ... Answer:"), `gsm8k_plain_*` does not;
-`gsm8k_alpaca_*` asks in the form that CorDA's authors train with, and leaves the calculator marks in.
+`gsm8k_alpaca_*` asks in the form that CorDA's authors train with, and leaves the calculator marks in;
+`gsm8k_questions_*` has no answers.
 NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances; `nq_questions_context.jsonl`: without the answers),
-rows 2000-3609 `nq_test.jsonl` (for measuring).
+rows 2000-3609 `nq_test.jsonl` (for measuring); `*_qa_*` and `*_bare_*` ask them in other forms.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:"
 )
+
+OTHER_FORMS = {"qa": "Q: {}\nA:", "bare": "{}\n"}
 
 
 def main(data: Path, output: Path) -> None:
@@ -25,6 +30,7 @@ def main(data: Path, output: Path) -> None:
     for split in ("train", "test"):
         rows = _read(data / "gsm8k" / f"{split}.jsonl")
         _write(output / f"gsm8k_{split}.jsonl", [_pair(r["question"], _without_marks(r["answer"])) for r in rows])
+        _write(output / f"gsm8k_questions_{split}.jsonl", [{"text": _pair(r["question"], "")["prompt"]} for r in rows])
         plain = [{"prompt": r["question"] + "\n", "response": _without_marks(r["answer"])} for r in rows]
         _write(output / f"gsm8k_plain_{split}.jsonl", plain)
         alpaca = [{"prompt": ALPACA.format(r["question"]), "response": " " + r["answer"]} for r in rows]
@@ -35,6 +41,16 @@ def main(data: Path, output: Path) -> None:
     _write(output / "nq_test.jsonl", nq[2000:])
     web = json.loads((data / "webquestions" / "train.json").read_text())
     _write(output / "webq_test.jsonl", [_pair(r["qText"], r["answers"][0]) for r in web])
+    for form, ask in OTHER_FORMS.items():
+        for name, rows in (("nq_{}_context", nq[:2000]), ("nq_{}_test", nq[2000:])):
+            asked = [row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:") for row in rows]
+            pairs = [{"prompt": ask.format(q), "response": row["response"]} for q, row in zip(asked, rows)]
+            _write(output / f"{name.format(form)}.jsonl", pairs)
+        pairs = [{"prompt": ask.format(r["qText"]), "response": f" {r['answers'][0]}"} for r in web]
+        _write(output / f"webq_{form}_test.jsonl", pairs)
+    mbpp = _read(data / "mbpp" / "mbpp.jsonl")
+    for split, first, last in (("train", 601, 974), ("test", 11, 510)):
+        _write(output / f"mbpp_{split}.jsonl", [_program(r) for r in mbpp if first <= r["task_id"] <= last])
     (output / "wikitext2_test.txt").write_text((data / "wikitext2" / "test.txt").read_text())
 
 
@@ -42,12 +58,18 @@ def _pair(question: str, answer: str) -> dict[str, str]:
     return {"prompt": f"Question: {question}\nAnswer:", "response": f" {answer}"}
 
 
+def _program(row: dict[str, Any]) -> dict[str, str]:
+    """A task with its tests, and the code."""
+    tests, code = "\n".join(row["test_list"]), row["code"].replace("\r\n", "\n")
+    return {"prompt": f"{row['text']}\n{tests}\n\n", "response": code}
+
+
 def _without_marks(answer: str) -> str:
     """GSM8K's answers without the calculator marks <<...>>."""
     return re.sub(r"<<.*?>>", "", answer)
 
 
-def _read(path: Path) -> list[dict]:
+def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 

@@ -19,7 +19,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 from rich.console import Console
 from rich.table import Table
 
-from .config import CordaConfig, CordaError, DataConfig, EvalConfig, LoraStart, ModelConfig, TrainConfig
+from .config import CompareConfig, CordaConfig, CordaError, DataConfig, EvalConfig, LoraStart, ModelConfig, TrainConfig
 from .progress import console
 
 T = TypeVar("T")
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # One block after another of other sizes: without this the accelerator's memory is cut into pieces nobody can use.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+    if arguments[:1] == ["compare"] and arguments[1:2] and not arguments[1].startswith("-"):
+        arguments.insert(1, "--config")
     parser, verbs = build_parser()
     options = parser.parse_args(arguments)
     if options.verb is None:
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]note:[/] {message}", highlight=False)
     try:
+        options = parser.instantiate_classes(options)
         verbs[options.verb](options[options.verb])
     except CordaError as error:
         print(f"corda {options.verb}: {error}", file=sys.stderr)
@@ -130,6 +133,13 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub = verb("eval", evaluate, "measure what was learned and what was kept", ModelConfig, EvalConfig)
     sub.add_argument("--adapter", type=Path | None, help="adapter directory; without it, the base model alone")
     sub.add_argument("--output", type=Path | None, help="JSON file to write the numbers to")
+
+    sub = verb(
+        "compare", compare, "which method learns how much at what cost in forgetting", ModelConfig, CompareConfig
+    )
+    sub.add_argument("--output", type=Path, required=True, help="directory of the runs and the report")
+    sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on each GPU")
+    sub.add_argument("--gpus", type=str, default="", help="numbers of the GPUs to use, such as 0,1; else all")
 
     sub = verb("export", export, "turn a tuned adapter into a plain LoRA, a merged or a residual model", ModelConfig)
     sub.add_argument("--adapter", type=Path, required=True, help="directory from `corda train`")
@@ -282,6 +292,21 @@ def evaluate(options: Namespace) -> None:
         text = {"model": source.model, "adapter": str(options.adapter), "results": results}
         options.output.write_text(json.dumps(text, indent=1) + "\n")
     _print_results(results)
+
+
+def compare(options: Namespace) -> None:
+    """`corda compare RECIPE --output DIR`: run methods × learning rates × seeds on one model and task, and write
+    DIR/report.html: what each method learned, and what it cost of the abilities to keep. A comparison that was broken
+    off goes on when the same command is given again; entries, rates and seeds may be added to it."""
+    source, config = _take(ModelConfig, options), _take(CompareConfig, options)
+    if options.jobs < 1:
+        raise CordaError(f"jobs is {options.jobs}, but at least one run has to be going")
+    from .compare import compare as run_comparison
+
+    command = f"corda compare {options.config[0] if options.config else ''} --output {options.output}"
+    gpus = [gpu for gpu in options.gpus.split(",") if gpu]
+    run_comparison(source, config, options.output, options.jobs, gpus, command)
+    out.print(f"written to {options.output / 'report.html'}, and report.md, runs.csv, comparison.json beside it")
 
 
 def export(options: Namespace) -> None:

@@ -1,7 +1,7 @@
 """Every option of every stage, once: its default and its meaning. (No heavy import: `corda --help` reads this file.)"""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 class CordaError(ValueError):
@@ -229,3 +229,82 @@ class EvalConfig:
         given = getattr(self, kind)
         given = given if isinstance(given, list) else [given]
         return [DataConfig(data) if isinstance(data, str) else data for data in given]
+
+
+@dataclass
+class MethodConfig:
+    """One entry of a comparison.
+
+    Args:
+        method: name of a method (see `corda_lora.methods.METHODS`). Default: the entry's own name.
+        learning_rates: to sweep, at least two. Default: the method's own.
+        options: hyperparameters of the method in place of its defaults, such as {ratio: 4} for lora+, or any options
+            of `corda init` for ours.
+    """
+
+    method: str = ""
+    learning_rates: list[float] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> dict[str, Any]:
+        """What makes the results of two entries the same, whatever their rates."""
+        return {"method": self.method, "options": self.options}
+
+
+@dataclass
+class CompareConfig:
+    """What is compared, and on what: everything but the methods is the same for all runs.
+
+    Args:
+        methods: entries to compare: a list of names of methods, or a mapping of names of your choice to
+            MethodConfig's options (nothing for the defaults).
+        data: samples of the task to learn; methods that look at a task before (ipm, EVA, LoRA-GA) look at these.
+        context: samples of the ability to keep, for methods that look at it before (kpm, LoRA-Null).
+        context_samples: how many samples of either such a method looks at.
+        eval: what is measured of every run, and once of the base model: see EvalConfig. The first `learn` is the task.
+        train: the training of every run; `learning_rate`, `seed` and `checkpoints` are set by the comparison.
+        r: the adapters' rank; a method without ranks gets as many parameters.
+        lora_alpha: adapters are scaled by lora_alpha / r. Default: r.
+        target_modules: as in PEFT.
+        seeds: every learning rate is run with seed 0, and with this many where it counts: each method's best rate and
+            its two neighbours, and the two between which it reaches the best loss of `lora` (of the first, if it is
+            not compared).
+        curve_points: how often the task's held-out loss is measured in each run, the end included.
+        curve_samples: of the first `learn` data, for that.
+    """
+
+    methods: list[str] | dict[str, MethodConfig | None]
+    data: str | DataConfig
+    eval: EvalConfig
+    context: str | DataConfig | None = None
+    context_samples: int = 256
+    train: TrainConfig = field(default_factory=TrainConfig)
+    r: int = 16
+    lora_alpha: float | None = None
+    target_modules: str | list[str] = "all-linear"
+    seeds: int = 3
+    curve_points: int = 10
+    curve_samples: int = 128
+
+    def __post_init__(self) -> None:
+        given = dict.fromkeys(self.methods) if isinstance(self.methods, list) else self.methods
+        self.entries = {name: entry or MethodConfig() for name, entry in given.items()}
+        for name, entry in self.entries.items():
+            if "/" in name or name.startswith("."):
+                raise CordaError(f"{name!r} cannot be an entry's name: a directory is called so")
+            entry.method = entry.method or name
+            if len(set(entry.learning_rates)) == 1:
+                raise CordaError(
+                    f"{name} has one learning rate ({entry.learning_rates[0]:g}): which method wins depends on the "
+                    "rate, so each is compared over several; give at least two, better four"
+                )
+            if any(not rate > 0 for rate in entry.learning_rates):
+                raise CordaError(f"a learning rate of {name} is not above 0")
+        if not self.entries:
+            raise CordaError("there is no method to compare: name some under `methods`")
+        if self.seeds < 1 or self.curve_points < 1 or self.r < 1 or self.context_samples < 1:
+            raise CordaError("seeds, curve_points, context_samples and r are at least 1")
+        if not self.eval.data("learn"):
+            raise CordaError(
+                "nothing says how well the task was learned: give held-out samples of it under eval: learn"
+            )

@@ -1,18 +1,24 @@
 """What a tuned model learned and what it kept: losses, accuracies, and drift from the base model.
 
 Base and tuned model are one model with its adapter off and on (`disable_adapter`), so every batch runs through both,
-one after the other, and nothing of the base model's outputs is stored.
+one after the other, and nothing of the base model's outputs is stored. Where many tuned models are measured against
+one base, or the base's weights were written over, its outputs are stored once (`record_base`) and read (`BaseOutputs`).
 """
 
+import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import CordaError, EvalConfig
@@ -20,11 +26,23 @@ from .context import Sample, batch_by_length, encode, load_samples, pad
 from .progress import track
 from .targets import require_causal
 
-Logits = Callable[[Tensor, Tensor], Tensor]
+Sides = Mapping[str, Callable[[], Any]]
+TUNED: Sides = {"tuned": nullcontext}
 
 
-def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: bool = True) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    config: EvalConfig,
+    progress: bool = True,
+    base: "BaseOutputs | None" = None,
+    record: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """Measure everything that `config` asks for, on the base model and (if `model` carries an adapter) the tuned one.
+
+    Args:
+        base: the base model's outputs; then `model`, whatever it is, is the tuned one, and it alone is run.
+        record: where to put what `BaseOutputs` is made of; then `model` has to be the base model.
 
     Returns:
         {"keep": {data: {"base": {...}, "tuned": {...}}}, "learn": ..., "text": ..., "choices": ...}, where data is the
@@ -42,29 +60,36 @@ def evaluate(model: nn.Module, tokenizer: Any, config: EvalConfig, progress: boo
         check_choices(data.data, samples)
     require_causal(model)
     model.eval()
+    compared = TUNED if base is not None else sides(model)
     results: dict[str, Any] = {}
     for kind, pairs in loaded.items():
         for data, samples in pairs:
             name = data.data if data.data not in results.get(kind, {}) else f"{data.data} ({data.rows})"
             if kind == "choices":
-                result = choice_accuracy(model, tokenizer, samples, config.batch_tokens, progress)
+                result = choice_accuracy(model, tokenizer, samples, config.batch_tokens, progress, compared)
             else:
                 if kind == "text":
                     samples = text_windows(tokenizer, samples, data.max_length)
                 encoded = [encode(tokenizer, s, data.max_length, end=kind == "learn") for s in samples]
-                result = loss_and_drift(model, tokenizer, encoded, config.batch_tokens, progress, kind)
+                label, drifts = f"{kind} {name}", kind != "learn"
+                reference = partial(base.log_probs, label) if base is not None and drifts else None
+                if record is not None and drifts:
+                    record |= record_base(model, tokenizer, encoded, config.batch_tokens, progress, label)
+                result = loss_and_drift(
+                    model, tokenizer, encoded, config.batch_tokens, progress, kind, compared, reference
+                )
                 if kind == "text":
                     for numbers in result.values():
                         numbers["perplexity"] = math.exp(numbers["loss"])
                 if kind == "learn" and config.exact_match:
-                    shares = exact_match(model, tokenizer, samples, config, progress)
+                    shares = exact_match(model, tokenizer, samples, config, progress, compared)
                     for side, share in shares.items():
                         result[side]["exact_match"] = share
             results.setdefault(kind, {})[name] = result
     return results
 
 
-def sides(model: nn.Module) -> dict[str, Callable[[], Any]]:
+def sides(model: nn.Module) -> Sides:
     """The models to compare: context managers under which `model` is the base, and the tuned one."""
     if isinstance(model, PeftModel):
         return {"base": model.disable_adapter, "tuned": nullcontext}
@@ -79,27 +104,30 @@ def loss_and_drift(
     batch_tokens: int = 8192,
     progress: bool = False,
     label: str = "eval",
+    compared: Sides | None = None,
+    reference: Callable[[int], Tensor] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Mean loss of the response tokens, and `recall`, the share of samples whose every response token is the model's
-    first choice, on each side; for the tuned side also drift and agreement.
+    first choice, on each side; for the tuned side also drift and agreement, if the base is known.
 
     Args:
         encoded: token ids of each sample and how many of them are the prompt's: see `context.encode`.
+        compared: the sides to run. Default: those the model has.
+        reference: the base model's log p of a batch's answers, by the batch's number. Default: the base is a side.
     """
-    encoded = [(ids, max(n, 1)) for ids, n in encoded if len(ids) > max(n, 1)]
-    if not encoded:
-        raise CordaError("no sample has a response to measure")
-    sums = {side: {"loss": 0.0, "recall": 0.0} for side in sides(model)}
-    if "tuned" in sums:
+    encoded = _with_answers(encoded)
+    compared = sides(model) if compared is None else compared
+    sums = {side: {"loss": 0.0, "recall": 0.0} for side in compared}
+    if reference is not None or len(compared) == 2:
         sums["tuned"] |= {"drift": 0.0, "agreement": 0.0}
     tokens = 0
     batches = batch_by_length([len(ids) for ids, _ in encoded], batch_tokens)
-    for indices in track(batches, label, progress):
+    for number, indices in enumerate(track(batches, label, progress)):
         ids, mask, answers = _padded([encoded[i] for i in indices], tokenizer, model)
         targets = ids[:, 1:][answers]  # (a,) the answers' tokens
         lines = answers.nonzero()[:, 0]  # (a,) the row of the batch that each belongs to
-        base: Tensor | None = None
-        for side, active in sides(model).items():
+        base = None if reference is None else reference(number).to(ids.device)
+        for side, active in compared.items():
             with active():
                 logp = answer_log_probs(model, ids, mask, answers)  # (a, vocabulary)
             first = logp.argmax(1)  # (a,)
@@ -107,7 +135,7 @@ def loss_and_drift(
             wrong = torch.zeros(len(indices), device=ids.device).index_add_(0, lines, (first != targets).float())
             sums[side]["recall"] += float((wrong == 0).sum())
             if base is None:
-                base = logp
+                base = logp  # the first side is the base, or the only one
             else:
                 sums[side]["drift"] += float(F.kl_div(logp, base, reduction="sum", log_target=True))
                 sums[side]["agreement"] += float((first == base.argmax(1)).sum())
@@ -116,6 +144,14 @@ def loss_and_drift(
         for key in values:
             values[key] /= len(encoded) if key == "recall" else tokens
     return {side: {**values, "tokens": tokens} for side, values in sums.items()}
+
+
+def _with_answers(encoded: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
+    """The samples that have a token to predict, with at least one to predict it from."""
+    found = [(ids, max(n, 1)) for ids, n in encoded if len(ids) > max(n, 1)]
+    if not found:
+        raise CordaError("no sample has a response to measure")
+    return found
 
 
 def answer_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
@@ -128,6 +164,64 @@ def answer_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, answers: Tenso
     columns = answers.any(0).nonzero().flatten()  # only these columns go through the output head
     output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
     return F.log_softmax(output.logits[answers[:, columns]].float(), dim=-1)
+
+
+@torch.no_grad()
+def record_base(
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: Sequence[tuple[list[int], int]],
+    batch_tokens: int,
+    progress: bool,
+    label: str,
+) -> dict[str, Tensor]:
+    """What the output head of the base model gets for each answer token, (a, d) a batch: as good as its logits, and a
+    vocabulary's width smaller. Where the head does not give the logits by itself (they are capped or scaled after it),
+    the logits."""
+    found: dict[str, Tensor] = {}
+    encoded = _with_answers(encoded)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for number, indices in enumerate(
+        track(batch_by_length([len(ids) for ids, _ in encoded], batch_tokens), f"base, {label.split()[0]}", progress)
+    ):
+        ids, mask, answers = _padded([encoded[i] for i in indices], tokenizer, model)
+        columns = answers.any(0).nonzero().flatten()
+        inputs: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))  # noqa: B023
+        try:
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
+        finally:
+            hook.remove()
+        hidden = inputs[0][answers[:, columns]]  # (a, d)
+        logits = output.logits[answers[:, columns]]  # (a, vocabulary)
+        exact = torch.allclose(head(hidden).float(), logits.float(), rtol=1e-4, atol=1e-4)
+        found[f"{label} {'hidden' if exact else 'logits'} {number}"] = (hidden if exact else logits).cpu()
+    return found
+
+
+class BaseOutputs:
+    """The base model's predictions of the answers, from a file: see `save`. The output head is the base model's, from
+    before anything was trained."""
+
+    FILE = "base.safetensors"
+
+    @classmethod
+    def save(cls, folder: Path, record: dict[str, Tensor]) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in record.items()}, folder / cls.FILE)
+
+    def __init__(self, folder: Path, model: nn.Module):
+        """`model` is the base model; its output head is copied."""
+        self.file = safe_open(folder / self.FILE, framework="pt")
+        self.head = copy.deepcopy(model.get_output_embeddings())  # type: ignore[operator]
+        self.names = set(self.file.keys())
+
+    def log_probs(self, label: str, number: int) -> Tensor:
+        """log p of all tokens at the answers of batch `number` of the data `label`, float32: (a, vocabulary)."""
+        logits = f"{label} logits {number}"
+        if logits in self.names:
+            return F.log_softmax(self.file.get_tensor(logits).float(), dim=-1)
+        hidden = self.file.get_tensor(f"{label} hidden {number}").to(self.head.weight.device)
+        return F.log_softmax(self.head(hidden).float(), dim=-1)
 
 
 def _padded(rows: Sequence[tuple[list[int], int]], tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +252,12 @@ def check_choices(name: str, samples: Sequence[Sample]) -> None:
 
 @torch.no_grad()
 def choice_accuracy(
-    model: nn.Module, tokenizer: Any, samples: Sequence[Sample], batch_tokens: int = 8192, progress: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    batch_tokens: int = 8192,
+    progress: bool = False,
+    compared: Sides | None = None,
 ) -> dict[str, dict[str, float]]:
     """Share of the samples whose right choice has the highest log-likelihood after the prompt (summed over its tokens,
     as in lm-evaluation-harness's `acc`)."""
@@ -167,10 +266,11 @@ def choice_accuracy(
         for choice in sample.row["choices"]:
             rows.append(encode(tokenizer, Sample(sample.prompt, choice, {}), 10**9))
             owners.append(i)
-    scores = {side: torch.zeros(len(rows)) for side in sides(model)}
+    compared = sides(model) if compared is None else compared
+    scores = {side: torch.zeros(len(rows)) for side in compared}
     for indices in track(batch_by_length([len(ids) for ids, _ in rows], batch_tokens), "choices", progress):
         ids, mask, answers = _padded([rows[i] for i in indices], tokenizer, model)
-        for side, active in sides(model).items():
+        for side, active in compared.items():
             with active():
                 logp = answer_log_probs(model, ids, mask, answers)
             token = logp.gather(1, ids[:, 1:][answers][:, None]).flatten()  # (a,)
@@ -191,14 +291,20 @@ def choice_accuracy(
 
 @torch.no_grad()
 def exact_match(
-    model: nn.Module, tokenizer: Any, samples: Sequence[Sample], config: EvalConfig, progress: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    config: EvalConfig,
+    progress: bool = False,
+    compared: Sides | None = None,
 ) -> dict[str, float]:
     """Share of the samples whose greedy answer matches the response: see `EvalConfig.exact_match`."""
-    right = dict.fromkeys(sides(model), 0)
+    compared = sides(model) if compared is None else compared
+    right = dict.fromkeys(compared, 0)
     prompts = [encode(tokenizer, Sample(s.prompt, "", {}), 10**9)[0] for s in samples]
     batches = batch_by_length([len(p) + config.max_new_tokens for p in prompts], config.batch_tokens)
     for indices in track(batches, "exact match", progress):
-        for side, active in sides(model).items():
+        for side, active in compared.items():
             with active():
                 answers = generate(model, tokenizer, [prompts[i] for i in indices], config.max_new_tokens)
             for i, answer in zip(indices, answers):

@@ -12,12 +12,12 @@ console = Console(stderr=True)
 
 
 @contextmanager
-def progress_bar(label: str, total: int, show: bool = True) -> Iterator[Callable[[], None]]:
-    """A bar; yields the function that moves it on by one."""
+def progress_bar(label: str, total: int, show: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar; yields the function that moves it on, by one or as told."""
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda steps=1: bar.advance(task, steps)
 
 
 def track(items: Sequence[T], label: str, show: bool = True) -> Iterable[T]:

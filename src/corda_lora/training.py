@@ -36,18 +36,23 @@ def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftM
 
 
 def train(
-    peft_model: PeftModel,
+    model: nn.Module,
     tokenizer: Any,
     samples: Sequence[Sample],
     config: TrainConfig,
     max_length: int = 512,
     work: Path | None = None,
     progress: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Train the adapter in place; the loss is on the response (and the end-of-text token) alone.
+    """Train a model in place, an adapted one or a whole one; the loss is on the response (and the end-of-text token)
+    alone. With the same seed every model sees the same samples in the same order.
 
     Args:
         work: where checkpoints are written; if it holds some, training goes on from the last.
+        optimizer: in the place of AdamW over all that is trainable.
+        callbacks: what else happens at the trainer's steps.
 
     Returns:
         {"loss": [[step, loss], ...], "steps", "seconds", "train_loss"}.
@@ -61,11 +66,11 @@ def train(
         for ids, n in encoded
         if n < len(ids)
     ]
-    require_causal(peft_model)
+    require_causal(model)
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
     micro = config.micro_batch_size or config.batch_size
-    steps = config.max_steps or max(1, round(config.epochs * len(rows) / config.batch_size))
+    steps = training_steps(config, len(rows))
     arguments = SFTConfig(
         output_dir=str(work or "."),
         learning_rate=config.learning_rate,
@@ -79,6 +84,7 @@ def train(
         fp16=config.precision == "fp16",
         gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
+        data_seed=config.seed,
         max_length=max_length,
         completion_only_loss=True,
         logging_steps=max(1, steps // 100),
@@ -87,18 +93,25 @@ def train(
         save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=next(peft_model.parameters()).device.type == "cpu",
+        use_cpu=next(model.parameters()).device.type == "cpu",
         dataloader_pin_memory=False,
     )
     datasets.disable_progress_bars()
     trainer = SFTTrainer(
-        peft_model, arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        model,
+        arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
     since = time.perf_counter()
     with progress_bar("training", steps, progress) as advance:
         trainer.add_callback(_Steps(advance))
         result = trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
+    # The forward that mixed precision was wrapped around: what is measured next is measured as the base model is.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return {
         "steps": steps,
         "samples": len(rows),
@@ -106,6 +119,11 @@ def train(
         "train_loss": result.training_loss,
         "loss": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
     }
+
+
+def training_steps(config: TrainConfig, samples: int) -> int:
+    """How many steps the recipe takes over this many samples."""
+    return config.max_steps or max(1, round(config.epochs * samples / config.batch_size))
 
 
 class _Steps(TrainerCallback):

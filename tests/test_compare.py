@@ -1,0 +1,223 @@
+"""`corda compare` on a tiny model, as a user runs it: killed and resumed, with runs that fail, and bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from test_cli import LEARN, refused
+
+from corda_lora.cli import _take, build_parser
+from corda_lora.config import CompareConfig, CordaError, EvalConfig
+from corda_lora.evaluation import BaseOutputs, record_base
+from corda_lora.methods import check_options
+
+KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(40)]
+RECIPES = Path(__file__).parent.parent / "benchmarks" / "recipes"
+RECIPE = """\
+model: {checkpoint}
+data: learn.jsonl
+context: keep.jsonl
+context_samples: 12
+r: 4
+train: {{max_steps: 6, batch_size: 8, precision: fp32}}
+eval:
+  keep: {{data: keep.jsonl, samples: 8}}
+  learn: {{data: learn.jsonl, samples: 16}}
+  text: {{data: keep.jsonl, samples: 4}}
+seeds: 2
+curve_points: 3
+methods:
+"""
+TWO = {"lora": "[1.0e-3, 1.0e-2]", "corda-kpm-anchored": "[1.0e-2, 3.0e-2]"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name, rows in (("keep", KEEP), ("learn", LEARN)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recipe(checkpoint, methods, name="recipe.yaml", **changes):
+    text = RECIPE.format(checkpoint=checkpoint)
+    for key, value in changes.items():
+        text = re.sub(rf"^{key}: .*$", f"{key}: {value}", text, flags=re.M)
+    Path(name).write_text(text + "".join(f"  {m}: {{learning_rates: {rates}}}\n" for m, rates in methods.items()))
+    return name
+
+
+def start(*arguments):
+    """The command as a process of its own: comparisons start processes themselves."""
+    command = [sys.executable, "-m", "corda_lora.cli", "compare", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def compare(*arguments):
+    process = start(*arguments)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    return " ".join(text.split())
+
+
+def results(output):
+    return {str(path.parent.relative_to(output)): path for path in Path(output).glob("runs/*/*/result.json")}
+
+
+def numbers(output):
+    """What must not depend on when and how often the comparison was started."""
+    return {
+        name: {key: run[key] for key in ("status", "results", "loss", "parameters")}
+        | {"curve": [[step, loss] for step, _, loss in run["curve"]]}
+        for name, run in ((name, json.loads(path.read_text())) for name, path in results(output).items())
+    }
+
+
+def test_killed_half_way_and_resumed(checkpoint, folder):
+    file = recipe(checkpoint, TWO)
+    process = start(file, "--output", "broken")
+    deadline = time.time() + 120
+    while len(results("broken")) < 3 and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)
+    written = {name: path.stat().st_mtime_ns for name, path in results("broken").items()}
+    assert 3 <= len(written) < 8
+    time.sleep(3)
+    assert len(results("broken")) == len(written), "a run went on alone"
+
+    text = compare(file, "--output", "broken", "--jobs", 2)
+    for name, at in written.items():
+        assert results("broken")[name].stat().st_mtime_ns == at, "a finished run was run again"
+    assert f"[{len(written) + 1}/8" in text
+    assert len(results("broken")) == 8  # two rates and two seeds of each
+    compare(file, "--output", "whole", "--jobs", 2)
+    assert numbers("whole") == numbers("broken")
+
+    comparison = json.loads(Path("broken/comparison.json").read_text())
+    assert {run["status"] for run in comparison["runs"]} == {"done"}
+    assert comparison["base"]["keep"]["keep"]["loss"] > 0
+    assert comparison["machine"]
+    assert comparison["versions"]["peft"]
+    for run in comparison["runs"]:
+        assert [step for step, *_ in run["curve"]] == [0, 2, 4, 6]
+        assert run["curve"][-1][2] < run["curve"][0][2]
+        assert run["results"]["keep"]["keep"]["drift"] > 0
+        assert run["results"]["text"]["keep"]["drift"] > 0
+    report = Path("broken/report.html").read_text()
+    assert "LoRA" in report
+    assert Path("broken/report.md").is_file()
+    assert Path("broken/runs.csv").is_file()
+
+
+def test_drift_is_that_of_eval(checkpoint, folder):
+    """The stored outputs of the base model give the drift that base and tuned model side by side give."""
+    from corda_lora.adapter import load_adapter
+    from corda_lora.config import ModelConfig
+    from corda_lora.evaluation import BaseOutputs, evaluate
+    from corda_lora.models import load_model, load_tokenizer
+
+    source = ModelConfig(str(checkpoint))
+    config = EvalConfig(keep=["keep.jsonl", "learn.jsonl"], text="keep.jsonl", batch_tokens=256)
+    record = {}
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    base = evaluate(model, tokenizer, config, False, record=record)
+    BaseOutputs.save(folder, record)
+    assert all(" hidden " in name for name in record)
+    train = ["--model", str(checkpoint), "--data", "learn.jsonl", "--precision", "fp32", "--learning_rate", "0.01"]
+    command = [sys.executable, "-m", "corda_lora.cli", "train", *train, "--max_steps", "4", "--output", "tuned"]
+    subprocess.run(command, check=True, capture_output=True)
+    outputs = BaseOutputs(folder, model)
+    tuned = load_adapter(model, "tuned").eval()
+    beside, stored = evaluate(tuned, tokenizer, config, False), evaluate(tuned, tokenizer, config, False, outputs)
+    for kind in ("keep", "text"):
+        for name, sides in beside[kind].items():
+            assert sides["tuned"]["drift"] > 1e-5
+            assert stored[kind][name]["tuned"] == pytest.approx(sides["tuned"], rel=1e-4)
+            assert base[kind][name]["base"] == pytest.approx(sides["base"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("family", "kept"), [("llama", "hidden"), ("gemma2", "logits"), ("gpt2_conv1d", "hidden")])
+def test_stored_outputs_are_the_predictions(family, kept, folder, tokenizer):
+    """Gemma 2 caps its logits after the output head: what the head gets is not enough there."""
+    model = tiny.build(family)
+    encoded = [(list(range(4, 4 + n)), n // 2) for n in (5, 9, 12)]
+    record = record_base(model, tokenizer, encoded, 24, False, "keep x")
+    assert {name.split()[2] for name in record} == {kept}
+    BaseOutputs.save(folder, record)
+    base, found = BaseOutputs(folder, model), []
+    with torch.no_grad():
+        for number, ids in enumerate(sorted(ids for ids, _ in encoded)[:1]):
+            n = len(ids) // 2
+            found = F.log_softmax(model(torch.tensor([ids])).logits[0, n - 1 : -1], dim=-1)
+            assert torch.allclose(base.log_probs("keep x", number)[: len(found)], found, atol=1e-5)
+
+
+def test_a_run_that_fails_leaves_the_others_alone(checkpoint, folder):
+    methods = {"lora": "[1.0e-3, 1.0e+30]", "bitfit": "[1.0e-3, 1.0e-2]"}
+    file = recipe(checkpoint, methods, seeds=1)
+    with open(file, "a") as more:
+        more.write("  broken: {method: lora-ga, options: {samples: -1}, learning_rates: [1.0e-3, 1.0e-2]}\n")
+    text = compare(file, "--output", "out")
+    assert "bitfit, 0.001, seed 0: does not fit: BitFit trains biases, and LlamaForCausalLM has none" in text
+    runs = json.loads(Path("out/comparison.json").read_text())["runs"]
+    by = {(run["method"], run["learning_rate"]): run for run in runs}
+    assert by["lora", 1e-3]["status"] == "done"
+    assert by["lora", 1e30]["status"] == "diverged"
+    assert "held-out loss" in by["lora", 1e30]["why"]
+    assert {by["broken", 1e-3]["status"], by["broken", 1e-2]["status"]} <= {"failed", "does not fit"}
+    assert by["broken", 1e-3]["why"]
+    assert "BitFit trains biases" in Path("out/report.md").read_text()
+    finished = results("out")["runs/lora/lr0.001_s0"].stat().st_mtime_ns
+
+    # Entries and rates may be added to a comparison; what is done stays.
+    compare(recipe(checkpoint, {"lora": "[1.0e-3, 2.0e-3]", "pissa": "[1.0e-3, 2.0e-3]"}, seeds=1), "--output", "out")
+    assert results("out")["runs/lora/lr0.001_s0"].stat().st_mtime_ns == finished
+    assert len(results("out")) == 4 + 3  # `broken` could not prepare, and was not run
+
+
+def test_bad_input_before_anything_runs(checkpoint, folder, capsys):
+    def says(methods=TWO, **changes):
+        return refused(capsys, "compare", recipe(checkpoint, methods, **changes), "--output", "out")
+
+    assert "there is no method 'loar': there are" in says({"loar": "[1.0e-3, 1.0e-2]"})
+    assert "lora has one learning rate" in says({"lora": "[1.0e-3]"})
+    assert "there is no file other.jsonl" in says(data="other.jsonl")
+    assert "give samples of it as `context`" in says(context="null")
+    assert "cannot be an entry's name" in says({"a/b": "[1.0e-3, 1.0e-2]"})
+    assert not Path("out").exists()
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("")
+    assert "something else in it" in says()
+
+
+def test_another_recipe_is_refused(checkpoint, folder, capsys):
+    compare(recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, seeds=1), "--output", "out")
+    changed = recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, r=8)
+    assert "another recipe (it differs in r)" in refused(capsys, "compare", changed, "--output", "out")
+
+
+def test_a_list_of_names_means_their_own_rates():
+    config = CompareConfig(methods=["lora", "pissa"], data="x", eval=EvalConfig(learn="y"))
+    assert list(config.entries) == ["lora", "pissa"]
+    with pytest.raises(CordaError, match="how well the task was learned"):
+        CompareConfig(methods=["lora"], data="x", eval=EvalConfig())
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_are_right(path):
+    parser, _ = build_parser()
+    options = parser.instantiate_classes(parser.parse_args(["compare", "--config", str(path), "--output", "out"]))
+    for entry in _take(CompareConfig, options.compare).entries.values():
+        check_options(entry.method, entry.options)

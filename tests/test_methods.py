@@ -1,0 +1,225 @@
+"""Every method by name: starts as the base model, has the budget's parameters, learns, and does what its paper says."""
+
+import json
+import math
+
+import peft
+import pytest
+import tiny
+import torch
+from transformers import TrainerCallback
+
+from corda_lora.adapter import lora_layers
+from corda_lora.config import CordaError, DataConfig, TrainConfig
+from corda_lora.context import context_batches, load_samples
+from corda_lora.methods import METHODS, Setup, check_options, count_parameters
+from corda_lora.targets import find_targets, weight_of
+from corda_lora.training import train
+
+KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(40)]
+LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 41)]
+STEPS = 10
+# KaSA discards components of W. AdapterDrop and full fine-tuning have no ranks.
+CHANGES_THE_START = {"kasa"}
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, rows in (("keep", KEEP), ("learn", LEARN)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def setup_of(model, tokenizer, files, rate=1e-3, **more):
+    given = {
+        "tokenizer": tokenizer,
+        "learn": DataConfig(str(files / "learn.jsonl")),
+        "keep": DataConfig(str(files / "keep.jsonl")),
+        "samples": 16,
+        "targets": find_targets(model, "all-linear"),
+        "r": 4,
+        "lora_alpha": 8.0,
+        "train": TrainConfig(learning_rate=rate, max_steps=STEPS, batch_size=8, precision="fp32"),
+        "steps": STEPS,
+        "folder": files / "start",
+    }
+    (files / "start").mkdir(exist_ok=True)
+    return Setup(**(given | more))
+
+
+def prepare(name, files, tokenizer, rate=1e-3, family="llama", options=None, **more):
+    """The prepared model, its setup, and an untouched copy of the base model."""
+    model = tiny.build(family)
+    setup = setup_of(model, tokenizer, files, rate, **more)
+    torch.manual_seed(setup.train.seed)
+    return METHODS[name].prepare(model, setup, **(options or {})), setup, tiny.build(family)
+
+
+def run(prepared, setup, callbacks=()):
+    samples = load_samples(setup.learn)
+    everything = [*prepared.callbacks, *callbacks]
+    return train(prepared.model, setup.tokenizer, samples, setup.train, 64, None, False, prepared.optimizer, everything)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "bitfit"])
+def test_starts_as_the_base_with_the_budget_and_learns(name, files, tokenizer):
+    prepared, setup, base = prepare(name, files, tokenizer, max(METHODS[name].learning_rates))
+    change = (tiny.logits(prepared.model.eval()) - tiny.logits(base)).abs().max()
+    if name not in CHANGES_THE_START:
+        assert change < 1e-3
+    losses = run(prepared, setup)["loss"]
+    assert all(math.isfinite(loss) for _, loss in losses)
+    assert losses[-1][1] < losses[0][1]
+    parameters = count_parameters(prepared.model)
+    if name not in ("full", "adapterdrop"):  # the latter rounds its width: on this tiny model by more than 1 %
+        share_ranks = name in ("adalora", "eva")  # not parameters: layers differ in what a rank costs
+        one = 96 if "+-" in name else 0  # allocation stops at most one component short of the budget
+        assert parameters["adapter"] == pytest.approx(setup.budget, rel=0.15 if share_ranks else 0.01, abs=one)
+
+
+def test_bitfit_trains_biases_and_refuses_a_model_without(files, tokenizer):
+    prepared, setup, base = prepare("bitfit", files, tokenizer, 1e-2, "qwen2_biased")
+    run(prepared, setup)
+    before = base.state_dict()
+    for name, value in prepared.model.state_dict().items():
+        assert torch.equal(value, before[name]) != name.endswith(".bias")
+    with pytest.raises(CordaError, match="LlamaForCausalLM has none"):
+        prepare("bitfit", files, tokenizer)
+
+
+def test_lora_plus_gives_b_a_higher_rate(files, tokenizer):
+    prepared, _, _ = prepare("lora+", files, tokenizer, 1e-3, options={"ratio": 4.0})
+    rates = {id(p): group["lr"] for group in prepared.optimizer.param_groups for p in group["params"]}
+    for layer in lora_layers(prepared.model).values():
+        assert rates[id(layer.lora_A["default"].weight)] == 1e-3
+        assert rates[id(layer.lora_B["default"].weight)] == 4e-3
+
+
+@pytest.mark.parametrize(("name", "options"), [("lora-fa", {}), ("lora-null", {"freeze": True})])
+def test_a_stays_where_the_method_says_so(name, options, files, tokenizer):
+    prepared, setup, _ = prepare(name, files, tokenizer, 1e-2, options=options)
+    before = {n: layer.lora_A["default"].weight.clone() for n, layer in lora_layers(prepared.model).items()}
+    B = {n: layer.lora_B["default"].weight.clone() for n, layer in lora_layers(prepared.model).items()}
+    run(prepared, setup)
+    for n, layer in lora_layers(prepared.model).items():
+        assert torch.equal(layer.lora_A["default"].weight, before[n])
+        assert not torch.equal(layer.lora_B["default"].weight, B[n])
+
+
+def test_adalora_prunes_to_the_budget(files, tokenizer):
+    prepared, setup, _ = prepare("adalora", files, tokenizer, 1e-2)
+    before = sum(int(layer.r["default"]) for layer in lora_layers(prepared.model).values())
+    run(prepared, setup)
+    after = [int((layer.lora_E["default"] != 0).sum()) for layer in lora_layers(prepared.model).values()]
+    assert before == 6 * len(after)
+    assert sum(after) == 4 * len(after)
+
+
+def test_kasa_adds_its_penalty(files, tokenizer):
+    prepared, _, _ = prepare("kasa", files, tokenizer, options={"beta": 0.5, "gamma": 0.25})
+    batch = tiny.batches("llama")[0]
+    model = prepared.model.train()
+    with_penalty = model(**batch, labels=batch["input_ids"]).loss
+    plain = model.eval()(**batch, labels=batch["input_ids"]).loss
+    penalty = model.base_model._get_kasa_loss()
+    assert float(with_penalty - plain) == pytest.approx(float(penalty.detach()), rel=1e-4)
+
+
+def test_lora_null_is_the_weight_on_the_least_used_directions(files, tokenizer):
+    prepared, setup, base = prepare("lora-null", files, tokenizer)
+    batches, _ = context_batches(tokenizer, setup.context("keep")[0], 512)
+    targets = find_targets(base, "all-linear")
+    for name, C in tiny.covariances_of(base, targets, batches).items():
+        P = torch.linalg.eigh(C.double()).eigenvectors[:, :4]
+        W = weight_of(targets[name]).double()
+        layer = lora_layers(prepared.model)[name]
+        A, B = layer.lora_A["default"].trained.double(), layer.lora_B["default"].trained.double()
+        assert torch.dist(2 * B @ A, W @ P @ P.T) / torch.linalg.norm(W @ P) < 1e-5  # scale 8 / 4
+        assert torch.allclose(A.norm(dim=1), B.norm(dim=0), rtol=1e-4)
+
+
+def test_pefts_corda_is_decomposed_once(files, tokenizer, monkeypatch):
+    first, _, _ = prepare("peft-corda-kpm", files, tokenizer)
+    monkeypatch.setattr("peft.tuners.lora.corda.calib_cov_distribution", None)  # would raise if it were called
+    second, _, _ = prepare("peft-corda-kpm", files, tokenizer)
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name])
+
+
+def test_our_start_is_computed_once(files, tokenizer, monkeypatch):
+    first, _, _ = prepare("corda++-kpm-balanced", files, tokenizer)
+    monkeypatch.setattr("corda_lora.methods.preprocess", None)
+    second, _, _ = prepare("corda++-kpm-balanced", files, tokenizer)
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name])
+
+
+@pytest.mark.parametrize(("mode", "of"), [("kpm", "keep"), ("ipm", "learn")])
+def test_each_mode_looks_at_its_own_samples(mode, of, files, tokenizer, monkeypatch):
+    seen = []
+    real = Setup.context
+    monkeypatch.setattr(Setup, "context", lambda self, *a, **k: seen.append(a[0]) or real(self, *a, **k))
+    prepare(f"corda-{mode}-paper", files, tokenizer)
+    assert seen == [of]
+    if of == "keep":
+        with pytest.raises(CordaError, match="give a context"):
+            prepare("corda-kpm-balanced", files, tokenizer, keep=None, folder=files / "other")
+
+
+def test_milora_is_the_tail_of_the_plain_svd(files, tokenizer):
+    prepared, _, base = prepare("milora", files, tokenizer)
+    for name, layer in lora_layers(prepared.model).items():
+        U, sigma, Vh = torch.linalg.svd(base.get_submodule(name).weight.double(), full_matrices=False)
+        tail = U[:, -4:] * sigma[-4:] @ Vh[-4:]
+        A, B = layer.lora_A["default"].trained.double(), layer.lora_B["default"].trained.double()
+        assert torch.dist(2 * B @ A, tail) / torch.linalg.norm(tail) < 1e-4
+
+
+class Seen(TrainerCallback):
+    """The samples of every step, in their order."""
+
+    def __init__(self, model):
+        self.ids = []
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module, args, kwargs):
+        self.ids.append(kwargs["input_ids"].tolist())
+
+
+@pytest.mark.parametrize("name", ["full", "dylora", "adapterdrop", "adalora", "corda-kpm-anchored", "eva"])
+def test_all_see_the_same_samples_in_the_same_order(name, files, tokenizer):
+    orders = []
+    for one in ("lora", name):
+        prepared, setup, _ = prepare(one, files, tokenizer)
+        seen = Seen(prepared.model)
+        run(prepared, setup, [seen])
+        orders.append(seen.ids)
+    assert len(orders[0]) == STEPS
+    assert orders[0] == orders[1]
+
+
+def test_options_are_checked_before_anything_runs():
+    check_options("lora+", {"ratio": 4})
+    check_options("corda-ipm-balanced", {"ratio": 4, "samples": 8, "orientation": "diagonal"})
+    with pytest.raises(CordaError, match="method lora has no option 'ratio': it has none"):
+        check_options("lora", {"ratio": 4})
+    with pytest.raises(CordaError, match="no option 'rank'"):
+        check_options("corda-ipm-balanced", {"rank": 4})
+    with pytest.raises(CordaError, match="min_rank"):
+        check_options("corda-kpm-anchored", {"min_rank": 4})
+
+
+def test_a_quantized_base_does_not_fit_lora_ga(files, tokenizer):
+    model = tiny.build("llama")
+    model.is_quantized = True
+    with pytest.raises(CordaError, match="quantized"):
+        METHODS["lora-ga"].prepare(model, setup_of(model, tokenizer, files))
+
+
+def test_what_is_trained_is_counted(files, tokenizer):
+    anchored, setup, _ = prepare("corda-kpm-anchored", files, tokenizer)
+    lora, _, _ = prepare("lora", files, tokenizer)
+    assert isinstance(lora.model, peft.PeftModel)
+    assert count_parameters(lora.model) == {"adapter": setup.budget, "trainable": setup.budget}
+    B = sum(layer.lora_B["default"].weight.numel() for layer in lora_layers(anchored.model).values())
+    assert count_parameters(anchored.model) == {"adapter": setup.budget, "trainable": B}
