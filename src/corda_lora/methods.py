@@ -397,7 +397,7 @@ def corda(
     return Prepared(peft_model, None if ratio == 1 else _adam_with_ratio(peft_model, setup, ratio))
 
 
-method("milora", "MiLoRA", "Wang et al., arXiv 2406.09044; ours", SLOW)(
+method("milora", "MiLoRA", "Wang et al., arXiv 2406.09044; ours", SLOW, "weights")(
     partial(corda, orientation="identity", mode="kpm", split="paper")
 )
 CORDA_RATES = {
