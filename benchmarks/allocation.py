@@ -6,7 +6,7 @@ python benchmarks/allocation.py
 import time
 
 import torch
-from sweep import machine
+from machine import machine
 
 from corda_lora.compactness import allocate, allocation_scores
 

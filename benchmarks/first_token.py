@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import commit, machine
 from safetensors.torch import load_file
-from sweep import commit, machine
 from torch import Tensor, nn
 
 from corda_lora.config import DataConfig, ModelConfig

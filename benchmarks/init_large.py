@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from sweep import machine
+from machine import machine
 
 FLAGS = "--mode kpm --preset corda++ --r 128 --rounds 5 --samples 256 --max_length 512 --park cpu"
 WIDE = {**os.environ, "COLUMNS": "120"}

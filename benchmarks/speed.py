@@ -28,9 +28,9 @@ from typing import Any
 import peft.tuners.lora.corda as original
 import psutil
 import torch
+from machine import commit, machine
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
-from sweep import commit, machine
 from torch import Tensor, nn
 
 from corda_lora.config import DataConfig, ModelConfig

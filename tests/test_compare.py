@@ -18,7 +18,7 @@ from test_cli import LEARN, refused
 from corda_lora.cli import _take, build_parser
 from corda_lora.config import CompareConfig, CordaError, EvalConfig
 from corda_lora.evaluation import BaseOutputs, record_base
-from corda_lora.methods import check_options
+from corda_lora.methods import METHODS, check_options
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(40)]
 RECIPES = Path(__file__).parent.parent / "benchmarks" / "recipes"
@@ -96,6 +96,11 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
     assert 3 <= len(written) < 8
     time.sleep(3)
     assert len(results("broken")) == len(written), "a run went on alone"
+
+    compare(file, "--output", "broken", "--jobs", 0)
+    assert len(results("broken")) == len(written)
+    runs = json.loads(Path("broken/comparison.json").read_text())["runs"]
+    assert sum(run["status"] == "done" for run in runs) == len(written)
 
     text = compare(file, "--output", "broken", "--jobs", 2)
     for name, at in written.items():
@@ -208,6 +213,11 @@ def test_another_recipe_is_refused(checkpoint, folder, capsys):
     assert "another recipe (it differs in r)" in refused(capsys, "compare", changed, "--output", "out")
 
 
+def test_all_methods_are_in_the_docs():
+    text = (RECIPES.parent.parent / "docs" / "compare.md").read_text()
+    assert not [name for name in METHODS if f"`{name}`" not in text and not name.startswith("corda")]
+
+
 def test_a_list_of_names_means_their_own_rates():
     config = CompareConfig(methods=["lora", "pissa"], data="x", eval=EvalConfig(learn="y"))
     assert list(config.entries) == ["lora", "pissa"]
@@ -218,6 +228,6 @@ def test_a_list_of_names_means_their_own_rates():
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_are_right(path):
     parser, _ = build_parser()
-    options = parser.instantiate_classes(parser.parse_args(["compare", "--config", str(path), "--output", "out"]))
+    options = parser.instantiate(parser.parse_args(["compare", "--config", str(path), "--output", "out"]))
     for entry in _take(CompareConfig, options.compare).entries.values():
         check_options(entry.method, entry.options)

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]note:[/] {message}", highlight=False)
     try:
-        options = parser.instantiate_classes(options)
+        options = parser.instantiate(options)
         verbs[options.verb](options[options.verb])
     except CordaError as error:
         print(f"corda {options.verb}: {error}", file=sys.stderr)
@@ -138,7 +138,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         "compare", compare, "which method learns how much at what cost in forgetting", ModelConfig, CompareConfig
     )
     sub.add_argument("--output", type=Path, required=True, help="directory of the runs and the report")
-    sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on each GPU")
+    sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on each GPU; 0: only report")
     sub.add_argument("--gpus", type=str, default="", help="numbers of the GPUs to use, such as 0,1; else all")
 
     sub = verb("export", export, "turn a tuned adapter into a plain LoRA, a merged or a residual model", ModelConfig)
@@ -299,8 +299,8 @@ def compare(options: Namespace) -> None:
     DIR/report.html: what each method learned, and what it cost of the abilities to keep. A comparison that was broken
     off goes on when the same command is given again; entries, rates and seeds may be added to it."""
     source, config = _take(ModelConfig, options), _take(CompareConfig, options)
-    if options.jobs < 1:
-        raise CordaError(f"jobs is {options.jobs}, but at least one run has to be going")
+    if options.jobs < 0:
+        raise CordaError(f"jobs is {options.jobs}, but is at least 0")
     from .compare import compare as run_comparison
 
     command = f"corda compare {options.config[0] if options.config else ''} --output {options.output}"

@@ -74,7 +74,7 @@ def compare(
     """Run what is not done yet, several at a time, and write the report. Returns the comparison: see `gather`.
 
     Args:
-        jobs: how many processes at a time, on each GPU.
+        jobs: how many processes at a time, on each GPU; none if 0: then the report is of what is done.
         gpus: which to use, as in CUDA_VISIBLE_DEVICES. Default: all there are, or the CPU.
         command: how this comparison is made, for the report.
 
@@ -90,7 +90,10 @@ def compare(
             raise CordaError(f"{name} looks at the ability to keep before it trains: give samples of it as `context`")
     _check_data(config)
     _open(source, config, output)
-    _run_all(source, config, output, list(gpus or _gpus()) * jobs)
+    if jobs:
+        _run_all(source, config, output, list(gpus or _gpus()) * jobs)
+    if not (base := _result(output, Job())) or base["status"] != "done":
+        raise CordaError(f"{output} has no results of the base model yet: there is nothing to report")
     comparison = gather(source, config, output, command)
     _write(output / "comparison.json", comparison)
     write_report(output, comparison)

@@ -127,7 +127,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         raise CordaError(f"method {name} has no option {unknown[0]!r}: it has {', '.join(sorted(own)) or 'none'}")
     if "options" in parameters:
         given = dict(getattr(METHODS[name].prepare, "keywords", {})) | dict(options)
-        CordaConfig(**{key: value for key, value in given.items() if key not in ("ratio", "samples", "context")})
+        CordaConfig(
+            **{key: value for key, value in given.items() if key not in ("ratio", "samples", "context", "free")}
+        )
 
 
 METHODS: dict[str, Method] = {}
@@ -276,9 +278,9 @@ def lora_ga(model: nn.Module, setup: Setup, samples: int = 64) -> Prepared:
 
 
 @method("eva", "EVA", "Paischer et al., arXiv 2410.07170; PEFT", looks="learn")
-def eva(model: nn.Module, setup: Setup, rho: float = 2.0) -> Prepared:
-    """`rho`: a layer's rank is at most `rho`·r; the sum is that of r everywhere."""
-    config = setup.lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=rho))
+def eva(model: nn.Module, setup: Setup, rho: float = 2.0, whiten: bool = False) -> Prepared:
+    """`rho`: a layer's rank is at most `rho`·r; the sum is that of r everywhere. `whiten`: see PEFT's EvaConfig."""
+    config = setup.lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=rho, whiten=whiten))
     model = peft.get_peft_model(model, config)
     peft.initialize_lora_eva_weights(model, _labelled(setup, setup.context("learn")[0], model), show_progress_bar=False)
     return Prepared(model)
@@ -372,10 +374,14 @@ def corda(
     ratio: float = 1.0,
     samples: int | None = None,
     context: str = "",
+    free: bool = False,
+    energy: bool = False,
     **options: Any,
 ) -> Prepared:
     """Any options of `CordaConfig`; `samples` of the context, or another one than the comparison's; a learning rate of
-    B `ratio` times A's, as in LoRA+. The start is kept for the method's other runs."""
+    B `ratio` times A's, as in LoRA+; `free`: with the split `anchored`, train A as well; `energy`: with it, rows of A
+    that get the same energy of the context, as much as a LoRA's, in place of rows of length one. The start is kept for
+    the method's other runs."""
     folder = setup.folder / "start"
     if not folder.exists():
         config = CordaConfig(r=setup.r, lora_alpha=setup.lora_alpha, target_modules=list(setup.targets), **options)
@@ -390,10 +396,19 @@ def corda(
                 new, _ = context_batches(setup.tokenizer, one, setup.data(of).max_length)
                 batches, rounds = batches + new, rounds + [i] * len(new)
         start = preprocess(model, config, batches, rounds=rounds)
+        if energy:
+            for _, groups in walk(model, setup.targets, batches, compute_device(model, config)):
+                for names, Cs in groups or []:
+                    for name in names:
+                        A, C = start.layers[name].A, Cs[0].float().cpu()
+                        found = ((A @ C) * A).sum(1, keepdim=True)
+                        start.layers[name].A = A * (C.diagonal().mean() / 3 / found.clamp_min(1e-12)).sqrt()
         installed = install(model, start)
         save_adapter(installed, folder, {RECORD: start.record})
         model = installed.unload()
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
+    for layer in lora_layers(peft_model).values() if free else ():
+        layer.lora_A["default"] = HeldFactor(layer.lora_A["default"].held, None, axis=0)
     return Prepared(peft_model, None if ratio == 1 else _adam_with_ratio(peft_model, setup, ratio))
 
 
