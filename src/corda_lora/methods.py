@@ -128,7 +128,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     if "options" in parameters:
         given = dict(getattr(METHODS[name].prepare, "keywords", {})) | dict(options)
         CordaConfig(
-            **{key: value for key, value in given.items() if key not in ("ratio", "samples", "context", "free")}
+            **{key: value for key, value in given.items() if key not in ("ratio", "samples", "context", "free", "energy")}
         )
 
 
