@@ -152,7 +152,7 @@ def test_same_command_same_bytes(checkpoint, data):
     assert weights(work / "one-tuned") != weights(work / "shuffled")
 
 
-@pytest.mark.parametrize("split", ["anchored", "paper"])
+@pytest.mark.parametrize("split", ["anchored", "seeded", "paper"])
 def test_a_broken_off_training_goes_on_to_the_same_bytes(split, checkpoint, data, monkeypatch, capsys):
     from corda_lora import training
 

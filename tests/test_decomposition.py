@@ -91,7 +91,7 @@ def test_rank_deficient_weight(shape, orientation, mode, solver):
         assert relative(product(layer), expected) < 1e-5
 
 
-@pytest.mark.parametrize("split", ["paper", "balanced", "anchored"])
+@pytest.mark.parametrize("split", ["paper", "balanced", "anchored", "seeded"])
 @pytest.mark.parametrize("solver", ["svd", "gram", "subspace", "auto"])
 def test_a_tail_of_only_dead_components_does_nothing(split, solver):
     torch.manual_seed(2)

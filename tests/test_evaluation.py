@@ -73,7 +73,7 @@ def test_loss_and_drift_are_those_of_a_plain_loop(adapted, tokenizer, batch_toke
 
 
 def test_an_untouched_adapter_has_no_drift(tokenizer):
-    for split in ("paper", "balanced", "anchored"):
+    for split in ("paper", "balanced", "anchored", "seeded"):
         model = get_corda_model(tiny.build("llama"), CordaConfig(r=4, split=split), tiny.batches(), progress=False)
         found = loss_and_drift(model.eval(), tokenizer, encoded_samples(tokenizer), 60)
         assert found["tuned"]["drift"] == 0

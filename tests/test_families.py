@@ -96,7 +96,7 @@ def test_first_output_is_the_base_models_to_the_last_bit(family, dtype):
     model, batches = tiny.build(family, dtype), tiny.batches(family)
     before = tiny.logits(model, family)
     for mode in ("kpm", "ipm"):
-        for split in ("paper", "balanced", "anchored"):
+        for split in ("paper", "balanced", "anchored", "seeded"):
             config = CordaConfig(mode=mode, split=split, r=4, lora_alpha=8)
             adapted = install(copy.deepcopy(model), preprocess(model, config, batches, progress=False)).eval()
             assert torch.equal(tiny.logits(adapted, family), before)

@@ -306,7 +306,7 @@ def test_stopping_early_leaves_nothing():
     assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize("split", ["paper", "balanced", "anchored"])
+@pytest.mark.parametrize("split", ["paper", "balanced", "anchored", "seeded"])
 def test_preprocess_changes_nothing_of_the_model(split):
     model = tiny.build("llama").train()
     weights = tiny.snapshot(model)

@@ -88,7 +88,7 @@ def tensor_bytes(path):
         return sum(tensors.get_tensor(k).nbytes for k in tensors.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("split", ["anchored", "balanced"])
+@pytest.mark.parametrize("split", ["anchored", "seeded", "balanced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_and_files_are_those_of_a_run(split, dtype, tmp_path):
     model, config = tiny.build("llama", dtype), CordaConfig(r=3, split=split, device="cpu")

@@ -22,8 +22,8 @@ def get_corda_model(
     """Adapt a model to a context: a `PeftModel` to train as ever. (CorDA, arXiv 2406.05223 and 2506.13187.)
 
     The model's own weights are not changed, and the adapted model's first output is the model's to the last bit.
-    `save_pretrained` writes an ordinary LoRA that plain PEFT loads on the original model (rank 2r, or r if the split
-    is `anchored`); `load_adapter(..., trainable=True)` goes on training it.
+    `save_pretrained` writes an ordinary LoRA that plain PEFT loads on the original model (rank 2r, or r with the
+    splits `anchored` and `seeded`); `load_adapter(..., trainable=True)` goes on training it.
 
     Args:
         model: a transformers model, on any device.

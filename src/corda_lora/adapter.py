@@ -10,7 +10,7 @@ start. The same function is
 an ordinary LoRA of rank 2r on the original weights, half of it frozen. That is what is installed here, so everything
 PEFT does with a LoRA (save, load, merge, disable, unload, several side by side) is right as it is, a saved directory
 loads in plain PEFT, and at the start the two halves cancel exactly in any dtype. `anchored` (A frozen, B from zero)
-needs no second half: rank r.
+and `seeded` (A trained, too) need no second half: rank r.
 """
 
 import json
@@ -109,8 +109,8 @@ class HeldFactor(nn.Module):
 def install(model: nn.Module, start: Start) -> PeftModel:
     """Put the start on the model it was made from: a `PeftModel`, whose output is the model's own to the last bit. The
     start's tensors become the adapter's."""
-    anchored = start.config.split == "anchored"
-    ranks = {name: layer.A.shape[0] * (1 if anchored else 2) for name, layer in start.layers.items()}
+    times = 1 if start.config.from_zero else 2
+    ranks = {name: times * layer.A.shape[0] for name, layer in start.layers.items()}
     config = LoraConfig(
         target_modules=list(start.layers),
         task_type=task_type(model),
@@ -120,12 +120,12 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, layer in lora_layers(peft_model).items():
         A, B = start.layers[name].A, start.layers[name].B
-        if not anchored:
+        if times == 2:
             A, B = torch.cat([A, A]), torch.cat([B, -B], dim=1)  # (2r, d_in), (d_out, 2r)
         device, dtype = layer.get_base_layer().weight.device, layer.lora_A["default"].weight.dtype
         layer.lora_A["default"].weight = nn.Parameter(A.to(device, dtype))
         layer.lora_B["default"].weight = nn.Parameter(B.to(device, dtype))
-    hold_start(peft_model, anchored)
+    hold_start(peft_model, str(start.config.split))
     return peft_model
 
 
@@ -138,11 +138,14 @@ def _set_ranks(config: LoraConfig, ranks: Mapping[str, int], scale: float) -> No
     config.alpha_pattern = {name: scale * r for name, r in config.rank_pattern.items()}
 
 
-def hold_start(peft_model: PeftModel, anchored: bool) -> None:
-    """Freeze what must stay as it is: A of an `anchored` adapter, else the second half of A and of B."""
+def hold_start(peft_model: PeftModel, split: str) -> None:
+    """Freeze what must stay as it is: A of an `anchored` adapter; nothing of a `seeded` one; else the second half of A
+    and of B."""
+    if split == "seeded":
+        return
     for layer in lora_layers(peft_model).values():
         A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
-        if anchored:
+        if split == "anchored":
             layer.lora_A["default"] = HeldFactor(None, A, axis=0)
         else:
             (A, A0), (B, minus_B0) = A.chunk(2, dim=0), B.chunk(2, dim=1)
@@ -233,7 +236,7 @@ def load_adapter(
         config.lora_dropout = lora_dropout
     peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
     if trainable and record is not None:
-        hold_start(peft_model, anchored=record["config"]["split"] == "anchored")
+        hold_start(peft_model, record["config"]["split"])
     return peft_model
 
 
@@ -284,8 +287,8 @@ def check_output(directory: Path) -> None:
 
 @torch.no_grad()
 def export_lora(model: nn.Module, directory: Path | str, output: Path, r: int | None = None) -> float:
-    """A plain LoRA on the original model: the adapter as it is (exact: rank 2r, or r if `anchored`), or compressed to
-    rank `r`.
+    """A plain LoRA on the original model: the adapter as it is (exact: rank 2r, or r if B started from zero), or
+    compressed to rank `r`.
 
     Returns:
         ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all layers (Frobenius); 0 if not compressed.
@@ -342,10 +345,10 @@ def export_residual(model: nn.Module, directory: Path | str, output: Path, token
     """The residual model W' = W − s·B₀A₀ in `output`, and in `output/adapter` the rank-r adapter (B, A) for it: half
     the adapter's work at run time, but the adapter is right on this model only.
 
-    Raises CordaError if the adapter has no residual: `anchored`, or a plain LoRA.
+    Raises CordaError if the adapter has no residual: B started from zero, or it is a plain LoRA.
     """
     record = read_record(Path(directory))
-    if record is None or record["config"]["split"] == "anchored":
+    if record is None or record["config"]["split"] in ("anchored", "seeded"):
         raise CordaError(f"the adapter in {directory} is a LoRA on the original model: there is no residual to export")
     _needs_full_weights(model, "residual")
     peft_model = load_adapter(model, directory)

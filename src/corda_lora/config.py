@@ -24,7 +24,8 @@ class CordaConfig:
         max_rank: largest rank that allocation gives a layer. Default: all a layer has.
         budget: what allocation shares out, in place of r: parameters Σ (d_in + d_out)·r if above 1, a share of the
             model's parameters if below.
-        split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero;
+        split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero; `seeded`:
+            the same with A trained, too;
             `balanced`: each component's row of A as long as its column of B; `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default:
             `anchored` in kpm, `balanced` in ipm.
         orientation: what the weight is multiplied by before the SVD: the context's covariance (CorDA), the root of
@@ -46,7 +47,7 @@ class CordaConfig:
     min_rank: int = 1
     max_rank: int | None = None
     budget: float | None = None
-    split: Literal["anchored", "balanced", "paper"] | None = None
+    split: Literal["anchored", "seeded", "balanced", "paper"] | None = None
     orientation: Literal["covariance", "diagonal", "identity"] = "covariance"
     solver: Literal["auto", "gram", "subspace", "svd"] = "auto"
     damping: float = 0.01
@@ -62,7 +63,7 @@ class CordaConfig:
         for name, allowed in {
             "mode": ("kpm", "ipm"),
             "preset": ("corda", "corda+", "corda++"),
-            "split": ("anchored", "balanced", "paper"),
+            "split": ("anchored", "seeded", "balanced", "paper"),
             "orientation": ("covariance", "diagonal", "identity"),
             "solver": ("auto", "gram", "subspace", "svd"),
         }.items():
@@ -88,6 +89,11 @@ class CordaConfig:
             raise CordaError(f"damping is {self.damping}, but must be above 0")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise CordaError(f"lora_alpha is {self.lora_alpha}, but must be above 0")
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether B starts from zero, so that the adapter is rank r on the weight as it is: nothing is taken out."""
+        return self.split in ("anchored", "seeded")
 
     @property
     def allocates(self) -> bool:

@@ -72,13 +72,14 @@ def split_components(U: Tensor, sigma: Tensor, rows: Tensor, split: str, scale: 
     `balanced`: ‖A_i‖ = ‖B_i‖ for every component i: no such dependence.
     `anchored`: rows of A of length one, to be frozen; B = 0. Here s·B A = 0: the weight itself keeps the components.
     Whatever B becomes, ‖ΔW X‖_F ≤ s·‖B‖₂·√(t·tr(A C Aᵀ)): see `energies`.
+    `seeded`: the same factors, and A is trained, too: a LoRA whose A starts on the components.
 
     A component with σ = 0 (a rank-deficient W) has a zero row a_i; it stays zero in A, so it does nothing.
     """
     lengths = rows.norm(dim=1, keepdim=True)  # (r, 1)
     dead = lengths <= 1e-12 * lengths.max()
     lengths = torch.where(dead, torch.inf, lengths)
-    if split == "anchored":
+    if split in ("anchored", "seeded"):
         return torch.zeros_like(U), rows / lengths
     if split == "balanced":
         root = lengths.sqrt()

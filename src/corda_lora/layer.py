@@ -24,7 +24,7 @@ class Decomposed:
 
     Attributes:
         rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU.
-        U: (d_out, k), the same; None where the split needs none (`anchored`).
+        U: (d_out, k), the same; None where the split needs none (B from zero).
         sigma: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or of a fixed rank
             those of the adapter, (r,).
         energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
@@ -139,7 +139,7 @@ def keep_components(
     if C is not None:
         energy = energies(rows, C).cpu()
         record["output_energy"] = _output_energy(W, C)
-    kept = None if config.split == "anchored" else U.float().cpu()
+    kept = None if config.from_zero else U.float().cpu()
     return Decomposed(rows.float().cpu(), kept, sigma.cpu(), energy, record)
 
 
@@ -154,7 +154,7 @@ def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
     chosen = select(config.mode, len(layer.rows), r)
     rows, sigma = layer.rows[chosen].double(), layer.sigma[select(config.mode, len(layer.sigma), r)]
     m = layer.record["shape"][0]
-    # `anchored` starts B from zero, whatever U is.
+    # Where B starts from zero it does not matter what U is.
     U = rows.new_zeros(m, r) if layer.U is None else layer.U[:, chosen].double()
     assert config.split is not None
     B, A = split_components(U, sigma, rows, config.split, config.scale)

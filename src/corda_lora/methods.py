@@ -127,9 +127,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         raise CordaError(f"method {name} has no option {unknown[0]!r}: it has {', '.join(sorted(own)) or 'none'}")
     if "options" in parameters:
         given = dict(getattr(METHODS[name].prepare, "keywords", {})) | dict(options)
-        CordaConfig(
-            **{key: value for key, value in given.items() if key not in ("ratio", "samples", "context", "free", "energy")}
-        )
+        CordaConfig(**{key: value for key, value in given.items() if key not in ("ratio", "samples", "context")})
 
 
 METHODS: dict[str, Method] = {}
@@ -374,14 +372,10 @@ def corda(
     ratio: float = 1.0,
     samples: int | None = None,
     context: str = "",
-    free: bool = False,
-    energy: bool = False,
     **options: Any,
 ) -> Prepared:
     """Any options of `CordaConfig`; `samples` of the context, or another one than the comparison's; a learning rate of
-    B `ratio` times A's, as in LoRA+; `free`: with the split `anchored`, train A as well; `energy`: with it, rows of A
-    that get the same energy of the context, as much as a LoRA's, in place of rows of length one. The start is kept for
-    the method's other runs."""
+    B `ratio` times A's, as in LoRA+. The start is kept for the method's other runs."""
     folder = setup.folder / "start"
     if not folder.exists():
         config = CordaConfig(r=setup.r, lora_alpha=setup.lora_alpha, target_modules=list(setup.targets), **options)
@@ -396,19 +390,10 @@ def corda(
                 new, _ = context_batches(setup.tokenizer, one, setup.data(of).max_length)
                 batches, rounds = batches + new, rounds + [i] * len(new)
         start = preprocess(model, config, batches, rounds=rounds)
-        if energy:
-            for _, groups in walk(model, setup.targets, batches, compute_device(model, config)):
-                for names, Cs in groups or []:
-                    for name in names:
-                        A, C = start.layers[name].A, Cs[0].float().cpu()
-                        found = ((A @ C) * A).sum(1, keepdim=True)
-                        start.layers[name].A = A * (C.diagonal().mean() / 3 / found.clamp_min(1e-12)).sqrt()
         installed = install(model, start)
         save_adapter(installed, folder, {RECORD: start.record})
         model = installed.unload()
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
-    for layer in lora_layers(peft_model).values() if free else ():
-        layer.lora_A["default"] = HeldFactor(layer.lora_A["default"].held, None, axis=0)
     return Prepared(peft_model, None if ratio == 1 else _adam_with_ratio(peft_model, setup, ratio))
 
 
@@ -419,6 +404,7 @@ CORDA_RATES = {
     "paper": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
     "balanced": RATES,
     "anchored": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    "seeded": RATES,
 }
 for _preset, _title in (("corda", "CorDA"), ("corda+", "CorDA+"), ("corda++", "CorDA++")):
     for _mode, _looks in (("kpm", "keep"), ("ipm", "learn")):

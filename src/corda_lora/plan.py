@@ -370,12 +370,12 @@ def init_plan(
                 work[stage].update(cost)
                 peak[stage] = max(peak[stage], here + 8 * numbers)
             ahead -= rounds * sums.get(name, 0)
-        # Rows, U unless it is anchored, energies and spectrum (see `Decomposed`).
-        columns = {layer.name: layer.n + (0 if config.split == "anchored" else layer.m) for layer in layers}
+        # Rows, U unless B starts from zero, energies and spectrum (see `Decomposed`).
+        columns = {layer.name: layer.n + (0 if config.from_zero else layer.m) for layer in layers}
         sigmas = {name: min(m, n) if keeps_all(config) else config.r for name, m, n, _ in layers}
         stored.append(sum(kept[name] * (4 * columns[name] + 8) + 8 * sigmas[name] for name in columns))
 
-    adapter = 4 * shapes.budget * (1 if config.split == "anchored" else 2)  # else PEFT subtracts the start again
+    adapter = 4 * shapes.budget * (1 if config.from_zero else 2)  # else PEFT subtracts the start again
     seconds = {stage: sum(flop / _rate(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
     reading = (sum(weights for _, weights, _ in shapes.blocks) + rest) / machine.read
     parked_bytes = waiting + (max(parked) if park != "device" else 0)
