@@ -213,13 +213,16 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     return columns
 
 
+def over_half(at: Ratios) -> float:
+    """What the ratio is at least over half of the range: its median."""
+    return sorted(r.value for r in at.ratio)[len(at.ratio) // 2]
+
+
 def equal_loss_columns(found: dict[str, Ratios]) -> list[Column]:
     """How many times less each method drifts than one it is compared with, over the task losses that both reach."""
 
     def half(at: Ratios) -> Cell:
-        """What the ratio is at least over half of the range: its median."""
-        value = sorted(r.value for r in at.ratio)[len(at.ratio) // 2]
-        return Cell(times_text(value), "", value)
+        return Cell(times_text(over_half(at)), "", over_half(at))
 
     def at(i: int) -> list[Cell]:
         return [ratio_cell(both.ratio[i]) for both in found.values()]
@@ -297,7 +300,12 @@ def headline(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str
         steps = f"{text_of(steps_cell(fastest['reach'].steps))} of {fastest['steps']:.0f}"
         sentences.append(f"{fastest['title']} takes the fewest steps to the loss where {title} ends: {steps}.")
     for ability in abilities(comparison)[:1]:  # an ability to keep, if there is one, is what the comparison is about
-        sentences.insert(0 if ability[0] == "keep" else 2, drift_sentence(comparison, ability, ref, others))
+        place = 0 if ability[0] == "keep" else len(sentences)
+        said = [
+            drift_sentence(comparison, ability, ref, others),
+            *range_sentence(comparison, ability, ref, others),
+        ]
+        sentences[place:place] = said if " times less " in said[0] else said[::-1]
     first = min([ref, *others], key=lambda row: row["loss"].value)
     for row in [ref] if first is ref else [ref, first]:
         if row["best"].note:
@@ -322,6 +330,26 @@ def loss_sentence(ref: dict[str, Any], others: list[dict[str, Any]]) -> str:
     return f"{sentence}{overlap}."
 
 
+def range_sentence(
+    comparison: dict[str, Any], ability: Ability, ref: dict[str, Any], others: list[dict[str, Any]]
+) -> list[str]:
+    """Who drifts how many times less over at least half of the task losses that it and the reference both reach;
+    nothing if nobody drifts clearly less."""
+    hulls = {row["title"]: lower_hull(points(comparison, row["method"], ability)) for row in [ref, *others]}
+    found = {row["title"]: ratios(hulls[row["title"]], hulls[ref["title"]]) for row in others}
+    both = {name: at for name, at in found.items() if at is not None and at.loss[0] < at.loss[-1]}
+    if not both:
+        return []
+    title = max(both, key=lambda name: over_half(both[name]))
+    times, losses = over_half(both[title]), both[title].loss
+    if times < 1.5:
+        return []
+    return [
+        f"Over at least half of the task losses that both reach ({losses[0]:.4f} to {losses[-1]:.4f}), {title} drifts "
+        f"{times_text(times)} times less than {ref['title']} on {label(comparison, ability)}, or still less."
+    ]
+
+
 def drift_sentence(
     comparison: dict[str, Any], ability: Ability, ref: dict[str, Any], others: list[dict[str, Any]]
 ) -> str:
@@ -334,8 +362,8 @@ def drift_sentence(
     least = min(there, key=lambda row: row["equal"][ability].value)
     ours, theirs = (lower_hull(points(comparison, row["method"], ability)) for row in (least, ref))
     ratio = ratio_at(ours, theirs, ref["equal_loss"])
-    if ratio is None or ratio.value <= 1:
-        return f"At {at}, no other method drifts less than {title} on {where}."
+    if ratio is None or ratio.value < 1.1:
+        return f"At {at}, no other method that reaches it drifts clearly less than {title} on {where}."
     sure = "no interval: fewer than two seeds on both sides of that loss"
     if ratio.low is not None:
         sure = f"95 % interval over {ratio.seeds} seeds: {ratio_cell(ratio).extra}"
