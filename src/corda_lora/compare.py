@@ -330,7 +330,9 @@ def _do(source: ModelConfig, config: CompareConfig, output: Path, job: Job, coun
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
         machine += "" if torch.cuda.is_available() else f", {os.cpu_count()} cores"
         seconds = time.perf_counter() - since
-        return {"status": "done", "results": _of_side(results, "base"), "seconds": seconds, "machine": machine}
+        found = {"status": "done", "results": _of_side(results, "base"), "seconds": seconds, "machine": machine}
+        versions = {"corda-lora": __version__, "python": platform.python_version()}
+        return found | {"versions": versions | {package: version(package) for package in PACKAGES}}
 
     entry, data = config.entries[job.entry], _data(config.data)
     base = BaseOutputs(output / BASE, model) if job.rate is not None else None
@@ -463,8 +465,7 @@ def gather(source: ModelConfig, config: CompareConfig, output: Path, command: st
         "command": command,
         "recipe": _shared(source, config) | {"methods": {n: e.key() for n, e in config.entries.items()}},
         "machine": base.get("machine"),
-        "versions": {"corda-lora": __version__, "python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
+        "versions": base.get("versions", {}),
         "commit": ", ".join(sorted({run["commit"] for run in runs if run.get("commit")})) or None,
         "methods": titles,
         "base": base.get("results", {}),
