@@ -143,7 +143,8 @@ class TrainConfig:
         epochs: passes over the data.
         max_steps: stop after this many steps instead, if given.
         batch_size: samples a step.
-        micro_batch_size: samples a forward; the rest of the batch is accumulated. Default: the batch size.
+        micro_batch_size: samples a forward; the rest of the batch is accumulated, to the same gradient. A step's
+            samples are dealt out by length, so less memory, and less padding. Default: the batch size.
         warmup: share of the steps with rising learning rate.
         schedule: `cosine`, `linear` or `constant`.
         weight_decay: of AdamW.

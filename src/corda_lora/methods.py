@@ -84,6 +84,11 @@ class Setup:
         return kind(**(common | options))
 
     @property
+    def accumulated(self) -> int:
+        """Forwards a step: penalties are added in each."""
+        return self.train.batch_size // (self.train.micro_batch_size or self.train.batch_size)
+
+    @property
     def budget(self) -> int:
         """Parameters of rank r on every target: Σ (d_in + d_out)·r."""
         return self.r * sum(sum(weight_shape(module)) for module in self.targets.values())
@@ -224,6 +229,7 @@ def adalora(model: nn.Module, setup: Setup, start: float = 1.5, warmup: float = 
         tfinal=round(final * setup.steps),
         deltaT=max(1, setup.steps // 50),
         total_step=setup.steps,
+        orth_reg_weight=0.5 / setup.accumulated,
     )
     model = peft.get_peft_model(model, config)
     tuner: Any = model.base_model
@@ -253,7 +259,7 @@ def kasa(model: nn.Module, setup: Setup, beta: float = 1e-4, gamma: float = 1e-3
 
     def add_penalty(module: nn.Module, inputs: Any, output: Any) -> Any:
         if module.training and getattr(output, "loss", None) is not None:
-            output.loss = output.loss + tuner._get_kasa_loss()
+            output.loss = output.loss + tuner._get_kasa_loss() / setup.accumulated
         return output
 
     model.register_forward_hook(add_penalty)

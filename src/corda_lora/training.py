@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -97,7 +98,7 @@ def train(
         dataloader_pin_memory=False,
     )
     datasets.disable_progress_bars()
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model,
         arguments,
         train_dataset=datasets.Dataset.from_list(rows),
@@ -124,6 +125,33 @@ def train(
 def training_steps(config: TrainConfig, samples: int) -> int:
     """How many steps the recipe takes over this many samples."""
     return config.max_steps or max(1, round(config.epochs * samples / config.batch_size))
+
+
+class _Trainer(SFTTrainer):
+    """Goes through the samples in the order that it always had, but so that the micro-batches of a step hold samples of
+    like length: the same gradient, and less padding."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        return _LikeLengths([len(ids) for ids in rows["input_ids"]], self.args)
+
+
+class _LikeLengths(Sampler[int]):
+    def __init__(self, lengths: Sequence[int], args: SFTConfig):
+        self.lengths, self.seed, self.epoch = lengths, args.data_seed, 0
+        self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as accelerate's sampler
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.batch_size):
+            yield from sorted(order[start : start + self.batch_size], key=lambda i: self.lengths[i])
 
 
 class _Steps(TrainerCallback):

@@ -1,0 +1,87 @@
+"""The order of samples in training, and what micro-batches change: memory and padding, nothing else."""
+
+import itertools
+import json
+
+import pytest
+import tiny
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from transformers import TrainerCallback
+
+from corda_lora.config import LoraStart, TrainConfig
+from corda_lora.context import Sample
+from corda_lora.training import _LikeLengths, plain_lora, train
+
+SAMPLES = [Sample(f"{'x' * (i * 7 % 23)} {i} =", f" {i + i}", {}) for i in range(40)]
+
+
+class Steps(TrainerCallback):
+    """The real tokens and the padding of every forward, by step."""
+
+    def __init__(self, model):
+        self.steps = [[]]
+        model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module, args, kwargs):
+        self.steps[-1].append((kwargs["input_ids"], kwargs["attention_mask"]))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append([])
+
+    def samples(self):
+        """The texts of every step, in no order, as JSON."""
+        return [
+            sorted(json.dumps(ids[mask.bool()].tolist()) for batch in step for ids, mask in zip(*batch))
+            for step in self.steps[:-1]
+        ]
+
+    def padding(self):
+        return sum(int((mask == 0).sum()) for step in self.steps for _, mask in step)
+
+
+def run(tokenizer, micro, steps=8, batch=8, schedule="constant"):
+    config = TrainConfig(
+        learning_rate=1e-2,
+        max_steps=steps,
+        batch_size=batch,
+        micro_batch_size=micro,
+        precision="fp32",
+        seed=3,
+        schedule=schedule,
+    )
+    model = plain_lora(tiny.build("llama"), LoraStart(r=4), config)
+    seen = Steps(model)
+    train(model, tokenizer, SAMPLES, config, 64, progress=False, callbacks=[seen])
+    return seen, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_micro_batches_hold_samples_of_like_length_and_train_the_same(tokenizer):
+    whole, trained = run(tokenizer, None)
+    parts, trained_in_parts = run(tokenizer, 2)
+    assert [len(step) for step in parts.steps[:-1]] == [4] * 8
+    assert parts.samples() == whole.samples()
+    assert parts.padding() < whole.padding() / 2
+    for name, parameter in trained.items():
+        assert torch.allclose(parameter, trained_in_parts[name], atol=1e-4), name
+
+
+def test_each_epoch_has_an_order_of_its_own_and_all_samples(tokenizer):
+    seen, _ = run(tokenizer, None, steps=10)  # two epochs of five steps
+    first, second = seen.samples()[:5], seen.samples()[5:]
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
+    assert first != second
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_the_order_is_the_one_it_always_was(epoch):
+    """What accelerate's sampler gives for the same seed: results of earlier versions stay comparable."""
+
+    class Arguments:
+        data_seed, per_device_train_batch_size, gradient_accumulation_steps = 5, 4, 1
+
+    ours = _LikeLengths([1] * 21, Arguments)
+    theirs = SeedableRandomSampler(range(21), data_seed=5)
+    for sampler in (ours, theirs):
+        sampler.set_epoch(epoch)
+    assert list(ours) == list(theirs)
