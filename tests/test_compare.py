@@ -110,6 +110,12 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
     compare(file, "--output", "whole", "--jobs", 2)
     assert numbers("whole") == numbers("broken")
 
+    restored = [sys.executable, RECIPES.parent / "restore_runs.py", "broken/comparison.json", "restored"]
+    subprocess.run(restored, check=True)
+    assert numbers("restored") == numbers("broken")
+    compare(file, "--output", "restored")
+    assert not Path("restored/starts").exists(), "nothing was left to prepare for"
+
     comparison = json.loads(Path("broken/comparison.json").read_text())
     assert {run["status"] for run in comparison["runs"]} == {"done"}
     assert comparison["base"]["keep"]["keep"]["loss"] > 0

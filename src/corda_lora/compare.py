@@ -212,13 +212,15 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
 
 
 def _todo(config: CompareConfig, output: Path) -> list[Job]:
-    """What has no result yet; without the runs of a method that could not prepare: its result is theirs."""
-    return [
-        job
-        for job in _jobs(config, output)
-        if _result(output, job) is None
-        and (job.rate is None or (_result(output, Job(job.entry)) or {"status": "done"})["status"] == "done")
-    ]
+    """What has no result yet. A method that could not prepare has no runs to do: its result is theirs; one whose runs
+    are all done need not prepare."""
+    missing = [job for job in _jobs(config, output) if _result(output, job) is None]
+    unprepared = {
+        name for name in config.entries if (_result(output, Job(name)) or {"status": "done"})["status"] != "done"
+    }
+    runs = [job for job in missing if job.rate is not None and job.entry not in unprepared]
+    wanted = {"", *(job.entry for job in runs)}
+    return [job for job in missing if job.rate is None and job.entry in wanted] + runs
 
 
 def _jobs(config: CompareConfig, output: Path) -> list[Job]:
