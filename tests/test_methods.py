@@ -146,24 +146,17 @@ def test_pefts_corda_is_decomposed_once(files, tokenizer, monkeypatch):
         assert torch.equal(tensor, second.model.state_dict()[name])
 
 
-def test_our_start_is_computed_once(files, tokenizer, monkeypatch):
-    first, _, _ = prepare("corda++-kpm-balanced", files, tokenizer)
-    monkeypatch.setattr("corda_lora.methods.preprocess", None)
-    second, _, _ = prepare("corda++-kpm-balanced", files, tokenizer)
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [("corda++-kpm-balanced", "preprocess"), ("milora", "preprocess"), ("lora-null", "walk"), ("eva", "_labelled")],
+)
+def test_what_a_method_finds_before_training_is_found_once(name, work, files, tokenizer, monkeypatch):
+    assert METHODS[name].looks
+    first, _, _ = prepare(name, files, tokenizer)
+    monkeypatch.setattr(f"corda_lora.methods.{work}", None)  # would raise if it were called
+    second, _, _ = prepare(name, files, tokenizer)
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name])
-
-
-def test_a_seeded_adapter_is_a_lora_whose_a_starts_on_the_components(files, tokenizer):
-    prepared, setup, _ = prepare("corda-ipm-seeded", files, tokenizer, 1e-2)
-    anchored, _, _ = prepare("corda-ipm-anchored", files, tokenizer, folder=files / "other")
-    A = {n: layer.lora_A["default"].weight.detach().clone() for n, layer in lora_layers(prepared.model).items()}
-    for n, layer in lora_layers(anchored.model).items():
-        assert torch.equal(layer.lora_A["default"].weight, A[n])
-    run(prepared, setup)
-    for n, layer in lora_layers(prepared.model).items():
-        assert not torch.equal(layer.lora_A["default"].weight, A[n])
-    assert count_parameters(prepared.model) == {"adapter": setup.budget, "trainable": setup.budget}
 
 
 @pytest.mark.parametrize(("mode", "of"), [("kpm", "keep"), ("ipm", "learn")])

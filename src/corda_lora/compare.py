@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import threading
 import time
@@ -179,7 +180,8 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
                 for job in [job for job in todo if _can_start(config, output, job)][: len(slots)]:
                     todo.remove(job)
                     gpu = slots.pop(0)
-                    (output / job.folder).mkdir(parents=True, exist_ok=True)
+                    shutil.rmtree(output / job.folder, ignore_errors=True)  # what was broken off
+                    (output / job.folder).mkdir(parents=True)
                     process = context.Process(
                         target=_work, args=(source, config, output, job, gpu, threads, counter), daemon=True
                     )

@@ -16,6 +16,7 @@ import peft.optimizers
 import torch
 from peft import LoraConfig
 from peft.tuners.adalora import AdaLoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
@@ -95,8 +96,8 @@ class Setup:
 
 
 class Method(NamedTuple):
-    """`learning_rates` are swept by default; `looks` says whether it looks at the ability to "keep" or the task to
-    "learn" before training, and leaves what it found in `Setup.folder`."""
+    """`learning_rates` are swept by default. `looks`: what it takes long to look at before training, the ability to
+    "keep", the task to "learn" or the "weights"; what it found is left in `Setup.folder` for its other runs."""
 
     title: str
     source: str
@@ -266,7 +267,7 @@ def kasa(model: nn.Module, setup: Setup, beta: float = 1e-4, gamma: float = 1e-3
     return Prepared(model)
 
 
-@method("lora-ga", "LoRA-GA", "Wang et al., arXiv 2407.05000; PEFT", SLOW, "learn")
+@method("lora-ga", "LoRA-GA", "Wang et al., arXiv 2407.05000; PEFT", SLOW)
 def lora_ga(model: nn.Module, setup: Setup, samples: int = 64) -> Prepared:
     """The gradient is of `samples` of the task."""
     if getattr(model, "is_quantized", False):
@@ -286,7 +287,12 @@ def eva(model: nn.Module, setup: Setup, rho: float = 2.0, whiten: bool = False) 
     """`rho`: a layer's rank is at most `rho`·r; the sum is that of r everywhere. `whiten`: see PEFT's EvaConfig."""
     config = setup.lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=rho, whiten=whiten))
     model = peft.get_peft_model(model, config)
-    peft.initialize_lora_eva_weights(model, _labelled(setup, setup.context("learn")[0], model), show_progress_bar=False)
+
+    def find() -> dict[str, torch.Tensor]:
+        batches = _labelled(setup, setup.context("learn")[0], model)
+        return peft.get_eva_state_dict(model, batches, show_progress_bar=False)
+
+    peft.initialize_lora_eva_weights(model, eva_state_dict=_found_once(setup, find))
     return Prepared(model)
 
 
@@ -294,6 +300,14 @@ def eva(model: nn.Module, setup: Setup, rho: float = 2.0, whiten: bool = False) 
 def dylora(model: nn.Module, setup: Setup) -> Prepared:
     model, callback = dylora_.install(model, setup.lora())
     return Prepared(model, callbacks=[callback])
+
+
+def _found_once(setup: Setup, find: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What a method found before training, from its folder if it is there."""
+    path = setup.folder / "found.safetensors"
+    if not path.is_file():
+        save_file({name: tensor.contiguous() for name, tensor in find().items()}, path)
+    return load_file(path)
 
 
 def _labelled(setup: Setup, samples: Sequence[Sample], model: nn.Module, size: int = 8) -> list[dict[str, Any]]:
@@ -348,21 +362,26 @@ def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
     """BA = W P Pᵀ, P the r directions of a layer's inputs in which the ability to keep has the least energy (the last
     eigenvectors of C), split as in PiSSA; the residual is frozen, with `freeze` also A (the paper's second version)."""
     s = setup.lora_alpha / setup.r
-    device = compute_device(model, CordaConfig())
-    batches, _ = context_batches(setup.tokenizer, setup.context("keep")[0], setup.data("keep").max_length)
-    layers = {}
-    for _, groups in walk(model, setup.targets, batches, device):
-        for names, covariances in groups or []:
-            C = covariances[0].to(double_device(device), torch.float64)  # (d_in, d_in)
-            P = torch.linalg.eigh(C).eigenvectors[:, : setup.r]  # (d_in, r)
-            for name in names:
-                W = weight_of(setup.targets[name]).to(P)  # (d_out, d_in)
-                U, sigma, Vh = torch.linalg.svd(W @ P, full_matrices=False)  # (d_out, r), (r,), (r, r)
-                root = (sigma / s).sqrt()
-                A, B = root[:, None] * (Vh @ P.T), U * root
-                layers[name] = LayerStart(A.float().cpu(), B.float().cpu(), sigma.cpu(), {})
+
+    def find() -> dict[str, torch.Tensor]:
+        found, device = {}, compute_device(model, CordaConfig())
+        batches, _ = context_batches(setup.tokenizer, setup.context("keep")[0], setup.data("keep").max_length)
+        for _, groups in walk(model, setup.targets, batches, device):
+            for names, covariances in groups or []:
+                C = covariances[0].to(double_device(device), torch.float64)  # (d_in, d_in)
+                P = torch.linalg.eigh(C).eigenvectors[:, : setup.r]  # (d_in, r)
+                for name in names:
+                    W = weight_of(setup.targets[name]).to(P)  # (d_out, d_in)
+                    U, sigma, Vh = torch.linalg.svd(W @ P, full_matrices=False)  # (d_out, r), (r,), (r, r)
+                    root = (sigma / s).sqrt()
+                    found[f"{name}.A"] = (root[:, None] * (Vh @ P.T)).float().cpu()
+                    found[f"{name}.B"] = (U * root).float().cpu()
+        return found
+
+    found = _found_once(setup, find)
+    layers = {n: LayerStart(found[f"{n}.A"], found[f"{n}.B"], torch.empty(0), {}) for n in setup.targets}
     config = CordaConfig(r=setup.r, split="paper", lora_alpha=setup.lora_alpha)
-    peft_model = install(model, Start(config, {name: layers[name] for name in setup.targets}, {}, {}))
+    peft_model = install(model, Start(config, layers, {}, {}))
     if freeze:
         for layer in lora_layers(peft_model).values():
             layer.lora_A["default"].requires_grad_(False)
