@@ -392,3 +392,33 @@ def test_bad_targets_and_ranks_are_refused_before_the_forward(options, message):
     model.forward = None  # so a forward would fail otherwise
     with pytest.raises(CordaError, match=message):
         preprocess.preprocess(model, CordaConfig(**{"r": 4, **options}), tiny.batches(), progress=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_first_tokens_left_out_of_the_covariances(family):
+    """As with masks that begin later, over the same forward."""
+    model, made = tiny.build(family), tiny.batches(family)
+    targets = find_targets(model, "all-linear")
+
+    def covariances(skip_tokens, layer):
+        inputs = []
+        hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+        walked = walk(model, targets, made, torch.device("cpu"), skip_tokens=skip_tokens)
+        found = {n: Cs[0] for _, groups in walked for members, Cs in groups for n in members}
+        hook.remove()
+        return found, inputs
+
+    name = next(n for n in targets if n.endswith(("encoder.block.1.layer.0.SelfAttention.q", "1.self_attn.q_proj")))
+    found, inputs = covariances(2, targets[name])
+    rows = []
+    for batch, x in zip(made, inputs):
+        for mask, states in zip(batch["attention_mask"].bool(), x):
+            rows.append(states[mask][2:])
+    X = torch.cat(rows).double()
+    assert torch.allclose(found[name].double(), X.T @ X / len(X), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[name], covariances(0, targets[name])[0][name])
+
+
+def test_nothing_is_left_when_too_many_tokens_are_left_out():
+    with pytest.raises(CordaError, match="no sample of the context has more than the 40 tokens"):
+        preprocess.preprocess(tiny.build("llama"), CordaConfig(r=4, skip_tokens=40), tiny.batches(), progress=False)

@@ -23,6 +23,7 @@ class Collector:
 
     Args:
         per_sample: normalize as PEFT does, see `Covariance.add_samples`.
+        skip_tokens: of each sample, how many real tokens at its beginning are left out.
 
     Attributes:
         counts: of the layers taken, the rows (or samples) that the covariance is the mean of.
@@ -36,11 +37,13 @@ class Collector:
         numbers: Sequence[Any] | None = None,
         rounds: Sequence[int] | None = None,
         per_sample: bool = False,
+        skip_tokens: int = 0,
     ):
         self.layers = layers
         self.names = {module: name for name, module in layers.items()}
         self.has_decoder = has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.per_sample = per_sample
+        self.skip_tokens = skip_tokens
         self.numbers = numbers  # what the samples are called
         self.counts: dict[str, int] = {}
         self.covariances: dict[str, dict[int, Covariance]] = {}  # layer -> round -> sum
@@ -63,7 +66,7 @@ class Collector:
     def add(self, batch: Mapping[str, Any] | None, round: int = 0) -> None:
         """One more batch, which runs next. None: calls of which nothing is known. What a layer is given in them is one
         sample, all of it real, and shared with no other layer."""
-        mask, decoder_mask = (None, None) if batch is None else token_masks(batch, self.has_decoder)
+        mask, decoder_mask = (None, None) if batch is None else token_masks(batch, self.has_decoder, self.skip_tokens)
         self.masks.append((mask, decoder_mask))
         self.starts.append(self.samples)
         self.rounds.append(round)
@@ -210,8 +213,11 @@ def _sample_lengths(mask: Tensor | None, name: str, x: Tensor) -> list[int]:
     return [rows // samples] * samples
 
 
-def token_masks(batch: Mapping[str, Any], has_decoder: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Which tokens of a batch are real: (b, s) bool on the CPU, and the same for a decoder's inputs if there is one.
+def token_masks(
+    batch: Mapping[str, Any], has_decoder: bool = False, skip_tokens: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Which tokens of a batch are real: (b, s) bool on the CPU, and the same for a decoder's inputs if there is one;
+    without the first `skip_tokens` of each sample.
 
     Padding is what `attention_mask` (`decoder_attention_mask`) says; without the latter, a decoder's padding is where
     `labels` are -100. Without any mask every token is real. (Of a mask that also covers what is in a cache, the end.)
@@ -229,4 +235,7 @@ def token_masks(batch: Mapping[str, Any], has_decoder: bool = False) -> tuple[Te
         if decoder is None:  # BART makes its decoder's inputs of the encoder's
             decoder_ids = batch.get("decoder_input_ids")
             decoder = mask if decoder_ids is None else torch.ones(decoder_ids.shape[:2])
-    return mask.bool().cpu(), None if decoder is None else decoder.bool().cpu()
+    masks = [None if m is None else m.bool().cpu() for m in (mask, decoder)]
+    mask, decoder = [None if m is None else m & (m.cumsum(1) > skip_tokens) for m in masks]
+    assert mask is not None
+    return mask, decoder

@@ -34,6 +34,9 @@ class CordaConfig:
             components of the adapter alone; for preset corda), `svd` (float64 SVD, the reference), or `auto`: subspace
             where it can be used and r is small beside the layer, else gram.
         damping: λ of C + λ·mean(diag C)·I.
+        skip_tokens: leave the first so many tokens of each sample out of the covariances: in many models the
+            activations of the first are far larger than any other's. (Not for what is to be kept: the adapter is then
+            free to change what the first token does.)
         target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or `all-linear`.
         lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: r, so s = 1.
         device: where blocks are run and decomposed. Default: where the model is, or the accelerator if it is on the
@@ -51,6 +54,7 @@ class CordaConfig:
     orientation: Literal["covariance", "diagonal", "identity"] = "covariance"
     solver: Literal["auto", "gram", "subspace", "svd"] = "auto"
     damping: float = 0.01
+    skip_tokens: int = 0
     target_modules: str | list[str] = "all-linear"
     lora_alpha: float | None = None
     device: str | None = None
@@ -85,6 +89,8 @@ class CordaConfig:
             raise CordaError(f"min_rank {self.min_rank} and max_rank {self.max_rank} leave no rank to allocate")
         if self.budget is not None and not self.budget > 0:
             raise CordaError(f"budget is {self.budget}, but must be above 0")
+        if self.skip_tokens < 0:
+            raise CordaError(f"skip_tokens is {self.skip_tokens}, but is at least 0")
         if not self.damping > 0:
             raise CordaError(f"damping is {self.damping}, but must be above 0")
         if self.lora_alpha is not None and not self.lora_alpha > 0:

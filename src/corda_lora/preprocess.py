@@ -91,13 +91,15 @@ def preprocess(
     if config.orientation != "identity":
         context = list(batches)
         rounds = _rounds_of(context, config) if rounds is None else rounds
-        record["context"] = check_context(model, context, targets, rounds)
+        record["context"] = check_context(model, context, targets, rounds, config.skip_tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as temporary, float32_products("highest"):
         store = LayerStore(work or Path(temporary))
         place = parking(_choose_parking(park, model, context, device), store.folder)
-        blocks = walk(model, targets, context, device, numbers, rounds, stored, store.blocks, place)
+        blocks = walk(
+            model, targets, context, device, numbers, rounds, stored, store.blocks, place, None, config.skip_tokens
+        )
         ranks = _Ranks(targets, config, model)
         with progress_bar("decomposing", len(targets), progress) as advance, saving(store, device) as save:
             took = _decompose(blocks, targets, config, ranks, device, store, save, advance)
@@ -252,6 +254,7 @@ def walk(
     finished: Sequence[Sequence[str]] = (),
     park: Parking | None = None,
     collector: Collector | None = None,
+    skip_tokens: int = 0,
 ) -> Iterator[tuple[list[str], list[tuple[list[str], list[Tensor]]] | None]]:
     """Go through the model block by block, all batches through each, and yield its target layers, with the groups of
     them that share their input and its covariance in each round (see `Collector.take`).
@@ -287,7 +290,8 @@ def walk(
         return
 
     if collector is None:
-        collector = Collector(model, {n: m for n, m in targets.items() if n not in done}, batches, numbers, rounds)
+        layers = {n: m for n, m in targets.items() if n not in done}
+        collector = Collector(model, layers, batches, numbers, rounds, skip_tokens=skip_tokens)
     inputs = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs = [{**batch, "use_cache": False} for batch in inputs]  # or every paused batch would hold its keys
@@ -325,7 +329,11 @@ def walk(
 
 
 def check_context(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], targets: Mapping[str, nn.Module], rounds: Sequence[int]
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    targets: Mapping[str, nn.Module],
+    rounds: Sequence[int],
+    skip_tokens: int = 0,
 ) -> dict[str, Any]:
     """Count samples and real tokens, and say so where a round has fewer than a layer is wide.
 
@@ -334,8 +342,10 @@ def check_context(
     if not batches:
         raise CordaError("the context is empty: no batch was given")
     has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    masks = [token_masks(batch, has_decoder)[0] for batch in batches]
+    masks = [token_masks(batch, has_decoder, skip_tokens)[0] for batch in batches]
     samples, tokens = sum(map(len, masks)), int(sum(mask.sum() for mask in masks))
+    if tokens == 0 and skip_tokens:
+        raise CordaError(f"no sample of the context has more than the {skip_tokens} tokens that are left out")
     if tokens == 0:
         raise CordaError(f"the context holds only padding: the attention masks of its {samples} samples are all zero")
     width, widest = max((weight_shape(module)[1], name) for name, module in targets.items())
