@@ -13,6 +13,7 @@ from corda_lora.frontier import (
     learning_curve,
     lower_hull,
     mean_interval,
+    milestones,
     points,
     ratio_at,
     ratios,
@@ -230,3 +231,25 @@ def test_scores_are_taken_at_the_best_rate():
     (row,) = summary(comparison(*runs))
     scores = {key: e.value for key, e in row["scores"].items()}
     assert scores == {("learn", "math", "exact_match"): 0.4, ("choices", "arc", "accuracy"): 0.2}
+
+
+def test_milestones_are_where_the_reference_is_after_quarters_of_its_steps():
+    def run(method, rate, curve):
+        final = curve[-1][2]
+        return {
+            "method": method,
+            "learning_rate": rate,
+            "seed": 0,
+            "status": "done",
+            "results": {"learn": {"t": {"loss": final}}},
+            "curve": curve,
+        }
+
+    curve = [[0, 0.0, 2.0], [50, 5.0, 1.0], [100, 10.0, 0.8]]
+    comparison = {
+        "methods": {"pissa": {"title": "PiSSA"}, "lora": {"title": "LoRA"}},
+        "base": {"learn": {"t": {"loss": 2.0}}},
+        "runs": [run("lora", 1e-3, curve), run("lora", 1e-4, [[0, 0, 2.0], [100, 9, 1.5]]), run("pissa", 1e-3, curve)],
+    }
+    assert milestones(comparison) == pytest.approx([1.5, 1.0, 0.9, 0.8])
+    assert milestones(comparison | {"runs": []}) == []

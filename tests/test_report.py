@@ -116,7 +116,7 @@ def markdown_tables(text):
 
 def test_markdown(folder):
     text = (folder / "report.md").read_text(encoding="utf-8")
-    methods, beside, *_ = markdown_tables(text)
+    methods, _soon, beside, *_ = markdown_tables(text)
     rows = {row["method"]: row for row in methods}
     kpm = rows["CorDA KPM, &lt;anchored>"]
     assert kpm["learning rate"] == "5e-3"
@@ -135,6 +135,9 @@ def test_markdown(folder):
         in text
     )
     assert "LoRA’s best rate is at the high end of its sweep: more may be had." in text
+    soon = text[text.index("## How soon it was learned") :].splitlines()
+    assert soon[2].count("steps to a held-out loss of") == soon[2].count("seconds to a held-out loss of") == 4
+    assert any(line.startswith("| LoRA |") for line in soon[4:10])
     for part in (
         "](frontier.png)",
         "](curves.png)",

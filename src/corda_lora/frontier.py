@@ -315,6 +315,20 @@ def reach(comparison: dict[str, Any], method: str, rate: float, loss: float) -> 
     return Reach(steps, seconds, len(found), len(curves))
 
 
+def milestones(comparison: dict[str, Any]) -> list[float]:
+    """Held-out task losses on the way down: where the reference method's mean learning curve, at its best rate, is
+    after a quarter, half, three quarters and all of its steps."""
+    reference = reference_method(comparison)
+    best = best_rate(comparison, reference) if reference else None
+    if not reference or not best:
+        return []
+    curve = mean_curve([learning_curve(comparison, run) for run in done_runs(comparison, reference, best.rate)])
+    if not curve:
+        return []
+    steps, losses = [point.step for point in curve], [point.loss for point in curve]
+    return [float(np.interp(share * steps[-1], steps, losses)) for share in (0.25, 0.5, 0.75, 1.0)]
+
+
 # --- a row for each method
 
 

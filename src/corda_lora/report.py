@@ -30,9 +30,11 @@ from .frontier import (
     lower_hull,
     mean_curve,
     mean_interval,
+    milestones,
     points,
     ratio_at,
     ratios,
+    reach,
     reference_method,
     status,
     summary,
@@ -210,6 +212,17 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     columns.append(Column("parameters", "adapter", "", [parameters(row["adapter"]) for row in rows]))
     columns.append(Column("parameters", "trained", "", [parameters(row["trainable"]) for row in rows]))
     columns.append(Column("runs", "done", "", [runs(row) for row in rows]))
+    return columns
+
+
+def milestone_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[Column]:
+    """Steps and seconds of each method, at its best learning rate, to some losses on the way down."""
+    columns = []
+    for which in ("steps", "seconds"):
+        for loss in milestones(comparison):
+            found = [reach(comparison, row["method"], row["best"].rate, loss) if row["best"] else None for row in rows]
+            cells = [steps_cell(getattr(at, which)) if at else Cell() for at in found]
+            columns.append(Column(f"{which} to a held-out loss of", f"{loss:.4f}", "low", cells))
     return columns
 
 
@@ -439,6 +452,9 @@ def markdown_report(comparison: dict[str, Any]) -> str:
         lines += ["![Drift against task loss](frontier.png)", ""]
     lines += ["![Learning curves](curves.png)", "", "## Methods, each at its best learning rate", ""]
     lines += markdown_table("method", [row["title"] for row in rows], summary_columns(comparison, rows), base)
+    if rows and milestones(comparison):
+        lines += ["## How soon it was learned", ""]
+        lines += markdown_table("method", [row["title"] for row in rows], milestone_columns(comparison, rows))
     for ability in abilities(comparison):
         if reference and (found := all_ratios(comparison, ability, reference)):
             heading = f"## Drift on {label(comparison, ability)}, beside {titles[reference]}, at equal task loss"
@@ -513,6 +529,7 @@ def html_report(comparison: dict[str, Any]) -> str:
         "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
         "about": escape(f"{plural(len(titles), 'method')} · {run_count(comparison)} · {comparison['machine']}"),
         "methods": html_table("Methods, at their best learning rates", list(titles.values()), columns, base=True),
+        "soon": html_table("How soon it was learned", list(titles.values()), milestone_columns(comparison, rows)),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes(comparison, rows)),
         "run_count": escape(run_count(comparison)),
         "runs": html_table("All runs", [titles[run["method"]] for run in comparison["runs"]], run_columns(comparison)),
