@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from test_cli import LEARN, refused
 
 from corda_lora.cli import _take, build_parser
+from corda_lora.compare import _of_side
 from corda_lora.config import CompareConfig, CordaError, EvalConfig
 from corda_lora.evaluation import BaseOutputs, record_base
 from corda_lora.methods import METHODS, check_options
@@ -217,6 +218,15 @@ def test_another_recipe_is_refused(checkpoint, folder, capsys):
     compare(recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, seeds=1), "--output", "out")
     changed = recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, r=8)
     assert "another recipe (it differs in r)" in refused(capsys, "compare", changed, "--output", "out")
+
+
+def test_data_is_called_by_its_file_where_that_tells_it():
+    sides = {"base": {"loss": 1.0}}
+    assert _of_side({"keep": {"a/nq.jsonl": sides, "openai/gsm8k": sides}}, "base")["keep"].keys() == {
+        "nq",
+        "openai/gsm8k",
+    }
+    assert len(_of_side({"keep": {"a/test.jsonl": sides, "b/test.jsonl": sides}}, "base")["keep"]) == 2
 
 
 def test_all_methods_are_in_the_docs():

@@ -436,11 +436,13 @@ def _steps(config: CompareConfig) -> int:
 
 
 def _of_side(results: dict[str, Any], side: str) -> dict[str, Any]:
-    """`evaluate`'s results of one side, the data called by its file's name."""
-    return {
-        kind: {Path(name).stem if Path(name).suffix else name: sides[side] for name, sides in datas.items()}
-        for kind, datas in results.items()
-    }
+    """`evaluate`'s results of one side, the data called by its file's name where that is enough to tell it."""
+    found = {}
+    for kind, datas in results.items():
+        names = [Path(name).stem if Path(name).suffix else name for name in datas]
+        names = names if len(set(names)) == len(names) else list(datas)
+        found[kind] = {name: sides[side] for name, sides in zip(names, datas.values())}
+    return found
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------
