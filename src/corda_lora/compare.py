@@ -166,6 +166,7 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
         context.set_forkserver_preload([__name__])
     threads = max(1, (os.cpu_count() or 1) // len(slots))
     counter = context.Value("q", 0)  # steps taken by all runs of this session
+    commit = _commit()  # before anybody edits the checkout
     for job in _jobs(config, output):
         if (result := _result(output, job)) and result["status"] in ("failed", "does not fit"):
             (output / job.folder / RESULT).unlink()  # tried again
@@ -183,7 +184,7 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
                     shutil.rmtree(output / job.folder, ignore_errors=True)  # what was broken off
                     (output / job.folder).mkdir(parents=True)
                     process = context.Process(
-                        target=_work, args=(source, config, output, job, gpu, threads, counter), daemon=True
+                        target=_work, args=(source, config, output, job, gpu, threads, counter, commit), daemon=True
                     )
                     process.start()
                     running[process.sentinel] = process, job, gpu, time.perf_counter()
@@ -292,7 +293,14 @@ def _line(job: Job, result: dict[str, Any], shown: int, total: int, left: float)
 
 
 def _work(
-    source: ModelConfig, config: CompareConfig, output: Path, job: Job, gpu: str, threads: int, counter: Any
+    source: ModelConfig,
+    config: CompareConfig,
+    output: Path,
+    job: Job,
+    gpu: str,
+    threads: int,
+    counter: Any,
+    commit: str | None,
 ) -> None:
     """Do a job and write its result, whatever happens."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -312,7 +320,7 @@ def _work(
         traceback.print_exc()
         lines = str(error).strip().splitlines()
         result = {"status": "failed", "why": f"{type(error).__name__}: {lines[0] if lines else ''}"}
-    _write(folder / RESULT, result | {"commit": _commit()})
+    _write(folder / RESULT, result | {"commit": commit})
 
 
 def _end_with_parent() -> None:

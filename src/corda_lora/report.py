@@ -311,7 +311,8 @@ def headline(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str
     if arrived:
         fastest = min(arrived, key=lambda row: row["reach"].steps.value)
         steps = f"{text_of(steps_cell(fastest['reach'].steps))} of {fastest['steps']:.0f}"
-        sentences.append(f"{fastest['title']} takes the fewest steps to the loss where {title} ends: {steps}.")
+        if round(fastest["reach"].steps.value) < ref["steps"]:
+            sentences.append(f"{fastest['title']} takes the fewest steps to the loss where {title} ends: {steps}.")
     for ability in abilities(comparison)[:1]:  # an ability to keep, if there is one, is what the comparison is about
         place = 0 if ability[0] == "keep" else len(sentences)
         said = [
