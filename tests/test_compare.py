@@ -181,6 +181,7 @@ def test_a_run_that_fails_leaves_the_others_alone(checkpoint, folder):
     file = recipe(checkpoint, methods, seeds=1)
     with open(file, "a") as more:
         more.write("  broken: {method: lora-ga, options: {samples: -1}, learning_rates: [1.0e-3, 1.0e-2]}\n")
+        more.write("  unprepared: {method: eva, options: {rho: 0.5}, learning_rates: [1.0e-3, 1.0e-2]}\n")
     text = compare(file, "--output", "out")
     assert "bitfit, 0.001, seed 0: does not fit: BitFit trains biases, and LlamaForCausalLM has none" in text
     runs = json.loads(Path("out/comparison.json").read_text())["runs"]
@@ -190,13 +191,16 @@ def test_a_run_that_fails_leaves_the_others_alone(checkpoint, folder):
     assert "held-out loss" in by["lora", 1e30]["why"]
     assert {by["broken", 1e-3]["status"], by["broken", 1e-2]["status"]} <= {"failed", "does not fit"}
     assert by["broken", 1e-3]["why"]
+    assert by["unprepared", 1e-3]["status"] == "failed"
+    assert "rho" in by["unprepared", 1e-3]["why"]
+    assert not Path("out/runs/unprepared").exists(), "a run was begun without what it needs"
     assert "BitFit trains biases" in Path("out/report.md").read_text()
     finished = results("out")["runs/lora/lr0.001_s0"].stat().st_mtime_ns
 
     # Entries and rates may be added to a comparison; what is done stays.
     compare(recipe(checkpoint, {"lora": "[1.0e-3, 2.0e-3]", "pissa": "[1.0e-3, 2.0e-3]"}, seeds=1), "--output", "out")
     assert results("out")["runs/lora/lr0.001_s0"].stat().st_mtime_ns == finished
-    assert len(results("out")) == 4 + 3  # `broken` could not prepare, and was not run
+    assert len(results("out")) == 6 + 3
 
 
 def test_bad_input_before_anything_runs(checkpoint, folder, capsys):
