@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from test_cli import LEARN, refused
 
 from corda_lora.cli import _take, build_parser
-from corda_lora.compare import _of_side
+from corda_lora.compare import _gpus, _of_side
 from corda_lora.config import CompareConfig, CordaError, EvalConfig
 from corda_lora.evaluation import BaseOutputs, record_base
 from corda_lora.methods import METHODS, check_options
@@ -222,6 +222,14 @@ def test_another_recipe_is_refused(checkpoint, folder, capsys):
     compare(recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, seeds=1), "--output", "out")
     changed = recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, r=8)
     assert "another recipe (it differs in r)" in refused(capsys, "compare", changed, "--output", "out")
+
+
+def test_gpus_are_those_that_may_be_seen(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert _gpus() == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert _gpus() == [""]
 
 
 def test_data_is_called_by_its_file_where_that_tells_it():

@@ -203,11 +203,38 @@ def test_all_see_the_same_samples_in_the_same_order(name, files, tokenizer):
     assert orders[0] == orders[1]
 
 
+def test_a_corda_adapter_with_a_faster_b(files, tokenizer):
+    prepared, _, _ = prepare("corda-ipm-balanced", files, tokenizer, 1e-3, options={"ratio": 4.0})
+    rates = {id(p): group["lr"] for group in prepared.optimizer.param_groups for p in group["params"]}
+    for layer in lora_layers(prepared.model).values():
+        assert rates[id(layer.lora_A["default"].trained)] == 1e-3
+        assert rates[id(layer.lora_B["default"].trained)] == 4e-3
+
+
+def test_another_context_and_fewer_samples_of_it(files, tokenizer):
+    """ipm on the samples to keep is the head of what kpm takes the tail of."""
+
+    def A_of(folder, **options):
+        (files / folder).mkdir()
+        prepared, _, _ = prepare("corda-ipm-seeded", files, tokenizer, options=options, folder=files / folder)
+        return {n: layer.lora_A["default"].weight.detach() for n, layer in lora_layers(prepared.model).items()}
+
+    own, other = A_of("a"), A_of("b", context=str(files / "keep.jsonl"))
+    fewer, swapped = A_of("c", context=str(files / "keep.jsonl"), samples=4), A_of("d", samples=4)
+    kept = setup_of(tiny.build("llama"), tokenizer, files)
+    as_task, _, _ = prepare("corda-ipm-seeded", files, tokenizer, learn=kept.keep, folder=files / "start")
+    for name, layer in lora_layers(as_task.model).items():
+        assert torch.equal(other[name], layer.lora_A["default"].weight)
+        assert len({tuple(A[name].flatten().tolist()) for A in (own, other, fewer, swapped)}) == 4
+
+
 def test_options_are_checked_before_anything_runs():
     check_options("lora+", {"ratio": 4})
     check_options("corda-ipm-balanced", {"ratio": 4, "samples": 8, "orientation": "diagonal"})
     with pytest.raises(CordaError, match="method lora has no option 'ratio': it has none"):
         check_options("lora", {"ratio": 4})
+    with pytest.raises(CordaError, match="method peft-corda-kpm has no option 'mode'"):
+        check_options("peft-corda-kpm", {"mode": "ipm"})
     with pytest.raises(CordaError, match="no option 'rank'"):
         check_options("corda-ipm-balanced", {"rank": 4})
     with pytest.raises(CordaError, match="min_rank"):

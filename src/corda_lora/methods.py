@@ -125,15 +125,16 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises CordaError for an option that a method does not have, or a value that it cannot take."""
-    parameters = inspect.signature(METHODS[name].prepare).parameters
-    own = {key for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
-    if "options" in parameters:  # those of CordaConfig, too
-        own |= {f.name for f in fields(CordaConfig)} - {"r", "lora_alpha", "target_modules", "device"}
-    if unknown := [key for key in options if key not in own]:
-        raise CordaError(f"method {name} has no option {unknown[0]!r}: it has {', '.join(sorted(own)) or 'none'}")
+    prepare = METHODS[name].prepare
+    set_by_name = dict(getattr(prepare, "keywords", {}))  # of a partial: `mode` of peft-corda-kpm, say
+    parameters = inspect.signature(prepare).parameters
+    own = {key for key, p in parameters.items() if p.default is not p.empty} - set(set_by_name)
+    corda = {f.name for f in fields(CordaConfig)} - {"r", "lora_alpha", "target_modules", "device"}
+    known = own | (corda if "options" in parameters else set())
+    if unknown := [key for key in options if key not in known]:
+        raise CordaError(f"method {name} has no option {unknown[0]!r}: it has {', '.join(sorted(known)) or 'none'}")
     if "options" in parameters:
-        given = dict(getattr(METHODS[name].prepare, "keywords", {})) | dict(options)
-        CordaConfig(**{key: value for key, value in given.items() if key not in ("ratio", "samples", "context")})
+        CordaConfig(**{key: value for key, value in (set_by_name | dict(options)).items() if key not in own})
 
 
 METHODS: dict[str, Method] = {}
@@ -283,9 +284,9 @@ def lora_ga(model: nn.Module, setup: Setup, samples: int = 64) -> Prepared:
 
 
 @method("eva", "EVA", "Paischer et al., arXiv 2410.07170; PEFT", looks="learn")
-def eva(model: nn.Module, setup: Setup, rho: float = 2.0, whiten: bool = False) -> Prepared:
-    """`rho`: a layer's rank is at most `rho`·r; the sum is that of r everywhere. `whiten`: see PEFT's EvaConfig."""
-    config = setup.lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=rho, whiten=whiten))
+def eva(model: nn.Module, setup: Setup, rho: float = 2.0) -> Prepared:
+    """`rho`: a layer's rank is at most `rho`·r; the sum is that of r everywhere."""
+    config = setup.lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=rho))
     model = peft.get_peft_model(model, config)
 
     def find() -> dict[str, torch.Tensor]:
