@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import tiny
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from corda_lora.config import LoraStart, TrainConfig
@@ -40,7 +42,7 @@ class Steps(TrainerCallback):
         return sum(int((mask == 0).sum()) for step in self.steps for _, mask in step)
 
 
-def run(tokenizer, micro, steps=8, batch=8, schedule="constant"):
+def run(tokenizer, micro=None, steps=8, batch=8, schedule="constant", compiled=False):
     config = TrainConfig(
         learning_rate=1e-2,
         max_steps=steps,
@@ -49,15 +51,17 @@ def run(tokenizer, micro, steps=8, batch=8, schedule="constant"):
         precision="fp32",
         seed=3,
         schedule=schedule,
+        compile=compiled,
     )
     model = plain_lora(tiny.build("llama"), LoraStart(r=4), config)
     seen = Steps(model)
     train(model, tokenizer, SAMPLES, config, 64, progress=False, callbacks=[seen])
+    assert not any(module._compiled_call_impl for module in model.modules())  # nobody after training pays for it
     return seen, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_micro_batches_hold_samples_of_like_length_and_train_the_same(tokenizer):
-    whole, trained = run(tokenizer, None)
+    whole, trained = run(tokenizer)
     parts, trained_in_parts = run(tokenizer, 2)
     assert [len(step) for step in parts.steps[:-1]] == [4] * 8
     assert parts.samples() == whole.samples()
@@ -66,8 +70,19 @@ def test_micro_batches_hold_samples_of_like_length_and_train_the_same(tokenizer)
         assert torch.allclose(parameter, trained_in_parts[name], atol=1e-4), name
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a compiler")
+def test_compiled_blocks_train_the_same(tokenizer):
+    counters["stats"].clear()
+    _, trained = run(tokenizer, steps=3)
+    assert not counters["stats"]["unique_graphs"]
+    _, compiled = run(tokenizer, steps=3, compiled=True)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4  # one for all lengths and blocks, or few
+    for name, parameter in trained.items():
+        assert torch.allclose(parameter, compiled[name], atol=1e-4), name
+
+
 def test_each_epoch_has_an_order_of_its_own_and_all_samples(tokenizer):
-    seen, _ = run(tokenizer, None, steps=10)  # two epochs of five steps
+    seen, _ = run(tokenizer, steps=10)  # two epochs of five steps
     first, second = seen.samples()[:5], seen.samples()[5:]
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second))
     assert first != second

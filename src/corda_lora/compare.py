@@ -430,7 +430,8 @@ class _Curve(TrainerCallback):
     def measure(self, model: Any, step: int) -> None:
         began = time.perf_counter()
         model.eval()
-        numbers = loss_and_drift(model, self.tokenizer, self.encoded, self.batch_tokens, compared=TUNED)
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks are for training
+            numbers = loss_and_drift(model, self.tokenizer, self.encoded, self.batch_tokens, compared=TUNED)
         model.train()
         self.points.append([step, began - self.since - self.taken, numbers["tuned"]["loss"]])
         self.taken += time.perf_counter() - began

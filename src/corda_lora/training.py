@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     since = time.perf_counter()
-    with progress_bar("training", steps, progress) as advance:
+    with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
         trainer.add_callback(_Steps(advance))
         result = trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
     # The forward that mixed precision was wrapped around: what is measured next is measured as the base model is.
@@ -120,6 +121,20 @@ def train(
         "train_loss": result.training_loss,
         "loss": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
     }
+
+
+@contextmanager
+def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """The model's blocks, compiled for the time being: one graph serves them all, where one of the whole model would
+    take minutes to make."""
+    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    for block in blocks if wanted else ():
+        block.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 def training_steps(config: TrainConfig, samples: int) -> int:
