@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -201,6 +202,25 @@ def test_a_run_that_fails_leaves_the_others_alone(checkpoint, folder):
     compare(recipe(checkpoint, {"lora": "[1.0e-3, 2.0e-3]", "pissa": "[1.0e-3, 2.0e-3]"}, seeds=1), "--output", "out")
     assert results("out")["runs/lora/lr0.001_s0"].stat().st_mtime_ns == finished
     assert len(results("out")) == 6 + 3
+
+
+def test_a_run_whose_process_dies_is_reported_and_tried_again(checkpoint, folder):
+    """As one that the system kills for its memory."""
+    file = recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, seeds=1)
+    process = start(file, "--output", "out")
+    run, deadline = Path("out/runs/lora/lr0.001_s0"), time.time() + 120
+    while not (run / "log.txt").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    for child in psutil.Process(process.pid).children():
+        for worker in child.children():  # of the server that forks them
+            worker.kill()
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    statuses = {name: json.loads(path.read_text())["status"] for name, path in results("out").items()}
+    assert statuses == {"runs/lora/lr0.001_s0": "failed", "runs/lora/lr0.01_s0": "done"}
+    assert "its process ended with -9 (out of memory?)" in " ".join(text.split())
+    compare(file, "--output", "out")
+    assert json.loads((run / "result.json").read_text())["status"] == "done"
 
 
 def test_bad_input_before_anything_runs(checkpoint, folder, capsys):
