@@ -7,6 +7,7 @@ import peft
 import pytest
 import tiny
 import torch
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from corda_lora.adapter import lora_layers
@@ -104,6 +105,14 @@ def test_a_stays_where_the_method_says_so(name, options, files, tokenizer):
     for n, layer in lora_layers(prepared.model).items():
         assert torch.equal(layer.lora_A["default"].weight, before[n])
         assert not torch.equal(layer.lora_B["default"].weight, B[n])
+
+
+def test_dora_is_not_compiled(files, tokenizer):
+    recipe = TrainConfig(max_steps=2, batch_size=8, precision="fp32", compile=True)
+    prepared, setup, _ = prepare("dora", files, tokenizer, train=recipe)
+    counters["stats"].clear()
+    run(prepared, setup)
+    assert not counters["stats"]["unique_graphs"]
 
 
 def test_adalora_prunes_to_the_budget(files, tokenizer):

@@ -191,6 +191,7 @@ def lora(model: nn.Module, setup: Setup) -> Prepared:
 
 @method("dora", "DoRA", "Liu et al., arXiv 2402.09353; PEFT")
 def dora(model: nn.Module, setup: Setup) -> Prepared:
+    setup.train.compile = False  # PEFT asks for the weights' class in each forward, where a trace breaks off
     return Prepared(peft.get_peft_model(model, setup.lora(use_dora=True)))
 
 
