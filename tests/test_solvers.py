@@ -108,11 +108,39 @@ def test_a_tall_weight_that_cholesky_cannot_factor():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("apart", [1.0, 1e-12])
+@pytest.mark.parametrize("apart", [1.0, 1e-12, 0.0])
 def test_orthonormal_basis_of_columns_that_are_nearly_one(apart, device):
     X = torch.randn(50, 1, dtype=torch.float64) + apart * torch.randn(50, 6, dtype=torch.float64)
-    Q = solvers._orthonormal(X.to(device))
+    Q, _ = solvers._orthonormal(X.to(device), loss=1e-13)
     torch.testing.assert_close(Q.T @ Q, torch.eye(6, dtype=torch.float64, device=device), rtol=0, atol=1e-9)
+    assert (X[:, 0] - Q.cpu() @ (Q.cpu().T @ X[:, 0])).norm() < 1e-9 * X[:, 0].norm()
+
+
+@pytest.mark.parametrize("kind", ["flat", "power", "steep"])
+def test_what_making_a_block_orthonormal_says_of_the_spectrum(kind):
+    """... after one product with H it tells the eigenvalues at which the filter is set, on the safe side of θ_b."""
+    torch.manual_seed(4)
+    theta = spectrum(kind, 300).square()
+    theta = theta / theta[0]
+    Q = orthogonal(300, 40)
+    for _ in range(2):
+        Q, found = solvers._orthonormal(theta[:, None] * Q)
+    for i in (0, 19):
+        assert 0.6 < found[i] / theta[i] < 1.5
+    assert 0.4 < found[-1] / theta[39] < 1.1
+
+
+@pytest.mark.parametrize("kind", ["flat", "power"])
+def test_the_small_eigenproblem_is_solved_once(kind, monkeypatch):
+    """It is what a GPU is slowest at."""
+    original, sizes = solvers._eigh, []
+    monkeypatch.setattr(solvers, "_eigh", lambda G: (sizes.append(len(G)), original(G))[1])
+    torch.manual_seed(5)
+    values, V = spectrum(kind, 400), orthogonal(400, 400)
+    sigma, X = solvers.leading_singular_vectors((orthogonal(400, 400) * values) @ V.T, 20)
+    torch.testing.assert_close(sigma[:20], values[:20], rtol=1e-9, atol=0)
+    torch.testing.assert_close((V[:, :20].T @ X[:, :20]).norm(), torch.tensor(20.0).double().sqrt(), rtol=1e-9, atol=0)
+    assert sizes == [len(sigma)]
 
 
 def test_an_eigensolver_that_fails_is_asked_again_on_the_cpu(monkeypatch):

@@ -37,6 +37,8 @@ Times = Callable[[Tensor], Tensor]
 RESOLVED = 3e-4
 # Largest error of a chosen subspace: root mean square, over its vectors, of the part of each that lies outside.
 TOLERANCE = 1e-6
+# Eigenvalues of H that are so many times the k-th are first found and taken out.
+TOWERS = 1e6
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -210,8 +212,11 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tenso
 
     Subspace iteration on H = FᵀF with a Chebyshev filter and b − k vectors of oversampling (Zhou and Saad, SIAM J.
     Matrix Anal. Appl. 29, 2007): of a spectrum that falls fast the polynomial has degree one or two, of a flat one up
-    to 100. Stops when the residuals say that the part of the k vectors outside of the true space is TOLERANCE, root
-    mean square. These come from products with F and Fᵀ, whose rounding is that of F, not of its squares.
+    to 100. Between filters the block is only made orthonormal. What that divides by says how far the iteration has
+    come; an eigendecomposition of the block (Rayleigh-Ritz), which costs a GPU more than ten products with H, is made
+    when the k vectors should be there. It stops when the residuals say that the part of the k vectors outside of the
+    true space is TOLERANCE, root mean square. These come from products with F and Fᵀ, whose rounding is that of F, not
+    of its squares.
     """
     R = F.shape[1]
     b = block_width(R, k)
@@ -220,33 +225,42 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tenso
         return None
     H = mirror(add_gram(None, F))
     X = torch.randn(R, b, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
-    X = H @ (H @ X)
+    Q, _ = _orthonormal(H @ X)
+    Q, powers = _orthonormal(H @ Q)
+    first, kth, last = powers[[0, k - 1, -1]].tolist()  # approximations to θ_1, θ_k, θ_b, as H has been applied once
+    # What to expect after two products with H, of a random block (Halko et al., SIAM Review 53, 2011, theorem 10.5).
+    error = math.sqrt(R / (b - k)) * (last / kth) ** 2 if b < R else 0.0
     for _ in range(sweeps):
-        Q = _orthonormal(X)
-        FQ = F @ Q
-        V, sigma = _gram_components(FQ.T, noise=EPS * size)  # (b, b), (b,)
-        X, theta = Q @ V, sigma.square()
-        # X has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
-        residual = (F.T @ (FQ @ V[:, :k]) - X[:, :k] * theta[:k]).norm(dim=0)  # (k,)
-        outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
-        first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
-        if b == R or error < TOLERANCE:
-            return sigma, X
+        if error < 0.3 * TOLERANCE or not kth > first / TOWERS:
+            Q, _ = _orthonormal(Q, loss=1e-13)
+            FQ = F @ Q
+            V, sigma = _gram_components(FQ.T, noise=EPS * size)  # (b, b), (b,)
+            Q, theta = Q @ V, sigma.square()
+            # Q has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
+            residual = (F.T @ (FQ @ V[:, :k]) - Q[:, :k] * theta[:k]).norm(dim=0)  # (k,)
+            outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
+            first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
+            if b == R or error < TOLERANCE:
+                return sigma, Q
+            # Where a few tower above the rest (massive activations), the rest is found with them taken out of F.
+            high = int((theta > TOWERS * kth).sum())
+            if high and float((residual[:high] / theta[:high]).max()) < TOLERANCE:
+                top = Q[:, :high]
+                rest = leading_singular_vectors(F - (F @ top) @ top.T, k - high, sweeps)
+                return None if rest is None else (torch.cat([sigma[:high], rest[0]]), torch.cat([top, rest[1]], dim=1))
         if not (math.isfinite(error) and last > 0):
             return None
-        # Where a few tower above the rest (massive activations), the rest is found with them taken out of F.
-        high = int((theta > 1e6 * kth).sum())
-        if high and float((residual[:high] / theta[:high]).max()) < TOLERANCE:
-            top = X[:, :high]
-            rest = leading_singular_vectors(F - (F @ top) @ top.T, k - high, sweeps)
-            return None if rest is None else (torch.cat([sigma[:high], rest[0]]), torch.cat([top, rest[1]], dim=1))
         # cosh(m·growth(θ)) is what degree m does to θ, while all below θ_b stays below one. It must do enough to θ_k
         # (more than that: θ_b is still too low), and not so much more to θ_1 that rounding drowns the k-th vector.
         slow, fast = (math.acosh(2 * max(value / last, 1) - 1) for value in (kth, first))
-        enough = 1.4 * math.log(10 * error / TOLERANCE) / max(slow, 1e-3)
+        enough = 1.2 * math.log(10 * error / TOLERANCE) / max(slow, 1e-3)
         room = math.log(1e13) / max(fast - slow, 1e-3)
+        degree = max(1, min(math.ceil(enough), int(room), 100))
         factors = (H,) if kth > 1e-8 * first else (F, F.T)
-        X = _filter(factors, X, last, max(1, math.ceil(min(enough, room, 100))))
+        Q, powers = _orthonormal(_filter(factors, Q, last, degree))
+        grown = powers[[0, k - 1, -1]].tolist()  # what the polynomial did to θ_1, θ_k, θ_b; so, what these are
+        first, kth, last = [last * (1 + math.cosh(math.acosh(max(x, 1)) / degree)) / 2 for x in grown]
+        error *= grown[2] / grown[1]
     return None
 
 
@@ -266,16 +280,23 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
     return now
 
 
-def _orthonormal(X: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of X (R, b). By Householder's QR; on a GPU, where that is slow, by Cholesky
-    factors (CholeskyQR2), unless the columns are too much alike for it."""
-    X = X / X.norm(dim=0)
-    if X.is_cuda:
-        Q, failures = X, []
-        for _ in range(2):
-            L, failed = torch.linalg.cholesky_ex(Q.T @ Q)
-            Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
-            failures.append(failed)
-        if not torch.stack(failures).any():
-            return Q
-    return torch.linalg.qr(X)[0]
+def _orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Q (R, b), a basis of the columns of X (R, b), orthonormal to about `loss`; and |diag T| (b,) of X = Q T, T
+    triangular, descending: of X = p(H) Q' with Q' orthonormal, approximations to the largest eigenvalues of p(H).
+
+    Cholesky factors of XᵀX, shifted so that they exist (Fukaya et al., SIAM J. Sci. Comput. 42, 2020), as often as it
+    takes: mostly once or twice. That is products, which a GPU has done before Householder's QR has well begun.
+    """
+    sizes = X.norm(dim=0)
+    Q = X / sizes
+    for _ in range(4):
+        G = Q.T @ Q
+        G.diagonal().add_(10 * len(G) * EPS)
+        L, _ = torch.linalg.cholesky_ex(G)
+        Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
+        d = L.diagonal()
+        sizes = sizes * d
+        if float(d.max() / d.min()) ** 2 * EPS < loss:  # what Q lost is the square of its condition number
+            return Q, sizes.sort(descending=True)[0]
+    Q, T = torch.linalg.qr(X)
+    return Q, T.diagonal().abs().sort(descending=True)[0]
