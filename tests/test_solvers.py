@@ -143,6 +143,15 @@ def test_the_small_eigenproblem_is_solved_once(kind, monkeypatch):
     assert sizes == [len(sigma)]
 
 
+@pytest.mark.parametrize("R", [100, 515, 768, 1024])
+def test_inverse_and_product_of_a_triangle(R):
+    torch.manual_seed(6)
+    L = torch.randn(R, R, dtype=torch.float64).tril(-1) / R**0.5 + torch.diag(1 + torch.rand(R, dtype=torch.float64))
+    X = torch.randn(R, 70, dtype=torch.float64)
+    torch.testing.assert_close(solvers._lower_inverse(L) @ L, torch.eye(R, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(solvers._lower_product(L, X), L @ X, rtol=1e-10, atol=1e-10)
+
+
 def test_an_eigensolver_that_fails_is_asked_again_on_the_cpu(monkeypatch):
     original, calls = torch.linalg.eigh, []
 

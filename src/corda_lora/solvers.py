@@ -23,11 +23,12 @@ float64 (Apple's) leaves it to the CPU (`preprocess.double_device`).
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .covariance import add_gram, mirror
+from .covariance import BLOCKS, add_gram, mirror
 from .decomposition import select
 
 Times = Callable[[Tensor], Tensor]
@@ -200,10 +201,45 @@ def _inverse_factor(M: Tensor) -> Tensor | None:
     G = add_gram(None, M.T)
     G.diagonal().add_(10 * len(G) * EPS * G.diagonal().max())
     L, failed = torch.linalg.cholesky_ex(G)
-    inverse = torch.linalg.solve_triangular(L, torch.eye(len(G), dtype=G.dtype, device=G.device), upper=False)
-    rest = inverse @ M
+    inverse = _lower_inverse(L)
+    rest = _lower_product(inverse, M)
     L, failed_again = torch.linalg.cholesky_ex(add_gram(None, rest.T))
-    return None if failed or failed_again else torch.linalg.solve_triangular(L, inverse, upper=False)
+    return None if failed or failed_again else _lower_product(_lower_inverse(L), inverse)
+
+
+def _lower_inverse(L: Tensor) -> Tensor:
+    """L⁻¹ of a lower triangular L (R, R): of blocks on its diagonal by substitution, then of pairs of them by products,
+
+        [A 0; B D]⁻¹ = [A⁻¹ 0; −D⁻¹ B A⁻¹ D⁻¹],
+
+    on and on. Substitution in all of L has a GPU wait for one block of rows after the other.
+    """
+    size = len(L)
+    while size % 2 == 0 and size > 256:
+        size //= 2
+    eye = torch.eye(size, dtype=L.dtype, device=L.device)
+    inverse = torch.linalg.solve_triangular(_blocks(L, size, 0, 1), eye, upper=False)  # (R / size, size, size)
+    while size < len(L):
+        A, D = inverse[0::2], inverse[1::2]
+        inverse = L.new_zeros(len(A), 2 * size, 2 * size)
+        inverse[:, :size, :size], inverse[:, size:, size:] = A, D
+        inverse[:, size:, :size] = -D @ (_blocks(L, size, 1, 2) @ A)
+        size *= 2
+    return inverse[0]
+
+
+def _blocks(L: Tensor, size: int, below: int, step: int) -> Tensor:
+    """(count, size, size): every so many blocks of L (R, R), so many below the diagonal."""
+    blocks = L.unflatten(1, (-1, size)).unflatten(0, (-1, size))  # (R / size, size, R / size, size)
+    return blocks[below::step, :, ::step].diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _lower_product(L: Tensor, X: Tensor) -> Tensor:
+    """L X (R, n) of a lower triangular L (R, R) and X (R, n), little more than half of it."""
+    product = torch.empty_like(X)
+    for low, high in pairwise(len(L) * i // BLOCKS for i in range(BLOCKS + 1)):
+        torch.mm(L[low:high, :high], X[:high], out=product[low:high])
+    return product
 
 
 def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tensor, Tensor] | None:
