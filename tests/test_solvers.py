@@ -42,6 +42,18 @@ def no_fallback():
 @pytest.mark.parametrize("kind", ["flat", "power", "steep", "massive"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_subspace_is_the_svds(shape, kind, mode):
+    check_against_svd(shape, kind, mode)
+
+
+@pytest.mark.parametrize("kind", ["flat", "power", "steep", "massive"])
+def test_head_of_a_tall_weight_without_its_triangle(kind, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(solvers, "factors_slowly", lambda device: True)
+    monkeypatch.setattr(solvers, "triangle", None)
+    check_against_svd("tall", kind, "ipm")
+
+
+def check_against_svd(shape, kind, mode):
     torch.manual_seed(0)
     m, n = SHAPES[shape]
     R = min(m, n)
@@ -141,6 +153,14 @@ def test_the_small_eigenproblem_is_solved_once(kind, monkeypatch):
     torch.testing.assert_close(sigma[:20], values[:20], rtol=1e-9, atol=0)
     torch.testing.assert_close((V[:, :20].T @ X[:, :20]).norm(), torch.tensor(20.0).double().sqrt(), rtol=1e-9, atol=0)
     assert sizes == [len(sigma)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("parts", [None, 2, 3])
+def test_a_thin_product_in_parts(parts, device):
+    A, X = (torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((50, 64), (64, 9)))
+    torch.testing.assert_close(solvers._thin_product(A, X, parts), A @ X, rtol=0, atol=1e-12)
+    torch.testing.assert_close(solvers._thin_product(A.T, A[:, :9], parts), A.T @ A[:, :9], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("R", [100, 515, 768, 1024])

@@ -172,22 +172,30 @@ def block_width(R: int, k: int) -> int:
 
 def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tensor] | None:
     """`chosen_components` by subspace iteration; None if it does not converge."""
-    T, back = triangle(W)
-    M = times(T)  # (R, n)
-    F = M.T if mode == "ipm" else _inverse_factor(M)
+    R = min(W.shape)
+    untouched = mode == "ipm" and W.shape[0] > R and factors_slowly(W.device)
+    T, back = (W, _as_it_is) if untouched else triangle(W)
+    M = times(T)  # (R, n), or all of (m, n)
+    F = _inverse_factor(M) if mode == "kpm" else M if untouched else M.T  # (·, R)
     found = None if F is None else leading_singular_vectors(F, r)
-    if found is None:
+    if F is None or found is None:
         return None
-    values, U = found  # (b,), (R, b): more than r of them
-    sigma = values if mode == "ipm" else 1 / values
+    values, X = found  # (b,), (R, b): more than r of them
     # Rounding of F mixes neighbours at the border: its size over their distance. (That of M is anybody's.)
     apart = (values[r - 1] - values[-1]) / (len(values) - r)
     if not EPS * torch.linalg.norm(F) < TOLERANCE * r**0.5 * apart:
         return None
-    U, sigma = U[:, :r], sigma[:r]
+    values, X = values[:r], X[:, :r]
     if mode == "kpm":
-        U, sigma = U.flip(1), sigma.flip(0)
-    return back(U), sigma
+        return back(X.flip(1)), 1 / values.flip(0)
+    if untouched:  # X are right singular vectors of M; what errors of the first put into the others is taken out
+        return _orthonormal(F @ X, loss=1e-13)[0], values
+    return back(X), values
+
+
+def factors_slowly(device: torch.device) -> bool:
+    """Whether more products with all of a tall W are cheaper than to find its triangle: not on a CPU."""
+    return device.type == "cuda"
 
 
 def _inverse_factor(M: Tensor) -> Tensor | None:
@@ -261,19 +269,19 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tenso
         return None
     H = mirror(add_gram(None, F))
     X = torch.randn(R, b, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
-    Q, _ = _orthonormal(H @ X)
-    Q, powers = _orthonormal(H @ Q)
-    first, kth, last = powers[[0, k - 1, -1]].tolist()  # approximations to θ_1, θ_k, θ_b, as H has been applied once
+    Q, _ = _orthonormal(_thin_product(H, X))
+    Q, powers = _orthonormal(_thin_product(H, Q))
+    first, kth, last = _at(powers, k)  # approximations to θ_1, θ_k, θ_b, as H has been applied once
     # What to expect after two products with H, of a random block (Halko et al., SIAM Review 53, 2011, theorem 10.5).
     error = math.sqrt(R / (b - k)) * (last / kth) ** 2 if b < R else 0.0
     for _ in range(sweeps):
-        if error < 0.3 * TOLERANCE or not kth > first / TOWERS:
+        if error < TOLERANCE / 2 or not kth > first / TOWERS:
             Q, _ = _orthonormal(Q, loss=1e-13)
-            FQ = F @ Q
+            FQ = _thin_product(F, Q)
             V, sigma = _gram_components(FQ.T, noise=EPS * size)  # (b, b), (b,)
             Q, theta = Q @ V, sigma.square()
             # Q has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
-            residual = (F.T @ (FQ @ V[:, :k]) - Q[:, :k] * theta[:k]).norm(dim=0)  # (k,)
+            residual = (_thin_product(F.T, FQ @ V[:, :k]) - Q[:, :k] * theta[:k]).norm(dim=0)  # (k,)
             outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
             first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
             if b == R or error < TOLERANCE:
@@ -289,15 +297,21 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tenso
         # cosh(m·growth(θ)) is what degree m does to θ, while all below θ_b stays below one. It must do enough to θ_k
         # (more than that: θ_b is still too low), and not so much more to θ_1 that rounding drowns the k-th vector.
         slow, fast = (math.acosh(2 * max(value / last, 1) - 1) for value in (kth, first))
-        enough = 1.2 * math.log(10 * error / TOLERANCE) / max(slow, 1e-3)
+        enough = 1.2 * math.log(3 * error / TOLERANCE) / max(slow, 1e-3)
         room = math.log(1e13) / max(fast - slow, 1e-3)
         degree = max(1, min(math.ceil(enough), int(room), 100))
         factors = (H,) if kth > 1e-8 * first else (F, F.T)
         Q, powers = _orthonormal(_filter(factors, Q, last, degree))
-        grown = powers[[0, k - 1, -1]].tolist()  # what the polynomial did to θ_1, θ_k, θ_b; so, what these are
+        grown = _at(powers, k)  # what the polynomial did to θ_1, θ_k, θ_b; so, what these are
         first, kth, last = [last * (1 + math.cosh(math.acosh(max(x, 1)) / degree)) / 2 for x in grown]
         error *= grown[2] / grown[1]
     return None
+
+
+def _at(values: Tensor, k: int) -> tuple[float, float, float]:
+    """The first, the k-th and the last of (b,)."""
+    found = values.tolist()
+    return found[0], found[k - 1], found[-1]
 
 
 def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -> Tensor:
@@ -306,7 +320,7 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
 
     def step(Y: Tensor) -> Tensor:
         for factor in factors:
-            Y = factor @ Y
+            Y = _thin_product(factor, Y)
         return Y
 
     before, now = X, torch.sub(step(X).mul_(2 / below), X)
@@ -314,6 +328,18 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
         after = step(now).mul_(4 / below)
         before, now = now, after.sub_(now, alpha=2).sub_(before)
     return now
+
+
+def _thin_product(A: Tensor, X: Tensor, parts: int | None = None) -> Tensor:
+    """A X (l, b), of A (l, R) and X (R, b) of few columns: the sum of so many products of parts of the inner dimension.
+
+    On a GPU two, side by side: its kernels for float64 do not divide that dimension, and one tile of the result for
+    each multiprocessor leaves these half idle.
+    """
+    parts = (2 if X.is_cuda else 1) if parts is None else parts
+    if parts == 1 or len(X) % parts:
+        return A @ X
+    return torch.bmm(A.unflatten(1, (parts, -1)).transpose(0, 1), X.unflatten(0, (parts, -1))).sum(0)
 
 
 def _orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
