@@ -194,6 +194,17 @@ def test_a_weight_of_zeros(mode):
     assert sigma.tolist() == [0] * 5
 
 
+@pytest.mark.parametrize("rank", [3, 8, 30])
+def test_head_of_a_weight_of_low_rank(rank):
+    torch.manual_seed(7)
+    W = torch.zeros(90, 60, dtype=torch.float64)
+    W[:rank, :rank] = torch.diag(torch.linspace(2, 1, rank))
+    warnings.simplefilter("ignore")
+    U, sigma = chosen_components(W, lambda W: W, "ipm", 8, "subspace")
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(W)[:8], rtol=1e-6, atol=1e-6)
+    assert abs((U.T @ W).norm() - sigma.norm()) < 1e-6
+
+
 def test_no_iteration_where_all_components_are_needed():
     with pytest.raises(CordaError, match="to allocate ranks, all are needed: gram"):
         CordaConfig(preset="corda+", solver="subspace")

@@ -309,8 +309,8 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tenso
 
 
 def _at(values: Tensor, k: int) -> tuple[float, float, float]:
-    """The first, the k-th and the last of (b,)."""
-    found = values.tolist()
+    """The first, the k-th and the last of (b,), above zero."""
+    found = values.clamp(min=torch.finfo(values.dtype).tiny).tolist()
     return found[0], found[k - 1], found[-1]
 
 
