@@ -38,6 +38,8 @@ Times = Callable[[Tensor], Tensor]
 RESOLVED = 3e-4
 # Largest error of a chosen subspace: root mean square, over its vectors, of the part of each that lies outside.
 TOLERANCE = 1e-6
+# Of a product, on a GPU: two for each multiprocessor of an H200.
+TILES = 256
 # Eigenvalues of H that are so many times the k-th are first found and taken out.
 TOWERS = 1e6
 EPS = torch.finfo(torch.float64).eps
@@ -80,7 +82,8 @@ def triangle(W: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 def coarse_components(M: Tensor) -> tuple[Tensor, Tensor]:
     """U (R, R) and σ (R,), descending, of M (R, n) float64, R ≤ n, by `eigh` of its Gram matrix: the σ of
     `singular_values`, and the first step of `components`."""
-    squares, U = _eigh(add_gram(None, M.T))  # of M Mᵀ, by its lower triangle; ascending
+    G = add_gram(None, M.T) if len(M) > 512 else _thin_product(M, M.T)  # M Mᵀ; its lower triangle will do
+    squares, U = _eigh(G)  # ascending
     return U.flip(1), squares.clamp(min=0).sqrt().flip(0)
 
 
@@ -330,14 +333,22 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
     return now
 
 
-def _thin_product(A: Tensor, X: Tensor, parts: int | None = None) -> Tensor:
-    """A X (l, b), of A (l, R) and X (R, b) of few columns: the sum of so many products of parts of the inner dimension.
+def _thin_product(A: Tensor, X: Tensor) -> Tensor:
+    """A X (l, b), of A (l, R) and X (R, b) of few columns.
 
-    On a GPU two, side by side: its kernels for float64 do not divide that dimension, and one tile of the result for
-    each multiprocessor leaves these half idle.
+    A GPU's kernels for float64 make a tile of the result at a time, over all of the inner dimension. Where there are
+    few tiles that leaves it idle, so the inner dimension is divided.
     """
-    parts = (2 if X.is_cuda else 1) if parts is None else parts
-    if parts == 1 or len(X) % parts:
+    tiles = math.ceil(A.shape[0] / 128) * math.ceil(X.shape[1] / 64)
+    parts = 1
+    while X.is_cuda and parts < 16 and parts * tiles < TILES and len(X) % (2 * parts) == 0:
+        parts *= 2
+    return _product_in_parts(A, X, parts)
+
+
+def _product_in_parts(A: Tensor, X: Tensor, parts: int) -> Tensor:
+    """A X, as the sum of products of so many parts of the inner dimension, which are made side by side."""
+    if parts == 1:
         return A @ X
     return torch.bmm(A.unflatten(1, (parts, -1)).transpose(0, 1), X.unflatten(0, (parts, -1))).sum(0)
 
@@ -352,7 +363,7 @@ def _orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
     sizes = X.norm(dim=0)
     Q = X / sizes
     for _ in range(4):
-        G = Q.T @ Q
+        G = _thin_product(Q.T, Q)
         G.diagonal().add_(10 * len(G) * EPS)
         L, _ = torch.linalg.cholesky_ex(G)
         Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
