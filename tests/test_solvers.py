@@ -155,6 +155,17 @@ def test_the_small_eigenproblem_is_solved_once(kind, monkeypatch):
     assert sizes == [len(sigma)]
 
 
+def test_a_flat_spectrum_below_a_few_that_are_not_high_enough_to_be_taken_out():
+    """Each filter may only have a low degree: it takes many, which are cheap."""
+    torch.manual_seed(8)
+    values, V = torch.linspace(1.6, 1, 400, dtype=torch.float64), orthogonal(400, 400)
+    values[:10] *= 500
+    found = solvers.leading_singular_vectors((orthogonal(400, 400) * values) @ V.T, 20)
+    assert found is not None
+    torch.testing.assert_close(found[0][:20], values[:20], rtol=1e-9, atol=0)
+    assert (V[:, 20:].T @ found[1][:, :20]).norm() < 1e-5
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_a_thin_product_in_parts(parts):
     wide, thin = torch.randn(50, 64, dtype=torch.float64), torch.randn(64, 9, dtype=torch.float64)

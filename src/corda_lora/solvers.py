@@ -253,7 +253,7 @@ def _lower_product(L: Tensor, X: Tensor) -> Tensor:
     return product
 
 
-def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tensor, Tensor] | None:
+def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tensor, Tensor] | None:
     """σ (b,) and X (R, b), b > k: the k largest singular values of F (l, R) float64 with their right singular vectors,
     and approximations to the b − k after them. None if they did not converge.
 
