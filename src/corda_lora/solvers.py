@@ -301,7 +301,7 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
         # (more than that: θ_b is still too low), and not so much more to θ_1 that rounding drowns the k-th vector.
         slow, fast = (math.acosh(2 * max(value / last, 1) - 1) for value in (kth, first))
         enough = 1.2 * math.log(3 * error / TOLERANCE) / max(slow, 1e-3)
-        room = math.log(1e13) / max(fast - slow, 1e-3)
+        room = math.log(1e12) / max(fast - slow, 1e-3)
         degree = max(1, min(math.ceil(enough), int(room), 100))
         factors = (H,) if kth > 1e-8 * first else (F, F.T)
         Q, powers = _orthonormal(_filter(factors, Q, last, degree))
