@@ -42,6 +42,18 @@ def no_fallback():
 @pytest.mark.parametrize("kind", ["flat", "power", "steep", "massive"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_subspace_is_the_svds(shape, kind, mode):
+    check_against_svd(shape, kind, mode)
+
+
+@pytest.mark.parametrize("kind", ["flat", "power", "steep", "massive"])
+def test_head_of_a_tall_weight_without_its_triangle(kind, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(solvers, "factors_slowly", lambda device: True)
+    monkeypatch.setattr(solvers, "triangle", None)
+    check_against_svd("tall", kind, "ipm")
+
+
+def check_against_svd(shape, kind, mode):
     torch.manual_seed(0)
     m, n = SHAPES[shape]
     R = min(m, n)
@@ -108,11 +120,73 @@ def test_a_tall_weight_that_cholesky_cannot_factor():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("apart", [1.0, 1e-12])
+@pytest.mark.parametrize("apart", [1.0, 1e-12, 0.0])
 def test_orthonormal_basis_of_columns_that_are_nearly_one(apart, device):
     X = torch.randn(50, 1, dtype=torch.float64) + apart * torch.randn(50, 6, dtype=torch.float64)
-    Q = solvers._orthonormal(X.to(device))
+    Q, _ = solvers._orthonormal(X.to(device), loss=1e-13)
     torch.testing.assert_close(Q.T @ Q, torch.eye(6, dtype=torch.float64, device=device), rtol=0, atol=1e-9)
+    assert (X[:, 0] - Q.cpu() @ (Q.cpu().T @ X[:, 0])).norm() < 1e-9 * X[:, 0].norm()
+
+
+@pytest.mark.parametrize("kind", ["flat", "power", "steep"])
+def test_what_making_a_block_orthonormal_says_of_the_spectrum(kind):
+    """... after one product with H it tells the eigenvalues at which the filter is set, on the safe side of θ_b."""
+    torch.manual_seed(4)
+    theta = spectrum(kind, 300).square()
+    theta = theta / theta[0]
+    Q = orthogonal(300, 40)
+    for _ in range(2):
+        Q, found = solvers._orthonormal(theta[:, None] * Q)
+    for i in (0, 19):
+        assert 0.6 < found[i] / theta[i] < 1.5
+    assert 0.4 < found[-1] / theta[39] < 1.1
+
+
+@pytest.mark.parametrize("kind", ["flat", "power"])
+def test_the_small_eigenproblem_is_solved_once(kind, monkeypatch):
+    """It is what a GPU is slowest at."""
+    original, sizes = solvers._eigh, []
+    monkeypatch.setattr(solvers, "_eigh", lambda G: (sizes.append(len(G)), original(G))[1])
+    torch.manual_seed(5)
+    values, V = spectrum(kind, 400), orthogonal(400, 400)
+    sigma, X = solvers.leading_singular_vectors((orthogonal(400, 400) * values) @ V.T, 20)
+    torch.testing.assert_close(sigma[:20], values[:20], rtol=1e-9, atol=0)
+    torch.testing.assert_close((V[:, :20].T @ X[:, :20]).norm(), torch.tensor(20.0).double().sqrt(), rtol=1e-9, atol=0)
+    assert sizes == [len(sigma)]
+
+
+def test_a_flat_spectrum_below_a_few_that_are_not_high_enough_to_be_taken_out():
+    """Each filter may only have a low degree: it takes many, which are cheap."""
+    torch.manual_seed(8)
+    values, V = torch.linspace(1.6, 1, 400, dtype=torch.float64), orthogonal(400, 400)
+    values[:10] *= 500
+    found = solvers.leading_singular_vectors((orthogonal(400, 400) * values) @ V.T, 20)
+    assert found is not None
+    torch.testing.assert_close(found[0][:20], values[:20], rtol=1e-9, atol=0)
+    assert (V[:, 20:].T @ found[1][:, :20]).norm() < 1e-5
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_thin_product_in_parts(parts):
+    wide, thin = torch.randn(50, 64, dtype=torch.float64), torch.randn(64, 9, dtype=torch.float64)
+    for A, X in ((wide, thin), (thin.T, thin), (wide.T[:, :48], wide[:48, :5])):
+        torch.testing.assert_close(solvers._product_in_parts(A, X, parts), A @ X, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("inner", [64, 75])
+def test_a_thin_product(inner, device):
+    A, X = (torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((50, inner), (inner, 9)))
+    torch.testing.assert_close(solvers._thin_product(A, X), A @ X, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("R", [100, 515, 768, 1024])
+def test_inverse_and_product_of_a_triangle(R):
+    torch.manual_seed(6)
+    L = torch.randn(R, R, dtype=torch.float64).tril(-1) / R**0.5 + torch.diag(1 + torch.rand(R, dtype=torch.float64))
+    X = torch.randn(R, 70, dtype=torch.float64)
+    torch.testing.assert_close(solvers._lower_inverse(L) @ L, torch.eye(R, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(solvers._lower_product(L, X), L @ X, rtol=1e-10, atol=1e-10)
 
 
 def test_an_eigensolver_that_fails_is_asked_again_on_the_cpu(monkeypatch):
@@ -135,6 +209,17 @@ def test_a_weight_of_zeros(mode):
         U, sigma = chosen_components(torch.zeros(90, 60), lambda W: W, mode, 5, "subspace")
     assert torch.isfinite(U).all()
     assert sigma.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("rank", [3, 8, 30])
+def test_head_of_a_weight_of_low_rank(rank):
+    torch.manual_seed(7)
+    W = torch.zeros(90, 60, dtype=torch.float64)
+    W[:rank, :rank] = torch.diag(torch.linspace(2, 1, rank))
+    warnings.simplefilter("ignore")
+    U, sigma = chosen_components(W, lambda W: W, "ipm", 8, "subspace")
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(W)[:8], rtol=1e-6, atol=1e-6)
+    assert abs((U.T @ W).norm() - sigma.norm()) < 1e-6
 
 
 def test_no_iteration_where_all_components_are_needed():

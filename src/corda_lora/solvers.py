@@ -23,11 +23,12 @@ float64 (Apple's) leaves it to the CPU (`preprocess.double_device`).
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .covariance import add_gram, mirror
+from .covariance import BLOCKS, add_gram, mirror
 from .decomposition import select
 
 Times = Callable[[Tensor], Tensor]
@@ -37,6 +38,10 @@ Times = Callable[[Tensor], Tensor]
 RESOLVED = 3e-4
 # Largest error of a chosen subspace: root mean square, over its vectors, of the part of each that lies outside.
 TOLERANCE = 1e-6
+# Of a product, on a GPU: two for each multiprocessor of an H200.
+TILES = 256
+# Eigenvalues of H that are so many times the k-th are first found and taken out.
+TOWERS = 1e6
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -77,7 +82,8 @@ def triangle(W: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 def coarse_components(M: Tensor) -> tuple[Tensor, Tensor]:
     """U (R, R) and σ (R,), descending, of M (R, n) float64, R ≤ n, by `eigh` of its Gram matrix: the σ of
     `singular_values`, and the first step of `components`."""
-    squares, U = _eigh(add_gram(None, M.T))  # of M Mᵀ, by its lower triangle; ascending
+    G = add_gram(None, M.T) if len(M) > 512 else _thin_product(M, M.T)  # M Mᵀ; its lower triangle will do
+    squares, U = _eigh(G)  # ascending
     return U.flip(1), squares.clamp(min=0).sqrt().flip(0)
 
 
@@ -169,22 +175,30 @@ def block_width(R: int, k: int) -> int:
 
 def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tensor] | None:
     """`chosen_components` by subspace iteration; None if it does not converge."""
-    T, back = triangle(W)
-    M = times(T)  # (R, n)
-    F = M.T if mode == "ipm" else _inverse_factor(M)
+    R = min(W.shape)
+    untouched = mode == "ipm" and W.shape[0] > R and factors_slowly(W.device)
+    T, back = (W, _as_it_is) if untouched else triangle(W)
+    M = times(T)  # (R, n), or all of (m, n)
+    F = _inverse_factor(M) if mode == "kpm" else M if untouched else M.T  # (·, R)
     found = None if F is None else leading_singular_vectors(F, r)
-    if found is None:
+    if F is None or found is None:
         return None
-    values, U = found  # (b,), (R, b): more than r of them
-    sigma = values if mode == "ipm" else 1 / values
+    values, X = found  # (b,), (R, b): more than r of them
     # Rounding of F mixes neighbours at the border: its size over their distance. (That of M is anybody's.)
     apart = (values[r - 1] - values[-1]) / (len(values) - r)
     if not EPS * torch.linalg.norm(F) < TOLERANCE * r**0.5 * apart:
         return None
-    U, sigma = U[:, :r], sigma[:r]
+    values, X = values[:r], X[:, :r]
     if mode == "kpm":
-        U, sigma = U.flip(1), sigma.flip(0)
-    return back(U), sigma
+        return back(X.flip(1)), 1 / values.flip(0)
+    if untouched:  # X are right singular vectors of M; what errors of the first put into the others is taken out
+        return _orthonormal(F @ X, loss=1e-13)[0], values
+    return back(X), values
+
+
+def factors_slowly(device: torch.device) -> bool:
+    """Whether more products with all of a tall W are cheaper than to find its triangle: not on a CPU."""
+    return device.type == "cuda"
 
 
 def _inverse_factor(M: Tensor) -> Tensor | None:
@@ -198,20 +212,58 @@ def _inverse_factor(M: Tensor) -> Tensor | None:
     G = add_gram(None, M.T)
     G.diagonal().add_(10 * len(G) * EPS * G.diagonal().max())
     L, failed = torch.linalg.cholesky_ex(G)
-    inverse = torch.linalg.solve_triangular(L, torch.eye(len(G), dtype=G.dtype, device=G.device), upper=False)
-    rest = inverse @ M
+    inverse = _lower_inverse(L)
+    rest = _lower_product(inverse, M)
     L, failed_again = torch.linalg.cholesky_ex(add_gram(None, rest.T))
-    return None if failed or failed_again else torch.linalg.solve_triangular(L, inverse, upper=False)
+    return None if failed or failed_again else _lower_product(_lower_inverse(L), inverse)
 
 
-def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tensor, Tensor] | None:
+def _lower_inverse(L: Tensor) -> Tensor:
+    """L⁻¹ of a lower triangular L (R, R): of blocks on its diagonal by substitution, then of pairs of them by products,
+
+        [A 0; B D]⁻¹ = [A⁻¹ 0; −D⁻¹ B A⁻¹ D⁻¹],
+
+    on and on. Substitution in all of L has a GPU wait for one block of rows after the other.
+    """
+    size = len(L)
+    while size % 2 == 0 and size > 256:
+        size //= 2
+    eye = torch.eye(size, dtype=L.dtype, device=L.device)
+    inverse = torch.linalg.solve_triangular(_blocks(L, size, 0, 1), eye, upper=False)  # (R / size, size, size)
+    while size < len(L):
+        A, D = inverse[0::2], inverse[1::2]
+        inverse = L.new_zeros(len(A), 2 * size, 2 * size)
+        inverse[:, :size, :size], inverse[:, size:, size:] = A, D
+        inverse[:, size:, :size] = -D @ (_blocks(L, size, 1, 2) @ A)
+        size *= 2
+    return inverse[0]
+
+
+def _blocks(L: Tensor, size: int, below: int, step: int) -> Tensor:
+    """(count, size, size): every so many blocks of L (R, R), so many below the diagonal."""
+    blocks = L.unflatten(1, (-1, size)).unflatten(0, (-1, size))  # (R / size, size, R / size, size)
+    return blocks[below::step, :, ::step].diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _lower_product(L: Tensor, X: Tensor) -> Tensor:
+    """L X (R, n) of a lower triangular L (R, R) and X (R, n), little more than half of it."""
+    product = torch.empty_like(X)
+    for low, high in pairwise(len(L) * i // BLOCKS for i in range(BLOCKS + 1)):
+        torch.mm(L[low:high, :high], X[:high], out=product[low:high])
+    return product
+
+
+def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tensor, Tensor] | None:
     """σ (b,) and X (R, b), b > k: the k largest singular values of F (l, R) float64 with their right singular vectors,
     and approximations to the b − k after them. None if they did not converge.
 
     Subspace iteration on H = FᵀF with a Chebyshev filter and b − k vectors of oversampling (Zhou and Saad, SIAM J.
     Matrix Anal. Appl. 29, 2007): of a spectrum that falls fast the polynomial has degree one or two, of a flat one up
-    to 100. Stops when the residuals say that the part of the k vectors outside of the true space is TOLERANCE, root
-    mean square. These come from products with F and Fᵀ, whose rounding is that of F, not of its squares.
+    to 100. Between filters the block is only made orthonormal. What that divides by says how far the iteration has
+    come; an eigendecomposition of the block (Rayleigh-Ritz), which costs a GPU more than ten products with H, is made
+    when the k vectors should be there. It stops when the residuals say that the part of the k vectors outside of the
+    true space is TOLERANCE, root mean square. These come from products with F and Fᵀ, whose rounding is that of F, not
+    of its squares.
     """
     R = F.shape[1]
     b = block_width(R, k)
@@ -220,34 +272,49 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 20) -> tuple[Tenso
         return None
     H = mirror(add_gram(None, F))
     X = torch.randn(R, b, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
-    X = H @ (H @ X)
+    Q, _ = _orthonormal(_thin_product(H, X))
+    Q, powers = _orthonormal(_thin_product(H, Q))
+    first, kth, last = _at(powers, k)  # approximations to θ_1, θ_k, θ_b, as H has been applied once
+    # What to expect after two products with H, of a random block (Halko et al., SIAM Review 53, 2011, theorem 10.5).
+    error = math.sqrt(R / (b - k)) * (last / kth) ** 2 if b < R else 0.0
     for _ in range(sweeps):
-        Q = _orthonormal(X)
-        FQ = F @ Q
-        V, sigma = _gram_components(FQ.T, noise=EPS * size)  # (b, b), (b,)
-        X, theta = Q @ V, sigma.square()
-        # X has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
-        residual = (F.T @ (FQ @ V[:, :k]) - X[:, :k] * theta[:k]).norm(dim=0)  # (k,)
-        outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
-        first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
-        if b == R or error < TOLERANCE:
-            return sigma, X
+        if error < TOLERANCE / 2 or not kth > first / TOWERS:
+            Q, _ = _orthonormal(Q, loss=1e-13)
+            FQ = _thin_product(F, Q)
+            V, sigma = _gram_components(FQ.T, noise=EPS * size)  # (b, b), (b,)
+            Q, theta = Q @ V, sigma.square()
+            # Q has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
+            residual = (_thin_product(F.T, FQ @ V[:, :k]) - Q[:, :k] * theta[:k]).norm(dim=0)  # (k,)
+            outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
+            first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
+            if b == R or error < TOLERANCE:
+                return sigma, Q
+            # Where a few tower above the rest (massive activations), the rest is found with them taken out of F.
+            high = int((theta > TOWERS * kth).sum())
+            if high and float((residual[:high] / theta[:high]).max()) < TOLERANCE:
+                top = Q[:, :high]
+                rest = leading_singular_vectors(F - (F @ top) @ top.T, k - high, sweeps)
+                return None if rest is None else (torch.cat([sigma[:high], rest[0]]), torch.cat([top, rest[1]], dim=1))
         if not (math.isfinite(error) and last > 0):
             return None
-        # Where a few tower above the rest (massive activations), the rest is found with them taken out of F.
-        high = int((theta > 1e6 * kth).sum())
-        if high and float((residual[:high] / theta[:high]).max()) < TOLERANCE:
-            top = X[:, :high]
-            rest = leading_singular_vectors(F - (F @ top) @ top.T, k - high, sweeps)
-            return None if rest is None else (torch.cat([sigma[:high], rest[0]]), torch.cat([top, rest[1]], dim=1))
         # cosh(m·growth(θ)) is what degree m does to θ, while all below θ_b stays below one. It must do enough to θ_k
         # (more than that: θ_b is still too low), and not so much more to θ_1 that rounding drowns the k-th vector.
         slow, fast = (math.acosh(2 * max(value / last, 1) - 1) for value in (kth, first))
-        enough = 1.4 * math.log(10 * error / TOLERANCE) / max(slow, 1e-3)
-        room = math.log(1e13) / max(fast - slow, 1e-3)
+        enough = 1.2 * math.log(3 * error / TOLERANCE) / max(slow, 1e-3)
+        room = math.log(1e12) / max(fast - slow, 1e-3)
+        degree = max(1, min(math.ceil(enough), int(room), 100))
         factors = (H,) if kth > 1e-8 * first else (F, F.T)
-        X = _filter(factors, X, last, max(1, math.ceil(min(enough, room, 100))))
+        Q, powers = _orthonormal(_filter(factors, Q, last, degree))
+        grown = _at(powers, k)  # what the polynomial did to θ_1, θ_k, θ_b; so, what these are
+        first, kth, last = [last * (1 + math.cosh(math.acosh(max(x, 1)) / degree)) / 2 for x in grown]
+        error *= grown[2] / grown[1]
     return None
+
+
+def _at(values: Tensor, k: int) -> tuple[float, float, float]:
+    """The first, the k-th and the last of (b,), above zero."""
+    found = values.clamp(min=torch.finfo(values.dtype).tiny).tolist()
+    return found[0], found[k - 1], found[-1]
 
 
 def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -> Tensor:
@@ -256,7 +323,7 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
 
     def step(Y: Tensor) -> Tensor:
         for factor in factors:
-            Y = factor @ Y
+            Y = _thin_product(factor, Y)
         return Y
 
     before, now = X, torch.sub(step(X).mul_(2 / below), X)
@@ -266,16 +333,43 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
     return now
 
 
-def _orthonormal(X: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of X (R, b). By Householder's QR; on a GPU, where that is slow, by Cholesky
-    factors (CholeskyQR2), unless the columns are too much alike for it."""
-    X = X / X.norm(dim=0)
-    if X.is_cuda:
-        Q, failures = X, []
-        for _ in range(2):
-            L, failed = torch.linalg.cholesky_ex(Q.T @ Q)
-            Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
-            failures.append(failed)
-        if not torch.stack(failures).any():
-            return Q
-    return torch.linalg.qr(X)[0]
+def _thin_product(A: Tensor, X: Tensor) -> Tensor:
+    """A X (l, b), of A (l, R) and X (R, b) of few columns.
+
+    A GPU's kernels for float64 make a tile of the result at a time, over all of the inner dimension. Where there are
+    few tiles that leaves it idle, so the inner dimension is divided.
+    """
+    tiles = math.ceil(A.shape[0] / 128) * math.ceil(X.shape[1] / 64)
+    parts = 1
+    while X.is_cuda and parts < 16 and parts * tiles < TILES and len(X) % (2 * parts) == 0:
+        parts *= 2
+    return _product_in_parts(A, X, parts)
+
+
+def _product_in_parts(A: Tensor, X: Tensor, parts: int) -> Tensor:
+    """A X, as the sum of products of so many parts of the inner dimension, which are made side by side."""
+    if parts == 1:
+        return A @ X
+    return torch.bmm(A.unflatten(1, (parts, -1)).transpose(0, 1), X.unflatten(0, (parts, -1))).sum(0)
+
+
+def _orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Q (R, b), a basis of the columns of X (R, b), orthonormal to about `loss`; and |diag T| (b,) of X = Q T, T
+    triangular, descending: of X = p(H) Q' with Q' orthonormal, approximations to the largest eigenvalues of p(H).
+
+    Cholesky factors of XᵀX, shifted so that they exist (Fukaya et al., SIAM J. Sci. Comput. 42, 2020), as often as it
+    takes: mostly once or twice. That is products, which a GPU has done before Householder's QR has well begun.
+    """
+    sizes = X.norm(dim=0)
+    Q = X / sizes
+    for _ in range(4):
+        G = _thin_product(Q.T, Q)
+        G.diagonal().add_(10 * len(G) * EPS)
+        L, _ = torch.linalg.cholesky_ex(G)
+        Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
+        d = L.diagonal()
+        sizes = sizes * d
+        if float(d.max() / d.min()) ** 2 * EPS < loss:  # what Q lost is the square of its condition number
+            return Q, sizes.sort(descending=True)[0]
+    Q, T = torch.linalg.qr(X)
+    return Q, T.diagonal().abs().sort(descending=True)[0]
