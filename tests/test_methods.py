@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from corda_lora.adapter import lora_layers
 from corda_lora.config import CordaError, DataConfig, TrainConfig
 from corda_lora.context import context_batches, load_samples
-from corda_lora.methods import METHODS, Setup, check_options, count_parameters
+from corda_lora.methods import METHODS, Setup, _found_once, check_options, count_parameters
 from corda_lora.targets import find_targets, weight_of
 from corda_lora.training import train
 
@@ -113,6 +113,26 @@ def test_dora_is_not_compiled(files, tokenizer):
     counters["stats"].clear()
     run(prepared, setup)
     assert not counters["stats"]["unique_graphs"]
+
+
+def test_peft_corda_with_the_drop_in(files, tokenizer):
+    found = []
+    for drop_in in (False, True):
+        folder = files / str(drop_in)
+        folder.mkdir()
+        prepared, *_ = prepare("peft-corda-kpm", files, tokenizer, options={"drop_in": drop_in}, folder=folder)
+        layer = next(iter(lora_layers(prepared.model).values()))
+        found.append(layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    assert not torch.equal(*found)  # PEFT's is of float32
+    assert (found[0] - found[1]).norm() < 1e-2 * found[1].norm()
+
+
+def test_what_was_found_is_kept_as_it_was(files, tokenizer):
+    setup, whole = setup_of(tiny.build("llama"), tokenizer, files), torch.arange(12.0).reshape(4, 3)
+    given = {"q": whole[:2], "k": whole[:3], "v": whole.T}  # layers with the same input, in EVA
+    _found_once(setup, lambda: given)
+    found = _found_once(setup, dict)  # not asked again
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
 
 
 def test_adalora_prunes_to_the_budget(files, tokenizer):

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import adapterdrop as adapterdrop_
 from . import dylora as dylora_
+from . import peft as peft_
 from .adapter import RECORD, HeldFactor, install, load_adapter, lora_layers, save_adapter
 from .config import CordaConfig, CordaError, DataConfig, TrainConfig
 from .context import Sample, context_batches, encode, load_rounds, pad
@@ -308,7 +309,8 @@ def _found_once(setup: Setup, find: Callable[[], dict[str, torch.Tensor]]) -> di
     """What a method found before training, from its folder if it is there."""
     path = setup.folder / "found.safetensors"
     if not path.is_file():
-        save_file({name: tensor.contiguous() for name, tensor in find().items()}, path)
+        # Clones, as EVA gives layers with the same input views of one tensor.
+        save_file({name: tensor.contiguous().clone() for name, tensor in find().items()}, path)
     return load_file(path)
 
 
@@ -329,10 +331,12 @@ def _labelled(setup: Setup, samples: Sequence[Sample], model: nn.Module, size: i
 # --- CorDA as PEFT ships it, and LoRA-Null ---------------------------------------------------------------------------
 
 
-def peft_corda(model: nn.Module, setup: Setup, mode: str) -> Prepared:
-    """One sample a batch, as PEFT's implementation needs it. What it decomposed is kept for the method's other runs."""
+def peft_corda(model: nn.Module, setup: Setup, mode: str, drop_in: bool = False) -> Prepared:
+    """One sample a batch, as PEFT's implementation needs it. What it decomposed is kept for the method's other runs.
+    `drop_in`: with `corda_lora.peft.preprocess_corda` in the place of PEFT's."""
     from peft.tuners.lora.corda import preprocess_corda
 
+    decompose = peft_.preprocess_corda if drop_in else preprocess_corda
     of = "keep" if mode == "kpm" else "learn"
     cache = setup.folder / "corda.pt"
     corda = peft.tuners.lora.config.CordaConfig(corda_method=mode, cache_file=str(cache))
@@ -345,7 +349,7 @@ def peft_corda(model: nn.Module, setup: Setup, mode: str) -> Prepared:
             ids, _ = encode(setup.tokenizer, sample, setup.data(of).max_length)
             model(input_ids=torch.tensor([ids], device=device), use_cache=False)
 
-    preprocess_corda(model, config, run_model=run)
+    decompose(model, config, run_model=run)
     return Prepared(peft.get_peft_model(model, config))
 
 

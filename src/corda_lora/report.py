@@ -315,11 +315,10 @@ def headline(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str
             sentences.append(f"{fastest['title']} takes the fewest steps to the loss where {title} ends: {steps}.")
     for ability in abilities(comparison)[:1]:  # an ability to keep, if there is one, is what the comparison is about
         place = 0 if ability[0] == "keep" else len(sentences)
-        said = [
-            drift_sentence(comparison, ability, ref, others),
-            *range_sentence(comparison, ability, ref, others),
-        ]
-        sentences[place:place] = said if " times less " in said[0] else said[::-1]
+        at_best, there = drift_sentence(comparison, ability, ref, others)
+        over_range, elsewhere = range_sentence(comparison, ability, ref, others)
+        said = [over_range, at_best] if elsewhere > 2 * there else [at_best, over_range]
+        sentences[place:place] = [sentence for sentence in said if sentence]
     first = min([ref, *others], key=lambda row: row["loss"].value)
     for row in [ref] if first is ref else [ref, first]:
         if row["best"].note:
@@ -346,43 +345,45 @@ def loss_sentence(ref: dict[str, Any], others: list[dict[str, Any]]) -> str:
 
 def range_sentence(
     comparison: dict[str, Any], ability: Ability, ref: dict[str, Any], others: list[dict[str, Any]]
-) -> list[str]:
+) -> tuple[str, float]:
     """Who drifts how many times less over at least half of the task losses that it and the reference both reach;
-    nothing if nobody drifts clearly less."""
+    empty if nobody drifts clearly less."""
     hulls = {row["title"]: lower_hull(points(comparison, row["method"], ability)) for row in [ref, *others]}
     found = {row["title"]: ratios(hulls[row["title"]], hulls[ref["title"]]) for row in others}
     both = {name: at for name, at in found.items() if at is not None and at.loss[0] < at.loss[-1]}
     if not both:
-        return []
+        return "", 0.0
     title = max(both, key=lambda name: over_half(both[name]))
     times, losses = over_half(both[title]), both[title].loss
     if times < 1.5:
-        return []
-    return [
+        return "", 0.0
+    sentence = (
         f"Over at least half of the task losses that both reach ({losses[0]:.4f} to {losses[-1]:.4f}), {title} drifts "
         f"{times_text(times)} times less than {ref['title']} on {label(comparison, ability)}, or still less."
-    ]
+    )
+    return sentence, times
 
 
 def drift_sentence(
     comparison: dict[str, Any], ability: Ability, ref: dict[str, Any], others: list[dict[str, Any]]
-) -> str:
-    """Who drifts least where the reference has its lowest task loss, and how sure that is."""
+) -> tuple[str, float]:
+    """Who drifts least where the reference has its lowest task loss, how sure that is, and how many times less."""
     title, where = ref["title"], label(comparison, ability)
     at = f"{title}’s best task loss on {task(comparison)} ({ref['equal_loss']:.4f})"
     there = [row for row in others if row["equal"][ability]]
     if not there or ref["equal"][ability] is None:
-        return f"No other method was measured on both sides of {at}."
+        return f"No other method was measured on both sides of {at}.", 0.0
     least = min(there, key=lambda row: row["equal"][ability].value)
     ours, theirs = (lower_hull(points(comparison, row["method"], ability)) for row in (least, ref))
     ratio = ratio_at(ours, theirs, ref["equal_loss"])
     if ratio is None or ratio.value < 1.1:
-        return f"At {at}, no other method that reaches it drifts clearly less than {title} on {where}."
+        return f"At {at}, no other method that reaches it drifts clearly less than {title} on {where}.", 0.0
     sure = "no interval: fewer than two seeds on both sides of that loss"
     if ratio.low is not None:
         sure = f"95 % interval over {ratio.seeds} seeds: {ratio_cell(ratio).extra}"
         sure += "; the seeds’ spread could explain it" if ratio.low <= 1 else ""
-    return f"At {at}, {least['title']} drifts {times_text(ratio.value)} times less than {title} on {where} ({sure})."
+    times = times_text(ratio.value)
+    return f"At {at}, {least['title']} drifts {times} times less than {title} on {where} ({sure}).", ratio.value
 
 
 def run_count(comparison: dict[str, Any]) -> str:

@@ -1,0 +1,134 @@
+"""Why does PEFT's CorDA keep less in kpm? Two things it could be, of PEFT's start, of the exact answer for the
+covariance that PEFT sums (the drop-in), and of `corda init --split paper`:
+
+    python benchmarks/leak_vs_peft.py --model MODEL --context FILE --unseen FILE --output NAME [--samples 256] [--r 32]
+
+- *leak*: how much of the ability's energy the directions of A see, on samples of it that no method was shown: the mean
+  over the rows a_i of A of (a_i C a_iᵀ / ‖a_i‖²) / (tr C / n); 1 for a random direction, 0 for one never used.
+- *length*: of the rows of A, and beside the columns of B. The longer A, the less a learning rate turns it.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import peft.tuners.lora.corda as original
+import torch
+from machine import commit, machine
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+from torch import Tensor, nn
+
+from corda_lora.config import CordaConfig, DataConfig, ModelConfig
+from corda_lora.context import context_batches, load_samples
+from corda_lora.models import load_model, load_tokenizer
+from corda_lora.peft import preprocess_corda
+from corda_lora.preprocess import preprocess, walk
+from corda_lora.targets import find_targets
+
+METHODS = {
+    "PEFT": "PEFT's preprocess_corda",
+    "drop-in": "corda_lora.peft.preprocess_corda: the same covariance, decomposed exactly",
+    "corda init": "the covariance without PEFT's weights per sample",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--context", required=True)
+    parser.add_argument("--unseen", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--r", type=int, default=32)
+    options = parser.parse_args()
+    source = ModelConfig(options.model)
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    targets = find_targets(model, "all-linear")
+
+    def batches(path: str, tokens: int) -> list[dict[str, Tensor]]:
+        return context_batches(tokenizer, load_samples(DataConfig(path, samples=options.samples)), 512, tokens)[0]
+
+    unseen = {}
+    for _, groups in walk(model, targets, batches(options.unseen, 4096), torch.device("cpu")):
+        for names, (C,) in groups or []:
+            unseen |= dict.fromkeys(names, C.clone())
+    found = {}
+    for method in METHODS:
+        shown = batches(options.context, 1 if method == "PEFT" else 4096)
+        factors = factors_of(method, model, targets, shown, options.r)
+        found[method] = {name: numbers(A, B, unseen[name]) for name, (A, B) in factors.items()}
+        print(method, flush=True)
+    write(options.output, found, options)
+
+
+def factors_of(
+    method: str, model: nn.Module, targets: dict[str, nn.Module], shown: list[dict[str, Tensor]], r: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, n) and B (m, r) of each layer."""
+    if method == "corda init":
+        start = preprocess(model, CordaConfig(mode="kpm", split="paper", r=r), shown)
+        return {name: (layer.A, layer.B) for name, layer in start.layers.items()}
+    run = original.preprocess_corda if method == "PEFT" else preprocess_corda
+    config = LoraConfig(
+        r=r, target_modules=list(targets), init_lora_weights="corda", corda_config=PeftCordaConfig(corda_method="kpm")
+    )
+
+    def run_model() -> None:
+        for batch in shown:
+            model(**batch, use_cache=False)
+
+    run(model, config, run_model)
+    found = {}
+    for name, module in targets.items():
+        e, root = module.eigens, module.eigens.S_WC.sqrt()
+        found[name] = ((e.V_WC * root).T.clone(), e.U_WC * root)  # as PEFT's `corda_init`
+        del module.eigens
+    return found
+
+
+def numbers(A: Tensor, B: Tensor, C: Tensor) -> dict[str, float]:
+    A, C = A.double(), C.double()  # (r, n), (n, n)
+    lengths = A.norm(dim=1)  # (r,)
+    leak = ((A @ C) * A).sum(1) / lengths.square().clamp(min=1e-300)
+    beside = lengths / B.double().norm(dim=0).clamp(min=1e-300)
+    return {
+        "leak": float(leak.mean() / C.diagonal().mean()),
+        "length": float(lengths.median()),
+        "beside B": float(beside.median()),
+    }
+
+
+def write(output: Path, found: dict[str, dict[str, dict[str, float]]], options: Any) -> None:
+    kinds = defaultdict(list)
+    for name in found["PEFT"]:
+        kinds[name.rpartition(".")[2]].append(name)
+    kinds["all"] = list(found["PEFT"])
+    lines = []
+    for title, what in (
+        ("Leak", "leak"),
+        ("Length of A's rows", "length"),
+        ("The same, beside B's columns", "beside B"),
+    ):
+        lines += [
+            f"\n## {title}\n",
+            "| layers | " + " | ".join(f"{m}: lowest | median | highest" for m in METHODS) + " |",
+        ]
+        lines += ["|---" + "|---:" * 3 * len(METHODS) + "|"]
+        for kind, names in kinds.items():
+            cells = [sorted(found[method][name][what] for name in names) for method in METHODS]
+            text = " | ".join(f"{v[0]:.2g} | {statistics.median(v):.2g} | {v[-1]:.2g}" for v in cells)
+            lines.append(f"| {kind} | {text} |")
+    text = f"# {output.stem}\n\n`python benchmarks/leak_vs_peft.py --model MODEL --context CONTEXT --unseen UNSEEN "
+    text += f"--output NAME --samples {options.samples} --r {options.r}`\n\n{machine()}; commit {commit()}\n\n"
+    text += "\n".join(f"- **{name}**: {what}" for name, what in METHODS.items()) + "\n" + "\n".join(lines) + "\n"
+    output.with_suffix(".md").write_text(text)
+    output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
