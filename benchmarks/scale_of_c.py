@@ -1,0 +1,116 @@
+"""What of PEFT's covariance costs drift in kpm? It decides how long A is in each layer, and little else (see
+`leak_vs_peft.py`). Starts with the same function, trained as `corda demo` trains, at two learning rates each:
+
+    python benchmarks/scale_of_c.py --model MODEL --data FOLDER --output NAME
+
+- *paper*: of `corda init`; *a third*: its A a third as long in every layer, its B three times as long;
+- *PEFT's scale*: A and B as PEFT's covariance has them (by the drop-in);
+- *PEFT's scale, cut*: the same, but where A's rows are longer than twice the median of all layers they are cut to that.
+
+FOLDER: of `write_demo_data.py`. Compare the drifts of rows with about the same task loss.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import commit, machine
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
+
+from corda_lora.adapter import install
+from corda_lora.config import CordaConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from corda_lora.context import context_batches, load_samples
+from corda_lora.evaluation import evaluate
+from corda_lora.layer import LayerStart
+from corda_lora.models import load_model, load_tokenizer
+from corda_lora.peft import preprocess_corda
+from corda_lora.preprocess import Start, preprocess
+from corda_lora.targets import find_targets
+from corda_lora.training import train
+
+RATES = {
+    "PEFT's scale": [1e-4, 2e-4],
+    "PEFT's scale, cut": [1e-4, 2e-4],
+    "paper": [5e-5, 1e-4],
+    "paper, a third": [1e-4, 2e-4],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    source, data = ModelConfig(options.model), options.data
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    batches, _ = context_batches(tokenizer, load_samples(DataConfig(str(data / "knowledge_context.jsonl"))), 512)
+    start = preprocess(model, CordaConfig(mode="kpm", split="paper", r=16), batches)
+    starts = {"paper": start.layers, "PEFT's scale": by_drop_in(model, start, batches)}
+    lengths = [length(layer) for layer in starts["PEFT's scale"].values()]
+    print("length of A at PEFT's scale, a layer:", *(f"{x:.0f}" for x in sorted(lengths)))
+    median = statistics.median(lengths)
+    starts["paper, a third"] = {name: longer(layer, 1 / 3) for name, layer in start.layers.items()}
+    starts["PEFT's scale, cut"] = {
+        name: longer(layer, min(1, 2 * median / length(layer))) for name, layer in starts["PEFT's scale"].items()
+    }
+    learn, keep = "problems_test.jsonl", "knowledge_test.jsonl"
+    measured = EvalConfig(
+        learn=[DataConfig(str(data / learn), samples=64)], keep=[DataConfig(str(data / keep), samples=256)]
+    )
+    samples = load_samples(DataConfig(str(data / "problems_train.jsonl")))
+    rows = []
+    for name, rates in RATES.items():
+        for rate in rates:
+            torch.manual_seed(0)
+            tuned = install(model, replace(start, layers=starts[name]))
+            recipe = TrainConfig(learning_rate=rate, max_steps=45, batch_size=8, checkpoints=0)
+            train(tuned, tokenizer, samples, recipe)
+            results = evaluate(tuned, tokenizer, measured)
+            loss = next(iter(results["learn"].values()))["tuned"]["loss"]
+            drift = next(iter(results["keep"].values()))["tuned"]["drift"]
+            rows.append({"start": name, "learning_rate": rate, "loss": loss, "drift": drift})
+            print(rows[-1], flush=True)
+            model = tuned.unload()
+    lines = [f"| {r['start']} | {r['learning_rate']:.0e} | {r['loss']:.4f} | {r['drift']:.4f} |" for r in rows]
+    text = f"# {options.output.stem}\n\n`python benchmarks/scale_of_c.py --model MODEL --data FOLDER --output NAME`\n\n"
+    text += f"{machine()}; commit {commit()}; one seed\n\n| start | learning rate | task loss | drift on facts |\n"
+    text += "|---|---:|---:|---:|\n" + "\n".join(lines) + "\n"
+    options.output.with_suffix(".md").write_text(text)
+    options.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def length(layer: LayerStart) -> float:
+    """Of A's rows (their median)."""
+    return float(layer.A.norm(dim=1).median())
+
+
+def longer(layer: LayerStart, factor: float) -> LayerStart:
+    return replace(layer, A=layer.A * factor, B=layer.B / factor)
+
+
+def by_drop_in(model: Any, start: Start, batches: list[Any]) -> dict[str, LayerStart]:
+    targets = find_targets(model, "all-linear")
+    settings = PeftCordaConfig(corda_method="kpm")
+    config = LoraConfig(r=16, target_modules=list(targets), init_lora_weights="corda", corda_config=settings)
+
+    def run_model() -> None:
+        for batch in batches:
+            model(**batch, use_cache=False)
+
+    preprocess_corda(model, config, run_model)
+    layers = {}
+    for name, module in targets.items():
+        e, root = module.eigens, module.eigens.S_WC.sqrt()
+        layers[name] = replace(start.layers[name], A=(e.V_WC * root).T.contiguous(), B=e.U_WC * root)
+        del module.eigens
+    return layers
+
+
+if __name__ == "__main__":
+    main()
