@@ -127,8 +127,9 @@ def train(
 def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
     """The model's blocks, compiled for the time being: one graph serves them all, where one of the whole model would
     take minutes to make."""
-    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
-    for block in blocks if wanted else ():
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)] if wanted else []
+    blocks = [block for children in lists for block in children]
+    for block in blocks:
         block.compile(dynamic=True)
     try:
         yield
