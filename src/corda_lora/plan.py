@@ -361,7 +361,7 @@ def init_plan(
             seen = name in sums
             here = held + (ahead if park == "device" else sums.get(name, 0))
             costs = [
-                ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, coarse=seen and vectors))
+                ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, seen and vectors, on_cpu))
                 for layer in members
             ]
             if seen and (rounds > 1 or config.allocates):
@@ -455,30 +455,33 @@ def _oriented(m: int, n: int, by: bool) -> int:
     return 2 * m * n + by * (m + n) * min(n, COLUMNS)
 
 
-def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, coarse: bool) -> tuple[dict[str, int], int]:
+def _decomposition(
+    layer: Layer, k: int, seen: bool, config: CordaConfig, coarse: bool, on_cpu: bool
+) -> tuple[dict[str, int], int]:
     """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers they hold at once; `coarse`: the first
     `eigh` was part of the selection."""
     _, m, n, _ = layer
     R, W, rows = min(m, n), m * n, k * n
     by = seen and config.orientation == "covariance"
-    # Beside the oriented M, (R, n): of a tall W = Q Lᵀ (all but svd) W itself and the triangle, which is oriented.
-    tall = m > n and config.solver != "svd"
+    iterated = not keeps_all(config) and iterates(R, k, config.solver)
+    # Beside the oriented M, (R, n): of a tall W = Q Lᵀ (but for svd, and the head on a GPU) W itself and the triangle,
+    # which is oriented.
+    tall = m > n and config.solver != "svd" and (on_cpu or config.mode == "kpm" or not iterated)
     M, beside = (n * n, W + n * n) if tall else (W, W)
     work = Counter(double=2 * M * n * by + 2 * tall * W * n + 2 * k * (W + n * n * seen), single=2 * W * n * seen)
     numbers = _oriented(R if tall else m, n, by) + beside - M
     if config.solver == "svd":
         work["eigen"] += SVD * R**3
         numbers = max(numbers, 4 * W + 2 * R * R)
-    elif keeps_all(config) or not iterates(
-        R, k, config.solver
-    ):  # two Gram matrices, and the rows not resolved; U, and for `eigh` three more of its size
+    elif not iterated:  # two Gram matrices, and the rows not resolved; U, and for `eigh` three more of its size
         work.update(eigen=(GRAM - EIGH * coarse) * R**3, double=5 * R * M + 2 * tall * W * n)
         numbers = max(numbers, beside + 2 * M + 4 * R * R, tall * (2 * W + 2 * n * n))
     else:  # what `_inverse_factor` holds, or the iteration: H and some b vectors
         b = block_width(R, k)
         products = 3 * R * M + 2 * R**3 if config.mode == "kpm" else 0
         work.update(double=2 * (products + R * M + 30 * R * R * b), eigen=4 * GRAM * b**3)
-        numbers = max(numbers, beside + M + (M + 5 * R * R if config.mode == "kpm" else R * R + 4 * b * (R + n)))
+        inverse, iteration = M + (2 if on_cpu else 5) * R * R, R * R + 4 * b * (R + M // R)
+        numbers = max(numbers, beside + M + (inverse if config.mode == "kpm" else iteration))
     # U, beside W in another dtype and its products, or C.
     return work, max(numbers, m * R + max(W + rows, (n * n + 3 * rows) * seen, (3 * W // 2 + rows) * seen))
 
