@@ -1,11 +1,12 @@
 """What of PEFT's covariance costs drift in kpm? It decides how long A is in each layer, and little else (see
 `leak_vs_peft.py`). Starts with the same function, trained as `corda demo` trains, at two learning rates each:
 
-    python benchmarks/scale_of_c.py --model MODEL --data FOLDER --output NAME
+    python benchmarks/scale_of_c.py --model MODEL --data FOLDER --output NAME [--starts START ...]
 
 - *paper*: of `corda init`; *a third*: its A a third as long in every layer, its B three times as long;
 - *PEFT's scale*: A and B as PEFT's covariance has them (by the drop-in);
-- *PEFT's scale, cut*: the same, but where A's rows are longer than twice the median of all layers they are cut to that.
+- *PEFT's scale, cut*: the same, but where A's rows are longer than twice the median of all layers they are cut to that;
+- *even*: every row of A as long as that median, in every layer.
 
 FOLDER: of `write_demo_data.py`. Compare the drifts of rows with about the same task loss.
 """
@@ -38,6 +39,7 @@ RATES = {
     "PEFT's scale, cut": [1e-4, 2e-4],
     "paper": [5e-5, 1e-4],
     "paper, a third": [1e-4, 2e-4],
+    "even": [1e-4, 2e-4],
 }
 
 
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--starts", nargs="+", choices=list(RATES), default=list(RATES))
     options = parser.parse_args()
     source, data = ModelConfig(options.model), options.data
     model, tokenizer = load_model(source), load_tokenizer(source)
@@ -59,14 +62,15 @@ def main() -> None:
     starts["PEFT's scale, cut"] = {
         name: longer(layer, min(1, 2 * median / length(layer))) for name, layer in starts["PEFT's scale"].items()
     }
+    starts["even"] = {name: longer(layer, median / layer.A.norm(dim=1)) for name, layer in start.layers.items()}
     learn, keep = "problems_test.jsonl", "knowledge_test.jsonl"
     measured = EvalConfig(
         learn=[DataConfig(str(data / learn), samples=64)], keep=[DataConfig(str(data / keep), samples=256)]
     )
     samples = load_samples(DataConfig(str(data / "problems_train.jsonl")))
     rows = []
-    for name, rates in RATES.items():
-        for rate in rates:
+    for name in options.starts:
+        for rate in RATES[name]:
             torch.manual_seed(0)
             tuned = install(model, replace(start, layers=starts[name]))
             recipe = TrainConfig(learning_rate=rate, max_steps=45, batch_size=8, checkpoints=0)
@@ -78,7 +82,8 @@ def main() -> None:
             print(rows[-1], flush=True)
             model = tuned.unload()
     lines = [f"| {r['start']} | {r['learning_rate']:.0e} | {r['loss']:.4f} | {r['drift']:.4f} |" for r in rows]
-    text = f"# {options.output.stem}\n\n`python benchmarks/scale_of_c.py --model MODEL --data FOLDER --output NAME`\n\n"
+    text = f"# {options.output.stem}\n\n`python benchmarks/scale_of_c.py --model MODEL --data FOLDER --output NAME "
+    text += f"--starts {' '.join(map(repr, options.starts))}`\n\n"
     text += f"{machine()}; commit {commit()}; one seed\n\n| start | learning rate | task loss | drift on facts |\n"
     text += "|---|---:|---:|---:|\n" + "\n".join(lines) + "\n"
     options.output.with_suffix(".md").write_text(text)
@@ -90,8 +95,10 @@ def length(layer: LayerStart) -> float:
     return float(layer.A.norm(dim=1).median())
 
 
-def longer(layer: LayerStart, factor: float) -> LayerStart:
-    return replace(layer, A=layer.A * factor, B=layer.B / factor)
+def longer(layer: LayerStart, factor: Any) -> LayerStart:
+    """Each row of A by a factor, one or (r,)."""
+    factor = torch.as_tensor(factor)
+    return replace(layer, A=layer.A * factor[..., None], B=layer.B / factor)
 
 
 def by_drop_in(model: Any, start: Start, batches: list[Any]) -> dict[str, LayerStart]:
