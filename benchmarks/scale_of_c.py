@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from leak_vs_peft import factors_of
 from machine import commit, machine
-from peft import LoraConfig
-from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 
 from corda_lora.adapter import install
 from corda_lora.config import CordaConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
@@ -29,8 +28,7 @@ from corda_lora.context import context_batches, load_samples
 from corda_lora.evaluation import evaluate
 from corda_lora.layer import LayerStart
 from corda_lora.models import load_model, load_tokenizer
-from corda_lora.peft import preprocess_corda
-from corda_lora.preprocess import Start, preprocess
+from corda_lora.preprocess import preprocess
 from corda_lora.targets import find_targets
 from corda_lora.training import train
 
@@ -54,7 +52,9 @@ def main() -> None:
     model, tokenizer = load_model(source), load_tokenizer(source)
     batches, _ = context_batches(tokenizer, load_samples(DataConfig(str(data / "knowledge_context.jsonl"))), 512)
     start = preprocess(model, CordaConfig(mode="kpm", split="paper", r=16), batches)
-    starts = {"paper": start.layers, "PEFT's scale": by_drop_in(model, start, batches)}
+    found = factors_of("drop-in", model, find_targets(model, "all-linear"), batches, 16)
+    scaled = {name: replace(start.layers[name], A=A, B=B) for name, (A, B) in found.items()}
+    starts = {"paper": start.layers, "PEFT's scale": scaled}
     lengths = [length(layer) for layer in starts["PEFT's scale"].values()]
     print("length of A at PEFT's scale, a layer:", *(f"{x:.0f}" for x in sorted(lengths)))
     median = statistics.median(lengths)
@@ -99,24 +99,6 @@ def longer(layer: LayerStart, factor: Any) -> LayerStart:
     """Each row of A by a factor, one or (r,)."""
     factor = torch.as_tensor(factor)
     return replace(layer, A=layer.A * factor[..., None], B=layer.B / factor)
-
-
-def by_drop_in(model: Any, start: Start, batches: list[Any]) -> dict[str, LayerStart]:
-    targets = find_targets(model, "all-linear")
-    settings = PeftCordaConfig(corda_method="kpm")
-    config = LoraConfig(r=16, target_modules=list(targets), init_lora_weights="corda", corda_config=settings)
-
-    def run_model() -> None:
-        for batch in batches:
-            model(**batch, use_cache=False)
-
-    preprocess_corda(model, config, run_model)
-    layers = {}
-    for name, module in targets.items():
-        e, root = module.eigens, module.eigens.S_WC.sqrt()
-        layers[name] = replace(start.layers[name], A=(e.V_WC * root).T.contiguous(), B=e.U_WC * root)
-        del module.eigens
-    return layers
 
 
 if __name__ == "__main__":

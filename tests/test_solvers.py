@@ -53,6 +53,17 @@ def test_head_of_a_tall_weight_without_its_triangle(kind, monkeypatch):
     check_against_svd("tall", kind, "ipm")
 
 
+@pytest.mark.parametrize("kind", ["flat", "power", "steep", "massive"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tail_by_cholesky_factors(shape, kind, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(solvers, "factors_slowly", lambda device: True)
+    products = []
+    monkeypatch.setattr(solvers, "_lower_product", lambda *x: products.append(x) or torch.mm(*x))
+    check_against_svd(shape, kind, "kpm")
+    assert products
+
+
 def check_against_svd(shape, kind, mode):
     torch.manual_seed(0)
     m, n = SHAPES[shape]

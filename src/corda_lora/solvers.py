@@ -197,7 +197,7 @@ def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tenso
 
 
 def factors_slowly(device: torch.device) -> bool:
-    """Whether more products with all of a tall W are cheaper than to find its triangle: not on a CPU."""
+    """Whether more products cost less than a factorization (the triangle of a tall W, QR): not on a CPU."""
     return device.type == "cuda"
 
 
@@ -209,7 +209,7 @@ def _inverse_factor(M: Tensor) -> Tensor | None:
     triangles find it: the Cholesky factor of M Mᵀ, shifted so that it exists, takes most of the conditioning away, and
     that of what is left the rest (shifted CholeskyQR, Fukaya et al., SIAM J. Sci. Comput. 42, 2020).
     """
-    if not M.is_cuda:
+    if not factors_slowly(M.device):
         L = torch.linalg.qr(M.T, mode="r").R.T
         return _lower_inverse(L) if L.diagonal().all() else None
     G = add_gram(None, M.T)
