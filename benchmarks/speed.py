@@ -15,20 +15,16 @@ must be moved: weights, activations and covariances, once each, at the rate of a
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import peft.tuners.lora.corda as original
-import psutil
 import torch
-from machine import commit, machine
+from machine import head, setup_of
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 from torch import Tensor, nn
@@ -155,21 +151,45 @@ def clear(model: nn.Module) -> None:
 
 def limit(model: nn.Module, tokens: int, singles: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
     """Operations of the work's products, and seconds that they take at the rate of large ones."""
-    targets = find_targets(model, NAMES)
-    shapes = [weight_shape(module) for module in targets.values()]
-    shared = [
-        weight_shape(m)[1] for n, m in targets.items() if n.rpartition(".")[2] not in ("k_proj", "v_proj", "up_proj")
-    ]
+    work, on_gpu = operations(model, tokens, singles), device.type == "cuda"
+    low, double = work["forward"] + work["covariances"], work["decomposition"]
+    shapes, shared = shapes_of(model)
+    dtype = next(model.parameters()).dtype
+    moved = (sum(m * n for m, n in shapes) + sum(shared) * tokens) * dtype.itemsize + 4 * sum(n * n for n in shared)
+    found = {"operations": low, "operations_float64": double, "bytes": moved}
+    found |= rates(dtype, device) | {"bandwidth": bandwidth(2**31 if on_gpu else 2**29, device)}
+    seconds = low / found["rate"] + double / found["rate_float64"]
+    return found | {"seconds": seconds, "seconds_moving": moved / found["bandwidth"]}
+
+
+def operations(model: nn.Module, tokens: int, singles: list[dict[str, Tensor]]) -> dict[str, int]:
+    """Of the products of each stage: forward and covariances in the model's dtype, decomposition in float64."""
+    shapes, shared = shapes_of(model)
     width, depth = model.config.hidden_size, model.config.num_hidden_layers
     pairs = sum(batch["input_ids"].shape[1] ** 2 for batch in singles)
-    low = 2 * sum(m * n for m, n in shapes) * tokens + 2 * depth * width * pairs + sum(n * n for n in shared) * tokens
-    double = sum(2 * min(m, n) * n * n + min(m, n) ** 2 * n + (m * n * n if m > n else 0) for m, n in shapes)
-    on_gpu, dtype = device.type == "cuda", next(model.parameters()).dtype
-    moved = (sum(m * n for m, n in shapes) + sum(shared) * tokens) * dtype.itemsize + 4 * sum(n * n for n in shared)
-    rates = rate(8192 if on_gpu else 2048, dtype, device), rate(4096 if on_gpu else 1024, torch.float64, device)
-    found = {"operations": low, "operations_float64": double, "bytes": moved}
-    found |= {"rate": rates[0], "rate_float64": rates[1], "bandwidth": bandwidth(2**31 if on_gpu else 2**29, device)}
-    return found | {"seconds": low / rates[0] + double / rates[1], "seconds_moving": moved / found["bandwidth"]}
+    return {
+        "forward": 2 * sum(m * n for m, n in shapes) * tokens + 2 * depth * width * pairs,
+        "covariances": sum(n * n for n in shared) * tokens,
+        "decomposition": sum(
+            2 * min(m, n) * n * n + min(m, n) ** 2 * n + (m * n * n if m > n else 0) for m, n in shapes
+        ),
+    }
+
+
+def shapes_of(model: nn.Module) -> tuple[list[tuple[int, int]], list[int]]:
+    """(m, n) of every layer, and n of every covariance."""
+    targets = find_targets(model, NAMES)
+    leaders = [m for n, m in targets.items() if n.rpartition(".")[2] not in ("k_proj", "v_proj", "up_proj")]
+    return [weight_shape(module) for module in targets.values()], [weight_shape(module)[1] for module in leaders]
+
+
+def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """FLOP/s of large products in a dtype and in float64."""
+    on_gpu = device.type == "cuda"
+    return {
+        "rate": rate(8192 if on_gpu else 2048, dtype, device),
+        "rate_float64": rate(4096 if on_gpu else 1024, torch.float64, device),
+    }
 
 
 def bandwidth(size: int, device: torch.device) -> float:
@@ -218,20 +238,7 @@ def peak(device: torch.device, begin: bool = False) -> int:
 
 def write(options: argparse.Namespace, rows: dict[str, Any], names: list[str]) -> None:
     """NAME.json and NAME.md."""
-    chosen = {k: v for k, v in vars(options).items() if k not in ("model", "context", "output")}
-    command = "python benchmarks/speed.py --model MODEL --context CONTEXT " + " ".join(
-        f"--{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in chosen.items()
-    )
-    config = json.loads((Path(options.model) / "config.json").read_text())
-    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "dtype")
-    memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
-    setup = {
-        "command": command,
-        "commit": commit(),
-        "machine": f"{machine()}; {platform.machine()}, {os.cpu_count()} CPU cores, {memory}",
-        "versions": {p: version(p) for p in ("torch", "transformers", "peft")},
-        "model": {k: config[k] for k in keys if k in config},
-    }
+    setup = setup_of("speed.py", options)
     limit = rows["limit"]
     lines = [f"{rows['tokens']} tokens, {options.samples} samples, r = {options.r}", ""]
     lines += [
@@ -253,12 +260,9 @@ def write(options: argparse.Namespace, rows: dict[str, Any], names: list[str]) -
         f"{limit['rate_float64'] / 1e12:.3g} TFLOP/s; {limit['seconds_moving']:.3f} s for "
         f"{limit['bytes'] / 1e9:.3g} GB at {limit['bandwidth'] / 1e9:.0f} GB/s"
     )
-    head = f"# {options.output.stem}\n\n`{command}`\n\n{setup['machine']}; "
-    head += ", ".join(f"{p} {v}" for p, v in setup["versions"].items()) + f"; commit {setup['commit']}\n\n"
-    head += "Model: " + ", ".join(f"{k} {v}" for k, v in setup["model"].items()) + "\n\n"
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.with_suffix(".json").write_text(json.dumps({**setup, "rows": rows}, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
+    options.output.with_suffix(".md").write_text(head(options, setup) + "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
