@@ -113,10 +113,14 @@ def forward(model: PreTrainedModel, batches: Batches) -> None:
 
 def covariances(model: PreTrainedModel, batches: Batches) -> None:
     """The drop-in without its decomposition."""
-    layers, device = find_targets(model, NAMES), model.device
+
+    def forget(names: Sequence[str], C: Tensor, samples: int) -> None:
+        pass
+
     with float32_products("highest"):
-        for groups, _ in peft.collect(model, layers, lambda: [model(**batch) for batch in batches], device):
-            groups.clear()
+        peft.collect(
+            model, find_targets(model, NAMES), lambda: [model(**batch) for batch in batches], model.device, forget
+        )
 
 
 def preprocess(model: PreTrainedModel, batches: Batches, mode: str, r: int) -> None:
@@ -172,8 +176,6 @@ def steps(batch_tokens: int, device: torch.device) -> Iterator[tuple[str, int, A
         in_torch = patch.object(covariance, "add_gram", a_product_a_sample)
         yield "a product a sample, both triangles", batch_tokens, in_torch
         yield "float32 products, no kernel", batch_tokens, patch.object(covariance, "_kernel", lambda: None)
-        for threads in (0, 1, 3):  # 0: no layer is decomposed while something else is computed
-            yield f"{threads} threads that decompose", batch_tokens, patch.object(peft, "THREADS", threads)
 
 
 def a_product_a_sample(total: Any, x: Tensor, lengths: Sequence[int], scales: Tensor) -> Tensor:

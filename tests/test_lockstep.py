@@ -12,7 +12,7 @@ import transformers
 
 from corda_lora import CordaConfig, CordaError, preprocess
 from corda_lora.collect import Collector
-from corda_lora.lockstep import find_blocks, lockstep, on_device, parking, side_by_side, tensors_of
+from corda_lora.lockstep import find_blocks, lockstep, on_device, parking, tensors_of
 from corda_lora.preprocess import walk
 from corda_lora.targets import find_targets
 
@@ -276,30 +276,6 @@ def test_the_host_waits_for_nothing_inside_a_block(place, per_sample, monkeypatc
     collector = Collector(model, targets, batches, per_sample=per_sample)
     found = list(walk(model, targets, batches, torch.device("cuda", 0), collector=collector, park=parking(place)))
     assert all(torch.isfinite(C).all() for _, groups in found for _, Cs in groups for C in Cs)
-
-
-@pytest.mark.parametrize("threads", [0, pytest.param(1, marks=GPU), pytest.param(3, marks=GPU)])
-def test_tasks_side_by_side_see_what_was_computed_before_them_and_pass_their_errors_on(threads):
-    device = torch.device("cuda" if threads else "cpu")
-    size = 2048 if threads else 64
-
-    def trace(x):
-        if len(x) < size:
-            raise ArithmeticError("too small")
-        return torch.linalg.eigvalsh(x @ x.T).sum()
-
-    with side_by_side(device, threads) as submit:
-        found, expected = [], []
-        for i in range(6):
-            x = torch.zeros(size, size, dtype=torch.float64, device=device)
-            for _ in range(10):
-                x = (x + torch.eye(size, device=device) * (i + 1)).clone()
-            found.append(submit(trace, x))
-            del x  # the task holds it
-            expected.append(100.0 * (i + 1) ** 2 * size)
-        assert [float(wait()) for wait in found] == pytest.approx(expected)
-        with pytest.raises(ArithmeticError, match="too small"):
-            submit(trace, torch.ones(2, 2, device=device))()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -15,7 +15,6 @@ waits for it before it uses what came or frees what went.
 
 import itertools
 import tempfile
-import threading
 import weakref
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -191,46 +190,6 @@ def beside(device: torch.device) -> Iterator[Wait]:
     with torch.cuda.stream(copying):
         yield lambda: computing.wait_event(done)
         done.record(copying)
-
-
-@contextmanager
-def side_by_side(device: torch.device, threads: int) -> Iterator[Callable[..., Callable[[], Any]]]:
-    """Yield `submit(task, *args)`, which has tasks run by so many threads, each with a CUDA stream of its own, beside
-    one another and beside what the caller's stream is given from then on. It returns a function that waits for the task
-    and gives its result, or raises its error. A task begins after what the caller's stream has been given before, and
-    ends when the device is done with it: its results may be used by any stream. Without threads tasks are run at once.
-    """
-    if not threads:
-
-        def at_once(task: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-            result = task(*args)
-            return lambda: result
-
-        yield at_once
-        return
-    torch.linalg.inv(torch.eye(1, device=device))  # loads PyTorch's linear algebra, which threads cannot do together
-    own = threading.local()
-
-    def begin() -> None:
-        own.stream = torch.cuda.Stream(device, priority=-1)  # its many small steps go before the few large ones
-
-    def run(given: torch.cuda.Event, task: Callable[..., Any], *args: Any) -> Any:
-        with torch.no_grad(), torch.cuda.stream(own.stream):
-            own.stream.wait_event(given)
-            try:
-                return task(*args)
-            finally:
-                own.stream.synchronize()
-
-    def submit(task: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-        given = torch.cuda.current_stream(device).record_event()
-        return pool.submit(run, given, task, *args).result
-
-    with ThreadPoolExecutor(threads, initializer=begin) as pool:
-        try:
-            yield submit
-        finally:  # nothing is left to do, or an error ends the whole
-            pool.shutdown(cancel_futures=True)
 
 
 def parking(where: str, folder: Path | None = None) -> Parking | None:

@@ -36,14 +36,13 @@ from .collect import Collector
 from .config import CordaConfig, CordaError
 from .covariance import float32_products
 from .decomposition import orient
-from .lockstep import DifferentPathsError, find_blocks, parking, side_by_side
+from .lockstep import DifferentPathsError, find_blocks, parking
 from .preprocess import compute_device, double_device, walk
 from .progress import progress_bar, track
 from .solvers import chosen_components, say_fallback, warn_of_fallbacks
 from .targets import weight_of, weight_shape
 
 PARTS = ("S_WC", "U_WC", "V_WC")  # of PEFT's CordaEigens
-THREADS = 2  # that decompose layers, where the model is on a GPU
 
 
 @torch.no_grad()
@@ -136,22 +135,7 @@ def preprocess_corda(
         else:
             hooked.eval()
             layers = {name: module for name, module in target_modules(hooked, config) if name in targets}
-            threads = THREADS if device.type == "cuda" and not _visits(hooked, device) else 0
-            decomposed: list[Callable[[], None]] = []  # of one block, while the next one's covariances are collected
-            with (
-                side_by_side(device, threads) as submit,
-                progress_bar("Collecting eigens", len(layers), options.verbose) as advance,
-            ):
-                for groups, samples in collect(hooked, layers, run_model, device):
-                    while decomposed:
-                        decomposed.pop()()
-                    while groups:  # popped: one that is done is not held any longer; the largest, as a rule, first
-                        names, Cs = groups.pop()
-                        decomposed += [submit(decompose, names, C, samples[names[0]]) for C in Cs]
-                        del Cs
-                        advance(len(names))
-                while decomposed:
-                    decomposed.pop()()
+            collect(hooked, layers, run_model, device, decompose, options.verbose)
     warn_of_fallbacks(fallbacks)
     if unseen := [name for name in targets if name not in fields]:
         raise CordaError(f"{unseen[0]} ({len(unseen)} of {len(targets)} target layers) was not run by run_model")
@@ -213,16 +197,19 @@ class _Output:
 
 
 def collect(
-    model: nn.Module, layers: Mapping[str, nn.Module], run_model: Callable[[], Any], device: torch.device
-) -> Iterator[tuple[list[tuple[list[str], list[Tensor]]], dict[str, int]]]:
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    run_model: Callable[[], Any],
+    device: torch.device,
+    done: Callable[[Sequence[str], Tensor, int], None],
+    verbose: bool = False,
+) -> None:
     """Covariances as PEFT normalizes them, of the layers' inputs in all calls of the model that `run_model` makes.
-
-    Yields, for each block that all calls have gone through, or for the whole model at the end, the groups of layers
-    that share their inputs, with their covariance [C (n, n)] (none if they were not run), in a list for the caller to
-    pop them from; and of how many samples a layer's is the mean.
 
     Args:
         device: where blocks are run, if the calls can wait.
+        done: called with layers that share their inputs, C (n, n), and the number of samples it is the mean over, when
+            all calls have gone through the layers' block.
     """
     forward = model.forward
     signature = inspect.signature(forward)
@@ -254,25 +241,30 @@ def collect(
     with at_once.listening(), _forward_replaced(model, record):
         run_model()
 
+    def hand_over(collector: Collector, groups: list[tuple[list[str], list[Tensor]]]) -> None:
+        while groups:  # popped: one that is done is not held any longer
+            names, Cs = groups.pop(0)
+            for C in Cs:  # one; none for a layer that was not run
+                done(names, C, collector.counts[names[0]])
+                for _ in names:
+                    advance()
+
     calls = list(waiting.values())
-    if calls and not at_once.covariances:
-        collector = Collector(model, layers, calls, per_sample=True)
-        try:
-            park = parking("cpu" if _visits(model, device) else "device")
-            for _, groups in walk(model, layers, calls, device, collector=collector, park=park):
-                yield groups or [], collector.counts
-            return
-        except DifferentPathsError:  # some calls run other blocks than others (with an image, and without)
-            pass
-    with at_once.listening():
-        for call in calls:
-            run(call, **call)
-    yield at_once.take(list(layers)), at_once.counts
-
-
-def _visits(model: nn.Module, device: torch.device) -> bool:
-    """Whether blocks are moved to the device to be run: then there is little room on it."""
-    return device.type == "cuda" and next(model.parameters()).device != device
+    with progress_bar("Collecting eigens", len(layers), verbose) as advance:
+        if calls and not at_once.covariances:
+            collector = Collector(model, layers, calls, per_sample=True)
+            try:
+                visiting = device.type == "cuda" and next(model.parameters()).device != device  # there is little room
+                park = parking("cpu" if visiting else "device")
+                for _, groups in walk(model, layers, calls, device, collector=collector, park=park):
+                    hand_over(collector, groups or [])
+                return
+            except DifferentPathsError:  # some calls run other blocks than others (with an image, and without)
+                pass
+        with at_once.listening():
+            for call in calls:
+                run(call, **call)
+        hand_over(at_once, at_once.take(list(layers)))
 
 
 def _can_pause(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
