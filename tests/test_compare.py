@@ -109,8 +109,9 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
         assert results("broken")[name].stat().st_mtime_ns == at, "a finished run was run again"
     assert f"[{len(written) + 1}/8" in text
     assert len(results("broken")) == 8  # two rates and two seeds of each
-    compare(file, "--output", "whole", "--jobs", 2)
+    text = compare(file, "--output", "whole", "--jobs", 2)
     assert numbers("whole") == numbers("broken")
+    assert text.index("lora, 0.0") < text.index("corda-kpm-anchored, preparing"), "prepared long before it was needed"
 
     restored = [sys.executable, RECIPES.parent / "restore_runs.py", "broken/comparison.json", "restored"]
     subprocess.run(restored, check=True)

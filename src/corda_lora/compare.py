@@ -215,15 +215,17 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
 
 
 def _todo(config: CompareConfig, output: Path) -> list[Job]:
-    """What has no result yet. A method that could not prepare has no runs to do: its result is theirs; one whose runs
-    are all done need not prepare."""
+    """What has no result yet, a method's preparing before the first of its runs. A method that could not prepare has no
+    runs to do: its result is theirs; one whose runs are all done need not prepare."""
     missing = [job for job in _jobs(config, output) if _result(output, job) is None]
     unprepared = {
         name for name in config.entries if (_result(output, Job(name)) or {"status": "done"})["status"] != "done"
     }
-    runs = [job for job in missing if job.rate is not None and job.entry not in unprepared]
-    wanted = {"", *(job.entry for job in runs)}
-    return [job for job in missing if job.rate is None and job.entry in wanted] + runs
+    todo = dict.fromkeys(job for job in missing if not job.entry)
+    for run in missing:
+        if run.rate is not None and run.entry not in unprepared:
+            todo |= dict.fromkeys(job for job in (Job(run.entry), run) if job in missing)
+    return list(todo)
 
 
 def _jobs(config: CompareConfig, output: Path) -> list[Job]:
