@@ -95,7 +95,7 @@ def load_rows(config: DataConfig) -> Any:
             return datasets.load_dataset(BUILDERS[suffix], data_files=config.data, split=config.rows, **options)
         return datasets.load_dataset(config.data, config.name, split=config.rows)
     except Exception as error:  # `datasets` raises many kinds; all mean that this data cannot be had
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        reason = " ".join(str(error.__cause__ or error).strip().split("\n")[:2])  # the second: what there is instead
         raise CordaError(f"cannot load data {config.data!r} (rows {config.rows!r}): {reason}") from error
 
 
