@@ -41,8 +41,9 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 PEFT, OURS, VISITING = "PEFT", "corda_lora.peft", "corda_lora.peft, model on the CPU"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_work(description: str | None) -> argparse.ArgumentParser:
+    """Options for what is preprocessed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--context", required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -50,6 +51,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--max_length", type=int, default=2048)
     parser.add_argument("--batch_tokens", type=int, default=16384, help="of a batch of ours")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of_work(__doc__)
     parser.add_argument("--modes", nargs="+", default=["ipm", "kpm"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()

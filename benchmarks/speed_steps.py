@@ -15,14 +15,12 @@ All is printed, and the tables written to NAME.md, as they are found. Memory is 
 come from make_llama.py (--size 7b --layers 2 --context FILE --words 2060).
 """
 
-import argparse
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +28,7 @@ import torch
 from machine import head, setup_of
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
-from speed import NAMES, clear, operations, peak, rates, synchronize
+from speed import NAMES, clear, operations, parser_of_work, peak, rates, synchronize
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -51,14 +49,7 @@ SHOWN = 14  # of a profile
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--context", required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--r", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--batch_tokens", type=int, default=16384)
+    parser = parser_of_work(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=["stages", "profile", "steps"], default=["stages", "profile"])
     options = parser.parse_args()

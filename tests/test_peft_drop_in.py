@@ -493,6 +493,15 @@ def test_a_covariance_may_be_kept_in_half_precision(tmp_path):
     assert torch.equal(eigens.U_WC, model.model.layers[1].mlp.up_proj.eigens.U_WC)
 
 
+def test_a_covariance_in_half_precision_may_have_a_sum_beyond_its_range(tmp_path):
+    model, file = build("mlp").half(), tmp_path / "covariances.pt"
+    given = {name: torch.full((n, n), 1e4).half() for name, n in (("0", 24), ("2", 40))}
+    assert all(torch.isinf(C.sum()) for C in given.values())
+    torch.save(given, file)
+    preprocess_corda(model, config("mlp", covariance_file=str(file)))
+    assert torch.isfinite(model[0].eigens.S_WC).all()
+
+
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     def fails(tensors, file):
         Path(file).write_bytes(b"half")

@@ -104,7 +104,7 @@ def preprocess_corda(
     def decompose(names: Sequence[str], C: Tensor, samples: int | None = None) -> None:
         """Layers that share their inputs, with covariance C (n, n): the mean over so many samples."""
         here = C.to(double_device(device))
-        if not here.sum().isfinite():  # one pass; NaN and Inf stay what they are in a sum
+        if not bool(torch.isfinite(here).all()):
             raise CordaError(
                 f"Invalid value found in covariance of {names[0]}: every sample is divided by its largest number, "
                 "which must not be 0"
