@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -292,3 +293,19 @@ def test_the_recipes_are_right(path):
     options = parser.instantiate(parser.parse_args(["compare", "--config", str(path), "--output", "out"]))
     for entry in _take(CompareConfig, options.compare).entries.values():
         check_options(entry.method, entry.options)
+
+
+def test_a_process_serves_an_entrys_runs_with_blocks_compiled_once(checkpoint, folder, monkeypatch):
+    file = Path(recipe(checkpoint, {"lora": "[1.0e-3, 2.0e-3, 1.0e-2]"}, seeds=1))
+    file.write_text(file.read_text().replace("train: {", "train: {compile: true, "))
+    monkeypatch.setenv("TORCH_LOGS", "recompiles")
+    process, workers = start(file, "--output", "out"), set()
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            servers = psutil.Process(process.pid).children()
+            workers |= {worker.pid for server in servers for worker in server.children()}
+        time.sleep(0.02)
+    assert process.returncode == 0, process.stdout.read()
+    assert len(workers) == 2, "one for the base model, one for all runs of the entry"
+    logs = [Path(f"out/runs/lora/lr{rate}_s0/log.txt").read_text() for rate in (0.001, 0.002, 0.01)]
+    assert ["Recompiling" in log for log in logs] == [True, False, False]  # with and without gradient of the input

@@ -1,4 +1,4 @@
-"""Methods × learning rates × seeds on one model: each run in a process and a directory of its own.
+"""Methods × learning rates × seeds on one model: each run in a directory of its own, several processes at a time.
 
     OUTPUT/recipe.json                       what all runs share; another recipe is refused
     OUTPUT/base/                             the base model's numbers and outputs, computed once
@@ -9,8 +9,12 @@
 A run is done when its result.json is there, and is then never run again; one that was broken off is begun anew, and
 gives the same numbers. Every rate is run with the first seed; after that those where it counts with the others, too: an
 entry's best rate and the two beside it, and the two between which it reaches the best loss of the reference (LoRA).
+
+A process does runs of one entry, one after the other, so that imports and compiled blocks serve them all (compiling
+takes as long as training a small model); after a run that failed its process ends, and the next begins in a new one.
 """
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -24,7 +28,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -49,7 +53,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl")
 
 @dataclass(frozen=True)
 class Job:
-    """One process: the base model's outputs (no entry), what a method looks at before (no rate), or a run."""
+    """The base model's outputs (no entry), what a method looks at before (no rate), or a run."""
 
     entry: str = ""
     rate: float | None = None
@@ -156,8 +160,37 @@ def _write(path: Path, value: Any) -> None:
 # --- the runs, several at a time -------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Worker:
+    """A process, what it does now and since when; over the pipe it gets a job and says when that is done."""
+
+    process: Any
+    pipe: Connection
+    gpu: str
+    job: Job
+    since: float = 0.0
+
+    def begin(self, job: Job, output: Path) -> None:
+        shutil.rmtree(output / job.folder, ignore_errors=True)  # what was broken off
+        (output / job.folder).mkdir(parents=True)
+        self.job, self.since = job, time.perf_counter()
+        self.pipe.send(job)
+
+    def lives(self) -> bool:
+        """Asked when the pipe has something: that the job is done, or its end, when the process died."""
+        try:
+            self.pipe.recv()
+            return True
+        except (EOFError, ConnectionResetError):
+            return False
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
 def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: list[str]) -> None:
-    """Start processes in free slots until nothing is left to do. A job waits for those that it builds on."""
+    """Keep a process in every slot until nothing is left to do. A job waits for those that it builds on."""
     # Children are forked from a server that has imported everything and touched no GPU.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -173,45 +206,66 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
     todo = _todo(config, output)
     total = _total(config, output)
     shown = sum(job.rate is not None and _result(output, job) is not None for job in _jobs(config, output))
-    running: dict[Any, tuple[Any, Job, str, float]] = {}
+    workers: list[_Worker] = []
     seconds: list[float] = []
+
+    def start(job: Job) -> None:
+        gpu = slots.pop(0)
+        ours, theirs = context.Pipe()
+        arguments = source, config, output, theirs, gpu, threads, counter, commit
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()  # or its end would never be seen
+        workers.append(_Worker(process, ours, gpu, job))
+        workers[-1].begin(job, output)
+
+    def finish(worker: _Worker) -> None:
+        """Show what a worker has done, and give it another job of the same entry, or end it."""
+        nonlocal todo, total, shown
+        job, lives = worker.job, worker.lives()
+        if not lives:
+            worker.process.join()
+        if _result(output, job) is None:
+            why = f"its process ended with {worker.process.exitcode} (out of memory?)"
+            _write(output / job.folder / RESULT, {"status": "failed", "why": why})
+        result = _result(output, job) or {}
+        if not job.entry and result["status"] != "done":
+            raise CordaError(f"{job}: {result['why']} (see {output / BASE / LOG})")
+        if job.rate is not None:
+            shown += 1
+            seconds.append(time.perf_counter() - worker.since)
+        total = _total(config, output)
+        left = sum(seconds) / len(seconds) * (total - shown) / (len(slots) + len(workers)) if seconds else 0
+        console.print(_line(job, result, shown, total, left), highlight=False)
+        busy = [other.job for other in workers]
+        todo = [job for job in _todo(config, output) if job not in busy]
+        following = [other for other in todo if other.entry == job.entry and _can_start(config, output, other)]
+        if lives and following and result["status"] in ("done", "diverged"):
+            todo.remove(following[0])
+            worker.begin(following[0], output)
+        else:
+            worker.end()
+            workers.remove(worker)
+            slots.append(worker.gpu)
+
     with progress_bar("comparing", (total - shown) * _steps(config)) as advance:
         try:
-            while todo or running:
-                for job in [job for job in todo if _can_start(config, output, job)][: len(slots)]:
+            while todo or workers:
+                while slots and (startable := [job for job in todo if _can_start(config, output, job)]):
+                    # Those of an entry with the fewest workers: it is then compiled once for most of its runs.
+                    entries = [worker.job.entry for worker in workers]
+                    job = min(startable, key=lambda job: entries.count(job.entry))
                     todo.remove(job)
-                    gpu = slots.pop(0)
-                    shutil.rmtree(output / job.folder, ignore_errors=True)  # what was broken off
-                    (output / job.folder).mkdir(parents=True)
-                    process = context.Process(
-                        target=_work, args=(source, config, output, job, gpu, threads, counter, commit), daemon=True
-                    )
-                    process.start()
-                    running[process.sentinel] = process, job, gpu, time.perf_counter()
-                ended = wait(list(running), timeout=0.5)
+                    start(job)
+                ready = wait([worker.pipe for worker in workers], timeout=0.5)
                 with counter.get_lock():
                     advance(counter.value)
                     counter.value = 0
-                for sentinel in ended:
-                    process, job, gpu, since = running.pop(sentinel)
-                    process.join()
-                    slots.append(gpu)
-                    if _result(output, job) is None:
-                        why = f"its process ended with {process.exitcode} (out of memory?)"
-                        _write(output / job.folder / RESULT, {"status": "failed", "why": why})
-                    result = _result(output, job) or {}
-                    if not job.entry and result["status"] != "done":
-                        raise CordaError(f"{job}: {result['why']} (see {output / BASE / LOG})")
-                    if job.rate is not None:
-                        shown, seconds = shown + 1, [*seconds, time.perf_counter() - since]
-                    total = _total(config, output)
-                    left = sum(seconds) / len(seconds) * (total - shown) / (len(slots) + len(running)) if seconds else 0
-                    console.print(_line(job, result, shown, total, left), highlight=False)
-                    busy = [job for _, job, *_ in running.values()]
-                    todo = [job for job in _todo(config, output) if job not in busy]
+                for worker in [worker for worker in workers if worker.pipe in ready]:
+                    finish(worker)
         finally:
-            for process, *_ in running.values():
-                process.terminate()
+            for worker in workers:
+                worker.process.terminate()
 
 
 def _todo(config: CompareConfig, output: Path) -> list[Job]:
@@ -291,38 +345,49 @@ def _line(job: Job, result: dict[str, Any], shown: int, total: int, left: float)
     return f"[{shown}/{total}{when}] {job}: {text}"
 
 
-# --- one run, in its own process -------------------------------------------------------------------------------------
+# --- the jobs of a process -------------------------------------------------------------------------------------------
 
 
 def _work(
     source: ModelConfig,
     config: CompareConfig,
     output: Path,
-    job: Job,
+    pipe: Connection,
     gpu: str,
     threads: int,
     counter: Any,
     commit: str | None,
 ) -> None:
-    """Do a job and write its result, whatever happens."""
+    """Do the jobs that come and write their results, whatever happens, until the pipe is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    folder = output / job.folder
-    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     torch.set_num_threads(threads)
-    result: dict[str, Any]
-    try:
-        result = _do(source, config, output, job, counter)
-    except CordaError as error:
-        result = {"status": "does not fit", "why": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines()
-        result = {"status": "failed", "why": f"{type(error).__name__}: {lines[0] if lines else ''}"}
-    _write(folder / RESULT, result | {"commit": commit})
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        folder = output / job.folder
+        log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        result: dict[str, Any]
+        try:
+            result = _do(source, config, output, job, counter)
+        except CordaError as error:
+            result = {"status": "does not fit", "why": str(error)}
+        except Exception as error:
+            traceback.print_exc()
+            lines = str(error).strip().splitlines()
+            result = {"status": "failed", "why": f"{type(error).__name__}: {lines[0] if lines else ''}"}
+        gc.collect()  # a trainer's parts hold on to one another, and to the model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        _write(folder / RESULT, result | {"commit": commit})
+        pipe.send(None)
 
 
 def _end_with_parent() -> None:
@@ -408,7 +473,7 @@ def _setup(config: CompareConfig, output: Path, job: Job, model: Any, tokenizer:
 
 class _Curve(TrainerCallback):
     """The task's held-out loss at a few steps of a run: points [step, seconds of training, loss]; and the seconds that
-    measuring it took."""
+    are no one's: measuring it, and the first step, in which some processes compile the blocks and others need not."""
 
     def __init__(self, config: CompareConfig, tokenizer: Any, steps: int, counter: Any):
         data = config.eval.data("learn")[0]
@@ -426,6 +491,8 @@ class _Curve(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         with self.counter.get_lock():
             self.counter.value += 1
+        if state.global_step == 1:
+            self.taken = time.perf_counter() - self.since
         if state.global_step in self.steps:
             self.measure(model, state.global_step)
 
