@@ -1,4 +1,4 @@
-"""On a GPU: what it costs that the model is on the CPU, and what it gains to keep the best round's vectors.
+"""On a GPU: what it costs that the model is on the CPU, and how long a block with rounds takes.
 
     python benchmarks/speed_overlap.py
 
@@ -8,7 +8,6 @@ Blocks of LLaMA-2-7B's shape, random bfloat16 weights; about a minute. Prints a 
 import time
 import warnings
 from collections.abc import Callable
-from unittest.mock import patch
 
 import torch
 import transformers
@@ -42,14 +41,8 @@ def main() -> None:
 
             show(f"drop-in, {mode}, model on {home}", run, 4)
     model = build(1)
-    for vectors in (False, True):
-        with patch("corda_lora.layer.vectors_are_cheap", lambda device, vectors=vectors: vectors):
-            config = CordaConfig(preset="corda++", r=128, rounds=4)
-            show(
-                f"corda++, 4 rounds, vectors of the best {'kept' if vectors else 'computed again'}",
-                lambda config=config: preprocess(model, config, batches, progress=False),
-                1,
-            )
+    config = CordaConfig(preset="corda++", r=128, rounds=4)
+    show("corda++, 4 rounds", lambda: preprocess(model, config, batches, progress=False), 1)
 
 
 def build(blocks: int) -> torch.nn.Module:

@@ -168,25 +168,25 @@ def test_memory_of_a_decomposition_is_what_is_allocated(shape, mode, solver):
     C = X.T @ X
     most, (U, sigma) = allocated(lambda: decompose_layer(W, C, config))
     kept, _ = allocated(lambda: keep_components(W, C, U, sigma, 8, config, {}))
-    planned = _decomposition(Layer("", m, n, ""), 8, True, config, coarse=False, on_cpu=True)
+    planned = _decomposition(Layer("", m, n, ""), 8, True, config, on_cpu=True)
     assert 0.95 < 8 * planned[1] / max(most, kept + U.nbytes) < 1.4
 
 
-@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
-def test_memory_of_a_selection_is_what_is_allocated(shape, vectors, monkeypatch):
+def test_memory_of_a_selection_is_what_is_allocated(shape, on_cpu, monkeypatch):
     torch.manual_seed(0)
     m, n = shape
     config, W, X = CordaConfig(preset="corda++", r=8, rounds=3), torch.randn(m, n), torch.randn(2 * n, n)
     Cs = [X.T @ X] * 3
-    monkeypatch.setattr("corda_lora.layer.vectors_are_cheap", lambda device: vectors)
+    monkeypatch.setattr("corda_lora.layer.factors_slowly", lambda device: not on_cpu)
 
     def select():
         extremes = extremes_of(Cs, config, W.device)
-        return [choose_covariance(W, Cs, extremes, config)[0] for _ in range(2)]
+        return [choose_covariance(W, Cs, extremes, config) for _ in range(2)]
 
     most, _ = allocated(select)
-    assert 0.95 < 8 * _selection([Layer("", m, n, "")] * 2, config, vectors)[1] / most < 1.4
+    assert 0.95 < 8 * _selection([Layer("", m, n, "")] * 2, config, on_cpu)[1] / most < 1.4
 
 
 # --- what depends on what --------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_inverse_and_product_of_a_triangle(R):
     torch.manual_seed(6)
     L = torch.randn(R, R, dtype=torch.float64).tril(-1) / R**0.5 + torch.diag(1 + torch.rand(R, dtype=torch.float64))
     X = torch.randn(R, 70, dtype=torch.float64)
-    torch.testing.assert_close(solvers._lower_inverse(L) @ L, torch.eye(R, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(solvers.lower_inverse(L) @ L, torch.eye(R, dtype=torch.float64), rtol=0, atol=1e-10)
     torch.testing.assert_close(solvers._lower_product(L, X), L @ X, rtol=1e-10, atol=1e-10)
 
 

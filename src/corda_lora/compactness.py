@@ -21,9 +21,12 @@ that greedy loop takes the components in the order of one global sort: `allocate
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from .solvers import lower_inverse
 
 # A full symmetric eigendecomposition up to here, Lanczos above, which is faster on a GPU and on two cores.
 DENSE = 1024
@@ -37,52 +40,59 @@ def log_compactness(d_out: int, lowest: float, highest: float) -> float:
 def extreme_eigenvalues(C: Tensor) -> tuple[float, float]:
     """Smallest and largest eigenvalue of C_λ, (n, n) float64, positive definite.
 
-    Above n = 1024 by Lanczos, on C and on its inverse, to 1e-6 relative or better.
+    Above n = 1024 by Lanczos, on C and on its inverse, to about 1e-4, so that log π is right to about 1e-5. What is
+    multiplied is made in float64 and rounded to float32, which is little beside that.
     """
     n = C.shape[0]
     if n <= DENSE:
         eigenvalues = torch.linalg.eigvalsh(C)
         return float(eigenvalues[0]), float(eigenvalues[-1])
-    highest = lanczos(lambda v: C @ v, n, C.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(C))
-    return 1 / lanczos(lambda v: inverse @ v, n, C.device), highest
+    highest, _ = lanczos(partial(_product, C.float()), n, C.device, tolerance=1e-4)
+    L_inverse = lower_inverse(torch.linalg.cholesky(C)).float()
+    of_inverse, _ = lanczos(lambda v: _product(L_inverse.T, _product(L_inverse, v)), n, C.device, tolerance=1e-4)
+    return 1 / of_inverse, highest
+
+
+def _product(A: Tensor, v: Tensor) -> Tensor:
+    """A v, of A in float32 and v (n,) in float64."""
+    return (A @ v.float()).double()
 
 
 def lanczos(
     multiply: Callable[[Tensor], Tensor], n: int, device: torch.device, steps: int = 400, tolerance: float = 1e-6
-) -> float:
-    """Largest eigenvalue of a symmetric matrix, given by its product with a vector (n,). Lanczos with full
-    reorthogonalization; ends when half as many steps more change the value by less than `tolerance`, relative (it is
-    nearer by then: the error falls with the square of the vector's)."""
+) -> tuple[float, Tensor]:
+    """Largest eigenvalue of a symmetric matrix, positive semidefinite, given by its product with a vector (n,), and its
+    eigenvector (n,). Lanczos with full reorthogonalization; ends when half as many steps more change the value by less
+    than `tolerance`, relative (it is nearer by then: the error falls with the square of the vector's)."""
     steps = min(steps, n)
     checks = [*(c for c in (20, 30, 45, 68, 100, 150, 225, 340) if c < steps), steps]
     Q = torch.zeros(steps + 1, n, dtype=torch.float64, device=device)  # the Krylov basis, a row a step
-    T = torch.zeros(steps, steps + 1, dtype=torch.float64, device=device)  # the matrix in that basis
+    T = torch.zeros(steps, steps, dtype=torch.float64, device=device)  # the matrix in that basis, its lower triangle
     start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     Q[0] = (start / start.norm()).to(device)
-    value = 0.0
+    value, vector = 0.0, Q[0]
     for j in range(steps):
         w = multiply(Q[j])
-        for _ in range(2):  # twice is enough
-            h = Q[: j + 1] @ w
-            w = w - Q[: j + 1].T @ h
-            T[j, : j + 1] += h
+        basis, limit = Q[: j + 1], 1e-12 * w.norm()
+        torch.mv(basis, w, out=T[j, : j + 1])
+        w = torch.addmv(w, basis.T, T[j, : j + 1], alpha=-1)
+        w = torch.addmv(w, basis.T, basis @ w, alpha=-1)  # twice is enough
         beyond = w.norm()
-        if_any = (beyond > 1e-12 * T.diagonal().abs().max()).double()  # else the basis is complete: only zeros follow
-        T[j, j + 1] = beyond * if_any
-        Q[j + 1] = w * (if_any / beyond.clamp(min=1e-300))
+        # Where the basis is complete, only zeros follow.
+        torch.mul(w, (beyond > limit) / beyond.clamp(min=1e-300), out=Q[j + 1])
         if j + 1 in checks:
-            small = T[: j + 1, : j + 1].cpu()
-            before, value = value, float(torch.linalg.eigvalsh((small + small.T) / 2)[-1])
+            values, vectors = torch.linalg.eigh(T[: j + 1, : j + 1].cpu())
+            before, value = value, float(values[-1])
+            vector = vectors[:, -1].to(device) @ basis
             if abs(value - before) <= tolerance * abs(value):
                 break
-    return value
+    return value, vector
 
 
-def selection_score(log_pi: float, sigma: Tensor) -> float:
-    """s = log π(C) · Σσ/σ₁ of one covariance, from the singular values σ (R,) of W C_λ, descending; the smallest of a
-    layer's scores names its covariance. 0 if the weight is zero."""
-    return log_pi * float(sigma.sum() / sigma[0]) if sigma[0] > 0 else 0.0
+def selection_score(log_pi: float, total: float, first: float) -> float:
+    """s = log π(C) · Σσ/σ₁ of one covariance, from Σσ and σ₁ of W C_λ; the smallest of a layer's scores names its
+    covariance. 0 if the weight is zero."""
+    return log_pi * total / first if first > 0 else 0.0
 
 
 def allocation_scores(log_pi: float, sigma: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """One layer, from its weight and its covariances to the adapter's start. Ranks may be known only when every layer has
 been seen, so the way has two halves: `decompose_layer`, whose result waits on disk, and `start_layer`."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,8 @@ from .compactness import extreme_eigenvalues, log_compactness, selection_score
 from .config import CordaConfig
 from .covariance import float32_products
 from .decomposition import energies, orient, regularize, select, split_components
-from .solvers import chosen_components, coarse_components, components, say_fallback, singular_values, triangle
+from .norms import norms
+from .solvers import chosen_components, components, factors_slowly, say_fallback, singular_values, triangle
 
 
 @dataclass
@@ -72,38 +72,32 @@ def extremes_of(covariances: Sequence[Tensor], config: CordaConfig, device: torc
 
 def choose_covariance(
     W: Tensor, covariances: Sequence[Tensor], extremes: Sequence[tuple[float, float]], config: CordaConfig
-) -> tuple[dict[str, Any], tuple[Tensor, Tensor] | None]:
+) -> dict[str, Any]:
     """Dynamic covariance selection (CorDA++, Alg. 1): which round's C (n, n) orients W (m, n).
 
     Args:
         extremes: of the covariances, see `extremes_of`.
 
     Returns:
-        {"round", "scores" (of every round), "log_pi" (of the chosen one)}; and what `decompose_layer` need not compute
-        again, if anything.
+        {"round", "scores" (of every round), "log_pi" (of the chosen one)}.
     """
     log_pis = [log_compactness(W.shape[0], *pair) for pair in extremes]
     if len(covariances) == 1:
-        return {"log_pi": log_pis[0]}, None
+        return {"log_pi": log_pis[0]}
     T = triangle(W.double())[0]
-    with_vectors = vectors_are_cheap(W.device) and keeps_all(config) and config.solver != "svd"
-    scores: list[float] = []
-    coarse = None  # of the best round so far
+    scores = []
     for C, log_pi in zip(covariances, log_pis):
         M = orient(T, C.to(W.device), config.orientation, config.damping)
-        found = coarse_components(M) if with_vectors else None
-        scores.append(selection_score(log_pi, found[1] if found else singular_values(M)))
-        if scores[-1] < min(scores[:-1], default=math.inf):  # the first of equals
-            coarse = found
-        del M, found
-    best = scores.index(min(scores))
-    return {"round": best, "scores": scores, "log_pi": log_pis[best]}, coarse
+        scores.append(selection_score(log_pi, *(norms(M) if factors_slowly(M.device) else _norms_by_spectrum(M))))
+        del M
+    best = scores.index(min(scores))  # the first of equals
+    return {"round": best, "scores": scores, "log_pi": log_pis[best]}
 
 
-def vectors_are_cheap(device: torch.device) -> bool:
-    """Whether `eigh` in every round costs less than `eigvalsh` in every round and `eigh` in the chosen one. Timed by
-    hand, it takes 9 % longer on an H200 (at 4096), and 60 % on a CPU (at 576 and 1536)."""
-    return device.type == "cuda"
+def _norms_by_spectrum(M: Tensor) -> tuple[float, float]:
+    """`norms`, at less cost on a CPU."""
+    sigma = singular_values(M)
+    return float(sigma.sum()), float(sigma[0])
 
 
 def keeps_all(config: CordaConfig) -> bool:
@@ -115,15 +109,14 @@ def decompose_layer(
     W: Tensor,
     C: Tensor | None,
     config: CordaConfig,
-    coarse: tuple[Tensor, Tensor] | None = None,
     fell_back: Callable[[], None] = say_fallback,
 ) -> tuple[Tensor, Tensor]:
     """U and σ, float64, of a weight W (m, n) oriented by C (n, n), or by nothing: all its components, (m, R) and (R,),
-    or those of the adapter, (m, r) and (r,). `coarse`: from `choose_covariance`; `fell_back`: see `chosen_components`.
+    or those of the adapter, (m, r) and (r,). `fell_back`: see `chosen_components`.
     """
     times = partial(orient, C=C, orientation=config.orientation, damping=config.damping)
     if keeps_all(config):
-        return components(W, times, config.solver, coarse)
+        return components(W, times, config.solver)
     return chosen_components(W, times, config.mode, config.r, config.solver, fell_back)
 
 

@@ -44,6 +44,7 @@ LANCZOS = 200  # products with a vector until both extreme eigenvalues of a larg
 # FLOP of decompositions of a matrix (n, n), divided by n³: of a symmetric one, with and without eigenvectors; all of
 # those that `gram` takes (the second is of the part that the first did not resolve); an SVD, by how long it takes.
 EIGH, EIGVALSH, GRAM, SVD = 9, 4, 15, 54
+STEPS = 12  # of `norms`
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,6 @@ def init_plan(
     # Always on the device: what is in no block, masks (b, 1, s, s) bool of all batches, and the hidden states; of those
     # that are parked a batch's, before and after the block, the next one's and the last one's.
     always = rest + tokens.pairs + (waiting if park == "device" else 4 * tokens.batch * shapes.hidden * item)
-    vectors = not on_cpu and rounds > 1 and keeps_all(config) and config.solver != "svd"  # see `choose_covariance`
     kept = _kept(shapes, config)
     work: dict[str, Counter[str]] = {stage: Counter() for stage in ("forward", "selection", "decomposition")}
     peak = dict.fromkeys(work, 0)
@@ -361,11 +361,10 @@ def init_plan(
             seen = name in sums
             here = held + (ahead if park == "device" else sums.get(name, 0))
             costs = [
-                ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, seen and vectors, on_cpu))
-                for layer in members
+                ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, on_cpu)) for layer in members
             ]
             if seen and (rounds > 1 or config.allocates):
-                costs.append(("selection", *_selection(members, config, vectors)))
+                costs.append(("selection", *_selection(members, config, on_cpu)))
             for stage, cost, numbers in costs:
                 work[stage].update(cost)
                 peak[stage] = max(peak[stage], here + 8 * numbers)
@@ -428,9 +427,9 @@ def _kept(shapes: Shapes, config: CordaConfig) -> dict[str, int]:
     return kept
 
 
-def _selection(layers: Sequence[Layer], config: CordaConfig, vectors: bool) -> tuple[dict[str, int], int]:
+def _selection(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tuple[dict[str, int], int]:
     """FLOP of `extremes_of` and `choose_covariance` for layers that share their input, and the float64 numbers they
-    hold at once; `vectors`: of all rounds, not only σ."""
+    hold at once."""
     rounds, n, work, numbers = config.rounds or 1, layers[0].n, Counter[str](), 0
     by = n * n if config.orientation == "covariance" else 0
     if by:
@@ -439,14 +438,20 @@ def _selection(layers: Sequence[Layer], config: CordaConfig, vectors: bool) -> t
             work["eigen"] += rounds * EIGVALSH * n**3
         else:
             work.update(factor=rounds * n**3, vector=rounds * LANCZOS * 2 * by)
-            numbers = 4 * by + 400 * n  # the Cholesky factor, a copy (on CUDA), the inverse; the Krylov basis
+            numbers = 5 * by + 400 * n  # the Cholesky factor, its inverse and parts of that; the Krylov basis
     for _, m, n, _ in layers if rounds > 1 else ():
         R, tall = min(m, n), m > n
         work.update(double=2 * tall * m * n * n + rounds * (2 * R * by + 2 * R * R * n))
-        work.update(eigen=rounds * (EIGH if vectors else EIGVALSH) * R**3)
-        # What is oriented, (R, n), and the best round's U are kept; with them M, and what `eigh` or `eigvalsh` takes.
-        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, bool(by)) + vectors * R * R)
-        numbers = max(numbers, 2 * R * n + (5 if vectors else 3) * R * R)
+        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, bool(by)))
+        # What is oriented, (R, n), is kept; with it M, and what `eigvalsh` or `norms` takes.
+        if on_cpu:
+            work.update(eigen=rounds * EIGVALSH * R**3)
+            numbers = max(numbers, 2 * R * n + 3 * R * R)
+        else:
+            # Products in TF32, at half the rate of bfloat16; the last in float64; σ₁ by products with a vector.
+            work.update(multiply=rounds * STEPS * 4 * R * R * (3 * n + R), double=rounds * 4 * R * R * n)
+            work.update(vector=rounds * LANCZOS * 2 * R * n)
+            numbers = max(numbers, 6 * R * n + R * R, 5 * R * n + 3 * R * R)
     return work, numbers
 
 
@@ -455,11 +460,8 @@ def _oriented(m: int, n: int, by: bool) -> int:
     return 2 * m * n + by * (m + n) * min(n, COLUMNS)
 
 
-def _decomposition(
-    layer: Layer, k: int, seen: bool, config: CordaConfig, coarse: bool, on_cpu: bool
-) -> tuple[dict[str, int], int]:
-    """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers they hold at once; `coarse`: the first
-    `eigh` was part of the selection."""
+def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu: bool) -> tuple[dict[str, int], int]:
+    """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers they hold at once."""
     _, m, n, _ = layer
     R, W, rows = min(m, n), m * n, k * n
     by = seen and config.orientation == "covariance"
@@ -474,7 +476,7 @@ def _decomposition(
         work["eigen"] += SVD * R**3
         numbers = max(numbers, 4 * W + 2 * R * R)
     elif not iterated:  # two Gram matrices, and the rows not resolved; U, and for `eigh` three more of its size
-        work.update(eigen=(GRAM - EIGH * coarse) * R**3, double=5 * R * M + 2 * tall * W * n)
+        work.update(eigen=GRAM * R**3, double=5 * R * M + 2 * tall * W * n)
         numbers = max(numbers, beside + 2 * M + 4 * R * R, tall * (2 * W + 2 * n * n))
     else:  # what `_inverse_factor` holds, or the iteration: H and some b vectors
         b = block_width(R, k)

@@ -179,14 +179,14 @@ def _decompose(
             extremes = extremes_of(covariances, config, double_device(device)) if choose else []
             for name in members:
                 W = weight_of(targets[name]).to(double_device(device))
-                record, coarse = choose_covariance(W, covariances, extremes, config) if choose else ({}, None)
+                record = choose_covariance(W, covariances, extremes, config) if choose else {}
                 lap("selection")
                 C = covariances[record.get("round", 0)].to(W.device) if covariances else None
-                U, sigma = decompose_layer(W, C, config, coarse, partial(fallbacks.append, name))
+                U, sigma = decompose_layer(W, C, config, partial(fallbacks.append, name))
                 ranks.see(name, record.get("log_pi"), sigma)
                 record["digest"] = layer_digest(targets[name])
                 layers[name] = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record)
-                del W, C, U, coarse
+                del W, C, U
                 advance()
                 lap("decomposition")
             del covariances

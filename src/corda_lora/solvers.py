@@ -49,13 +49,10 @@ def _as_it_is(W: Tensor) -> Tensor:
     return W
 
 
-def components(
-    W: Tensor, times: Times = _as_it_is, solver: str = "auto", coarse: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def components(W: Tensor, times: Times = _as_it_is, solver: str = "auto") -> tuple[Tensor, Tensor]:
     """U (m, R) and σ (R,), descending, float64, of the oriented W (m, n).
 
     Args:
-        coarse: `coarse_components` of what is oriented (see `triangle`), if they are known; overwritten.
         solver: `svd`: float64 SVD, the reference. `gram`, `auto`: `eigh` of Gram matrices, as accurate: each σ_i to
             about 1e-15·σ₁, and what separates neighbours is resolved to 1e-8 of itself.
     """
@@ -64,7 +61,7 @@ def components(
         U, sigma, _ = torch.linalg.svd(times(W), full_matrices=False)
         return U, sigma
     T, back = triangle(W)
-    U, sigma = _gram_components(times(T), coarse=coarse)
+    U, sigma = _gram_components(times(T))
     return back(U), sigma
 
 
@@ -79,19 +76,12 @@ def triangle(W: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return L.T, lambda U: W @ torch.linalg.solve_triangular(L.T, U, upper=True)
 
 
-def coarse_components(M: Tensor) -> tuple[Tensor, Tensor]:
-    """U (R, R) and σ (R,), descending, of M (R, n) float64, R ≤ n, by `eigh` of its Gram matrix: the σ of
-    `singular_values`, and the first step of `components`."""
+def _gram_components(M: Tensor, noise: float | None = None) -> tuple[Tensor, Tensor]:
+    """U (R, R) and σ (R,), descending, of M (R, n), R ≤ n, by `eigh` of its Gram matrix; what lies too deep below σ₁,
+    again from its own rows."""
     G = add_gram(None, M.T) if len(M) > 512 else _thin_product(M, M.T)  # M Mᵀ; its lower triangle will do
     squares, U = _eigh(G)  # ascending
-    return U.flip(1), squares.clamp(min=0).sqrt().flip(0)
-
-
-def _gram_components(
-    M: Tensor, noise: float | None = None, coarse: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """`coarse_components` of M (R, n), R ≤ n; what lies too deep below σ₁ for these, again from its own rows."""
-    U, sigma = coarse or coarse_components(M)
+    U, sigma = U.flip(1), squares.clamp(min=0).sqrt().flip(0)
     noise = EPS * float(torch.linalg.norm(M)) if noise is None else noise
     resolved = int((sigma >= RESOLVED * sigma[0]).sum())
     if resolved < len(sigma) and sigma[0] > noise:
@@ -211,17 +201,17 @@ def _inverse_factor(M: Tensor) -> Tensor | None:
     """
     if not factors_slowly(M.device):
         L = torch.linalg.qr(M.T, mode="r").R.T
-        return _lower_inverse(L) if L.diagonal().all() else None
+        return lower_inverse(L) if L.diagonal().all() else None
     G = add_gram(None, M.T)
     G.diagonal().add_(10 * len(G) * EPS * G.diagonal().max())
     L, failed = torch.linalg.cholesky_ex(G)
-    inverse = _lower_inverse(L)
+    inverse = lower_inverse(L)
     rest = _lower_product(inverse, M)
     L, failed_again = torch.linalg.cholesky_ex(add_gram(None, rest.T))
-    return None if failed or failed_again else _lower_product(_lower_inverse(L), inverse)
+    return None if failed or failed_again else _lower_product(lower_inverse(L), inverse)
 
 
-def _lower_inverse(L: Tensor) -> Tensor:
+def lower_inverse(L: Tensor) -> Tensor:
     """L⁻¹ of a lower triangular L (R, R): of blocks on its diagonal by substitution, then of pairs of them by products,
 
         [A 0; B D]⁻¹ = [A⁻¹ 0; −D⁻¹ B A⁻¹ D⁻¹],
