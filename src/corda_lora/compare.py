@@ -317,10 +317,10 @@ def _total(config: CompareConfig, output: Path) -> int:
 
 
 def _can_start(config: CompareConfig, output: Path, job: Job) -> bool:
-    if job.rate is None:
-        return True
-    looks = METHODS[config.entries[job.entry].method].looks
-    return all(_result(output, before) for before in (Job(), *([Job(job.entry)] if looks else [])))
+    """The base model is first, though what prepares could go beside it: it would take the places of earlier entries."""
+    looks = job.rate is not None and METHODS[config.entries[job.entry].method].looks
+    needed = [Job(), Job(job.entry)] if looks else [Job()] if job.entry else []
+    return all(_result(output, before) for before in needed)
 
 
 def _result(output: Path, job: Job) -> dict[str, Any] | None:
