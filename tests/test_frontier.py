@@ -20,6 +20,7 @@ from corda_lora.frontier import (
     reach,
     summary,
     t_quantile,
+    training_seconds,
 )
 
 NQ = ("keep", "nq")
@@ -198,6 +199,33 @@ def test_steps_over_seeds_and_those_that_did_not_get_there():
     assert steps == (pytest.approx(100), None, None, 2)
     assert seconds.value == pytest.approx(12)
     assert reach(compared, "a", 1e-3, 0.95) == (None, None, 1, 3)
+
+
+def test_compiling_is_not_counted_as_training():
+    """Whether a run's process compiled the blocks or had them from the run before, it takes the same seconds."""
+    first = run("a", 1e-3, 0, 1.0, 0.1, curve=[[0, 0.0, 2.0], [20, 62.0, 1.8], [60, 66.0, 1.4], [100, 70.0, 1.0]])
+    later = run("a", 1e-3, 1, 1.0, 0.1, curve=[[0, 0.0, 2.0], [20, 2.0, 1.8], [60, 6.0, 1.4], [100, 10.0, 1.0]])
+    assert training_seconds(first, 100) == training_seconds(later, 100) == 10
+    compared = comparison(first, later)
+    assert learning_curve(compared, first) == learning_curve(compared, later)
+    assert summary(compared)[0]["seconds"] == 10
+    assert training_seconds(run("a", 1e-3, 0, 1.0, 0.1, curve=[[100, 8.0, 1.0]]), 50) == 5  # not enough to tell
+
+
+def test_losses_are_compared_seed_by_seed():
+    """All methods see a seed's samples in the same order, so that seeds move their losses alike."""
+    lora = [run("lora", 1, seed, loss, 0.1) for seed, loss in enumerate((1.0, 1.2, 1.4))]
+    ours = [run("ours", rate, seed, loss, 0.1) for rate in (1, 2) for seed, loss in enumerate((0.9, 1.11, 1.29))]
+    rows = {row["method"]: row for row in summary(comparison(*lora, *ours))}
+    assert rows["lora"]["beside"] is None
+    value, low, high, seeds = rows["ours"]["beside"]
+    assert (value, seeds) == (pytest.approx(-0.1), 3)
+    assert (low, high) == (pytest.approx(-0.1 - 4.303 * 0.01 / 3**0.5), pytest.approx(-0.1 + 4.303 * 0.01 / 3**0.5))
+    assert rows["ours"]["loss"].high > rows["lora"]["loss"].low
+    (_, one) = summary(comparison(*lora, ours[0]))
+    assert one["beside"] == (pytest.approx(-0.1), None, None, 1)  # less LoRA's with that seed
+    (_, none) = summary(comparison(*lora[1:], ours[0]))
+    assert none["beside"] == (pytest.approx(-0.4), None, None, 0)
 
 
 def test_the_summary_compares_at_loras_loss():

@@ -473,7 +473,7 @@ def _setup(config: CompareConfig, output: Path, job: Job, model: Any, tokenizer:
 
 class _Curve(TrainerCallback):
     """The task's held-out loss at a few steps of a run: points [step, seconds of training, loss]; and the seconds that
-    are no one's: measuring it, and the first step, in which some processes compile the blocks and others need not."""
+    measuring it took."""
 
     def __init__(self, config: CompareConfig, tokenizer: Any, steps: int, counter: Any):
         data = config.eval.data("learn")[0]
@@ -491,8 +491,6 @@ class _Curve(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         with self.counter.get_lock():
             self.counter.value += 1
-        if state.global_step == 1:
-            self.taken = time.perf_counter() - self.since
         if state.global_step in self.steps:
             self.measure(model, state.global_step)
 

@@ -269,12 +269,23 @@ def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
     return Best(best, mean_interval(losses[best]), "; ".join(notes))
 
 
+def training_seconds(run: dict[str, Any], steps: float) -> float:
+    """How long a run takes for so many steps, at its pace from the first measured step to the last. What came before
+    does not count: some processes compile the blocks in their first step, and in others that was done for a run before.
+    """
+    timed = [(step, seconds) for step, seconds, _ in run.get("curve") or [] if step > 0]
+    if len(timed) < 2:
+        timed = [(0, 0.0), (run["steps"], run["seconds"])]
+    (begin, since), *_, (end, until) = timed
+    return steps * (until - since) / (end - begin)
+
+
 def learning_curve(comparison: dict[str, Any], run: dict[str, Any]) -> list[CurvePoint]:
-    """A run's held-out task loss while it trained. Seconds count the preparation, which a user waits for, too; at step
-    0 stands the base model's loss, if the run has not measured its own."""
+    """A run's held-out task loss while it trained. Seconds (see `training_seconds`) count the preparation, which a user
+    waits for, too; at step 0 stands the base model's loss, if the run has not measured its own."""
     prepare = run.get("prepare_seconds") or 0.0
-    curve = [CurvePoint(step, prepare + seconds, loss) for step, seconds, loss in run.get("curve") or []]
-    curve = [point for point in curve if is_finite(point.loss)]
+    measured = [(step, loss) for step, _, loss in run.get("curve") or [] if is_finite(loss)]
+    curve = [CurvePoint(step, prepare + training_seconds(run, step), loss) for step, loss in measured]
     if curve and curve[0].step > 0:
         curve.insert(0, CurvePoint(0, prepare, comparison["base"]["learn"][task(comparison)]["loss"]))
     return curve
@@ -342,9 +353,10 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each method, in display order; what it has no value for is None.
 
     method, title, runs, done, not_done: {status: count};
-    best: `Best`; loss: `Estimate`, final task loss at the best rate;
+    best: `Best`; loss: `Estimate`, final task loss at the best rate; beside: `Estimate`, that less the reference's
+    (`reference_method`) at its own best rate, see `beside`;
     drift: {ability: `Estimate` at the best rate};
-    equal_loss: the reference method's (`reference_method`) lowest task loss; equal: {ability: `Estimate` there};
+    equal_loss: the reference's lowest task loss; equal: {ability: `Estimate` there};
     reach: `Reach`, at its best rate, of the loss where the reference's mean learning curve ends at its own best rate;
     seconds, prepare_seconds, peak_bytes, steps, adapter, trainable: means over the seeds at the best rate;
     scores: {(kind, data, "exact_match" or "accuracy"): `Estimate` at the best rate}.
@@ -356,7 +368,24 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
         equal_loss = at.loss.value
         curves = [learning_curve(comparison, run) for run in done_runs(comparison, reference, at.rate)]
         final = curve[-1].loss if (curve := mean_curve(curves)) else None
-    return [_row(comparison, method, best[method], equal_loss, final) for method in comparison["methods"]]
+    rows = [_row(comparison, method, best[method], equal_loss, final) for method in comparison["methods"]]
+    for row in rows:
+        ours, theirs = row["best"], best[reference] if reference else None
+        pair = (row["method"], reference) if reference and reference != row["method"] else None
+        row["beside"] = beside(comparison, pair, (ours.rate, theirs.rate)) if pair and ours and theirs else None
+    return rows
+
+
+def beside(comparison: dict[str, Any], methods: tuple[str, str], rates: tuple[float, float]) -> Estimate:
+    """The final task loss of one method less that of another, each at a rate of its own. The interval is of the
+    differences seed by seed: a seed means the same samples in the same order for both, which moves both alike."""
+    ours, theirs = (
+        {run["seed"]: task_loss(run) for run in done_runs(comparison, *of)} for of in zip(methods, rates, strict=True)
+    )
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not differences:
+        return Estimate(float(np.mean([*ours.values()]) - np.mean([*theirs.values()])), None, None, 0)
+    return mean_interval(differences)
 
 
 def _row(
@@ -396,7 +425,7 @@ def _row(
             for ability, found in by_ability.items()
         },
         "reach": reach(comparison, method, best.rate, final) if best and final is not None else None,
-        "seconds": mean([run.get("seconds") for run in runs]),
+        "seconds": mean([training_seconds(run, run["steps"]) for run in runs]),
         "prepare_seconds": mean([run.get("prepare_seconds") for run in runs]),
         "peak_bytes": mean([run.get("peak_bytes") for run in runs]),
         "steps": mean([run.get("steps") for run in runs]),

@@ -39,6 +39,7 @@ from .frontier import (
     status,
     summary,
     task,
+    training_seconds,
 )
 
 # Method i has color i % 8; the second eight are hollow and dashed, and have another marker. So color, marker and dash
@@ -127,6 +128,11 @@ def loss_cell(e: Estimate | None) -> Cell:
     return Cell(f"{e.value:.4f}", "" if e.high is None else f"± {e.high - e.value:.4f}", e.value)
 
 
+def difference_cell(e: Estimate | None) -> Cell:
+    cell = loss_cell(e)
+    return cell if e is None else cell._replace(text=f"{e.value:+.4f}")
+
+
 def drift_cell(e: Estimate | None) -> Cell:
     if e is None:
         return Cell()
@@ -189,6 +195,7 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     columns = [
         Column("", "learning rate", "", [rate(row) for row in rows]),
         Column("task loss", data, "low", [loss_cell(row["loss"]) for row in rows], loss),
+        Column("task loss", f"less {name}’s", "low", [difference_cell(row["beside"]) for row in rows]),
     ]
     for a in abilities(comparison):
         cells = [equal(row, a) for row in rows]
@@ -277,7 +284,12 @@ def run_columns(comparison: dict[str, Any]) -> list[Column]:
         Column("", "status", "", [Cell(status(run), run["why"], status(run)) for run in runs]),
         Column("", f"task loss, {data}", "", losses),
         *(Column("", f"drift, {label(comparison, a)}", "", cells) for a, cells in drifts.items()),
-        Column("", "training, s", "", [plain_cell(run.get("seconds")) for run in runs]),
+        Column(
+            "",
+            "training, s",
+            "",
+            [plain_cell(training_seconds(run, run["steps"]) if run.get("steps") else None) for run in runs],
+        ),
     ]
 
 
@@ -337,10 +349,10 @@ def loss_sentence(ref: dict[str, Any], others: list[dict[str, Any]]) -> str:
     if first is ref:
         return f"{sentence}."
     sentence += f", against {ref['title']}’s {text_of(loss_cell(ref['loss']))}"
-    if first["loss"].high is None or ref["loss"].low is None:
+    if first["beside"].high is None:
         return f"{sentence} (too few seeds to be sure)."
-    overlap = " (the seeds’ spread could explain it)" if first["loss"].high >= ref["loss"].low else ""
-    return f"{sentence}{overlap}."
+    why = ": the seeds’ spread could explain it" if first["beside"].high >= 0 else ""
+    return f"{sentence}; seed by seed {text_of(difference_cell(first['beside']))}{why}."
 
 
 def range_sentence(
@@ -422,12 +434,15 @@ def notes(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "A method’s best rate is the learning rate of its lowest mean task loss. At an end of its sweep, more may be "
         "had beyond. Only runs that are done count; those that are not are listed with their reasons.",
         "± and “to” give 95 % t-intervals over seeds, for each method by itself; none where fewer than two seeds ran. "
+        f"“less {name}’s”: the difference at the best rates, seed by seed, as a seed is the same samples in the same "
+        "order for all. "
         "The best of many methods is best partly by luck, which no interval here accounts for.",
         "Drift at equal task loss is read off the line, in log drift, between the two learning rates around that loss; "
         f"nothing is extrapolated. The loss is {name}’s lowest; “learns more at every rate”: the method was not run at "
         "a rate low enough to learn so little. Intervals there count the seeds’ spread in task loss, too.",
         f"Steps and seconds are to the held-out loss where {name} ends at its best rate, on the mean of the seeds’ "
-        "learning curves; those seconds count the preparation. Runs that shared a GPU slowed each other.",
+        "learning curves; those seconds count the preparation. Training is timed from the first measured step on, as "
+        "compiling comes before. Runs that shared a GPU slowed each other.",
     ]
     for kind, source, measure in dict.fromkeys(key for row in rows for key in row["scores"] if key[2] == "exact_match"):
         shares = [comparison["base"].get(kind, {}).get(source, {}).get(measure) or 0.0]
@@ -505,6 +520,7 @@ def write_csv(path: Path, comparison: dict[str, Any]) -> None:
     rows = []
     for run in comparison["runs"]:
         row = {key: run.get(key) for key in fields}
+        row["seconds"] = training_seconds(run, run["steps"]) if run.get("steps") else None
         row |= {f"{key} parameters": value for key, value in (run.get("parameters") or {}).items()}
         for kind, datas in (run.get("results") or {}).items():
             for data, numbers in datas.items():
