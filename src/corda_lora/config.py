@@ -25,9 +25,8 @@ class CordaConfig:
         budget: what allocation shares out, in place of r: parameters Σ (d_in + d_out)·r if above 1, a share of the
             model's parameters if below.
         split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero; `seeded`:
-            the same with A trained, too;
-            `balanced`: each component's row of A as long as its column of B; `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default:
-            `anchored` in kpm, `balanced` in ipm.
+            the same with A trained, too; `balanced`: each component's row of A as long as its column of B; `paper`:
+            B = UΣ^½, A = Σ^-½UᵀW. Default: `anchored` in kpm, `seeded` in ipm.
         orientation: what the weight is multiplied by before the SVD: the context's covariance (CorDA), the root of
             its diagonal (ASVD), or nothing (plain SVD, which needs no context).
         solver: `gram` (float64 eigendecomposition of small Gram matrices), `subspace` (iteration that finds the
@@ -61,7 +60,7 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         if self.split is None:
-            self.split = "anchored" if self.mode == "kpm" else "balanced"
+            self.split = "anchored" if self.mode == "kpm" else "seeded"
         if self.rounds is None:
             self.rounds = 5 if self.preset == "corda++" else 1
         for name, allowed in {
