@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from machine import machine
+from machine import commit, machine
 
 FLAGS = "--mode kpm --preset corda++ --r 128 --rounds 5 --samples 256 --max_length 512 --park cpu"
 WIDE = {**os.environ, "COLUMNS": "120"}
@@ -189,16 +189,13 @@ def write_results(
 ) -> None:
     """Write RESULTS.json and RESULTS.md, with what was run on which model, the machine and the versions; print the
     tables."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "src"], capture_output=True, text=True).stdout.strip()
     config = json.loads((model / "config.json").read_text())
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "dtype")
     memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
     setup: dict[str, Any] = {
         "command": command,
         "corda": inner,
-        "commit": (os.environ.get("COMMIT") or commit or "not in a checkout")
-        + (", with changes in src" if changed else ""),
+        "commit": commit(),
         "machine": f"{machine()}; {platform.machine()}, {os.cpu_count()} CPU cores, {memory}",
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "safetensors")},
         "model": {"type": config["model_type"]} | {key: config[key] for key in keys if key in config},
