@@ -130,7 +130,7 @@ def loss_cell(e: Estimate | None) -> Cell:
 
 def difference_cell(e: Estimate | None) -> Cell:
     cell = loss_cell(e)
-    return cell if e is None else cell._replace(text=f"{e.value:+.4f}")
+    return cell if e is None else cell._replace(text=f"{e.value:+.4f}".replace("-", "−"))
 
 
 def drift_cell(e: Estimate | None) -> Cell:
@@ -325,10 +325,10 @@ def headline(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str
         steps = f"{text_of(steps_cell(fastest['reach'].steps))} of {fastest['steps']:.0f}"
         if round(fastest["reach"].steps.value) < ref["steps"]:
             sentences.append(f"{fastest['title']} takes the fewest steps to the loss where {title} ends: {steps}.")
-    for ability in abilities(comparison)[:1]:  # an ability to keep, if there is one, is what the comparison is about
-        place = 0 if ability[0] == "keep" else len(sentences)
+    for ability in abilities(comparison)[:1]:  # an ability to keep, if there is one: what the comparison is about
         at_best, there = drift_sentence(comparison, ability, ref, others)
         over_range, elsewhere = range_sentence(comparison, ability, ref, others)
+        place = 0 if ability[0] == "keep" and (there or elsewhere) else len(sentences)  # nothing found comes last
         said = [over_range, at_best] if elsewhere > 2 * there else [at_best, over_range]
         sentences[place:place] = [sentence for sentence in said if sentence]
     first = min([ref, *others], key=lambda row: row["loss"].value)
@@ -352,7 +352,7 @@ def loss_sentence(ref: dict[str, Any], others: list[dict[str, Any]]) -> str:
     if first["beside"].high is None:
         return f"{sentence} (too few seeds to be sure)."
     why = ": the seeds’ spread could explain it" if first["beside"].high >= 0 else ""
-    return f"{sentence}; seed by seed {text_of(difference_cell(first['beside']))}{why}."
+    return f"{sentence}; seed by seed the difference is {text_of(difference_cell(first['beside']))}{why}."
 
 
 def range_sentence(
