@@ -362,35 +362,30 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     scores: {(kind, data, "exact_match" or "accuracy"): `Estimate` at the best rate}.
     """
     reference = reference_method(comparison)
-    best = {method: best_rate(comparison, method) for method in comparison["methods"]}
-    equal_loss = final = None
-    if reference is not None and (at := best[reference]) is not None:
-        equal_loss = at.loss.value
-        curves = [learning_curve(comparison, run) for run in done_runs(comparison, reference, at.rate)]
-        final = curve[-1].loss if (curve := mean_curve(curves)) else None
-    rows = [_row(comparison, method, best[method], equal_loss, final) for method in comparison["methods"]]
-    for row in rows:
-        ours, theirs = row["best"], best[reference] if reference else None
-        pair = (row["method"], reference) if reference and reference != row["method"] else None
-        row["beside"] = beside(comparison, pair, (ours.rate, theirs.rate)) if pair and ours and theirs else None
-    return rows
+    at = best_rate(comparison, reference) if reference else None
+    lowest = done_runs(comparison, reference, at.rate) if reference and at else []
+    curve = mean_curve([learning_curve(comparison, run) for run in lowest])
+    final = curve[-1].loss if curve else None
+    return [_row(comparison, method, lowest, final) for method in comparison["methods"]]
 
 
-def beside(comparison: dict[str, Any], methods: tuple[str, str], rates: tuple[float, float]) -> Estimate:
-    """The final task loss of one method less that of another, each at a rate of its own. The interval is of the
-    differences seed by seed: a seed means the same samples in the same order for both, which moves both alike."""
-    ours, theirs = (
-        {run["seed"]: task_loss(run) for run in done_runs(comparison, *of)} for of in zip(methods, rates, strict=True)
-    )
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if not differences:
-        return Estimate(float(np.mean([*ours.values()]) - np.mean([*theirs.values()])), None, None, 0)
-    return mean_interval(differences)
+def beside(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Estimate:
+    """The final task loss of some runs less that of others, of another method. The interval is of the differences seed
+    by seed: a seed means the same samples in the same order for both, which moves both alike."""
+    our_losses, their_losses = ({run["seed"]: task_loss(run) for run in runs} for runs in (ours, theirs))
+    differences = [our_losses[seed] - their_losses[seed] for seed in our_losses if seed in their_losses]
+    if differences:
+        return mean_interval(differences)
+    mean = float(np.mean([*our_losses.values()]) - np.mean([*their_losses.values()]))
+    return Estimate(mean, None, None, 0)
 
 
 def _row(
-    comparison: dict[str, Any], method: str, best: Best | None, equal_loss: float | None, final: float | None
+    comparison: dict[str, Any], method: str, lowest: Sequence[dict[str, Any]], final: float | None
 ) -> dict[str, Any]:
+    """`lowest`: the reference's runs at its best rate; `final`: where their mean learning curve ends."""
+    best = best_rate(comparison, method)
+    equal_loss = float(np.mean([task_loss(run) for run in lowest])) if lowest else None
     everything = [run for run in comparison["runs"] if run["method"] == method]
     counted = done_runs(comparison, method)
     runs = done_runs(comparison, method, best.rate) if best else []
@@ -418,6 +413,7 @@ def _row(
         "not_done": dict(Counter(status(run) for run in everything if not is_done(run))),
         "best": best,
         "loss": best and best.loss,
+        "beside": beside(runs, lowest) if runs and lowest and runs != lowest else None,
         "drift": {ability: at_best(ability) for ability in by_ability},
         "equal_loss": equal_loss,
         "equal": {
