@@ -3,7 +3,7 @@
     python benchmarks/speed_selection.py [--width 4096] [--wide 11008] [--device cuda]
 
 A weight (width, width) and one (width, wide), random, and covariances of activations with power-law spectra and massive
-activations in every 512th token. Half a minute on an H200. Prints tables as Markdown; the medians of three runs.
+activations in every 512th token. Prints tables as Markdown; the medians of three runs.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from machine import commit, machine
 from torch import Tensor
 
 from corda_lora import norms as polar
-from corda_lora.compactness import extreme_eigenvalues, lanczos
+from corda_lora.compactness import extreme_eigenvalues
 from corda_lora.covariance import float32_products
 from corda_lora.decomposition import orient, regularize
-from corda_lora.norms import norms
+from corda_lora.norms import lanczos, norms
 from corda_lora.solvers import leading_singular_vectors, lower_inverse, singular_values
 
 

@@ -10,12 +10,12 @@ from corda_lora.compactness import (
     allocate,
     allocation_scores,
     extreme_eigenvalues,
-    lanczos,
     log_compactness,
     selection_score,
 )
 from corda_lora.config import CordaConfig
 from corda_lora.layer import choose_covariance, extremes_of
+from corda_lora.norms import lanczos
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from test_cli import LEARN, refused
 
 from corda_lora.cli import _take, build_parser
-from corda_lora.compare import _gpus, _of_side, _todo
+from corda_lora.compare import Job, _can_start, _gpus, _of_side, _todo
 from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig
 from corda_lora.evaluation import BaseOutputs, record_base
 from corda_lora.methods import METHODS, check_options
@@ -97,6 +97,15 @@ def test_a_method_prepares_just_before_its_runs(tmp_path):
     expected += [("corda-kpm-anchored", None), ("corda-kpm-anchored", 1e-2), ("corda-kpm-anchored", 2e-2)]
     expected += [("eva", None), ("eva", 3e-3), ("eva", 4e-3)]
     assert [(job.entry, job.rate) for job in _todo(config, tmp_path)] == expected
+
+    def startable():
+        return [(job.entry, job.rate) for job in _todo(config, tmp_path) if _can_start(config, tmp_path, job)]
+
+    assert startable() == [("", None)], "what prepares would take the places of earlier entries"
+    for job in (Job(), Job("eva")):
+        (tmp_path / job.folder).mkdir(parents=True)
+        (tmp_path / job.folder / "result.json").write_text('{"status": "done"}')
+    assert startable() == [("lora", 1e-3), ("lora", 2e-3), ("corda-kpm-anchored", None), ("eva", 3e-3), ("eva", 4e-3)]
 
 
 def test_killed_half_way_and_resumed(checkpoint, folder):

@@ -205,11 +205,12 @@ def test_compiling_is_not_counted_as_training():
     """Whether a run's process compiled the blocks or had them from the run before, it takes the same seconds."""
     first = run("a", 1e-3, 0, 1.0, 0.1, curve=[[0, 0.0, 2.0], [20, 62.0, 1.8], [60, 66.0, 1.4], [100, 70.0, 1.0]])
     later = run("a", 1e-3, 1, 1.0, 0.1, curve=[[0, 0.0, 2.0], [20, 2.0, 1.8], [60, 6.0, 1.4], [100, 10.0, 1.0]])
-    assert training_seconds(first, 100) == training_seconds(later, 100) == 10
+    assert training_seconds(first) == training_seconds(later) == 10
     compared = comparison(first, later)
     assert learning_curve(compared, first) == learning_curve(compared, later)
     assert summary(compared)[0]["seconds"] == 10
-    assert training_seconds(run("a", 1e-3, 0, 1.0, 0.1, curve=[[100, 8.0, 1.0]]), 50) == 5  # not enough to tell
+    assert training_seconds(run("a", 1e-3, 0, 1.0, 0.1, curve=[[100, 8.0, 1.0]])) == 10  # not enough to tell
+    assert training_seconds(run("a", 1e-3, 0, 0, 0, status="failed")) is None
 
 
 def test_losses_are_compared_seed_by_seed():

@@ -89,8 +89,11 @@ def test_what_is_lost_is_what_is_stated():
     assert ((1 - f) * sigma).max() == pytest.approx(module.LOST, rel=0.01)
 
 
-def test_a_matrix_of_zeros():
+def test_a_matrix_of_zeros_and_a_row():
     assert norms(torch.zeros(20, 30, dtype=torch.float64)) == (0, 0)
+    row = torch.zeros(1, 30, dtype=torch.float64)
+    row[0, 3] = 2
+    assert norms(row) == (2, 2), "nothing is left beside σ₁"
 
 
 def test_no_more_steps_than_the_spectrum_asks_for(monkeypatch):

@@ -20,12 +20,13 @@ that greedy loop takes the components in the order of one global sort: `allocate
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from .norms import lanczos
 from .solvers import lower_inverse
 
 # A full symmetric eigendecomposition up to here, Lanczos above, which is faster on a GPU and on two cores.
@@ -56,37 +57,6 @@ def extreme_eigenvalues(C: Tensor) -> tuple[float, float]:
 def _product(A: Tensor, v: Tensor) -> Tensor:
     """A v, of A in float32 and v (n,) in float64."""
     return (A @ v.float()).double()
-
-
-def lanczos(
-    multiply: Callable[[Tensor], Tensor], n: int, device: torch.device, steps: int = 400, tolerance: float = 1e-6
-) -> tuple[float, Tensor]:
-    """Largest eigenvalue of a symmetric matrix, positive semidefinite, given by its product with a vector (n,), and its
-    eigenvector (n,). Lanczos with full reorthogonalization; ends when half as many steps more change the value by less
-    than `tolerance`, relative (it is nearer by then: the error falls with the square of the vector's)."""
-    steps = min(steps, n)
-    checks = [*(c for c in (20, 30, 45, 68, 100, 150, 225, 340) if c < steps), steps]
-    Q = torch.zeros(steps + 1, n, dtype=torch.float64, device=device)  # the Krylov basis, a row a step
-    T = torch.zeros(steps, steps, dtype=torch.float64, device=device)  # the matrix in that basis, its lower triangle
-    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    Q[0] = (start / start.norm()).to(device)
-    value, vector = 0.0, Q[0]
-    for j in range(steps):
-        w = multiply(Q[j])
-        basis, limit = Q[: j + 1], 1e-12 * w.norm()
-        torch.mv(basis, w, out=T[j, : j + 1])
-        w = torch.addmv(w, basis.T, T[j, : j + 1], alpha=-1)
-        w = torch.addmv(w, basis.T, basis @ w, alpha=-1)  # twice is enough
-        beyond = w.norm()
-        # Where the basis is complete, only zeros follow.
-        torch.mul(w, (beyond > limit) / beyond.clamp(min=1e-300), out=Q[j + 1])
-        if j + 1 in checks:
-            values, vectors = torch.linalg.eigh(T[: j + 1, : j + 1].cpu())
-            before, value = value, float(values[-1])
-            vector = vectors[:, -1].to(device) @ basis
-            if abs(value - before) <= tolerance * abs(value):
-                break
-    return value, vector
 
 
 def selection_score(log_pi: float, total: float, first: float) -> float:

@@ -167,7 +167,7 @@ class _Worker:
     process: Any
     pipe: Connection
     gpu: str
-    job: Job
+    job: Job = Job()
     since: float = 0.0
 
     def begin(self, job: Job, output: Path) -> None:
@@ -216,7 +216,7 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()  # or its end would never be seen
-        workers.append(_Worker(process, ours, gpu, job))
+        workers.append(_Worker(process, ours, gpu))
         workers[-1].begin(job, output)
 
     def finish(worker: _Worker) -> None:

@@ -269,23 +269,27 @@ def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
     return Best(best, mean_interval(losses[best]), "; ".join(notes))
 
 
-def training_seconds(run: dict[str, Any], steps: float) -> float:
-    """How long a run takes for so many steps, at its pace from the first measured step to the last. What came before
-    does not count: some processes compile the blocks in their first step, and in others that was done for a run before.
-    """
+def step_seconds(run: dict[str, Any]) -> float:
+    """A run's pace from the first measured step to the last. What came before does not count: some processes compile
+    the blocks in their first step, and in others that was done for a run before."""
     timed = [(step, seconds) for step, seconds, _ in run.get("curve") or [] if step > 0]
     if len(timed) < 2:
         timed = [(0, 0.0), (run["steps"], run["seconds"])]
     (begin, since), *_, (end, until) = timed
-    return steps * (until - since) / (end - begin)
+    return (until - since) / (end - begin)
+
+
+def training_seconds(run: dict[str, Any]) -> float | None:
+    """How long a run trains, at its pace (see `step_seconds`); None if it did not."""
+    return run["steps"] * step_seconds(run) if run.get("steps") else None
 
 
 def learning_curve(comparison: dict[str, Any], run: dict[str, Any]) -> list[CurvePoint]:
-    """A run's held-out task loss while it trained. Seconds (see `training_seconds`) count the preparation, which a user
+    """A run's held-out task loss while it trained. Seconds (see `step_seconds`) count the preparation, which a user
     waits for, too; at step 0 stands the base model's loss, if the run has not measured its own."""
     prepare = run.get("prepare_seconds") or 0.0
     measured = [(step, loss) for step, _, loss in run.get("curve") or [] if is_finite(loss)]
-    curve = [CurvePoint(step, prepare + training_seconds(run, step), loss) for step, loss in measured]
+    curve = [CurvePoint(step, prepare + step * step_seconds(run), loss) for step, loss in measured]
     if curve and curve[0].step > 0:
         curve.insert(0, CurvePoint(0, prepare, comparison["base"]["learn"][task(comparison)]["loss"]))
     return curve
@@ -421,7 +425,7 @@ def _row(
             for ability, found in by_ability.items()
         },
         "reach": reach(comparison, method, best.rate, final) if best and final is not None else None,
-        "seconds": mean([training_seconds(run, run["steps"]) for run in runs]),
+        "seconds": mean([training_seconds(run) for run in runs]),
         "prepare_seconds": mean([run.get("prepare_seconds") for run in runs]),
         "peak_bytes": mean([run.get("peak_bytes") for run in runs]),
         "steps": mean([run.get("steps") for run in runs]),

@@ -284,12 +284,7 @@ def run_columns(comparison: dict[str, Any]) -> list[Column]:
         Column("", "status", "", [Cell(status(run), run["why"], status(run)) for run in runs]),
         Column("", f"task loss, {data}", "", losses),
         *(Column("", f"drift, {label(comparison, a)}", "", cells) for a, cells in drifts.items()),
-        Column(
-            "",
-            "training, s",
-            "",
-            [plain_cell(training_seconds(run, run["steps"]) if run.get("steps") else None) for run in runs],
-        ),
+        Column("", "training, s", "", [plain_cell(training_seconds(run)) for run in runs]),
     ]
 
 
@@ -519,8 +514,7 @@ def write_csv(path: Path, comparison: dict[str, Any]) -> None:
     fields = ("method", "learning_rate", "seed", "status", "why", "steps", "seconds", "prepare_seconds", "peak_bytes")
     rows = []
     for run in comparison["runs"]:
-        row = {key: run.get(key) for key in fields}
-        row["seconds"] = training_seconds(run, run["steps"]) if run.get("steps") else None
+        row = {key: run.get(key) for key in fields} | {"seconds": training_seconds(run)}
         row |= {f"{key} parameters": value for key, value in (run.get("parameters") or {}).items()}
         for kind, datas in (run.get("results") or {}).items():
             for data, numbers in datas.items():
