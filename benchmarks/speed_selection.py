@@ -79,8 +79,8 @@ def parts(W: Tensor, C: Tensor) -> None:
     show("the oriented weight, float64", lambda: orient(W, C, "covariance"))
     show("Σσ and σ₁ by a spectrum (`eigvalsh`)", lambda: singular_values(M))
     show("Σσ and σ₁ by products (`norms`)", lambda: norms(M))
-    show("of it σ₁: Lanczos", lambda: lanczos(lambda v: M @ (M.T @ v), len(M), M.device))
-    show("σ₁ by a block of vectors instead", lambda: leading_singular_vectors(M.T, 1))
+    show("of it σ₁, by a block of vectors", lambda: leading_singular_vectors(M.T, 1, sweeps=4))
+    show("σ₁ by Lanczos instead", lambda: lanczos(lambda v: M @ (M.T @ v), len(M), M.device))
     with float32_products("high"):
         show("a growing step", lambda: polar._step(X, polar.GROW, split=True))
         show("a finishing step", lambda: polar._step(X, polar.GROW, split=False))

@@ -5,6 +5,7 @@ import torch
 
 from corda_lora import norms as module
 from corda_lora.norms import norms
+from corda_lora.solvers import leading_singular_vectors
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 # Spectra (R,): as of random numbers, falling, over many decades, below a tower or several, and of low rank.
@@ -93,7 +94,15 @@ def test_a_matrix_of_zeros_and_a_row():
     assert norms(torch.zeros(20, 30, dtype=torch.float64)) == (0, 0)
     row = torch.zeros(1, 30, dtype=torch.float64)
     row[0, 3] = 2
-    assert norms(row) == (2, 2), "nothing is left beside σ₁"
+    assert norms(row) == pytest.approx((2, 2), rel=1e-12), "nothing is left beside σ₁"
+    assert module._nuclear_norm(torch.zeros(20, 30, dtype=torch.float64), beside=2) == 0
+
+
+def test_a_first_singular_value_that_many_others_equal():
+    """There is no gap for subspace iteration: it does not converge, and Lanczos takes over."""
+    M = torch.eye(60, 80, dtype=torch.float64)
+    assert leading_singular_vectors(M.T, 1) is None
+    assert norms(M) == pytest.approx((60, 1), rel=2.5e-5)
 
 
 def test_no_more_steps_than_the_spectrum_asks_for(monkeypatch):

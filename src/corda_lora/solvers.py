@@ -38,8 +38,6 @@ Times = Callable[[Tensor], Tensor]
 RESOLVED = 3e-4
 # Largest error of a chosen subspace: root mean square, over its vectors, of the part of each that lies outside.
 TOLERANCE = 1e-6
-# Of a product, on a GPU: two for each multiprocessor of an H200.
-TILES = 256
 # Eigenvalues of H that are so many times the k-th are first found and taken out.
 TOWERS = 1e6
 EPS = torch.finfo(torch.float64).eps
@@ -79,7 +77,7 @@ def triangle(W: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 def _gram_components(M: Tensor, noise: float | None = None) -> tuple[Tensor, Tensor]:
     """U (R, R) and σ (R,), descending, of M (R, n), R ≤ n, by `eigh` of its Gram matrix; what lies too deep below σ₁,
     again from its own rows."""
-    G = add_gram(None, M.T) if len(M) > 512 else _thin_product(M, M.T)  # M Mᵀ; its lower triangle will do
+    G = add_gram(None, M.T) if len(M) > 512 else M @ M.T  # its lower triangle will do
     squares, U = _eigh(G)  # ascending
     U, sigma = U.flip(1), squares.clamp(min=0).sqrt().flip(0)
     noise = EPS * float(torch.linalg.norm(M)) if noise is None else noise
@@ -173,16 +171,16 @@ def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tenso
     found = None if F is None else leading_singular_vectors(F, r)
     if F is None or found is None:
         return None
-    values, X = found  # (b,), (R, b): more than r of them
+    values, X = found  # (b,), (b, R): more than r of them
     # Rounding of F mixes neighbours at the border: its size over their distance. (That of M is anybody's.)
     apart = (values[r - 1] - values[-1]) / (len(values) - r)
     if not EPS * torch.linalg.norm(F) < TOLERANCE * r**0.5 * apart:
         return None
-    values, X = values[:r], X[:, :r]
+    values, X = values[:r], X[:r].T
     if mode == "kpm":
         return back(X.flip(1)), 1 / values.flip(0)
     if untouched:  # X are right singular vectors of M; what errors of the first put into the others is taken out
-        return _orthonormal(F @ X, loss=1e-13)[0], values
+        return _orthonormal((F @ X).T, loss=1e-13)[0].T, values
     return back(X), values
 
 
@@ -247,8 +245,8 @@ def _lower_product(L: Tensor, X: Tensor) -> Tensor:
 
 
 def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tensor, Tensor] | None:
-    """σ (b,) and X (R, b), b > k: the k largest singular values of F (l, R) float64 with their right singular vectors,
-    and approximations to the b − k after them. None if they did not converge.
+    """σ (b,) and X (b, R), b > k: the k largest singular values of F (l, R) float64 with their right singular vectors
+    as rows, and approximations to the b − k after them. None if they did not converge.
 
     Subspace iteration on H = FᵀF with a Chebyshev filter and b − k vectors of oversampling (Zhou and Saad, SIAM J.
     Matrix Anal. Appl. 29, 2007): of a spectrum that falls fast the polynomial has degree one or two, of a flat one up
@@ -264,20 +262,20 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
     if size == 0:
         return None
     H = mirror(add_gram(None, F))
-    X = torch.randn(R, b, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
-    Q, _ = _orthonormal(_thin_product(H, X))
-    Q, powers = _orthonormal(_thin_product(H, Q))
+    X = torch.randn(b, R, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
+    Q, _ = _orthonormal(X @ H)
+    Q, powers = _orthonormal(Q @ H)
     first, kth, last = _at(powers, k)  # approximations to θ_1, θ_k, θ_b, as H has been applied once
     # What to expect after two products with H, of a random block (Halko et al., SIAM Review 53, 2011, theorem 10.5).
     error = math.sqrt(R / (b - k)) * (last / kth) ** 2 if b < R else 0.0
     for _ in range(sweeps):
         if error < TOLERANCE / 2 or not kth > first / TOWERS:
             Q, _ = _orthonormal(Q, loss=1e-13)
-            FQ = _thin_product(F, Q)
-            V, sigma = _gram_components(FQ.T, noise=EPS * size)  # (b, b), (b,)
-            Q, theta = Q @ V, sigma.square()
+            QF = Q @ F.T  # (b, l)
+            V, sigma = _gram_components(QF, noise=EPS * size)  # (b, b), (b,)
+            Q, theta = V.T @ Q, sigma.square()
             # Q has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
-            residual = (_thin_product(F.T, FQ @ V[:, :k]) - Q[:, :k] * theta[:k]).norm(dim=0)  # (k,)
+            residual = (V[:, :k].T @ QF @ F - theta[:k, None] * Q[:k]).norm(dim=1)  # (k,)
             outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
             first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
             if b == R or error < TOLERANCE:
@@ -285,9 +283,9 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
             # Where a few tower above the rest (massive activations), the rest is found with them taken out of F.
             high = int((theta > TOWERS * kth).sum())
             if high and float((residual[:high] / theta[:high]).max()) < TOLERANCE:
-                top = Q[:, :high]
-                rest = leading_singular_vectors(F - (F @ top) @ top.T, k - high, sweeps)
-                return None if rest is None else (torch.cat([sigma[:high], rest[0]]), torch.cat([top, rest[1]], dim=1))
+                top = Q[:high]
+                rest = leading_singular_vectors(F - (F @ top.T) @ top, k - high, sweeps)
+                return None if rest is None else (torch.cat([sigma[:high], rest[0]]), torch.cat([top, rest[1]]))
         if not (math.isfinite(error) and last > 0):
             return None
         # cosh(m·growth(θ)) is what degree m does to θ, while all below θ_b stays below one. It must do enough to θ_k
@@ -296,7 +294,7 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
         enough = 1.2 * math.log(3 * error / TOLERANCE) / max(slow, 1e-3)
         room = math.log(1e12) / max(fast - slow, 1e-3)
         degree = max(1, min(math.ceil(enough), int(room), 100))
-        factors = (H,) if kth > 1e-8 * first else (F, F.T)
+        factors = (H,) if kth > 1e-8 * first else (F.T, F)
         Q, powers = _orthonormal(_filter(factors, Q, last, degree))
         grown = _at(powers, k)  # what the polynomial did to θ_1, θ_k, θ_b; so, what these are
         first, kth, last = [last * (1 + math.cosh(math.acosh(max(x, 1)) / degree)) / 2 for x in grown]
@@ -311,12 +309,12 @@ def _at(values: Tensor, k: int) -> tuple[float, float, float]:
 
 
 def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -> Tensor:
-    """T_m(2H/below − 1) X of degree m: Chebyshev's polynomial, at most 1 where the eigenvalues of H are in 0 … below. H
-    is the product of the factors, the first of which comes to X first."""
+    """X T_m(2H/below − 1) of degree m: Chebyshev's polynomial, at most 1 where the eigenvalues of H are in 0 … below. H
+    is the product of the factors."""
 
     def step(Y: Tensor) -> Tensor:
         for factor in factors:
-            Y = _thin_product(factor, Y)
+            Y = Y @ factor
         return Y
 
     before, now = X, torch.sub(step(X).mul_(2 / below), X)
@@ -326,43 +324,23 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
     return now
 
 
-def _thin_product(A: Tensor, X: Tensor) -> Tensor:
-    """A X (l, b), of A (l, R) and X (R, b) of few columns.
-
-    A GPU's kernels for float64 make a tile of the result at a time, over all of the inner dimension. Where there are
-    few tiles that leaves it idle, so the inner dimension is divided.
-    """
-    tiles = math.ceil(A.shape[0] / 128) * math.ceil(X.shape[1] / 64)
-    parts = 1
-    while X.is_cuda and parts < 16 and parts * tiles < TILES and len(X) % (2 * parts) == 0:
-        parts *= 2
-    return _product_in_parts(A, X, parts)
-
-
-def _product_in_parts(A: Tensor, X: Tensor, parts: int) -> Tensor:
-    """A X, as the sum of products of so many parts of the inner dimension, which are made side by side."""
-    if parts == 1:
-        return A @ X
-    return torch.bmm(A.unflatten(1, (parts, -1)).transpose(0, 1), X.unflatten(0, (parts, -1))).sum(0)
-
-
 def _orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Q (R, b), a basis of the columns of X (R, b), orthonormal to about `loss`; and |diag T| (b,) of X = Q T, T
-    triangular, descending: of X = p(H) Q' with Q' orthonormal, approximations to the largest eigenvalues of p(H).
+    """Q (b, R), a basis of the rows of X (b, R), orthonormal to about `loss`; and |diag T| (b,) of X = T Q, T
+    triangular, descending: of X = Q' p(H) with Q' orthonormal, approximations to the largest eigenvalues of p(H).
 
-    Cholesky factors of XᵀX, shifted so that they exist (Fukaya et al., SIAM J. Sci. Comput. 42, 2020), as often as it
+    Cholesky factors of XXᵀ, shifted so that they exist (Fukaya et al., SIAM J. Sci. Comput. 42, 2020), as often as it
     takes: mostly once or twice. That is products, which a GPU has done before Householder's QR has well begun.
     """
-    sizes = X.norm(dim=0)
-    Q = X / sizes
+    sizes = X.norm(dim=1)
+    Q = X / sizes[:, None]
     for _ in range(4):
-        G = _thin_product(Q.T, Q)
+        G = Q @ Q.T
         G.diagonal().add_(10 * len(G) * EPS)
         L, _ = torch.linalg.cholesky_ex(G)
-        Q = torch.linalg.solve_triangular(L, Q.T, upper=False).T
+        Q = torch.linalg.solve_triangular(L, Q, upper=False)
         d = L.diagonal()
         sizes = sizes * d
         if float(d.max() / d.min()) ** 2 * EPS < loss:  # what Q lost is the square of its condition number
             return Q, sizes.sort(descending=True)[0]
-    Q, T = torch.linalg.qr(X)
-    return Q, T.diagonal().abs().sort(descending=True)[0]
+    Q, T = torch.linalg.qr(X.T)
+    return Q.T, T.diagonal().abs().sort(descending=True)[0]
