@@ -132,8 +132,9 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
         assert results("broken")[name].stat().st_mtime_ns == at, "a finished run was run again"
     assert f"[{len(written) + 1}/" in text
     assert len(results("broken")) == 8  # two rates and two seeds of each
-    compare(file, "--output", "whole", "--jobs", 2)
+    compare(file, "--output", "whole", "--gpus", "8,9")  # there are none of these numbers: it is computed on the CPU
     assert numbers("whole") == numbers("broken")
+    assert {json.loads(path.read_text())["gpu"] for path in results("whole").values()} == {"8", "9"}
 
     restored = [sys.executable, RECIPES.parent / "restore_runs.py", "broken/comparison.json", "restored"]
     subprocess.run(restored, check=True)

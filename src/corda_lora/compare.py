@@ -386,7 +386,7 @@ def _work(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        _write(folder / RESULT, result | {"commit": commit})
+        _write(folder / RESULT, result | {"commit": commit, "gpu": gpu or None})
         pipe.send(None)
 
 
