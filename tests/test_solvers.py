@@ -177,6 +177,17 @@ def test_a_flat_spectrum_below_a_few_that_are_not_high_enough_to_be_taken_out():
     assert (found[1][:20] @ V[:, 20:]).norm() < 1e-5
 
 
+def test_a_tail_takes_next_to_nothing_of_what_towers_above_it():
+    """σ₁ is 1e9 times the last: a part of U_S on u₁ so small that no residual shows it would be most of U_S Uᵀ_S M."""
+    torch.manual_seed(10)
+    sigma = torch.cat([torch.logspace(2, -3.9, 383), torch.logspace(-4.2, -7, 17)]).double()
+    U = orthogonal(400, 400)
+    tail, _ = chosen_components((U * sigma) @ orthogonal(400, 400).T, lambda W: W, "kpm", 16, "subspace")
+    taken = (U[:, :-16].T @ tail) * sigma[:-16, None]
+    assert taken.norm() < 1e-7 * sigma[-16:].norm()
+    torch.testing.assert_close(tail.T @ tail, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("R", [100, 515, 768, 1024])
 def test_inverse_and_product_of_a_triangle(R):
     torch.manual_seed(6)

@@ -275,9 +275,14 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
             V, sigma = _gram_components(QF, noise=EPS * size)  # (b, b), (b,)
             Q, theta = V.T @ Q, sigma.square()
             # Q has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
-            residual = (V[:, :k].T @ QF @ F - theta[:k, None] * Q[:k]).norm(dim=1)  # (k,)
+            product = V[:, :k].T @ QF @ F  # (k, R): the first k of Q by H
+            residual = (product - theta[:k, None] * Q[:k]).norm(dim=1)  # (k,)
             outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
             first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
+            if error < TOLERANCE:
+                # That product takes out what rounding had left of vectors far away: of σ₁, where the tail is wanted.
+                # What it adds is the residual over θ, orthogonal to Q, so that they are orthonormal to TOLERANCE².
+                Q[:k] = product / theta[:k, None]
             if b == R or error < TOLERANCE:
                 return sigma, Q
             # Where a few tower above the rest (massive activations), the rest is found with them taken out of F.
