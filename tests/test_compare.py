@@ -1,6 +1,7 @@
 """`corda compare` on a tiny model, as a user runs it: killed and resumed, with runs that fail, and bad input."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from test_cli import LEARN, refused
 
 from corda_lora.cli import _take, build_parser
-from corda_lora.compare import Job, _can_start, _gpus, _of_side, _todo
+from corda_lora.compare import Job, _can_start, _gpus, _of_side, _todo, _Worker
 from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig
 from corda_lora.evaluation import BaseOutputs, record_base
 from corda_lora.methods import METHODS, check_options
@@ -245,6 +246,16 @@ def test_a_run_whose_process_dies_is_reported_and_tried_again(checkpoint, folder
     assert "its process ended with -9 (out of memory?)" in " ".join(text.split())
     compare(file, "--output", "out")
     assert json.loads((run / "result.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("job", [None, Job("lora", 1e-3)])
+def test_a_process_that_died_before_it_took_its_job_is_seen(job):
+    """The pipe then says that it was reset (what was sent was never read), or that it is at its end."""
+    ours, theirs = multiprocessing.Pipe()
+    if job:
+        ours.send(job)
+    theirs.close()
+    assert not _Worker(None, ours, "").lives()
 
 
 def test_bad_input_before_anything_runs(checkpoint, folder, capsys):
