@@ -18,6 +18,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from machine import commit
+
 PEFT = """
 import sys, torch
 from peft import LoraConfig, get_peft_model
@@ -77,11 +79,12 @@ def main() -> None:
         machine = f"{platform.machine()}, {os.cpu_count()} CPU cores"
         versions = {p: version(p) for p in ("torch", "transformers", "peft")}
         command = f"python benchmarks/init_vs_peft.py --model MODEL --data DATA --samples {options.samples}"
-        record = {"command": command, "machine": machine, "versions": versions, "rows": rows}
+        record = {"command": command, "commit": commit(), "machine": machine, "versions": versions, "rows": rows}
         options.results.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
         packages = ", ".join(f"{p} {v}" for p, v in versions.items())
-        head = f"# {options.results.stem}\n\n`{command}`\n\n{machine}; {packages}; SmolLM2-135M, kpm, rank 32; median"
-        text = f"{head} of {options.repeats}, from the command to the adapter on disk\n\n" + "\n".join(lines) + "\n"
+        what = f"commit {record['commit']}; SmolLM2-135M, kpm, rank 32; median of {options.repeats}"
+        head = f"# {options.results.stem}\n\n`{command}`\n\n{machine}; {packages}; {what}"
+        text = f"{head}, from the command to the adapter on disk\n\n" + "\n".join(lines) + "\n"
         options.results.with_suffix(".md").write_text(text)
 
 
