@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    print("# speed_selection\n\n`python benchmarks/speed_selection.py`\n")
+    command = f"python benchmarks/speed_selection.py --width {options.width} --wide {options.wide}"
+    print(f"# speed_selection\n\n`{command}`\n")
     print(f"{machine()}; torch {torch.__version__}; commit {commit()}")
     with float32_products("highest"):
         for n in (options.width, options.wide):
