@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from test_cli import LEARN, refused
 
 from corda_lora.cli import _take, build_parser
-from corda_lora.compare import Job, _can_start, _gpus, _of_side, _todo, _Worker
+from corda_lora.compare import Job, _can_start, _gpus, _jobs, _of_side, _todo, _total, _Worker
 from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig
 from corda_lora.evaluation import BaseOutputs, record_base
 from corda_lora.methods import METHODS, check_options
@@ -109,6 +109,56 @@ def test_a_method_prepares_just_before_its_runs(tmp_path):
     assert startable() == [("lora", 1e-3), ("lora", 2e-3), ("corda-kpm-anchored", None), ("eva", 3e-3), ("eva", 4e-3)]
 
 
+def faked(output, config, losses):
+    """Results of runs: {(entry, rate, seed): task loss, or None for one that diverged}."""
+    for (entry, rate, seed), loss in losses.items():
+        folder = output / Job(entry, rate, seed).folder
+        folder.mkdir(parents=True, exist_ok=True)
+        status = "diverged" if loss is None else "done"
+        result = {"status": status, "why": "", "results": {"learn": {"task": {"loss": loss}}}}
+        (folder / "result.json").write_text(json.dumps(result))
+    return {(job.entry, job.rate, job.seed) for job in _jobs(config, output) if job.rate and job.seed}
+
+
+def test_the_other_seeds_are_run_where_they_count(tmp_path):
+    rates = [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+
+    def config_of(**entries):
+        methods = {name: MethodConfig(learning_rates=given) for name, given in entries.items()}
+        return CompareConfig(methods=methods, data="x", eval=EvalConfig(learn="y"), seeds=3)
+
+    config = config_of(lora=rates, pissa=rates)
+    assert _total(config, tmp_path) == 2 * (5 + 2 * 3)  # before any is done: three rates with each other seed
+    sweep = dict(zip(rates, (0.95, 0.92, 0.85, 0.83, 0.9)))
+    seeded = faked(tmp_path, config, {("lora", rate, 0): loss for rate, loss in sweep.items()})
+    assert seeded == {("lora", rate, seed) for rate in (5e-3, 1e-2, 2e-2) for seed in (1, 2)}
+
+    # Best at 2e-2, which diverged at the next; LoRA's best loss lies between 1e-3 and 2e-3.
+    sweep = dict(zip(rates, (0.84, 0.82, 0.80, None, 0.78)))
+    seeded = faked(tmp_path, config, {("pissa", rate, 0): loss for rate, loss in sweep.items()})
+    pissa = {("pissa", rate, seed) for rate in (1e-3, 2e-3, 5e-3, 2e-2) for seed in (1, 2)}
+    assert {run for run in seeded if run[0] == "pissa"} == pissa
+    assert _total(config, tmp_path) == 5 + 6 + 5 + 8
+
+    # A rate is added that is the best: what was done with other seeds stays.
+    seeded = faked(tmp_path, config_of(lora=rates, pissa=[5e-3, 2e-2, 5e-2]), {("pissa", 5e-2, 0): 0.7})
+    assert {run for run in seeded if run[0] == "pissa"} == {
+        ("pissa", rate, seed) for rate in (2e-2, 5e-2) for seed in (1, 2)
+    }
+    faked(tmp_path, config, {("pissa", 5e-3, 1): 0.8})
+    seeded = faked(tmp_path, config_of(lora=rates, pissa=[5e-3, 2e-2, 5e-2]), {})
+    assert ("pissa", 5e-3, 1) in seeded
+    assert ("pissa", 5e-3, 2) not in seeded
+
+    # What could not prepare has no runs to wait for.
+    config = config_of(lora=rates, eva=rates)
+    folder = tmp_path / Job("eva").folder
+    folder.mkdir(parents=True)
+    assert _total(config, tmp_path) == 22
+    (folder / "result.json").write_text('{"status": "does not fit", "why": ""}')
+    assert _total(config, tmp_path) == 11
+
+
 def test_killed_half_way_and_resumed(checkpoint, folder):
     file = recipe(checkpoint, TWO)
     process = start(file, "--output", "broken")
@@ -144,6 +194,7 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
     assert not Path("restored/starts").exists(), "nothing was left to prepare for"
 
     comparison = json.loads(Path("broken/comparison.json").read_text())
+    assert comparison["command"] == "corda compare recipe.yaml --output broken --jobs 2"
     assert {run["status"] for run in comparison["runs"]} == {"done"}
     assert comparison["base"]["keep"]["keep"]["loss"] > 0
     assert comparison["machine"]
@@ -210,6 +261,8 @@ def test_a_run_that_fails_leaves_the_others_alone(checkpoint, folder):
         more.write("  unprepared: {method: eva, options: {rho: 0.5}, learning_rates: [1.0e-3, 1.0e-2]}\n")
     text = compare(file, "--output", "out")
     assert "bitfit, 0.001, seed 0: does not fit: BitFit trains biases, and LlamaForCausalLM has none" in text
+    assert "[6/6] " in text  # of what could not prepare none
+    assert "12/12 " in text  # the bar, full: of six runs two were trained, six steps each
     runs = json.loads(Path("out/comparison.json").read_text())["runs"]
     by = {(run["method"], run["learning_rate"]): run for run in runs}
     assert by["lora", 1e-3]["status"] == "done"

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from corda_lora.adapter import lora_layers
 from corda_lora.config import CordaError, DataConfig, TrainConfig
 from corda_lora.context import context_batches, load_samples
-from corda_lora.methods import METHODS, Setup, _found_once, check_options, count_parameters
+from corda_lora.methods import METHODS, Setup, _found_once, _labelled, check_options, count_parameters
 from corda_lora.targets import find_targets, weight_of
 from corda_lora.training import train
 
@@ -88,12 +88,26 @@ def test_bitfit_trains_biases_and_refuses_a_model_without(files, tokenizer):
         prepare("bitfit", files, tokenizer)
 
 
-def test_lora_plus_gives_b_a_higher_rate(files, tokenizer):
-    prepared, _, _ = prepare("lora+", files, tokenizer, 1e-3, options={"ratio": 4.0})
+@pytest.mark.parametrize("name", ["full", "bitfit"])
+def test_what_is_trained_whole_is_float32(name, files, tokenizer):
+    model = tiny.build("qwen2_biased", torch.bfloat16)
+    prepared = METHODS[name].prepare(model, setup := setup_of(model, tokenizer, files, 1e-4))
+    trained = {n: p.detach().clone() for n, p in prepared.model.named_parameters() if p.requires_grad}
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    run(prepared, setup)
+    steps = [
+        (prepared.model.get_parameter(n) - p)[p != 0].abs() for n, p in trained.items() if "norm" in n or p.ndim == 1
+    ]
+    assert (torch.cat(steps) > 0).float().mean() > 0.9  # in bfloat16 most of numbers near one would stay
+
+
+@pytest.mark.parametrize(("options", "ratio"), [({"ratio": 4.0}, 4), ({}, 16)])
+def test_lora_plus_gives_b_a_higher_rate(options, ratio, files, tokenizer):
+    prepared, _, _ = prepare("lora+", files, tokenizer, 1e-3, options=options)
     rates = {id(p): group["lr"] for group in prepared.optimizer.param_groups for p in group["params"]}
     for layer in lora_layers(prepared.model).values():
         assert rates[id(layer.lora_A["default"].weight)] == 1e-3
-        assert rates[id(layer.lora_B["default"].weight)] == 4e-3
+        assert rates[id(layer.lora_B["default"].weight)] == pytest.approx(ratio * 1e-3)
 
 
 @pytest.mark.parametrize(("name", "options"), [("lora-fa", {}), ("lora-null", {"freeze": True})])
@@ -144,14 +158,62 @@ def test_adalora_prunes_to_the_budget(files, tokenizer):
     assert sum(after) == 4 * len(after)
 
 
-def test_kasa_adds_its_penalty(files, tokenizer):
-    prepared, _, _ = prepare("kasa", files, tokenizer, options={"beta": 0.5, "gamma": 0.25})
+def test_dora_scales_rows_to_their_length(files, tokenizer):
+    prepared, _, base = prepare("dora", files, tokenizer)
+    for name, layer in lora_layers(prepared.model).items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        with torch.no_grad():
+            B.normal_()
+        W, x = weight_of(base.get_submodule(name)).double(), torch.randn(3, A.shape[1])
+        moved = W + 2 * B.double() @ A.double()
+        expected = x.double() @ (W.norm(dim=1) / moved.norm(dim=1) * moved.T)  # Eq. 5 of the paper, m as at the start
+        assert torch.dist(layer(x).double(), expected) < 1e-5 * expected.norm()
+
+
+def test_pissa_trains_the_head_of_the_svd(files, tokenizer):
+    prepared, _, base = prepare("pissa", files, tokenizer)
+    for name, layer in lora_layers(prepared.model).items():
+        U, sigma, Vh = torch.linalg.svd(weight_of(base.get_submodule(name)).double(), full_matrices=False)
+        head = U[:, :4] * sigma[:4] @ Vh[:4]
+        BA = 2 * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        assert torch.dist(BA, head) < 1e-4 * head.norm()
+
+
+def test_lora_ga_starts_on_the_tasks_gradient(files, tokenizer):
+    prepared, setup, base = prepare("lora-ga", files, tokenizer)
+    for batch in _labelled(setup, setup.context("learn", samples=64)[0], base):
+        base(**batch).loss.backward()
+    for name, layer in lora_layers(prepared.model).items():
+        A = torch.nn.functional.normalize(layer.lora_A["default"].weight).double()
+        Vh = torch.linalg.svd(base.get_submodule(name).weight.grad.double(), full_matrices=False).Vh
+        assert (A @ Vh[:4].T).norm(dim=1).min() > 0.99
+
+
+def test_eva_starts_on_the_inputs_and_shares_out_ranks(files, tokenizer):
+    prepared, setup, base = prepare("eva", files, tokenizer)
+    layers = lora_layers(prepared.model)
+    ranks = [layer.r["default"] for layer in layers.values()]
+    assert 4 < max(ranks) <= 8
+    assert sum(ranks) <= 4 * len(ranks)
+    batches = _labelled(setup, setup.context("learn")[0], base)
+    for name, C in tiny.covariances_of(base, find_targets(base, "all-linear"), batches).items():
+        if name in layers:  # not if all its ranks went to others
+            A = layers[name].lora_A["default"].weight.double()
+            assert torch.allclose(A @ A.T, torch.eye(len(A)).double(), atol=1e-4)
+            by_chance = len(A) / len(C) * C.trace()
+            assert (A @ C.double() @ A.T).trace() > 2 * by_chance
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.5, "gamma": 0.25}, {}])
+def test_kasa_adds_its_penalty(options, files, tokenizer):
+    prepared, _, _ = prepare("kasa", files, tokenizer, options=options)
     batch = tiny.batches("llama")[0]
     model = prepared.model.train()
     with_penalty = model(**batch, labels=batch["input_ids"]).loss
     plain = model.eval()(**batch, labels=batch["input_ids"]).loss
     penalty = model.base_model._get_kasa_loss()
-    assert float(with_penalty - plain) == pytest.approx(float(penalty.detach()), rel=1e-4)
+    assert penalty > 0
+    assert float(with_penalty - plain) == pytest.approx(float(penalty.detach()), rel=1e-4, abs=1e-6)
 
 
 def test_lora_null_is_the_weight_on_the_least_used_directions(files, tokenizer):

@@ -9,7 +9,8 @@ import subprocess
 
 import pytest
 
-from corda_lora.report import embedded, html_report, look, number, rate_text, settings, write_report
+from corda_lora.frontier import Estimate
+from corda_lora.report import embedded, html_report, look, number, rate_text, ratio_cell, settings, write_report
 
 TITLES = {"full": "Full fine-tuning", "lora": "LoRA", "kpm": "CorDA KPM, <anchored>", "big": "LoRA-GA"}
 RATES = {"full": (1e-5, 5e-5), "lora": (2e-4, 5e-4, 1e-3), "kpm": (2e-3, 5e-3, 1e-2)}
@@ -245,8 +246,14 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_is_given(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("</script>") == 2  # the data and the program
     assert "<anchored>" not in page
-    assert not re.search(r"(?:src|href)=\"(?!data:,)|@import|url\(|fetch\(|XMLHttpRequest", page)
+    assert not re.search(r"(?:src|href)=\"(?!data:,)|@import|url\((?!#)|fetch\(|XMLHttpRequest", page)
     assert "{{" not in page
+
+
+def test_an_interval_that_says_nothing_is_not_printed():
+    assert ratio_cell(Estimate(0.5, 0.2, 3.0, 3)).extra == "0.20 to 3.0"
+    assert ratio_cell(Estimate(0.85, 3.6e-6, 2e5, 2)).extra == "not settled by its seeds"
+    assert ratio_cell(Estimate(0.85, None, None, 1)).extra == ""
 
 
 def test_numbers_read_well():

@@ -6,6 +6,8 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]note:[/] {message}", highlight=False)
     try:
         options = parser.instantiate(options)
+        options[options.verb].given = list(sys.argv[1:] if argv is None else argv)
         verbs[options.verb](options[options.verb])
     except CordaError as error:
         print(f"corda {options.verb}: {error}", file=sys.stderr)
@@ -303,7 +306,9 @@ def compare(options: Namespace) -> None:
         raise CordaError(f"jobs is {options.jobs}, but is at least 0")
     from .compare import compare as run_comparison
 
-    command = f"corda compare {options.config[0] if options.config else ''} --output {options.output}"
+    command = shlex.join(["corda", *options.given])
+    if not options.jobs:  # a report of what is done: to run it again, it takes the rest
+        command = re.sub(r" --jobs[ =]0\b", "", command)
     gpus = [gpu for gpu in options.gpus.split(",") if gpu]
     run_comparison(source, config, options.output, options.jobs, gpus, command)
     out.print(f"written to {options.output / 'report.html'}, and report.md, runs.csv, comparison.json beside it")

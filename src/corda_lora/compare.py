@@ -205,7 +205,8 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
             (output / job.folder / RESULT).unlink()  # tried again
     todo = _todo(config, output)
     total = _total(config, output)
-    shown = sum(job.rate is not None and _result(output, job) is not None for job in _jobs(config, output))
+    before = shown = sum(job.rate is not None and _result(output, job) is not None for job in _jobs(config, output))
+    untrained = 0  # runs that failed or do not fit
     workers: list[_Worker] = []
     seconds: list[float] = []
 
@@ -221,7 +222,7 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
 
     def finish(worker: _Worker) -> None:
         """Show what a worker has done, and give it another job of the same entry, or end it."""
-        nonlocal todo, total, shown
+        nonlocal todo, total, shown, untrained
         job, lives = worker.job, worker.lives()
         if not lives:
             worker.process.join()
@@ -233,9 +234,13 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
             raise CordaError(f"{job}: {result['why']} (see {output / BASE / LOG})")
         if job.rate is not None:
             shown += 1
-            seconds.append(time.perf_counter() - worker.since)
+            if result["status"] in ("done", "diverged"):
+                seconds.append(time.perf_counter() - worker.since)
+            else:
+                untrained += 1
         total = _total(config, output)
         left = sum(seconds) / len(seconds) * (total - shown) / (len(slots) + len(workers)) if seconds else 0
+        advance(0, total=(total - before - untrained) * _steps(config))
         console.print(_line(job, result, shown, total, left), highlight=False)
         busy = [other.job for other in workers]
         todo = [job for job in _todo(config, output) if job not in busy]
@@ -248,7 +253,7 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
             workers.remove(worker)
             slots.append(worker.gpu)
 
-    with progress_bar("comparing", (total - shown) * _steps(config)) as advance:
+    with progress_bar("comparing", (total - before) * _steps(config)) as advance:
         try:
             while todo or workers:
                 while slots and (startable := [job for job in todo if _can_start(config, output, job)]):
@@ -272,9 +277,7 @@ def _todo(config: CompareConfig, output: Path) -> list[Job]:
     """What has no result yet, a method's preparing before the first of its runs. A method that could not prepare has no
     runs to do: its result is theirs; one whose runs are all done need not prepare."""
     missing = [job for job in _jobs(config, output) if _result(output, job) is None]
-    unprepared = {
-        name for name in config.entries if (_result(output, Job(name)) or {"status": "done"})["status"] != "done"
-    }
+    unprepared = _unprepared(config, output)
     todo = dict.fromkeys(job for job in missing if not job.entry)
     for run in missing:
         if run.rate is not None and run.entry not in unprepared:
@@ -288,7 +291,7 @@ def _jobs(config: CompareConfig, output: Path) -> list[Job]:
     jobs += [Job(name) for name, entry in config.entries.items() if METHODS[entry.method].looks]
     for name, entry in config.entries.items():
         jobs += [Job(name, rate) for rate in entry.learning_rates]
-    swept = {name: _swept(output, name, entry) for name, entry in config.entries.items()}
+    swept = {name: _swept(output, name, entry) or {} for name, entry in config.entries.items()}
     reference = swept.get("lora", next(iter(swept.values())))  # as in `frontier.reference_method`
     at = min(reference.values(), default=None)
     for name, losses in swept.items():
@@ -298,22 +301,34 @@ def _jobs(config: CompareConfig, output: Path) -> list[Job]:
         for pair in itertools.pairwise(rates):
             if at is not None and min(losses[rate] for rate in pair) < at <= max(losses[rate] for rate in pair):
                 seeded |= set(pair)  # its drift at the reference's best loss is read off between these
-        jobs += [Job(name, rate, seed) for seed in range(1, config.seeds) for rate in sorted(seeded)]
+        others = [
+            Job(name, rate, seed) for seed in range(1, config.seeds) for rate in config.entries[name].learning_rates
+        ]  # those of before, too, if a rate was added that is the best now
+        jobs += [job for job in others if job.rate in seeded or (output / job.folder / RESULT).is_file()]
     return jobs
 
 
-def _swept(output: Path, name: str, entry: MethodConfig) -> dict[float, float]:
-    """The task loss of each rate that was done with the first seed, once all have been tried."""
+def _swept(output: Path, name: str, entry: MethodConfig) -> dict[float, float] | None:
+    """The task loss of each rate that was done with the first seed; None before all have been tried."""
     results = {rate: _result(output, Job(name, rate)) for rate in entry.learning_rates}
     if None in results.values():
-        return {}
+        return None
     return {rate: task_loss(result) for rate, result in results.items() if result and result["status"] == "done"}
+
+
+def _unprepared(config: CompareConfig, output: Path) -> set[str]:
+    """Entries that could not prepare: none of their runs will be made."""
+    starts = {name: _result(output, Job(name)) for name in config.entries}
+    return {name for name, start in starts.items() if start and start["status"] != "done"}
 
 
 def _total(config: CompareConfig, output: Path) -> int:
     """How many runs there will be, about: of an entry whose rates are not done, three with the other seeds."""
-    unknown = [entry for name, entry in config.entries.items() if not _swept(output, name, entry)]
-    return sum(job.rate is not None for job in _jobs(config, output)) + 3 * (config.seeds - 1) * len(unknown)
+    unprepared = _unprepared(config, output)
+    entries = {name: entry for name, entry in config.entries.items() if name not in unprepared}
+    unknown = [len(entry.learning_rates) for name, entry in entries.items() if _swept(output, name, entry) is None]
+    known = sum(job.rate is not None and job.entry in entries for job in _jobs(config, output))
+    return known + (config.seeds - 1) * sum(min(3, rates) for rates in unknown)
 
 
 def _can_start(config: CompareConfig, output: Path, job: Job) -> bool:

@@ -246,6 +246,8 @@ def _on_hull(hull: Sequence[Point], loss: float) -> tuple[float, dict[int, float
 def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
     """The learning rate of the lowest final task loss, averaged over seeds; None if no run is done.
 
+    Of those with the most seeds: other rates were worse with the first one, and that alone says too little.
+
     Its note says if the best lies at an end of the rates tried, where a wider sweep may do better; a rate that only
     diverged was tried, one that failed for another reason was not.
     """
@@ -254,7 +256,8 @@ def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
         losses.setdefault(run["learning_rate"], []).append(task_loss(run))
     if not losses:
         return None
-    best = min(losses, key=lambda rate: (np.mean(losses[rate]), rate))
+    most = max(map(len, losses.values()))
+    best = min((rate for rate in losses if len(losses[rate]) == most), key=lambda rate: (np.mean(losses[rate]), rate))
     runs = [run for run in comparison["runs"] if run["method"] == method]
     diverged = [run["learning_rate"] for run in runs if status(run) == "diverged"]
     tried = sorted({*losses, *diverged})

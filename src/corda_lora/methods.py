@@ -139,8 +139,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 METHODS: dict[str, Method] = {}
-RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-SLOW = tuple(rate / 5 for rate in RATES)  # where both factors start large
+RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+SLOW = tuple(rate / 10 for rate in RATES)  # where a factor starts large
 
 
 def method(
@@ -158,13 +158,14 @@ def method(
 # --- without a low rank ------------------------------------------------------------------------------------------
 
 
-@method("full", "full fine-tuning", "transformers", (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4))
+@method("full", "full fine-tuning", "transformers", SLOW)
 def full(model: nn.Module, setup: Setup) -> Prepared:
     return Prepared(model.float().requires_grad_(True))
 
 
 @method("bitfit", "BitFit", "Ben Zaken et al., arXiv 2106.10199", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2))
 def bitfit(model: nn.Module, setup: Setup) -> Prepared:
+    model.float()  # a step is smaller than a bfloat16's last bit
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
     if not biases:
         raise CordaError(f"BitFit trains biases, and {type(model).__name__} has none")
@@ -196,7 +197,7 @@ def dora(model: nn.Module, setup: Setup) -> Prepared:
     return Prepared(peft.get_peft_model(model, setup.lora(use_dora=True)))
 
 
-@method("lora+", "LoRA+", "Hayou et al., arXiv 2402.12354; PEFT", SLOW)
+@method("lora+", "LoRA+", "Hayou et al., arXiv 2402.12354; PEFT", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3))
 def lora_plus(model: nn.Module, setup: Setup, ratio: float = 16.0) -> Prepared:
     """The learning rate is A's; B's is `ratio` times as high."""
     model = peft.get_peft_model(model, setup.lora())
@@ -213,7 +214,7 @@ def _adam_with_ratio(model: nn.Module, setup: Setup, ratio: float) -> torch.opti
     )
 
 
-@method("lora-fa", "LoRA-FA", "Zhang et al., arXiv 2308.03303; PEFT", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2))
+@method("lora-fa", "LoRA-FA", "Zhang et al., arXiv 2308.03303; PEFT", (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2))
 def lora_fa(model: nn.Module, setup: Setup) -> Prepared:
     model, train = peft.get_peft_model(model, setup.lora()), setup.train
     optimizer = peft.optimizers.create_lorafa_optimizer(
@@ -222,7 +223,7 @@ def lora_fa(model: nn.Module, setup: Setup) -> Prepared:
     return Prepared(model, optimizer)
 
 
-@method("adalora", "AdaLoRA", "Zhang et al., arXiv 2303.10512; PEFT", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2))
+@method("adalora", "AdaLoRA", "Zhang et al., arXiv 2303.10512; PEFT", (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2))
 def adalora(model: nn.Module, setup: Setup, start: float = 1.5, warmup: float = 0.1, final: float = 0.3) -> Prepared:
     """From `start`·r to r on average, pruned between the first `warmup` and the last `final` share of the steps."""
     config = setup.lora(
@@ -270,7 +271,7 @@ def kasa(model: nn.Module, setup: Setup, beta: float = 1e-4, gamma: float = 1e-3
     return Prepared(model)
 
 
-@method("lora-ga", "LoRA-GA", "Wang et al., arXiv 2407.05000; PEFT", SLOW)
+@method("lora-ga", "LoRA-GA", "Wang et al., arXiv 2407.05000; PEFT")
 def lora_ga(model: nn.Module, setup: Setup, samples: int = 64) -> Prepared:
     """The gradient is of `samples` of the task."""
     if getattr(model, "is_quantized", False):
@@ -358,12 +359,12 @@ for _mode, _looks in (("kpm", "keep"), ("ipm", "learn")):
         f"peft-corda-{_mode}",
         f"CorDA in PEFT, {_mode}",
         "Yang et al., arXiv 2406.05223; PEFT",
-        (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
+        SLOW,
         _looks,
     )(partial(peft_corda, mode=_mode))
 
 
-@method("lora-null", "LoRA-Null", "Tang et al., arXiv 2503.02659; ours", SLOW, "keep")
+@method("lora-null", "LoRA-Null", "Tang et al., arXiv 2503.02659; ours", looks="keep")
 def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
     """BA = W P Pᵀ, P the r directions of a layer's inputs in which the ability to keep has the least energy (the last
     eigenvectors of C), split as in PiSSA; the residual is frozen, with `freeze` also A (the paper's second version)."""
@@ -428,13 +429,13 @@ def corda(
     return Prepared(peft_model, None if ratio == 1 else _adam_with_ratio(peft_model, setup, ratio))
 
 
-method("milora", "MiLoRA", "Wang et al., arXiv 2406.09044; ours", SLOW, "weights")(
+method("milora", "MiLoRA", "Wang et al., arXiv 2406.09044; ours", looks="weights")(
     partial(corda, orientation="identity", mode="kpm", split="paper")
 )
 CORDA_RATES = {
-    "paper": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
-    "balanced": RATES,
-    "anchored": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+    "paper": SLOW,
+    "balanced": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    "anchored": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
     "seeded": RATES,
 }
 for _preset, _title in (("corda", "CorDA"), ("corda+", "CorDA+"), ("corda++", "CorDA++")):

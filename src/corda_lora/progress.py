@@ -13,11 +13,11 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress_bar(label: str, total: int, show: bool = True) -> Iterator[Callable[..., None]]:
-    """A bar; yields the function that moves it on, by one or as told."""
+    """A bar; yields the function that moves it on, by one or as told, and may tell another total."""
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda steps=1: bar.advance(task, steps)
+        yield lambda steps=1, total=None: bar.update(task, advance=steps, total=total)
 
 
 def track(items: Sequence[T], label: str, show: bool = True) -> Iterable[T]:

@@ -9,10 +9,11 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from .frontier import (
@@ -133,16 +134,19 @@ def difference_cell(e: Estimate | None) -> Cell:
     return cell if e is None else cell._replace(text=f"{e.value:+.4f}".replace("-", "−"))
 
 
+def spread(e: Estimate, text: Callable[[float], str]) -> str:
+    """The interval of a drift or of a ratio of two. Where rates of one loss lie close, seeds may leave it open."""
+    if e.low is None or e.high is None:
+        return ""
+    return "not settled by its seeds" if e.high > 100 * e.low else f"{text(e.low)} to {text(e.high)}"
+
+
 def drift_cell(e: Estimate | None) -> Cell:
-    if e is None:
-        return Cell()
-    return Cell(number(e.value), "" if e.low is None else f"{number(e.low)} to {number(e.high)}", e.value)
+    return Cell() if e is None else Cell(number(e.value), spread(e, number), e.value)
 
 
 def ratio_cell(e: Estimate | None) -> Cell:
-    if e is None or e.low is None or e.high is None:
-        return Cell() if e is None else Cell(times_text(e.value), "", e.value)
-    return Cell(times_text(e.value), f"{times_text(e.low)} to {times_text(e.high)}", e.value)
+    return Cell() if e is None else Cell(times_text(e.value), spread(e, times_text), e.value)
 
 
 def share_cell(e: Estimate | None) -> Cell:
@@ -200,6 +204,10 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     for a in abilities(comparison):
         cells = [equal(row, a) for row in rows]
         columns.append(Column(f"drift at {name}’s task loss", label(comparison, a), "low", cells))
+    for a in abilities(comparison)[:1]:
+        found = all_ratios(comparison, a, reference) if reference else {}
+        cells = [Cell() if at is None else half_cell(at) for at in (found.get(row["method"]) for row in rows)]
+        columns.append(Column(f"times less drift than {name}, half of the range", label(comparison, a), "high", cells))
     for a in abilities(comparison):
         cells = [drift_cell(row["drift"][a]) for row in rows]
         columns.append(Column("drift at its own task loss", label(comparison, a), "low", cells, "0"))
@@ -238,11 +246,12 @@ def over_half(at: Ratios) -> float:
     return sorted(r.value for r in at.ratio)[len(at.ratio) // 2]
 
 
+def half_cell(at: Ratios) -> Cell:
+    return Cell(times_text(over_half(at)), "", over_half(at))
+
+
 def equal_loss_columns(found: dict[str, Ratios]) -> list[Column]:
     """How many times less each method drifts than one it is compared with, over the task losses that both reach."""
-
-    def half(at: Ratios) -> Cell:
-        return Cell(times_text(over_half(at)), "", over_half(at))
 
     def at(i: int) -> list[Cell]:
         return [ratio_cell(both.ratio[i]) for both in found.values()]
@@ -252,7 +261,7 @@ def equal_loss_columns(found: dict[str, Ratios]) -> list[Column]:
     return [
         Column(shared, "from", "", ends[0]),
         Column(shared, "to", "", ends[1]),
-        Column(less, "over half of it at least", "high", [half(both) for both in found.values()]),
+        Column(less, "over half of it at least", "high", [half_cell(both) for both in found.values()]),
         Column(less, "at its lowest loss", "high", at(0)),
         Column(less, "in its middle", "high", at(50)),  # of 101
         Column(less, "at its highest loss", "high", at(-1)),
@@ -366,9 +375,13 @@ def range_sentence(
         return "", 0.0
     sentence = (
         f"Over at least half of the task losses that both reach ({losses[0]:.4f} to {losses[-1]:.4f}), {title} drifts "
-        f"{times_text(times)} times less than {ref['title']} on {label(comparison, ability)}, or still less."
+        f"{times_text(times)} times less than {ref['title']} on {label(comparison, ability)}, or still less"
     )
-    return sentence, times
+    sure = [at.low for at in both[title].ratio if at.low is not None]
+    if len(sure) < len(both[title].ratio):
+        share = len(sure) / len(both[title].ratio)
+        sentence += f" ({1 - share:.0%} of these losses lie beside rates run with one seed: no interval there)"
+    return f"{sentence}.", times
 
 
 def drift_sentence(
@@ -387,7 +400,7 @@ def drift_sentence(
         return f"At {at}, no other method that reaches it drifts clearly less than {title} on {where}.", 0.0
     sure = "no interval: fewer than two seeds on both sides of that loss"
     if ratio.low is not None:
-        sure = f"95 % interval over {ratio.seeds} seeds: {ratio_cell(ratio).extra}"
+        sure = f"95 % interval over {ratio.seeds} seeds: {spread(ratio, times_text)}"
         sure += "; the seeds’ spread could explain it" if ratio.low <= 1 else ""
     times = times_text(ratio.value)
     return f"At {at}, {least['title']} drifts {times} times less than {title} on {where} ({sure}).", ratio.value
@@ -428,10 +441,13 @@ def notes(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "model’s predictions from the base model’s: 0 for the base model itself. Lower is better in both.",
         "A method’s best rate is the learning rate of its lowest mean task loss. At an end of its sweep, more may be "
         "had beyond. Only runs that are done count; those that are not are listed with their reasons.",
-        "± and “to” give 95 % t-intervals over seeds, for each method by itself; none where fewer than two seeds ran. "
+        "± and “to” give 95 % t-intervals over seeds, for each method by itself; none where fewer than two seeds ran, "
+        "“not settled” where it spans a factor of more than 100. "
         f"“less {name}’s”: the difference at the best rates, seed by seed, as a seed is the same samples in the same "
         "order for all. "
         "The best of many methods is best partly by luck, which no interval here accounts for.",
+        "Learning curves, and steps and seconds to a loss, are of the first of the task’s held-out samples "
+        f"({comparison['recipe'].get('curve_samples', 'few')}): losses there are not those of the table.",
         "Drift at equal task loss is read off the line, in log drift, between the two learning rates around that loss; "
         f"nothing is extrapolated. The loss is {name}’s lowest; “learns more at every rate”: the method was not run at "
         "a rate low enough to learn so little. Intervals there count the seeds’ spread in task loss, too.",
@@ -511,7 +527,19 @@ def titles_of(comparison: dict[str, Any]) -> dict[str, str]:
 
 def write_csv(path: Path, comparison: dict[str, Any]) -> None:
     """A row for each run, whatever became of it, with everything measured; a column's name is its path."""
-    fields = ("method", "learning_rate", "seed", "status", "why", "steps", "seconds", "prepare_seconds", "peak_bytes")
+    fields = (
+        "method",
+        "learning_rate",
+        "seed",
+        "status",
+        "why",
+        "commit",
+        "gpu",
+        "steps",
+        "seconds",
+        "prepare_seconds",
+        "peak_bytes",
+    )
     rows = []
     for run in comparison["runs"]:
         row = {key: run.get(key) for key in fields} | {"seconds": training_seconds(run)}
@@ -620,10 +648,12 @@ def chart_data(comparison: dict[str, Any]) -> dict[str, Any]:
             {
                 "label": label(comparison, ability),
                 "methods": {method: frontier_series(comparison, method, ps) for method, ps in found.items() if ps},
+                "edge": frontier_edge(list(found.values())),
                 "beside": tables,
             }
         )
     curves = {method: curve_series(comparison, method) for method in titles}
+    means = [best_curves(comparison, method)[1] for method in titles]
     return {
         "titles": titles,
         "reference": reference_method(comparison),
@@ -631,7 +661,22 @@ def chart_data(comparison: dict[str, Any]) -> dict[str, Any]:
         "base": base["learn"][task(comparison)]["loss"],
         "abilities": tabs,
         "curves": {method: curve for method, curve in curves.items() if curve},
+        "curves_edge": curves_edge(means),
     }
+
+
+def frontier_edge(found: Sequence[list[Point]]) -> float:
+    """The task loss up to which a picture shows points: all lower hulls, and a quarter more. One run at a rate far too
+    high would press all others into a corner."""
+    losses = [p.loss for ps in found for p in lower_hull(ps)] or [0.0]
+    return max(losses) + (max(losses) - min(losses)) / 4
+
+
+def curves_edge(means: Sequence[list[CurvePoint]]) -> float:
+    """The held-out loss up to which a picture shows learning curves: as far above the median of where they begin as
+    one and a half times what they fall from there. One that begins with a broken model would press all others flat."""
+    begin = median([mean[0].loss for mean in means if mean] or [0.0])
+    return begin + 1.5 * (begin - min((p.loss for mean in means for p in mean), default=0.0))
 
 
 def frontier_series(comparison: dict[str, Any], method: str, found: list[Point]) -> dict[str, Any]:
@@ -703,11 +748,11 @@ def look(i: int) -> dict[str, Any]:
     }
 
 
-def draw_frontier(ax: Any, found: list[Point], title: str, style: dict[str, Any]) -> None:
-    """A method's lower hull, its points, and the range of their seeds."""
+def draw_frontier(ax: Any, found: list[Point], edge: float, title: str, style: dict[str, Any]) -> None:
+    """A method's lower hull, its points up to a task loss of `edge`, and the range of their seeds."""
     if not found:
         return
-    hull = lower_hull(found)
+    hull, found = lower_hull(found), [p for p in found if p.loss <= edge]
     ax.plot([p.loss for p in hull], [math.exp(p.log_drift) for p in hull], label=title, **style)
     ax.plot([p.loss for p in found], [math.exp(p.log_drift) for p in found], **style | {"linestyle": ""})
     for p in found:
@@ -747,8 +792,11 @@ def draw(folder: Path, comparison: dict[str, Any]) -> None:
             size = (4.2 * wide + 2.8, 4.4 * high)
             figure, grid = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")
             for ax, ability in zip(grid.flat, names):
-                for i, (method, title) in enumerate(methods.items()):
-                    draw_frontier(ax, points(comparison, method, ability), title, look(i))
+                found = {title: points(comparison, method, ability) for method, title in methods.items()}
+                edge = frontier_edge(list(found.values()))
+                for i, (title, ps) in enumerate(found.items()):
+                    draw_frontier(ax, ps, edge, title, look(i))
+                say_outside(ax, [title for title, ps in found.items() if any(p.loss > edge for p in ps)])
                 ax.set(yscale="log", title=label(comparison, ability), xlabel=f"{data} loss (nats per token)")
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter("{x:g}")
@@ -760,8 +808,20 @@ def draw(folder: Path, comparison: dict[str, Any]) -> None:
         figure, ax = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
         for i, (method, title) in enumerate(methods.items()):
             draw_curves(ax, comparison, method, title, look(i))
+        means = {title: best_curves(comparison, method)[1] for method, title in methods.items()}
+        edge, low = curves_edge(list(means.values())), min((p.loss for mean in means.values() for p in mean), default=0)
+        if outside := [title for title, mean in means.items() if any(p.loss > edge for p in mean)]:
+            ax.set_ylim(low - 0.05 * (edge - low), edge)
+            say_outside(ax, outside)
         ax.set(xlabel="step", ylabel=f"held-out {data} loss (nats per token)")
         save_picture(figure, folder / "curves")
+
+
+def say_outside(ax: Any, titles: list[str]) -> None:
+    """Whose points a picture does not show."""
+    if titles:
+        text = "some points lie outside: " + ", ".join(titles)
+        ax.text(0.99, 0.99, text, transform=ax.transAxes, ha="right", va="top", fontsize=8, alpha=0.7)
 
 
 def save_picture(figure: Any, path: Path) -> None:
