@@ -13,7 +13,7 @@ from corda_lora.compactness import (
     log_compactness,
     selection_score,
 )
-from corda_lora.config import CordaConfig
+from corda_lora.config import CordaConfig, CordaError
 from corda_lora.layer import choose_covariance, extremes_of
 from corda_lora.norms import lanczos
 
@@ -169,6 +169,27 @@ def test_extreme_eigenvalues_of_a_large_matrix(tokens, device, monkeypatch):
     assert log_compactness(120, lowest, highest) == pytest.approx(
         log_compactness(120, float(exact[0]), float(exact[-1])), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_extreme_eigenvalues_where_lanczos_takes_many_steps(device):
+    """Both ends dense, n as in real layers: stopped early, it would be wrong in the second digit."""
+    n = 1400
+    near, far = 1 - torch.linspace(0, 1, n // 2, dtype=torch.float64) ** 2 * 0.5, torch.logspace(-8, -1, n - n // 2)
+    values = torch.cat([near, far.double()])
+    torch.manual_seed(0)
+    V = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
+    lowest, highest = extreme_eigenvalues(((V * values) @ V.T).to(device))
+    assert highest == pytest.approx(1, rel=1e-4)
+    assert lowest == pytest.approx(1e-8, rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [100, 1100])
+def test_a_covariance_that_is_singular_to_float64_is_refused(n):
+    C = covariance(n, 20, 0)
+    C.diagonal().add_(1e-20 * C.diagonal().mean())
+    with pytest.raises(CordaError, match="raise --damping"):
+        extreme_eigenvalues(C)
 
 
 def test_lanczos_gives_the_first_eigenvector_and_takes_few_steps():

@@ -150,6 +150,9 @@ def test_the_other_seeds_are_run_where_they_count(tmp_path):
     assert ("pissa", 5e-3, 1) in seeded
     assert ("pissa", 5e-3, 2) not in seeded
 
+    config.entries["lora"].all_seeds = True
+    assert {("lora", rate, 2) for rate in rates} <= faked(tmp_path, config, {})
+
     # What could not prepare has no runs to wait for.
     config = config_of(lora=rates, eva=rates)
     folder = tmp_path / Job("eva").folder

@@ -174,3 +174,25 @@ def test_the_record_and_the_summary_tell_what_was_chosen(checkpoint, tmp_path, c
     assert record["totals"]["energy_share"] == pytest.approx(share)
     assert "seconds" not in record
     assert json.loads((tmp_path / "s" / "timing.json").read_text())["seconds"]["all"] > 0
+
+
+@pytest.mark.parametrize("work", ["extremes_of", "decompose_layer"])
+def test_decomposed_where_float64_is(work, monkeypatch):
+    """As on a GPU without it: selection and decomposition are told of another device than the model's."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(first, second, third, *_):
+        raise StopError(third.type if work == "extremes_of" else first.device.type)
+
+    monkeypatch.setattr("corda_lora.preprocess.double_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr(f"corda_lora.preprocess.{work}", stop)
+    with pytest.raises(StopError, match="meta"):
+        started("anchored", preset="corda+" if work == "extremes_of" else "corda")
+
+
+def test_a_damping_that_leaves_a_covariance_singular():
+    few = [{key: value[:1, :8] for key, value in tiny.batches()[0].items()}]
+    with pytest.raises(CordaError, match="raise --damping"):
+        preprocess(tiny.build("llama"), CordaConfig(preset="corda+", r=4, damping=1e-20), few, progress=False)

@@ -556,6 +556,58 @@ def test_what_can_be_told_is_told_before_the_model_runs(options, said):
         preprocess_corda(model, config(**options), lambda: pytest.fail("the model was run"))
 
 
+@pytest.mark.parametrize("option", ["cache_file", "covariance_file"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_runs(option, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    start = config(**{option: tmp_path / "taken" / "c.pt"})
+    with pytest.raises(CordaError, match="cannot be written"):
+        preprocess_corda(tiny.build("llama"), start, lambda: pytest.fail("the model was run"))
+
+
+def test_without_corda_config():
+    with pytest.raises(CordaError, match="lora_config has no corda_config"):
+        preprocess_corda(tiny.build("llama"), peft.LoraConfig(target_modules=["up_proj"]))
+
+
+def test_covariances_that_are_no_numbers(tmp_path):
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    torch.save({name: torch.full((32, 32), float("nan")) for name in names}, tmp_path / "c.pt")
+    with pytest.raises(CordaError, match=r"Invalid value found in covariance of .*: the file is broken"):
+        preprocess_corda(tiny.build("llama"), config(target_modules=["up_proj"], covariance_file=tmp_path / "c.pt"))
+
+
+def test_a_file_in_the_format_of_before_torch_1_6(tmp_path):
+    torch.save({"0": torch.eye(24)}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
+    model = build("mlp")
+    preprocess_corda(model, config("mlp", target_modules=["0"], covariance_file=tmp_path / "c.pt"))
+    assert torch.isfinite(model[0].eigens.S_WC).all()
+
+
+def test_layers_that_the_solver_gave_up_on_are_said_once_each_run(monkeypatch):
+    monkeypatch.setattr("corda_lora.solvers._subspace", lambda *_: None)
+    for _ in range(2):
+        model = tiny.build("llama")
+        with pytest.warns(UserWarning, match="did not converge on 10 layers") as said:
+            preprocess_corda(model, config(r=4), runner(model, calls("llama")))
+        assert sum("did not converge" in str(warning.message) for warning in said) == 1
+
+
+def test_decomposed_where_float64_is(monkeypatch):
+    """As on a GPU without it: weights and covariances go to another device than the model's."""
+
+    class StopError(Exception):
+        pass
+
+    def eigens(W, times, *_):
+        raise StopError(f"{W.device.type} {times.keywords['C'].device.type}")
+
+    monkeypatch.setattr("corda_lora.peft.double_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr("corda_lora.peft.corda_eigens", eigens)
+    model = tiny.build("llama")
+    with pytest.raises(StopError, match="meta meta"):
+        preprocess_corda(model, config(), runner(model, calls("llama")))
+
+
 def test_nothing_to_run():
     with pytest.raises(ValueError, match="run_model must be specified when covariance file and cache file"):
         preprocess_corda(tiny.build("llama"), config())

@@ -160,7 +160,7 @@ def first_sentence(compared):
 def test_the_first_sentence_says_what_the_data_says():
     compared = comparison()
     assert re.search(
-        r"60 times less than LoRA on nq \(95 % interval over 3 seeds: \d+ to \d+\)", first_sentence(compared)
+        r"60 times less than LoRA on nq \(95\u00a0% interval over 3 seeds: \d+ to \d+\)", first_sentence(compared)
     )
     compared["runs"] = [r for r in comparison()["runs"] if r["seed"] == 0]
     assert "no interval" in first_sentence(compared)

@@ -1,15 +1,17 @@
 """The components that become the adapter, found without the others: against a float64 SVD, where iteration is hard."""
 
+import math
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 
-from corda_lora import solvers
+from corda_lora import preprocess, solvers
 from corda_lora.config import CordaConfig, CordaError
 from corda_lora.decomposition import orient, select
-from corda_lora.preprocess import double_device
+from corda_lora.preprocess import double_device, float64_seconds
 from corda_lora.solvers import chosen_components, components
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -230,11 +232,39 @@ def test_head_of_a_weight_of_low_rank(rank):
     assert abs((U.T @ W).norm() - sigma.norm()) < 1e-6
 
 
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match="there is no solver 'bogus'"):
+        chosen_components(torch.eye(4), lambda W: W, "ipm", 2, "bogus")
+
+
 def test_no_iteration_where_all_components_are_needed():
     with pytest.raises(CordaError, match="to allocate ranks, all are needed: gram"):
         CordaConfig(preset="corda+", solver="subspace")
 
 
-def test_a_device_without_float64_leaves_it_to_the_cpu():
-    assert double_device(torch.device("mps")).type == "cpu"
-    assert double_device(torch.device("cuda")).type == "cuda"
+CPU, MPS, CUDA = map(torch.device, ("cpu", "mps", "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "seconds", "chosen", "said"),
+    [
+        (CPU, None, {}, CPU, None),
+        (MPS, None, {MPS: math.inf, CPU: 1.0}, CPU, "mps has no float64"),
+        (CUDA, (9, 0), {}, CUDA, None),  # an H100: nothing is measured
+        (CUDA, (8, 9), {CUDA: 0.3, CPU: 1.0}, CUDA, None),  # slow, and still the faster one
+        (CUDA, (8, 6), {CUDA: 3.0, CPU: 1.0}, CPU, "cuda is slow in float64"),
+        (torch.device("xpu"), None, {torch.device("xpu"): math.inf, CPU: 1.0}, CPU, "xpu has no float64"),
+    ],
+)
+def test_where_float64_is_slow_or_missing_the_processor_decomposes(
+    device, capability, seconds, chosen, said, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(preprocess, "float64_seconds", seconds.__getitem__)
+    with pytest.warns(UserWarning, match=said) if said else nullcontext():
+        assert double_device.__wrapped__(device) == chosen
+
+
+def test_seconds_of_a_product_are_infinite_where_there_is_none():
+    assert 0 < float64_seconds(CPU) < 60
+    assert float64_seconds(MPS) == math.inf  # here there is no such device at all

@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import __version__
 from .config import CordaError
-from .preprocess import Start
+from .preprocess import Start, double_device
 from .targets import fingerprint, layer_digest, task_type
 
 RECORD = "corda.json"
@@ -358,8 +358,9 @@ def export_residual(model: nn.Module, directory: Path | str, output: Path, token
             layer.lora_B["default"].weight.chunk(2, dim=1),
         )
         W = layer.get_base_layer().weight
-        removed = layer.scaling["default"] * minus_B0.double() @ A0.double()  # (d_out, d_in)
-        W.copy_((W.double() + (removed.T if layer.fan_in_fan_out else removed)).to(W.dtype))
+        there = double_device(W.device)
+        removed = layer.scaling["default"] * minus_B0.to(there).double() @ A0.to(there).double()  # (d_out, d_in)
+        W.copy_((W.to(there).double() + (removed.T if layer.fan_in_fan_out else removed)).to(W.dtype))
         layer.lora_A["default"].weight = nn.Parameter(A.contiguous())
         layer.lora_B["default"].weight = nn.Parameter(B.contiguous())
     config = peft_model.peft_config["default"]

@@ -297,7 +297,7 @@ def _jobs(config: CompareConfig, output: Path) -> list[Job]:
     for name, losses in swept.items():
         rates = list(losses)
         best = rates.index(min(losses, key=lambda rate: losses[rate])) if rates else 0
-        seeded = set(rates[max(0, best - 1) : best + 2])
+        seeded = set(rates if config.entries[name].all_seeds else rates[max(0, best - 1) : best + 2])
         for pair in itertools.pairwise(rates):
             if at is not None and min(losses[rate] for rate in pair) < at <= max(losses[rate] for rate in pair):
                 seeded |= set(pair)  # its drift at the reference's best loss is read off between these

@@ -254,11 +254,14 @@ class MethodConfig:
         learning_rates: to sweep, at least two. Default: the method's own.
         options: hyperparameters of the method in place of its defaults, such as {ratio: 4} for lora+, or any options
             of `corda init` for ours.
+        all_seeds: run every rate with every seed, not only those around the best: for an interval of drift at equal
+            loss all along the frontier.
     """
 
     method: str = ""
     learning_rates: list[float] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    all_seeds: bool = False
 
     def key(self) -> dict[str, Any]:
         """What makes the results of two entries the same, whatever their rates."""

@@ -17,7 +17,7 @@ The same arguments, covariances, files and errors, and on the layers what `get_p
 import copy
 import inspect
 import os
-import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -69,6 +69,11 @@ def preprocess_corda(
             All that can be told before the model runs, is. On an error no layer is given anything.
     """
     options = lora_config.corda_config
+    if options is None:
+        raise CordaError("lora_config has no corda_config: give it one, with a corda_method")
+    for file in (options.cache_file, options.covariance_file):
+        if file is not None and not _exists(file):
+            _check_folder(Path(file))
     config = _maybe_include_all_linear_layers(copy.copy(lora_config), model)
     targets = dict(target_modules(model, config)) if config.target_modules else {}
     if not targets:
@@ -95,6 +100,7 @@ def preprocess_corda(
 
     hooked = model if hooked_model is None else hooked_model
     device = compute_device(hooked, CordaConfig())
+    solving = double_device(device)
     homes = {name: module.weight.device for name, module in targets.items()}  # while they visit `device`, too
     from_file = _exists(options.covariance_file)
     fields: dict[str, dict[str, Any]] = {}  # layer -> what it is given in the end
@@ -103,16 +109,15 @@ def preprocess_corda(
 
     def decompose(names: Sequence[str], C: Tensor, samples: int | None = None) -> None:
         """Layers that share their inputs, with covariance C (n, n): the mean over so many samples."""
-        here = C.to(double_device(device))
-        if not bool(torch.isfinite(here).all()):
-            raise CordaError(
-                f"Invalid value found in covariance of {names[0]}: every sample is divided by its largest number, "
-                "which must not be 0"
+        if not bool(torch.isfinite(C).all()):
+            why = (
+                "the file is broken" if from_file else "a sample is divided by its largest number, which must not be 0"
             )
-        times = partial(orient, C=here, orientation="covariance")
+            raise CordaError(f"Invalid value found in covariance of {names[0]}: {why}")
+        times = partial(orient, C=C.to(solving), orientation="covariance")
         C = C.to(targets[names[0]].weight.dtype) if options.use_float16_for_covariance else C
         for name in names:
-            W = weight_of(targets[name]).to(double_device(device))  # (m, n)
+            W = weight_of(targets[name]).to(solving)  # (m, n)
             parts = corda_eigens(W, times, method, ranks[name], partial(fallbacks.append, name))
             fields[name] = {"eigens": CordaEigens(*(part.to(homes[name]) for part in parts))}
             if not options.prune_temporary_fields:
@@ -312,13 +317,23 @@ def _exists(file: str | Path | None) -> bool:
 def _read(file: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Tensors of these names, on the CPU, read when they are used. Raises CordaError if the file has others."""
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        mapped = zipfile.is_zipfile(file)  # the format before torch 1.6 is not
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError:
+        raise
+    except Exception as error:  # a stream of other bytes ends in any
         raise CordaError(f"{file} is not a file of tensors, as preprocess_corda writes it") from error
     for name in names:
         if not isinstance(found, dict) or not isinstance(found.get(name), Tensor):
             raise CordaError(f"{file} holds no tensor {name}: it was written for another model or other target_modules")
     return found
+
+
+def _check_folder(file: Path) -> None:
+    """Raises CordaError if the file cannot be written, before there is something to write."""
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise CordaError(f"{file} cannot be written: {folder} is not a folder that may be written to")
 
 
 def _write(file: str | Path, tensors: Mapping[str, Tensor]) -> None:

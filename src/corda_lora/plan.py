@@ -33,7 +33,7 @@ from .decomposition import COLUMNS
 from .layer import keeps_all
 from .lockstep import find_blocks, tensors_of
 from .models import class_of, empty_model, load_tokenizer, read_settings
-from .preprocess import compute_device
+from .preprocess import compute_device, double_device
 from .solvers import block_width, iterates
 from .targets import budget_of, check_rank, find_targets, weight_shape
 
@@ -257,9 +257,10 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measu
         return (time.perf_counter() - since) / calls
 
     n = 2048 if cuda else 768
-    x = torch.randn(n, n, dtype=torch.float64, device=device if cuda else "cpu")
+    x = torch.randn(n, n, dtype=torch.float64, device=double_device(device) if cuda else "cpu")
     double = x.repeat(2, 2) if cuda else x
-    single, half, product = double.float(), double.to(dtype if dtype in HALF else torch.float32), 2 * len(double) ** 3
+    single, product = double.float().to(device if cuda else "cpu"), 2 * len(double) ** 3
+    half = single.to(dtype if dtype in HALF else torch.float32)
     with tempfile.NamedTemporaryFile() as file:
         file.write(os.urandom(1 << 20) * 64)
         file.flush()

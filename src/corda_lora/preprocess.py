@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from .progress import progress_bar
 from .solvers import warn_of_fallbacks
 from .targets import budget_of, check_rank, find_targets, fingerprint, layer_digest, left_out, weight_of, weight_shape
 from .work import LayerStore, saving
+
+# Compute capabilities of NVIDIA's GPUs with float64 at half or a third of float32's rate: P100, V100, A100, H100, B200.
+FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 Stored = Mapping[Tensor, Callable[[], Tensor]]
 
@@ -142,9 +145,10 @@ def _decompose(
     """Decompose the layers of each block as it comes, and store them; seconds and peak memory by stage."""
     digests: dict[str, str] = {}
     fallbacks: list[str] = []  # layers that the solver gave up on
+    solving = double_device(device)
     for name, layer in store.load(spectra_only=True):
         digests[name] = layer.record["digest"]
-        ranks.see(name, layer.record.get("log_pi"), layer.sigma.to(double_device(device)))
+        ranks.see(name, layer.record.get("log_pi"), layer.sigma.to(solving))
     seconds = dict.fromkeys(("forward", "selection", "decomposition", "state"), 0.0)
     peaks = dict.fromkeys(seconds, 0)
     since = time.perf_counter()
@@ -176,9 +180,9 @@ def _decompose(
             if any(float(C.diagonal().sum()) == 0 for C in covariances):
                 covariances = []  # only zeros came in: nothing to orient by
             choose = bool(covariances) and (config.rounds != 1 or config.allocates)
-            extremes = extremes_of(covariances, config, double_device(device)) if choose else []
+            extremes = extremes_of(covariances, config, solving) if choose else []
             for name in members:
-                W = weight_of(targets[name]).to(double_device(device))
+                W = weight_of(targets[name]).to(solving)
                 record = choose_covariance(W, covariances, extremes, config) if choose else {}
                 lap("selection")
                 C = covariances[record.get("round", 0)].to(W.device) if covariances else None
@@ -398,6 +402,31 @@ def _choose_parking(park: str, model: nn.Module, batches: Sequence[Mapping[str, 
     return place
 
 
+@cache
 def double_device(device: torch.device) -> torch.device:
-    """Apple's GPUs have no float64: there the processor decomposes."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Where layers are decomposed, in float64, if blocks run on `device`: there; or on the processor, if the device has
+    no float64 (Apple's GPUs), or one so slow that the processor is twice as fast (a consumer GPU beside many cores).
+    That is measured once a process, but not where float64 is known to be fast; the choice of the processor is said."""
+    cpu = torch.device("cpu")
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) in FAST_FLOAT64):
+        return device
+    there = float64_seconds(device)
+    if there < 2 * float64_seconds(cpu):
+        return device
+    why = "has no float64" if math.isinf(there) else "is slow in float64"
+    warnings.warn(f"{device} {why}: layers are decomposed on the processor", stacklevel=2)
+    return cpu
+
+
+def float64_seconds(device: torch.device, n: int = 1024) -> float:
+    """Of a product of two (n, n); infinite if the device has no float64."""
+    try:
+        x = torch.ones(n, n, dtype=torch.float64, device=device)
+        taken = []
+        for _ in range(4):
+            since = time.perf_counter()
+            (x @ x)[0, 0].item()  # waits for it
+            taken.append(time.perf_counter() - since)
+    except (TypeError, RuntimeError):
+        return math.inf
+    return min(taken)

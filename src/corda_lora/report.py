@@ -207,7 +207,7 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     for a in abilities(comparison)[:1]:
         found = all_ratios(comparison, a, reference) if reference else {}
         cells = [Cell() if at is None else half_cell(at) for at in (found.get(row["method"]) for row in rows)]
-        columns.append(Column(f"times less drift than {name}, half of the range", label(comparison, a), "high", cells))
+        columns.append(Column("times less drift", f"{label(comparison, a)}, half of the range", "high", cells))
     for a in abilities(comparison):
         cells = [drift_cell(row["drift"][a]) for row in rows]
         columns.append(Column("drift at its own task loss", label(comparison, a), "low", cells, "0"))
@@ -400,7 +400,7 @@ def drift_sentence(
         return f"At {at}, no other method that reaches it drifts clearly less than {title} on {where}.", 0.0
     sure = "no interval: fewer than two seeds on both sides of that loss"
     if ratio.low is not None:
-        sure = f"95 % interval over {ratio.seeds} seeds: {spread(ratio, times_text)}"
+        sure = f"95\u00a0% interval over {ratio.seeds} seeds: {spread(ratio, times_text)}"
         sure += "; the seeds’ spread could explain it" if ratio.low <= 1 else ""
     times = times_text(ratio.value)
     return f"At {at}, {least['title']} drifts {times} times less than {title} on {where} ({sure}).", ratio.value
@@ -448,6 +448,7 @@ def notes(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "The best of many methods is best partly by luck, which no interval here accounts for.",
         "Learning curves, and steps and seconds to a loss, are of the first of the task’s held-out samples "
         f"({comparison['recipe'].get('curve_samples', 'few')}): losses there are not those of the table.",
+        f"Times less drift, half of the range: than {name}, over at least half of the task losses that both reach.",
         "Drift at equal task loss is read off the line, in log drift, between the two learning rates around that loss; "
         f"nothing is extrapolated. The loss is {name}’s lowest; “learns more at every rate”: the method was not run at "
         "a rate low enough to learn so little. Intervals there count the seeds’ spread in task loss, too.",

@@ -15,9 +15,9 @@ decades of the spectrum, until what is left is rounding.
 Either is found by subspace iteration: some more vectors than are wanted are multiplied by a polynomial of H that is
 large on the wanted eigenvalues and small on the others, until the residuals are small: `leading_singular_vectors`.
 
-**Where.** On the device that runs the model, in float64. GPUs with few float64 units (consumer cards) do it too, as
-exactly and more slowly: `corda plan` times float64 products and `eigh` there and says what to expect. A device without
-float64 (Apple's) leaves it to the CPU (`preprocess.double_device`).
+**Where.** In float64, on the device that runs the model. One without float64 (Apple's GPUs) leaves it to the processor,
+and so does one with so few float64 units (consumer cards) that the processor is twice as fast, which is measured:
+`preprocess.double_device`. `corda plan` says what to expect.
 """
 
 import math
@@ -51,9 +51,13 @@ def components(W: Tensor, times: Times = _as_it_is, solver: str = "auto") -> tup
     """U (m, R) and σ (R,), descending, float64, of the oriented W (m, n).
 
     Args:
-        solver: `svd`: float64 SVD, the reference. `gram`, `auto`: `eigh` of Gram matrices, as accurate: each σ_i to
-            about 1e-15·σ₁, and what separates neighbours is resolved to 1e-8 of itself.
+        solver: `svd`: float64 SVD, the reference: B A = U_S U_Sᵀ W to some 1e-16·σ₁/σ_S, relative.
+            `gram`, `auto`: `eigh` of Gram matrices: each σ_i to 1e-14·σ₁, B A to some 2e-14·σ₁/σ_S.
+
+    Raises ValueError for another solver.
     """
+    if solver not in ("svd", "gram", "auto", "subspace"):
+        raise ValueError(f"there is no solver {solver!r}")
     W = W.double()
     if solver == "svd":
         U, sigma, _ = torch.linalg.svd(times(W), full_matrices=False)
@@ -124,8 +128,9 @@ def chosen_components(
 
     Args:
         solver: `subspace`: iteration, until the estimated error of the subspace, hence of B A = U_S U_Sᵀ W, is below
-            1e-6 (root mean square over components). Where it does not get there (a tail of zeros, no gap at r), `gram`
-            takes over. `auto`: subspace where r is small enough for it to pay, else gram. `gram`, `svd`: see
+            1e-6 (root mean square over components), where σ₁/σ_S is below some 1e10: from there on float64's rounding,
+            1e-16·σ₁/σ_S as in `svd`, is above what it estimates. Where it does not get there (no gap at r, as a rule),
+            `gram` takes over. `auto`: subspace where r is small enough for it to pay, else gram. `gram`, `svd`: see
             `components`.
         fell_back: called where `gram` had to take over; default: a warning. (A run over many layers counts them, and
             warns once: `warn_of_fallbacks`.)
@@ -142,13 +147,13 @@ def chosen_components(
 
 
 def warn_of_fallbacks(layers: Sequence[str]) -> None:
-    """One warning a run, whatever Python's filters make of a repeated one."""
+    """One warning a run; each run its own, though Python shows a warning once a place."""
     if layers:
-        warnings.warn(
+        text = (
             f"subspace iteration did not converge on {len(layers)} layers, such as {layers[0]}: "
-            "gram, which is exact and slower, decomposed these",
-            stacklevel=3,
+            "gram, which is exact and slower, decomposed these"
         )
+        warnings.warn_explicit(text, UserWarning, __file__, 0)
 
 
 def iterates(R: int, r: int, solver: str) -> bool:
