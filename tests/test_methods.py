@@ -213,7 +213,7 @@ def test_kasa_adds_its_penalty(options, files, tokenizer):
     plain = model.eval()(**batch, labels=batch["input_ids"]).loss
     penalty = model.base_model._get_kasa_loss()
     assert penalty > 0
-    assert float(with_penalty - plain) == pytest.approx(float(penalty.detach()), rel=1e-4, abs=1e-6)
+    assert float((with_penalty - plain).detach()) == pytest.approx(float(penalty.detach()), rel=1e-4, abs=1e-6)
 
 
 def test_lora_null_is_the_weight_on_the_least_used_directions(files, tokenizer):
