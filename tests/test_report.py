@@ -9,8 +9,19 @@ import subprocess
 
 import pytest
 
-from corda_lora.frontier import Estimate
-from corda_lora.report import embedded, html_report, look, number, rate_text, ratio_cell, settings, write_report
+from corda_lora.frontier import CurvePoint, Estimate, Point
+from corda_lora.report import (
+    curves_edge,
+    embedded,
+    frontier_edge,
+    html_report,
+    look,
+    number,
+    rate_text,
+    ratio_cell,
+    settings,
+    write_report,
+)
 
 TITLES = {"full": "Full fine-tuning", "lora": "LoRA", "kpm": "CorDA KPM, <anchored>", "big": "LoRA-GA"}
 RATES = {"full": (1e-5, 5e-5), "lora": (2e-4, 5e-4, 1e-3), "kpm": (2e-3, 5e-3, 1e-2)}
@@ -51,6 +62,7 @@ def comparison():
         for rate, loss, drift in zip(RATES[method], LOSSES[method], DRIFTS[method])
         for seed in range(3)
     ]
+    runs.append(run("full", 1e-3, 0, 3.5, 6.0))  # far outside
     lost = {"learning_rate": 2e-4, "seed": 0}
     runs.append({"method": "full", **lost, "status": "diverged", "why": "the loss was nan at step 12 | </script><b>"})
     runs.append({"method": "big", **lost, "status": "does not fit", "why": "LoRA-GA needs full weights"})
@@ -125,7 +137,7 @@ def test_markdown(folder):
     assert rows["Full fine-tuning"]["task loss: gsm8k"] == "**0.8600** (± 0.0025)"
     assert kpm["drift at LoRA’s task loss: nq"].startswith("**0.0201** (")  # 0.04·(0.008/0.04)^(0.03/0.07)
     assert rows["LoRA"]["drift at LoRA’s task loss: nq"].startswith("1.20 (")
-    assert rows["Full fine-tuning"]["runs: done"] == "6 of 7 (1 diverged)"
+    assert rows["Full fine-tuning"]["runs: done"] == "7 of 8 (1 diverged)"
     assert rows["LoRA-GA"]["runs: done"] == "0 of 1 (1 does not fit)"
     assert rows["base model"]["right answers: arc"] == "45.0%"
     assert not any("exact" in heading for heading in kpm)  # 1 % says nothing …
@@ -250,6 +262,21 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_is_given(folder):
     assert "{{" not in page
 
 
+def test_pictures_leave_out_what_lies_far_outside(folder):
+    def points_of(*pairs):
+        return [Point(i, loss, drift, {0: (loss, drift)}) for i, (loss, drift) in enumerate(pairs)]
+
+    line, far = points_of((0.90, 1.0), (0.94, 0.5), (0.95, 1.2)), points_of((0.93, 2.0), (3.5, 5.0))
+    assert 0.95 <= frontier_edge([line, far]) < 1.0
+    assert frontier_edge([points_of((0.90, 0.1), (0.92, 0.5), (0.94, 1.0))]) > 0.94  # a hull of one point
+    curves = [[CurvePoint(0, 0, 1.1), CurvePoint(9, 9, 0.9)], [CurvePoint(0, 0, 1.0), CurvePoint(9, 9, 0.9)]]
+    broken = [CurvePoint(0, 0, 8.5), CurvePoint(9, 9, 0.95)]
+    assert 1.1 < curves_edge([*curves, broken]) < 1.5
+
+    assert "some points lie outside: Full fine-tuning" in (folder / "frontier.svg").read_text()
+    assert "some points lie outside" not in (folder / "curves.svg").read_text()
+
+
 def test_an_interval_that_says_nothing_is_not_printed():
     assert ratio_cell(Estimate(0.5, 0.2, 3.0, 3)).extra == "0.20 to 3.0"
     assert ratio_cell(Estimate(0.85, 3.6e-6, 2e5, 2)).extra == "not settled by its seeds"
@@ -302,6 +329,8 @@ const names = (table) => [...table.tBodies[0].rows].map((row) => row.cells[0].te
   out.best = [...table.querySelectorAll("td.best")].map((td) => td.firstChild.data.trim());
   const marks = () => document.querySelectorAll("#frontier g path").length;
   out.marks = [marks()];
+  const said = (chart) => [...document.querySelectorAll(chart + " svg > text")].map((t) => t.textContent).join(" ");
+  out.outside = ["#frontier", "#curves"].map((chart) => /lie outside: .*/.exec(said(chart))?.[0].split(" base")[0]);
   const legends = [...document.querySelectorAll('.legend button[data-method="lora"]')], [legend] = legends;
   legend.click();
   out.marks.push(marks());
@@ -401,7 +430,9 @@ def test_browser_sorts_by_every_column_both_ways(browser):
 
 def test_browser_charts_follow_their_controls(browser):
     for page in browser["pages"]:
-        assert page["marks"] == [8, 5]  # without LoRA's three
+        assert page["marks"] == [8, 5]  # without LoRA's three; the one far outside is in neither
+        assert page["outside"][0].startswith("lie outside: Full fine-tuning")
+        assert page["outside"][1] is None
         assert page["pressed"] == ["false", "false"]
         assert page["abilities"][0] == "drift on nq (nats per token)"
         assert page["abilities"][1] == "drift on wiki (nats per token)"

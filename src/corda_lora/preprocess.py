@@ -427,6 +427,8 @@ def float64_seconds(device: torch.device, n: int = 1024) -> float:
             since = time.perf_counter()
             (x @ x)[0, 0].item()  # waits for it
             taken.append(time.perf_counter() - since)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError):
         return math.inf
     return min(taken)

@@ -667,10 +667,11 @@ def chart_data(comparison: dict[str, Any]) -> dict[str, Any]:
 
 
 def frontier_edge(found: Sequence[list[Point]]) -> float:
-    """The task loss up to which a picture shows points: all lower hulls, and a quarter more. One run at a rate far too
-    high would press all others into a corner."""
-    losses = [p.loss for ps in found for p in lower_hull(ps)] or [0.0]
-    return max(losses) + (max(losses) - min(losses)) / 4
+    """The task loss up to which a picture shows points: all lower hulls and a quarter more, and as far above the median
+    as one and a half times what lies below it. One run at a rate far too high would press all others into a corner."""
+    hulls = [p.loss for ps in found for p in lower_hull(ps)] or [0.0]
+    middle, lowest = median([p.loss for ps in found for p in ps] or [0.0]), min(hulls)
+    return max(max(hulls) + (max(hulls) - lowest) / 4, middle + 1.5 * (middle - lowest))
 
 
 def curves_edge(means: Sequence[list[CurvePoint]]) -> float:
