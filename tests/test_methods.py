@@ -73,9 +73,10 @@ def test_starts_as_the_base_with_the_budget_and_learns(name, files, tokenizer):
     assert losses[-1][1] < losses[0][1]
     parameters = count_parameters(prepared.model)
     if name not in ("full", "adapterdrop"):  # the latter rounds its width: on this tiny model by more than 1 %
-        share_ranks = name in ("adalora", "eva")  # not parameters: layers differ in what a rank costs
         one = 96 if "+-" in name else 0  # allocation stops at most one component short of the budget
-        assert parameters["adapter"] == pytest.approx(setup.budget, rel=0.15 if share_ranks else 0.01, abs=one)
+        # EVA shares out ranks, though layers differ in what one costs. AdaLoRA: ranks as they cost a step before.
+        rel = {"eva": 0.15, "adalora": 0.04}.get(name, 0.01)
+        assert parameters["adapter"] == pytest.approx(setup.budget, rel=rel, abs=one)
 
 
 def test_bitfit_trains_biases_and_refuses_a_model_without(files, tokenizer):
@@ -151,11 +152,14 @@ def test_what_was_found_is_kept_as_it_was(files, tokenizer):
 
 def test_adalora_prunes_to_the_budget(files, tokenizer):
     prepared, setup, _ = prepare("adalora", files, tokenizer, 1e-2)
-    before = sum(int(layer.r["default"]) for layer in lora_layers(prepared.model).values())
+    layers = lora_layers(prepared.model).values()
+    assert {int(layer.r["default"]) for layer in layers} == {6}
     run(prepared, setup)
-    after = [int((layer.lora_E["default"] != 0).sum()) for layer in lora_layers(prepared.model).values()]
-    assert before == 6 * len(after)
-    assert sum(after) == 4 * len(after)
+    after = [int((layer.lora_E["default"] != 0).sum()) for layer in layers]
+    assert len(set(after)) > 1
+    # In parameters, though ranks differ in cost: up to two of the dearest, as costs are those of the step before.
+    cost = [layer.in_features + layer.out_features for layer in layers]
+    assert count_parameters(prepared.model)["adapter"] == pytest.approx(setup.budget, abs=2 * max(cost))
 
 
 def test_dora_scales_rows_to_their_length(files, tokenizer):

@@ -225,7 +225,8 @@ def lora_fa(model: nn.Module, setup: Setup) -> Prepared:
 
 @method("adalora", "AdaLoRA", "Zhang et al., arXiv 2303.10512; PEFT", (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2))
 def adalora(model: nn.Module, setup: Setup, start: float = 1.5, warmup: float = 0.1, final: float = 0.3) -> Prepared:
-    """From `start`·r to r on average, pruned between the first `warmup` and the last `final` share of the steps."""
+    """From `start`·r to r on average, pruned between the first `warmup` and the last `final` share of the steps. The
+    budget is of parameters, as for all methods; PEFT's counts ranks, and ends above it if these go to wide layers."""
     config = setup.lora(
         peft.AdaLoraConfig,
         target_r=setup.r,
@@ -238,7 +239,17 @@ def adalora(model: nn.Module, setup: Setup, start: float = 1.5, warmup: float = 
     )
     model = peft.get_peft_model(model, config)
     tuner: Any = model.base_model
-    return Prepared(model, callbacks=[_AfterStep(tuner.update_and_allocate)])
+
+    layers = lora_layers(model).values()
+
+    def allocate(step: int) -> None:
+        tuner.update_and_allocate(step)
+        kept = [int((layer.lora_E["default"] != 0).sum()) for layer in layers]
+        if 0 < sum(kept) < len(layers) * config.init_r:  # pruned just now: the next prunes to ranks as they cost
+            parameters = sum(r * (layer.in_features + layer.out_features) for r, layer in zip(kept, layers))
+            tuner.rankallocator.target_bgt = round(setup.budget * sum(kept) / parameters)
+
+    return Prepared(model, callbacks=[_AfterStep(allocate)])
 
 
 class _AfterStep(TrainerCallback):
