@@ -13,7 +13,7 @@ from corda_lora.compactness import (
     log_compactness,
     selection_score,
 )
-from corda_lora.config import CordaConfig, CordaError
+from corda_lora.config import CordaConfig
 from corda_lora.layer import choose_covariance, extremes_of
 from corda_lora.norms import lanczos
 
@@ -188,7 +188,7 @@ def test_extreme_eigenvalues_where_lanczos_takes_many_steps(device):
 def test_a_covariance_that_is_singular_to_float64_is_refused(n):
     C = covariance(n, 20, 0)
     C.diagonal().add_(1e-20 * C.diagonal().mean())
-    with pytest.raises(CordaError, match="raise --damping"):
+    with pytest.raises(torch.linalg.LinAlgError):
         extreme_eigenvalues(C)
 
 

@@ -178,7 +178,9 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
 
     compare(file, "--output", "broken", "--jobs", 0)
     assert len(results("broken")) == len(written)
-    runs = json.loads(Path("broken/comparison.json").read_text())["runs"]
+    comparison = json.loads(Path("broken/comparison.json").read_text())
+    assert comparison["command"] == "corda compare recipe.yaml --output broken"  # which would do the rest
+    runs = comparison["runs"]
     assert sum(run["status"] == "done" for run in runs) == len(written)
 
     text = compare(file, "--output", "broken", "--jobs", 2)

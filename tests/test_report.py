@@ -50,6 +50,7 @@ def run(method, rate, seed, loss, drift):
         "seconds": 50.0,
         "prepare_seconds": 3.0 if method == "kpm" else 0.0,
         "peak_bytes": 9.1e9,
+        "commit": "abc1234",
         "parameters": {"adapter": 0 if method == "full" else 9.77e6, "trainable": 4.88e6},
     }
 
@@ -114,6 +115,7 @@ def test_csv_has_a_row_for_each_run(folder):
     assert len(rows) == len(comparison()["runs"])
     assert rows[0]["keep nq drift"] == "0.6"
     assert rows[0]["trainable parameters"] == "4880000.0"
+    assert rows[0]["commit"] == "abc1234"
     assert rows[-1]["status"] == "does not fit"
     assert rows[-1]["learn gsm8k loss"] == ""
     assert rows[-2]["why"] == "the loss was nan at step 12 | </script><b>"
@@ -133,6 +135,7 @@ def test_markdown(folder):
     rows = {row["method"]: row for row in methods}
     kpm = rows["CorDA KPM, &lt;anchored>"]
     assert kpm["learning rate"] == "5e-3"
+    assert kpm["times less drift: nq, half of the range"] == "**87**"
     assert rows["LoRA"]["learning rate"] == "1e-3 (at the high end of its sweep)"
     assert rows["Full fine-tuning"]["task loss: gsm8k"] == "**0.8600** (± 0.0025)"
     assert kpm["drift at LoRA’s task loss: nq"].startswith("**0.0201** (")  # 0.04·(0.008/0.04)^(0.03/0.07)
@@ -174,8 +177,13 @@ def test_the_first_sentence_says_what_the_data_says():
     assert re.search(
         r"60 times less than LoRA on nq \(95\u00a0% interval over 3 seeds: \d+ to \d+\)", first_sentence(compared)
     )
+    sure = r"drifts \d+ times less than LoRA on nq, or still less\."
+    assert re.search(sure, html_report(compared))
     compared["runs"] = [r for r in comparison()["runs"] if r["seed"] == 0]
     assert "no interval" in first_sentence(compared)
+    assert "or still less (100% of these losses lie beside rates run with one seed: no interval there)." in html_report(
+        compared
+    )
     compared["runs"] = [r for r in comparison()["runs"] if r["method"] != "kpm"]
     for one in compared["runs"]:
         if one["method"] == "full" and one["status"] == "done":
@@ -262,7 +270,7 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_is_given(folder):
     assert "{{" not in page
 
 
-def test_pictures_leave_out_what_lies_far_outside(folder):
+def test_pictures_leave_out_what_lies_far_outside(folder, tmp_path):
     def points_of(*pairs):
         return [Point(i, loss, drift, {0: (loss, drift)}) for i, (loss, drift) in enumerate(pairs)]
 
@@ -275,6 +283,12 @@ def test_pictures_leave_out_what_lies_far_outside(folder):
 
     assert "some points lie outside: Full fine-tuning" in (folder / "frontier.svg").read_text()
     assert "some points lie outside" not in (folder / "curves.svg").read_text()
+    compared = comparison()
+    for one in compared["runs"]:
+        if one["method"] == "kpm":
+            one["curve"][0][2] = 8.5
+    write_report(tmp_path, compared)
+    assert "some points lie outside: CorDA KPM" in (tmp_path / "curves.svg").read_text()
 
 
 def test_an_interval_that_says_nothing_is_not_printed():

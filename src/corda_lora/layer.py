@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .compactness import extreme_eigenvalues, log_compactness, selection_score
-from .config import CordaConfig
+from .config import CordaConfig, CordaError
 from .covariance import float32_products
 from .decomposition import energies, orient, regularize, select, split_components
 from .norms import norms
@@ -63,7 +63,12 @@ def extremes_of(covariances: Sequence[Tensor], config: CordaConfig, device: torc
     for C in covariances:
         C = C.to(device)
         if config.orientation == "covariance":
-            found.append(extreme_eigenvalues(regularize(C, config.damping)))
+            try:
+                found.append(extreme_eigenvalues(regularize(C, config.damping)))
+            except torch.linalg.LinAlgError as error:
+                raise CordaError(
+                    "a covariance is singular to float64, so that its compactness is not defined: raise --damping"
+                ) from error
         else:
             d = orient(C.new_ones(1, len(C)), C, config.orientation, config.damping)
             found.append((float(d.min()), float(d.max())))

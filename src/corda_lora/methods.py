@@ -239,15 +239,13 @@ def adalora(model: nn.Module, setup: Setup, start: float = 1.5, warmup: float = 
     )
     model = peft.get_peft_model(model, config)
     tuner: Any = model.base_model
-
     layers = lora_layers(model).values()
 
     def allocate(step: int) -> None:
         tuner.update_and_allocate(step)
-        kept = [int((layer.lora_E["default"] != 0).sum()) for layer in layers]
-        if 0 < sum(kept) < len(layers) * config.init_r:  # pruned just now: the next prunes to ranks as they cost
-            parameters = sum(r * (layer.in_features + layer.out_features) for r, layer in zip(kept, layers))
-            tuner.rankallocator.target_bgt = round(setup.budget * sum(kept) / parameters)
+        kept = sum(int((layer.lora_E["default"] != 0).sum()) for layer in layers)
+        if 0 < kept < len(layers) * config.init_r:  # pruned just now: the next prunes to ranks as they cost
+            tuner.rankallocator.target_bgt = round(setup.budget * kept / count_parameters(model)["adapter"])
 
     return Prepared(model, callbacks=[_AfterStep(allocate)])
 
