@@ -52,7 +52,7 @@ def components(W: Tensor, times: Times = _as_it_is, solver: str = "auto") -> tup
 
     Args:
         solver: `svd`: float64 SVD, the reference: B A = U_S U_Sᵀ W to some 1e-16·σ₁/σ_S, relative.
-            `gram`, `auto`: `eigh` of Gram matrices: each σ_i to 1e-14·σ₁, B A to some 2e-14·σ₁/σ_S.
+            `gram`, `auto`: `eigh` of Gram matrices: each σ_i to some 3e-14·σ₁, B A to some 2e-14·σ₁/σ_S.
 
     Raises ValueError for another solver.
     """
