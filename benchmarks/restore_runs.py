@@ -16,6 +16,7 @@ def main(source: Path, output: Path) -> None:
         if run["status"] in ("done", "diverged"):
             folder = output / "runs" / run["method"] / f"lr{run['learning_rate']:g}_s{run['seed']}"
             folder.mkdir(parents=True)
+            run.setdefault("machine", comparison["machine"])  # which versions before did not note of each run
             (folder / "result.json").write_text(json.dumps(run, indent=1) + "\n")
     shared = {key: value for key, value in comparison["recipe"].items() if key != "methods"}
     recipe = {"shared": shared, "entries": comparison["recipe"]["methods"]}

@@ -195,10 +195,14 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
     restored = [sys.executable, RECIPES.parent / "restore_runs.py", "broken/comparison.json", "restored"]
     subprocess.run(restored, check=True)
     assert numbers("restored") == numbers("broken")
+    comparison = json.loads(Path("broken/comparison.json").read_text())
+    elsewhere = results("restored")["runs/lora/lr0.01_s0"]
+    elsewhere.write_text(elsewhere.read_text().replace(comparison["machine"], "A faster GPU"))
     compare(file, "--output", "restored")
     assert not Path("restored/starts").exists(), "nothing was left to prepare for"
+    machines = json.loads(Path("restored/comparison.json").read_text())["machine"]
+    assert machines == f"A faster GPU, {comparison['machine']}", "each run names its own"
 
-    comparison = json.loads(Path("broken/comparison.json").read_text())
     assert comparison["command"] == "corda compare recipe.yaml --output broken --jobs 2"
     assert {run["status"] for run in comparison["runs"]} == {"done"}
     assert comparison["base"]["keep"]["keep"]["loss"] > 0

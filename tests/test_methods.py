@@ -74,8 +74,8 @@ def test_starts_as_the_base_with_the_budget_and_learns(name, files, tokenizer):
     parameters = count_parameters(prepared.model)
     if name not in ("full", "adapterdrop"):  # the latter rounds its width: on this tiny model by more than 1 %
         one = 96 if "+-" in name else 0  # allocation stops at most one component short of the budget
-        # EVA shares out ranks, though layers differ in what one costs. AdaLoRA: ranks as they cost a step before.
-        rel = {"eva": 0.15, "adalora": 0.04}.get(name, 0.01)
+        # Both share out ranks as they cost the time before, and this tiny model has few.
+        rel = {"eva": 0.04, "adalora": 0.04}.get(name, 0.01)
         assert parameters["adapter"] == pytest.approx(setup.budget, rel=rel, abs=one)
 
 

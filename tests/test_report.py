@@ -51,6 +51,7 @@ def run(method, rate, seed, loss, drift):
         "prepare_seconds": 3.0 if method == "kpm" else 0.0,
         "peak_bytes": 9.1e9,
         "commit": "abc1234",
+        "machine": "NVIDIA H200",
         "parameters": {"adapter": 0 if method == "full" else 9.77e6, "trainable": 4.88e6},
     }
 
@@ -115,7 +116,7 @@ def test_csv_has_a_row_for_each_run(folder):
     assert len(rows) == len(comparison()["runs"])
     assert rows[0]["keep nq drift"] == "0.6"
     assert rows[0]["trainable parameters"] == "4880000.0"
-    assert rows[0]["commit"] == "abc1234"
+    assert (rows[0]["commit"], rows[0]["machine"]) == ("abc1234", "NVIDIA H200")
     assert rows[-1]["status"] == "does not fit"
     assert rows[-1]["learn gsm8k loss"] == ""
     assert rows[-2]["why"] == "the loss was nan at step 12 | </script><b>"

@@ -401,7 +401,7 @@ def _work(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        _write(folder / RESULT, result | {"commit": commit, "gpu": gpu or None})
+        _write(folder / RESULT, result | {"commit": commit, "machine": _machine(), "gpu": gpu or None})
         pipe.send(None)
 
 
@@ -421,10 +421,7 @@ def _do(source: ModelConfig, config: CompareConfig, output: Path, job: Job, coun
         record: dict[str, torch.Tensor] = {}
         results = evaluate(model, tokenizer, config.eval, progress=False, record=record)
         BaseOutputs.save(output / BASE, record)
-        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-        machine += "" if torch.cuda.is_available() else f", {os.cpu_count()} cores"
-        seconds = time.perf_counter() - since
-        found = {"status": "done", "results": _of_side(results, "base"), "seconds": seconds, "machine": machine}
+        found = {"status": "done", "results": _of_side(results, "base"), "seconds": time.perf_counter() - since}
         versions = {"corda-lora": __version__, "python": platform.python_version()}
         return found | {"versions": versions | {package: version(package) for package in PACKAGES}}
 
@@ -561,13 +558,19 @@ def gather(source: ModelConfig, config: CompareConfig, output: Path, command: st
         "name": output.name,
         "command": command,
         "recipe": _shared(source, config) | {"methods": {n: e.key() for n, e in config.entries.items()}},
-        "machine": base.get("machine"),
+        "machine": ", ".join(sorted({run["machine"] for run in [base, *runs] if run.get("machine")})) or None,
         "versions": base.get("versions", {}),
         "commit": ", ".join(sorted({run["commit"] for run in runs if run.get("commit")})) or None,
         "methods": titles,
         "base": base.get("results", {}),
         "runs": runs,
     }
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def _commit() -> str | None:

@@ -297,13 +297,20 @@ def lora_ga(model: nn.Module, setup: Setup, samples: int = 64) -> Prepared:
 
 @method("eva", "EVA", "Paischer et al., arXiv 2410.07170; PEFT", looks="learn")
 def eva(model: nn.Module, setup: Setup, rho: float = 2.0) -> Prepared:
-    """`rho`: a layer's rank is at most `rho`·r; the sum is that of r everywhere."""
+    """`rho`: a layer's rank is at most `rho`·r. The budget is of parameters, as for all methods; PEFT's counts ranks:
+    they are shared out once more, as many as the budget pays for at what a rank cost the first time."""
     config = setup.lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=rho))
     model = peft.get_peft_model(model, config)
 
     def find() -> dict[str, torch.Tensor]:
         batches = _labelled(setup, setup.context("learn")[0], model)
-        return peft.get_eva_state_dict(model, batches, show_progress_bar=False)
+        found = peft.get_eva_state_dict(model, batches, show_progress_bar=False)
+        ranks = {name: len(rows) for name, rows in found.items()}
+        layers = {name: setup.targets[name.removeprefix("base_model.model.")] for name in ranks}
+        cost = sum(r * sum(weight_shape(layers[name])) for name, r in ranks.items())
+        each, more = divmod(round(sum(ranks.values()) * setup.budget / cost), len(ranks))
+        to_share = replace(config, rank_pattern={name: each + (i < more) for i, name in enumerate(ranks)})
+        return peft.get_eva_state_dict(model, batches, to_share, show_progress_bar=False)
 
     peft.initialize_lora_eva_weights(model, eva_state_dict=_found_once(setup, find))
     return Prepared(model)

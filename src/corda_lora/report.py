@@ -535,7 +535,7 @@ def write_csv(path: Path, comparison: dict[str, Any]) -> None:
         "status",
         "why",
         "commit",
-        "gpu",
+        "machine",
         "steps",
         "seconds",
         "prepare_seconds",
