@@ -9,11 +9,12 @@ import subprocess
 
 import pytest
 
-from corda_lora.frontier import CurvePoint, Estimate, Point
+from corda_lora.frontier import CurvePoint, Estimate, Point, summary
 from corda_lora.report import (
     curves_edge,
     embedded,
     frontier_edge,
+    headline,
     html_report,
     look,
     number,
@@ -136,7 +137,7 @@ def test_markdown(folder):
     rows = {row["method"]: row for row in methods}
     kpm = rows["CorDA KPM, &lt;anchored>"]
     assert kpm["learning rate"] == "5e-3"
-    assert kpm["times less drift: nq, half of the range"] == "**87**"
+    assert kpm["times less drift: nq, half of the range"] == "**87** (81 to 93)"
     assert rows["LoRA"]["learning rate"] == "1e-3 (at the high end of its sweep)"
     assert rows["Full fine-tuning"]["task loss: gsm8k"] == "**0.8600** (± 0.0025)"
     assert kpm["drift at LoRA’s task loss: nq"].startswith("**0.0201** (")  # 0.04·(0.008/0.04)^(0.03/0.07)
@@ -178,7 +179,7 @@ def test_the_first_sentence_says_what_the_data_says():
     assert re.search(
         r"60 times less than LoRA on nq \(95\u00a0% interval over 3 seeds: \d+ to \d+\)", first_sentence(compared)
     )
-    sure = r"drifts \d+ times less than LoRA on nq, or still less\."
+    sure = r"drifts \d+ times less than LoRA on nq, or still less \(95\u00a0% interval over 3 seeds: \d+ to \d+\)\."
     assert re.search(sure, html_report(compared))
     compared["runs"] = [r for r in comparison()["runs"] if r["seed"] == 0]
     assert "no interval" in first_sentence(compared)
@@ -198,6 +199,20 @@ def test_the_first_sentence_says_what_the_data_says():
     assert first_sentence(compared).startswith("Only LoRA is done")
     compared["runs"] = [r for r in comparison()["runs"] if r["status"] != "done"]
     assert "No run is done" in first_sentence(compared)
+
+
+@pytest.mark.parametrize(("less", "named"), [(1.5, "CorDA KPM, <anchored>"), (3, "Lucky")])
+def test_without_seeds_it_takes_twice_as_much_to_come_first(less, named):
+    compared = comparison()
+    compared["methods"]["lucky"] = {"title": "Lucky", "source": ""}
+    for one in comparison()["runs"]:
+        if one["method"] == "kpm" and one["seed"] == 0:
+            one["results"]["keep"]["nq"]["drift"] /= less
+            compared["runs"].append(one | {"method": "lucky"})
+    at, over, *_ = headline(compared, summary(compared))
+    assert at.startswith("At LoRA’s best task loss")
+    assert over.startswith("Over at least half")
+    assert all(f"{named} drifts" in sentence for sentence in (at, over))
 
 
 def test_a_difference_that_seeds_could_explain_says_so():

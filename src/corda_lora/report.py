@@ -206,7 +206,7 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
         columns.append(Column(f"drift at {name}’s task loss", label(comparison, a), "low", cells))
     for a in abilities(comparison)[:1]:
         found = all_ratios(comparison, a, reference) if reference else {}
-        cells = [Cell() if at is None else half_cell(at) for at in (found.get(row["method"]) for row in rows)]
+        cells = [ratio_cell(at and over_half(at)) for at in (found.get(row["method"]) for row in rows)]
         columns.append(Column("times less drift", f"{label(comparison, a)}, half of the range", "high", cells))
     for a in abilities(comparison):
         cells = [drift_cell(row["drift"][a]) for row in rows]
@@ -241,13 +241,9 @@ def milestone_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) ->
     return columns
 
 
-def over_half(at: Ratios) -> float:
+def over_half(at: Ratios) -> Estimate:
     """What the ratio is at least over half of the range: its median."""
-    return sorted(r.value for r in at.ratio)[len(at.ratio) // 2]
-
-
-def half_cell(at: Ratios) -> Cell:
-    return Cell(times_text(over_half(at)), "", over_half(at))
+    return sorted(at.ratio, key=lambda r: r.value)[len(at.ratio) // 2]
 
 
 def equal_loss_columns(found: dict[str, Ratios]) -> list[Column]:
@@ -261,7 +257,7 @@ def equal_loss_columns(found: dict[str, Ratios]) -> list[Column]:
     return [
         Column(shared, "from", "", ends[0]),
         Column(shared, "to", "", ends[1]),
-        Column(less, "over half of it at least", "high", [half_cell(both) for both in found.values()]),
+        Column(less, "over half of it at least", "high", [ratio_cell(over_half(both)) for both in found.values()]),
         Column(less, "at its lowest loss", "high", at(0)),
         Column(less, "in its middle", "high", at(50)),  # of 101
         Column(less, "at its highest loss", "high", at(-1)),
@@ -359,6 +355,11 @@ def loss_sentence(ref: dict[str, Any], others: list[dict[str, Any]]) -> str:
     return f"{sentence}; seed by seed the difference is {text_of(difference_cell(first['beside']))}{why}."
 
 
+def claim(times: Estimate) -> float:
+    """What a ratio counts when the largest is looked for: half, if no seeds vouch for it."""
+    return times.value if times.low is not None else times.value / 2
+
+
 def range_sentence(
     comparison: dict[str, Any], ability: Ability, ref: dict[str, Any], others: list[dict[str, Any]]
 ) -> tuple[str, float]:
@@ -369,19 +370,21 @@ def range_sentence(
     both = {name: at for name, at in found.items() if at is not None and at.loss[0] < at.loss[-1]}
     if not both:
         return "", 0.0
-    title = max(both, key=lambda name: over_half(both[name]))
-    times, losses = over_half(both[title]), both[title].loss
-    if times < 1.5:
+    title = max(both, key=lambda name: claim(over_half(both[name])))
+    half, losses = over_half(both[title]), both[title].loss
+    if half.value < 1.5:
         return "", 0.0
     sentence = (
         f"Over at least half of the task losses that both reach ({losses[0]:.4f} to {losses[-1]:.4f}), {title} drifts "
-        f"{times_text(times)} times less than {ref['title']} on {label(comparison, ability)}, or still less"
+        f"{times_text(half.value)} times less than {ref['title']} on {label(comparison, ability)}, or still less"
     )
-    sure = [at.low for at in both[title].ratio if at.low is not None]
-    if len(sure) < len(both[title].ratio):
-        share = len(sure) / len(both[title].ratio)
-        sentence += f" ({1 - share:.0%} of these losses lie beside rates run with one seed: no interval there)"
-    return f"{sentence}.", times
+    notes = []
+    if half.low is not None:
+        notes.append(f"95\u00a0% interval over {half.seeds} seeds: {spread(half, times_text)}")
+    if unsure := sum(at.low is None for at in both[title].ratio):
+        share = unsure / len(both[title].ratio)
+        notes.append(f"{share:.0%} of these losses lie beside rates run with one seed: no interval there")
+    return f"{sentence} ({'; '.join(notes)}).", half.value
 
 
 def drift_sentence(
@@ -390,20 +393,22 @@ def drift_sentence(
     """Who drifts least where the reference has its lowest task loss, how sure that is, and how many times less."""
     title, where = ref["title"], label(comparison, ability)
     at = f"{title}’s best task loss on {task(comparison)} ({ref['equal_loss']:.4f})"
-    there = [row for row in others if row["equal"][ability]]
-    if not there or ref["equal"][ability] is None:
+    ours = lower_hull(points(comparison, ref["method"], ability))
+    hulls = {row["title"]: lower_hull(points(comparison, row["method"], ability)) for row in others}
+    found = {name: ratio_at(hull, ours, ref["equal_loss"]) for name, hull in hulls.items()}
+    there = {name: ratio for name, ratio in found.items() if ratio is not None}
+    if not there:
         return f"No other method was measured on both sides of {at}.", 0.0
-    least = min(there, key=lambda row: row["equal"][ability].value)
-    ours, theirs = (lower_hull(points(comparison, row["method"], ability)) for row in (least, ref))
-    ratio = ratio_at(ours, theirs, ref["equal_loss"])
-    if ratio is None or ratio.value < 1.1:
+    least = max(there, key=lambda name: claim(there[name]))
+    ratio = there[least]
+    if ratio.value < 1.1:
         return f"At {at}, no other method that reaches it drifts clearly less than {title} on {where}.", 0.0
     sure = "no interval: fewer than two seeds on both sides of that loss"
     if ratio.low is not None:
         sure = f"95\u00a0% interval over {ratio.seeds} seeds: {spread(ratio, times_text)}"
         sure += "; the seeds’ spread could explain it" if ratio.low <= 1 else ""
     times = times_text(ratio.value)
-    return f"At {at}, {least['title']} drifts {times} times less than {title} on {where} ({sure}).", ratio.value
+    return f"At {at}, {least} drifts {times} times less than {title} on {where} ({sure}).", ratio.value
 
 
 def run_count(comparison: dict[str, Any]) -> str:
