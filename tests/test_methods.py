@@ -208,6 +208,21 @@ def test_eva_starts_on_the_inputs_and_shares_out_ranks(files, tokenizer):
             assert (A @ C.double() @ A.T).trace() > 2 * by_chance
 
 
+def test_eva_shares_out_as_many_ranks_as_the_budget_pays_for(files, tokenizer, monkeypatch):
+    def to_wide_layers(model, batches, config=None, **_):
+        """A rank for each of attention's layers, all others for the MLP's, which are wider."""
+        names = [f"base_model.model.{name}" for name in find_targets(tiny.build("llama"), "all-linear")]
+        wide = [name for name in names if "mlp" in name]
+        total = sum(config.rank_pattern.values()) if config else 4 * len(names)
+        each, more = divmod(total - (len(names) - len(wide)), len(wide))
+        ranks = dict.fromkeys(names, 1) | {name: each + (i < more) for i, name in enumerate(wide)}
+        return {name: torch.ones(r, model.get_submodule(name).in_features) for name, r in ranks.items()}
+
+    monkeypatch.setattr(peft, "get_eva_state_dict", to_wide_layers)
+    prepared, setup, _ = prepare("eva", files, tokenizer)
+    assert count_parameters(prepared.model)["adapter"] == pytest.approx(setup.budget, abs=80)  # 1.16 times as many else
+
+
 @pytest.mark.parametrize("options", [{"beta": 0.5, "gamma": 0.25}, {}])
 def test_kasa_adds_its_penalty(options, files, tokenizer):
     prepared, _, _ = prepare("kasa", files, tokenizer, options=options)

@@ -374,17 +374,15 @@ def range_sentence(
     half, losses = over_half(both[title]), both[title].loss
     if half.value < 1.5:
         return "", 0.0
-    sentence = (
-        f"Over at least half of the task losses that both reach ({losses[0]:.4f} to {losses[-1]:.4f}), {title} drifts "
-        f"{times_text(half.value)} times less than {ref['title']} on {label(comparison, ability)}, or still less"
-    )
     notes = []
     if half.low is not None:
         notes.append(f"95\u00a0% interval over {half.seeds} seeds: {spread(half, times_text)}")
     if unsure := sum(at.low is None for at in both[title].ratio):
         share = unsure / len(both[title].ratio)
         notes.append(f"{share:.0%} of these losses lie beside rates run with one seed: no interval there")
-    return f"{sentence} ({'; '.join(notes)}).", half.value
+    less = f"{title} drifts {times_text(half.value)} times less than {ref['title']} on {label(comparison, ability)}"
+    where = f"over at least half of the task losses that both reach, {losses[0]:.4f} to {losses[-1]:.4f}"
+    return f"{less}, or still less, {where} ({'; '.join(notes)}).", half.value
 
 
 def drift_sentence(
