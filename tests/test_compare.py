@@ -20,7 +20,8 @@ from test_cli import LEARN, refused
 
 from corda_lora.cli import _take, build_parser
 from corda_lora.compare import Job, _can_start, _gpus, _jobs, _of_side, _todo, _total, _Worker
-from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig
+from corda_lora.compare import compare as run_comparison
+from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig, ModelConfig
 from corda_lora.evaluation import BaseOutputs, record_base
 from corda_lora.methods import METHODS, check_options
 
@@ -222,7 +223,6 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
 def test_drift_is_that_of_eval(checkpoint, folder):
     """The stored outputs of the base model give the drift that base and tuned model side by side give."""
     from corda_lora.adapter import load_adapter
-    from corda_lora.config import ModelConfig
     from corda_lora.evaluation import BaseOutputs, evaluate
     from corda_lora.models import load_model, load_tokenizer
 
@@ -344,6 +344,9 @@ def test_another_recipe_is_refused(checkpoint, folder, capsys):
 def test_gpus_are_those_that_may_be_seen(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert _gpus() == ["2", "5"]
+    config = CompareConfig(methods=["lora", "pissa"], data="x", eval=EvalConfig(learn="y"))
+    with pytest.raises(CordaError, match="there is no GPU 0: there are 2, 5"):
+        run_comparison(ModelConfig("nowhere"), config, Path("out"), gpus=["2", "0"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert _gpus() == [""]

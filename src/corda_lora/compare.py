@@ -83,8 +83,9 @@ def compare(
         gpus: which to use, as in CUDA_VISIBLE_DEVICES. Default: all there are, or the CPU.
         command: how this comparison is made, for the report.
 
-    Raises CordaError for an unknown method, data that cannot be had, or an output with another comparison in it, all
-    before any long work; and if the base model cannot be measured. A run that fails is reported, and the others go on.
+    Raises CordaError for an unknown method or GPU, data that cannot be had, or an output with another comparison in it,
+    all before any long work; and if the base model cannot be measured. A run that fails is reported, and the others go
+    on.
     """
     for name, entry in config.entries.items():
         if entry.method not in METHODS:
@@ -93,10 +94,13 @@ def compare(
         entry.learning_rates = sorted(set(entry.learning_rates or METHODS[entry.method].learning_rates))
         if METHODS[entry.method].looks == "keep" and config.context is None:
             raise CordaError(f"{name} looks at the ability to keep before it trains: give samples of it as `context`")
+    there = _gpus()
+    if unknown := [gpu for gpu in gpus if gpu not in there and there != [""]]:
+        raise CordaError(f"there is no GPU {unknown[0]}: there are {', '.join(there)}")
     _check_data(config)
     _open(source, config, output)
     if jobs:
-        _run_all(source, config, output, list(gpus or _gpus()) * jobs)
+        _run_all(source, config, output, list(gpus or there) * jobs)
     if not (base := _result(output, Job())) or base["status"] != "done":
         raise CordaError(f"{output} has no results of the base model yet: there is nothing to report")
     comparison = gather(source, config, output, command)
