@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -230,6 +231,29 @@ def test_help_and_exit_codes_of_the_command():
 
 
 # --- bad input: one sentence, exit code 2, nothing left --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["init", "--r", "many"], "corda init: r: Expected a int. Got value: many"),
+        (["init", "--modle", "x"], "corda init: unrecognized arguments: --modle x"),
+        (["init", "--mode", "kmp"], "corda init: mode: Expected a Literal['kpm', 'ipm']. Got value: kmp"),
+        (["compare", "recipe.yaml"], "corda compare: Subcommand 'compare' does not accept option 'train.max_stepz'"),
+        (["compare", "methods.yaml"], "corda compare: methods: Option 'learning_ratez' is not accepted"),
+        (["compare", "nothing.yaml"], "corda compare: config: File does not exist:"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("train: {max_stepz: 5}\n")
+    Path("methods.yaml").write_text("methods: {lora: {learning_ratez: [1.0e-3, 2.0e-3]}}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    assert line.endswith(f"(all options: corda {given[0]} --help)")
 
 
 @pytest.mark.parametrize(

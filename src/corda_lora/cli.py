@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
@@ -75,13 +75,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
+class _Parser(ArgumentParser):
+    """Says what is wrong with a command in a sentence, and not below thirty lines of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        prog = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        self.exit(2, f"{prog}: {_sentence(message)} (all options: {prog} --help)\n")
+
+
+def _sentence(message: str) -> str:
+    """What jsonargparse says of an error, without its words for types and without what it tried before."""
+    key, _, reason = message.rpartition('Parser key "')[2].partition('":')
+    if innermost := re.search(r"Option '.*' is not accepted", reason):
+        message = f"{key}: {innermost[0]}"
+    elif reason:
+        message = f"{key}: {reason}"
+    return " ".join(re.sub(r"<class '(\w+)'>|typing\.", r"\1", message).split())
+
+
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Leaves the examples' lines as they are."""
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     """The parser and the function of each verb."""
-    parser = ArgumentParser(prog="corda", description=SUMMARY, epilog=EXAMPLES, formatter_class=_Help)
+    parser = _Parser(prog="corda", description=SUMMARY, epilog=EXAMPLES, formatter_class=_Help)
     parser._optionals.title = "options"
     subcommands = parser.add_subcommands(required=False, dest="verb", metavar="VERB")
     verbs: dict[str, Callable[[Namespace], None]] = {}
@@ -89,7 +109,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     def verb(
         name: str, run: Callable[[Namespace], None], summary: str, *configs: type, skip: set[str] | None = None
     ) -> Any:
-        sub = ArgumentParser(description=run.__doc__)
+        sub = _Parser(description=run.__doc__)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML recipe; flags after it win over it")
         for config in configs:
             names = {f.name for f in fields(config)}

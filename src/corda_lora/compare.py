@@ -83,9 +83,9 @@ def compare(
         gpus: which to use, as in CUDA_VISIBLE_DEVICES. Default: all there are, or the CPU.
         command: how this comparison is made, for the report.
 
-    Raises CordaError for an unknown method or GPU, data that cannot be had, or an output with another comparison in it,
-    all before any long work; and if the base model cannot be measured. A run that fails is reported, and the others go
-    on.
+    Raises CordaError for an unknown method, model or GPU, data that cannot be had, or an output with another comparison
+    in it, all before any long work; and if the base model cannot be measured. A run that fails is reported, and the
+    others go on.
     """
     for name, entry in config.entries.items():
         if entry.method not in METHODS:
@@ -97,6 +97,7 @@ def compare(
     there = _gpus()
     if unknown := [gpu for gpu in gpus if gpu not in there and there != [""]]:
         raise CordaError(f"there is no GPU {unknown[0]}: there are {', '.join(there)}")
+    load_tokenizer(source)  # or it is no model: said now, and not by the first process
     _check_data(config)
     _open(source, config, output)
     if jobs:

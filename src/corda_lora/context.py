@@ -88,6 +88,8 @@ def load_rows(config: DataConfig) -> Any:
         raise CordaError(f"there is no file {config.data}")
     if is_file and suffix not in BUILDERS:
         raise CordaError(f"cannot tell what kind of file {config.data} is: its name must end in {', '.join(BUILDERS)}")
+    if is_file and not Path(config.data).stat().st_size:
+        raise CordaError(f"{config.data} is empty")
     options: dict[str, Any] = {"delimiter": "\t"} if suffix == ".tsv" else {}
     datasets.disable_progress_bars()
     try:
