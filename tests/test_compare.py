@@ -339,7 +339,8 @@ def test_bad_input_before_anything_runs(checkpoint, folder, capsys):
 
 
 def test_another_recipe_is_refused(checkpoint, folder, capsys):
-    compare(recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, seeds=1), "--output", "out")
+    begun = recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, seeds=1)
+    assert "no results of the base model yet" in refused(capsys, "compare", begun, "--output", "out", "--jobs", "0")
     changed = recipe(checkpoint, {"lora": "[1.0e-3, 1.0e-2]"}, r=8)
     assert "another recipe (it differs in r)" in refused(capsys, "compare", changed, "--output", "out")
 

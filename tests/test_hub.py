@@ -9,11 +9,14 @@ import subprocess
 import sys
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlparse
 
 import pytest
+
+from corda_lora.cli import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CARD = """\
@@ -113,8 +116,8 @@ def hub(checkpoint, tmp_path, monkeypatch):
         "NO_PROXY": "127.0.0.1",
     }
 
-    def call(*arguments, **more):
-        command = [sys.executable, "-m", "corda_lora.cli", *map(str, arguments)]
+    def call(*arguments, program=("-m", "corda_lora.cli"), **more):
+        command = [sys.executable, *program, *map(str, arguments)]
         return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=200)
 
     yield call, asked
@@ -141,7 +144,7 @@ def test_model_and_data_are_names_on_the_hub(hub, checkpoint, tmp_path):
         "--context",
         tmp_path / "hub" / "datasets" / "org" / "sums" / "main" / "train.jsonl",
     ]
-    done(call(*INIT, *files, *SUMS[2:], "--output", "from_files"))
+    main([*map(str, [*INIT, *files, *SUMS[2:]]), "--output", "from_files"])
     assert weights("start") == weights("from_files")
 
     recipe = ["--max_steps", 2, "--batch_size", 4, "--precision", "fp32", "--output", "tuned"]
@@ -158,25 +161,36 @@ def test_model_and_data_are_names_on_the_hub(hub, checkpoint, tmp_path):
     assert weights("again") == weights("start")
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--model", "org/none"], "cannot load the model 'org/none'"),
-        (["--context", "org/none"], "Dataset 'org/none' doesn't exist on the Hub"),
-        (["--name", "nope"], "'nope' not found. Available: ['main', 'other']"),
-        (["--rows", "valid"], "Should be one of ['train', 'test']"),
-        (["--response", "{reply}"], "org/sums has no column 'reply'"),
-        (None, "Please pick one among the available configs: ['main', 'other']"),
-    ],
-)
-def test_what_is_not_on_the_hub(hub, more, said):
+IN_ONE_PROCESS = """
+import json, sys
+from corda_lora.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as stopped:
+        print(f"exit {stopped.code}", file=sys.stderr)
+"""
+WRONG = {
+    "cannot load the model 'org/none'": ["--model", "org/none"],
+    "Dataset 'org/none' doesn't exist on the Hub": ["--context", "org/none"],
+    "'nope' not found. Available: ['main', 'other']": ["--name", "nope"],
+    "Should be one of ['train', 'test']": ["--rows", "valid"],
+    "org/sums has no column 'reply'": ["--response", "{reply}"],
+    "Please pick one among the available configs: ['main', 'other']": [],
+}
+
+
+def test_what_is_not_on_the_hub(hub):
     call, _ = hub
-    given = ["--model", "org/tiny", "--context", "org/sums", *(SUMS if more else SUMS[2:]), *(more or [])]
-    ended = call(*INIT, *given, "--output", "start")
-    assert ended.returncode == 2
-    last = ended.stderr.strip().splitlines()[-1]
-    assert said in last
-    assert last.startswith("corda init: ")
+    init = [*map(str, INIT), "--model", "org/tiny", "--context", "org/sums", "--output", "start"]
+    commands = [[*init, *(SUMS if more else SUMS[2:]), *more] for more in WRONG.values()]
+    ended = call(json.dumps(commands), program=("-c", IN_ONE_PROCESS))
+    lines = ended.stderr.strip().splitlines()
+    sentences = [line for line, after in pairwise(lines) if after == "exit 2"]
+    assert len(sentences) == len(WRONG), ended.stderr
+    for said, sentence in zip(WRONG, sentences):
+        assert said in sentence
+        assert sentence.startswith("corda init: ")
     assert not list(Path().glob("start*"))
 
 

@@ -5,6 +5,7 @@
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -324,6 +325,13 @@ def compare(options: Namespace) -> None:
     source, config = _take(ModelConfig, options), _take(CompareConfig, options)
     if options.jobs < 0:
         raise CordaError(f"jobs is {options.jobs}, but is at least 0")
+    if options.jobs and "forkserver" in multiprocessing.get_all_start_methods():
+        from multiprocessing import forkserver
+
+        # Runs are forked from a server that imports what is imported here (see `_run_all`): both at the same time.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["corda_lora.compare"])
+        forkserver.ensure_running()
     from .compare import compare as run_comparison
 
     command = shlex.join(["corda", *options.given])
