@@ -309,7 +309,7 @@ def eva(model: nn.Module, setup: Setup, rho: float = 2.0) -> Prepared:
         layers = {name: setup.targets[name.removeprefix("base_model.model.")] for name in ranks}
         cost = sum(r * sum(weight_shape(layers[name])) for name, r in ranks.items())
         each, more = divmod(round(sum(ranks.values()) * setup.budget / cost), len(ranks))
-        to_share = replace(config, rank_pattern={name: each + (i < more) for i, name in enumerate(ranks)})
+        to_share = replace(config, rank_pattern={name: max(1, each + (i < more)) for i, name in enumerate(ranks)})
         return peft.get_eva_state_dict(model, batches, to_share, show_progress_bar=False)
 
     peft.initialize_lora_eva_weights(model, eva_state_dict=_found_once(setup, find))

@@ -391,9 +391,9 @@ def drift_sentence(
     """Who drifts least where the reference has its lowest task loss, how sure that is, and how many times less."""
     title, where = ref["title"], label(comparison, ability)
     at = f"{title}’s best task loss on {task(comparison)} ({ref['equal_loss']:.4f})"
-    ours = lower_hull(points(comparison, ref["method"], ability))
+    theirs = lower_hull(points(comparison, ref["method"], ability))
     hulls = {row["title"]: lower_hull(points(comparison, row["method"], ability)) for row in others}
-    found = {name: ratio_at(hull, ours, ref["equal_loss"]) for name, hull in hulls.items()}
+    found = {name: ratio_at(hull, theirs, ref["equal_loss"]) for name, hull in hulls.items()}
     there = {name: ratio for name, ratio in found.items() if ratio is not None}
     if not there:
         return f"No other method was measured on both sides of {at}.", 0.0
