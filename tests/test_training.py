@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from corda_lora.config import LoraStart, TrainConfig
 from corda_lora.context import Sample
-from corda_lora.training import _LikeLengths, plain_lora, train
+from corda_lora.training import _LikeLengths, has_bfloat16, plain_lora, train
 
 SAMPLES = [Sample(f"{'x' * (i * 7 % 23)} {i} =", f" {i + i}", {}) for i in range(40)]
 
@@ -79,6 +79,18 @@ def test_compiled_blocks_train_the_same(tokenizer):
     assert 1 <= counters["stats"]["unique_graphs"] <= 4  # one for all lengths and blocks, or few
     for name, parameter in trained.items():
         assert torch.allclose(parameter, compiled[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize(("precision", "has", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)])
+def test_a_processor_without_bfloat16_is_said(precision, has, said, tokenizer, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    assert has_bfloat16(torch.device("cpu")) == has
+    assert has_bfloat16(torch.device("cuda"))
+    config = TrainConfig(max_steps=1, batch_size=2, precision=precision)
+    train(plain_lora(tiny.build("llama"), LoraStart(r=4), config), tokenizer, SAMPLES, config, 64, progress=False)
+    notes = [str(one.message) for one in recwarn if "bfloat16" in str(one.message)]
+    assert len(notes) == said
+    assert all("--dtype float32 --precision fp32" in note for note in notes)
 
 
 def test_each_epoch_has_an_order_of_its_own_and_all_samples(tokenizer):

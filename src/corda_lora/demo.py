@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from .adapter import RECORD, check_output, install, save_adapter
@@ -26,7 +27,7 @@ from .evaluation import loss_and_drift
 from .models import load_model, load_tokenizer
 from .preprocess import preprocess
 from .progress import console
-from .training import plain_lora, train
+from .training import has_bfloat16, plain_lora, train
 
 RANK, STEPS, BATCH = 16, 45, 8
 LEARNING_RATES = {"LoRA": 4e-3, "CorDA": 1e-4}
@@ -57,7 +58,8 @@ def run_demo(output: Path) -> dict[str, Any]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - since
 
     with stage("load", "Loading SmolLM2-135M-Instruct, facts and word problems"):
-        source = ModelConfig(str(packaged_model()), dtype="bfloat16")
+        half = has_bfloat16(torch.device("cpu"))
+        source = ModelConfig(str(packaged_model()), dtype="bfloat16" if half else "float32")
         model, tokenizer = load_model(source), load_tokenizer(source)
         facts = [Sample(q["prompt"], q["response"], {}) for q in knowledge_questions()]
         to_learn = [Sample(p["prompt"], p["response"], {}) for p in word_problems(STEPS * BATCH, seed=0)]
@@ -74,18 +76,21 @@ def run_demo(output: Path) -> dict[str, Any]:
 
     curves, results = {}, {}
     for name in ("CorDA", "LoRA"):
-        config = TrainConfig(learning_rate=LEARNING_RATES[name], max_steps=STEPS, batch_size=BATCH)
+        config = TrainConfig(LEARNING_RATES[name], max_steps=STEPS, batch_size=BATCH)
+        config.precision = "bf16" if half else "fp32"
         adapted = install(model, start) if name == "CorDA" else plain_lora(model, LoraStart(r=RANK), config)
         with stage(f"{name}: training", f"{name}: learning {len(to_learn)} word problems"):
             curves[name] = train(adapted, tokenizer, to_learn, config, max_length=128)["loss"]
         with stage("measuring", f"{name}: what was learned, what was kept"):
-            adapted.float().eval()  # trained over bfloat16 weights, measured in float32
+            adapted.float().eval()  # trained over bfloat16 weights (where the processor has it), measured in float32
             results[name] = {
                 kind: loss_and_drift(adapted, tokenizer, e, 4096, True, kind) for kind, e in measured.items()
             }
         records = {RECORD: {"model": source.model, **start.record}} if name == "CorDA" else {}
         save_adapter(adapted, output / name.lower(), records)
-        model = adapted.unload().bfloat16()  # the base model as it was: no adapter has changed it
+        model = adapted.unload().to(
+            torch.bfloat16 if half else torch.float32
+        )  # the base model as it was: no adapter has changed it
 
     summary = {
         "results": results,
