@@ -345,6 +345,15 @@ def test_another_recipe_is_refused(checkpoint, folder, capsys):
     assert "another recipe (it differs in r)" in refused(capsys, "compare", changed, "--output", "out")
 
 
+def test_training_in_bfloat16_without_instructions_for_it_is_said_at_once(checkpoint, folder, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr("corda_lora.compare._run_all", lambda *_: None)
+    config = CompareConfig(methods=["lora", "pissa"], data="learn.jsonl", eval=EvalConfig(learn="learn.jsonl"))
+    with pytest.warns(match="no instructions for bfloat16"), pytest.raises(CordaError, match="no results"):
+        run_comparison(ModelConfig(str(checkpoint)), config, Path("out"))
+
+
 def test_gpus_are_those_that_may_be_seen(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert _gpus() == ["2", "5"]

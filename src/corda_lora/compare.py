@@ -45,7 +45,7 @@ from .models import load_model, load_tokenizer
 from .progress import console, progress_bar
 from .report import write_report
 from .targets import find_targets
-from .training import train, training_steps
+from .training import train, training_steps, warn_without_bfloat16
 
 BASE, RESULT, LOG = "base", "result.json", "log.txt"
 PACKAGES = ("torch", "transformers", "peft", "trl")
@@ -101,6 +101,8 @@ def compare(
     _check_data(config)
     _open(source, config, output)
     if jobs:
+        if not torch.accelerator.is_available():
+            warn_without_bfloat16(config.train, torch.device("cpu"))
         _run_all(source, config, output, list(gpus or there) * jobs)
     if not (base := _result(output, Job())) or base["status"] != "done":
         raise CordaError(f"{output} has no results of the base model yet: there is nothing to report")

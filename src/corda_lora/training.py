@@ -46,6 +46,16 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def warn_without_bfloat16(config: TrainConfig, device: torch.device) -> None:
+    if config.precision == "bf16" and not has_bfloat16(device):
+        warnings.warn(
+            "this processor has no instructions for bfloat16, and trains many times faster in float32: "
+            "--dtype float32 --precision fp32 (in a recipe for `corda compare`, dtype: float32 and "
+            "train: {precision: fp32})",
+            stacklevel=3,
+        )
+
+
 def train(
     model: nn.Module,
     tokenizer: Any,
@@ -80,12 +90,7 @@ def train(
     require_causal(model)
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
-    if config.precision == "bf16" and not has_bfloat16(next(model.parameters()).device):
-        warnings.warn(
-            "this processor has no instructions for bfloat16, and trains many times faster in float32: "
-            "--dtype float32 --precision fp32",
-            stacklevel=2,
-        )
+    warn_without_bfloat16(config, next(model.parameters()).device)
     micro = config.micro_batch_size or config.batch_size
     steps = training_steps(config, len(rows))
     arguments = SFTConfig(
