@@ -8,7 +8,7 @@ import time
 import torch
 from machine import machine
 
-from corda_lora.compactness import allocate, allocation_scores
+from corda_lora.algebra.compactness import allocate, allocation_scores
 
 torch.manual_seed(0)
 sigma = [torch.rand(8192, dtype=torch.float64).sort(descending=True).values ** (1 + i % 5) for i in range(560)]

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from corda_lora.config import DataConfig, ModelConfig
-from corda_lora.context import context_batches, load_samples
-from corda_lora.models import load_model, load_tokenizer
-from corda_lora.targets import find_targets
+from corda_lora.data.batches import context_batches
+from corda_lora.data.samples import load_samples
+from corda_lora.models.loading import load_model, load_tokenizer
+from corda_lora.models.targets import find_targets
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ FLAGS = "--mode kpm --preset corda++ --rounds 2 --r 32"
 ALLOCATORS = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 ENVIRONMENT = {**ALLOCATORS, "CUDA_VISIBLE_DEVICES": ""}
 BARE = """
-import datasets, corda_lora.cli, corda_lora.adapter
+import datasets, corda_lora.cli, corda_lora.adapters.lora
 print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData")])
 """
 

@@ -26,8 +26,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from corda_lora.config import DataConfig, ModelConfig
-from corda_lora.context import encode, load_samples
-from corda_lora.models import load_model, load_tokenizer
+from corda_lora.data.batches import encode
+from corda_lora.data.samples import load_samples
+from corda_lora.models.loading import load_model, load_tokenizer
 source, data, samples, output, mode = sys.argv[1:]
 samples = load_samples(DataConfig(data, samples=int(samples)))
 tokenizer, model = load_tokenizer(ModelConfig(source)), load_model(ModelConfig(source))

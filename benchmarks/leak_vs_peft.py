@@ -23,11 +23,12 @@ from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 from torch import Tensor, nn
 
 from corda_lora.config import CordaConfig, DataConfig, ModelConfig
-from corda_lora.context import context_batches, load_samples
-from corda_lora.models import load_model, load_tokenizer
+from corda_lora.data.batches import context_batches
+from corda_lora.data.samples import load_samples
+from corda_lora.models.loading import load_model, load_tokenizer
+from corda_lora.models.targets import find_targets
 from corda_lora.peft import preprocess_corda
-from corda_lora.preprocess import preprocess, walk
-from corda_lora.targets import find_targets
+from corda_lora.preprocess.pipeline import preprocess, walk
 
 METHODS = {
     "PEFT": "PEFT's preprocess_corda",

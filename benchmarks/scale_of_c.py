@@ -22,15 +22,16 @@ import torch
 from leak_vs_peft import factors_of
 from machine import commit, machine
 
-from corda_lora.adapter import install
+from corda_lora.adapters.lora import install
 from corda_lora.config import CordaConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
-from corda_lora.context import context_batches, load_samples
-from corda_lora.evaluation import evaluate
-from corda_lora.layer import LayerStart
-from corda_lora.models import load_model, load_tokenizer
-from corda_lora.preprocess import preprocess
-from corda_lora.targets import find_targets
-from corda_lora.training import train
+from corda_lora.data.batches import context_batches
+from corda_lora.data.samples import load_samples
+from corda_lora.evaluation.evaluate import evaluate
+from corda_lora.models.loading import load_model, load_tokenizer
+from corda_lora.models.targets import find_targets
+from corda_lora.preprocess.layer import LayerStart
+from corda_lora.preprocess.pipeline import preprocess
+from corda_lora.training.train import train
 
 RATES = {
     "PEFT's scale": [1e-4, 2e-4],

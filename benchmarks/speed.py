@@ -29,13 +29,14 @@ from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 from torch import Tensor, nn
 
+from corda_lora.algebra.decomposition import orient, select
+from corda_lora.algebra.solvers import components
 from corda_lora.config import DataConfig, ModelConfig
-from corda_lora.context import context_batches, load_samples
-from corda_lora.decomposition import orient, select
-from corda_lora.models import load_model, load_tokenizer
+from corda_lora.data.batches import context_batches
+from corda_lora.data.samples import load_samples
+from corda_lora.models.loading import load_model, load_tokenizer
+from corda_lora.models.targets import find_targets, weight_of, weight_shape
 from corda_lora.peft import preprocess_corda
-from corda_lora.solvers import components
-from corda_lora.targets import find_targets, weight_of, weight_shape
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PEFT, OURS, VISITING = "PEFT", "corda_lora.peft", "corda_lora.peft, model on the CPU"

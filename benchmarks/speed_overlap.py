@@ -17,7 +17,7 @@ from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 
 from corda_lora import CordaConfig
 from corda_lora.peft import preprocess_corda
-from corda_lora.preprocess import preprocess
+from corda_lora.preprocess.pipeline import preprocess
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -15,12 +15,12 @@ import torch
 from machine import commit, machine
 from torch import Tensor
 
-from corda_lora import norms as polar
-from corda_lora.compactness import extreme_eigenvalues
-from corda_lora.covariance import float32_products
-from corda_lora.decomposition import orient, regularize
-from corda_lora.norms import lanczos, norms
-from corda_lora.solvers import leading_singular_vectors, lower_inverse, singular_values
+from corda_lora.algebra import norms as polar
+from corda_lora.algebra.compactness import extreme_eigenvalues
+from corda_lora.algebra.covariance import float32_products
+from corda_lora.algebra.decomposition import orient, regularize
+from corda_lora.algebra.norms import lanczos, norms
+from corda_lora.algebra.solvers import leading_singular_vectors, lower_inverse, singular_values
 
 
 def main() -> None:

@@ -33,14 +33,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from corda_lora import covariance, peft
+from corda_lora import peft
+from corda_lora.algebra import covariance
+from corda_lora.algebra.covariance import float32_products
+from corda_lora.algebra.solvers import chosen_components
 from corda_lora.config import DataConfig, ModelConfig
-from corda_lora.context import context_batches, load_samples
-from corda_lora.covariance import float32_products
-from corda_lora.lockstep import find_blocks, lockstep
-from corda_lora.models import load_model, load_tokenizer
-from corda_lora.solvers import chosen_components
-from corda_lora.targets import find_targets
+from corda_lora.data.batches import context_batches
+from corda_lora.data.samples import load_samples
+from corda_lora.models.loading import load_model, load_tokenizer
+from corda_lora.models.lockstep import find_blocks, lockstep
+from corda_lora.models.targets import find_targets
 
 Batches = Sequence[Mapping[str, Tensor]]
 Run = Callable[[], None]

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from corda_lora.demo import CONTEXT
-from corda_lora.demo_data import knowledge_questions, word_problems
+from corda_lora.demo.facts import knowledge_questions, word_problems
+from corda_lora.demo.run import CONTEXT
 
 
 def main(output: Path) -> None:

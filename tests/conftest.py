@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from corda_lora.config import ModelConfig
-from corda_lora.models import load_model, load_tokenizer
+from corda_lora.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -155,7 +155,7 @@ def test_same_command_same_bytes(checkpoint, data):
 
 @pytest.mark.parametrize("split", ["anchored", "seeded", "paper"])
 def test_a_broken_off_training_goes_on_to_the_same_bytes(split, checkpoint, data, monkeypatch, capsys):
-    from corda_lora import training
+    from corda_lora.training import train as training
 
     work, recipe = data / "work", ["--start", "start", "--max_steps", 8, "--checkpoints", 4, "--lora_dropout", 0.1]
     init(checkpoint, data, "--split", split)
@@ -339,7 +339,7 @@ def test_an_output_with_something_in_it(verb, checkpoint, data, capsys):
 
 def test_a_solver_that_does_not_converge_is_said_once_a_run(checkpoint, data, monkeypatch, capsys):
     """Fourteen layers, one note: however Python treats a warning that comes again."""
-    monkeypatch.setattr("corda_lora.solvers.leading_singular_vectors", lambda *_: None)
+    monkeypatch.setattr("corda_lora.algebra.solvers.leading_singular_vectors", lambda *_: None)
     warnings.simplefilter("always")
     init(checkpoint, data, "--solver", "subspace", output="fallen")
     said = " ".join(capsys.readouterr().err.split())
@@ -377,7 +377,7 @@ def test_a_full_disk(error, checkpoint, data, monkeypatch, capsys):
 
 @pytest.mark.parametrize("form", ["merged", "residual"])
 def test_a_quantized_base_is_refused(form, checkpoint, data, monkeypatch, capsys):
-    from corda_lora import models
+    from corda_lora.models import loading as models
 
     init(checkpoint, data, "--split", "balanced")
     load = models.load_model
@@ -451,7 +451,7 @@ def test_eval_refuses(arguments, message, checkpoint, data, capsys):
 
 def test_a_gguf_file_without_the_package_that_reads_it(tmp_path, capsys, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"")
-    monkeypatch.setattr("corda_lora.models.find_spec", lambda name: None)
+    monkeypatch.setattr("corda_lora.models.loading.find_spec", lambda name: None)
     (tmp_path / "c.jsonl").write_text('{"text": "a b c"}')
     with pytest.raises(SystemExit) as stopped:
         main(f"init --model {tmp_path}/model.gguf --context {tmp_path}/c.jsonl --output {tmp_path}/a".split())

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AlbertConfig, AlbertModel, BartConfig, BartModel, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from corda_lora.algebra.covariance import Covariance
 from corda_lora.config import CordaError
-from corda_lora.covariance import Covariance
 from corda_lora.peft import preprocess_corda
 
 TARGETS = {
@@ -584,7 +584,7 @@ def test_a_file_in_the_format_of_before_torch_1_6(tmp_path):
 
 
 def test_layers_that_the_solver_gave_up_on_are_said_once_each_run(monkeypatch):
-    monkeypatch.setattr("corda_lora.solvers._subspace", lambda *_: None)
+    monkeypatch.setattr("corda_lora.algebra.solvers._subspace", lambda *_: None)
     for _ in range(2):
         model = tiny.build("llama")
         with pytest.warns(UserWarning, match="did not converge on 10 layers") as said:

@@ -9,10 +9,11 @@ from tiny import start_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corda_lora import CordaConfig
-from corda_lora.adapter import install
-from corda_lora.context import Sample, context_batches
-from corda_lora.preprocess import preprocess, walk
-from corda_lora.targets import find_targets
+from corda_lora.adapters.lora import install
+from corda_lora.data.batches import context_batches
+from corda_lora.data.samples import Sample
+from corda_lora.models.targets import find_targets
+from corda_lora.preprocess.pipeline import preprocess, walk
 
 CPU = torch.device("cpu")
 SOME = r"model\.layers\.(0|1|8|29)\..*_proj"

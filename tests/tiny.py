@@ -7,8 +7,8 @@ import transformers as t
 from torch import Tensor, nn
 
 from corda_lora.config import CordaConfig
-from corda_lora.layer import LayerStart, decompose_layer, keep_components, start_layer
-from corda_lora.preprocess import walk
+from corda_lora.preprocess.layer import LayerStart, decompose_layer, keep_components, start_layer
+from corda_lora.preprocess.pipeline import walk
 
 VOCABULARY = 96
 SIZE = {

@@ -36,15 +36,15 @@ def get_corda_model(
     Raises:
         CordaError: see `preprocess`.
     """
-    from .adapter import install
-    from .preprocess import preprocess
+    from .adapters.lora import install
+    from .preprocess.pipeline import preprocess
 
     return install(model, preprocess(model, config, batches, progress))
 
 
 def __getattr__(name: str) -> Any:  # torch and PEFT are imported when first needed: `corda --help` does without
     if name == "load_adapter":
-        from .adapter import load_adapter
+        from .adapters.lora import load_adapter
 
         return load_adapter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

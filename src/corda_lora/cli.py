@@ -183,12 +183,13 @@ def init(options: Namespace) -> None:
     if options.context is None and config.orientation != "identity":
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
     from . import __version__
-    from .adapter import RECORD, TIMING, check_output, install, save_adapter
-    from .context import context_batches, load_rounds
-    from .models import load_tokenizer, open_model
-    from .plan import check_room, init_plan
-    from .preprocess import preprocess
-    from .work import MANIFEST, open_work
+    from .adapters.lora import RECORD, TIMING, check_output, install, save_adapter
+    from .data.batches import context_batches
+    from .data.samples import load_rounds
+    from .models.loading import load_tokenizer, open_model
+    from .preprocess.pipeline import preprocess
+    from .preprocess.plan import check_room, init_plan
+    from .preprocess.work import MANIFEST, open_work
 
     check_output(options.output)
     batches: list[Any] = []
@@ -233,8 +234,16 @@ def plan(options: Namespace) -> None:
     data = _take(DataConfig, options, data=options.context or "")
     if options.gpu is None and (options.tflops or options.tflops64):
         raise CordaError("--tflops and --tflops64 are of a card: give its memory with --gpu")
-    from .plan import described_machine, init_plan, planned_model, planned_tokens, report, this_machine, what_fits
-    from .preprocess import compute_device
+    from .preprocess.pipeline import compute_device
+    from .preprocess.plan import (
+        described_machine,
+        init_plan,
+        planned_model,
+        planned_tokens,
+        report,
+        this_machine,
+        what_fits,
+    )
 
     given = described_machine(options.gpu, options.tflops, options.tflops64) if options.gpu is not None else None
     model: Any = planned_model(source)
@@ -257,12 +266,12 @@ def train(options: Namespace) -> None:
     that was broken off goes on from its last checkpoint when the same command is given again."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
     data = _take(DataConfig, options, data=options.data)
-    from .adapter import RECORD, check_output, load_adapter, read_record, save_adapter
-    from .context import load_samples
-    from .models import load_model, load_tokenizer
-    from .training import last_checkpoint, plain_lora
-    from .training import train as run_training
-    from .work import open_work
+    from .adapters.lora import RECORD, check_output, load_adapter, read_record, save_adapter
+    from .data.samples import load_samples
+    from .models.loading import load_model, load_tokenizer
+    from .preprocess.work import open_work
+    from .training.train import last_checkpoint, plain_lora
+    from .training.train import train as run_training
 
     check_output(options.output)
     record = read_record(options.start) if options.start else None
@@ -299,9 +308,9 @@ def evaluate(options: Namespace) -> None:
     """Measure the base model and the tuned one in one run: loss, drift (mean KL(base‖tuned) per answer token),
     perplexity, multiple-choice accuracy, exact match."""
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
-    from .adapter import load_adapter, read_record
-    from .evaluation import evaluate as measure
-    from .models import load_model, load_tokenizer
+    from .adapters.lora import load_adapter, read_record
+    from .evaluation.evaluate import evaluate as measure
+    from .models.loading import load_model, load_tokenizer
 
     if options.adapter is not None:
         read_record(options.adapter)
@@ -330,9 +339,9 @@ def compare(options: Namespace) -> None:
 
         # Runs are forked from a server that imports what is imported here (see `_run_all`): both at the same time.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["corda_lora.compare"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["corda_lora.compare.runner"])
         forkserver.ensure_running()
-    from .compare import compare as run_comparison
+    from .compare.runner import compare as run_comparison
 
     command = shlex.join(["corda", *options.given])
     if not options.jobs:  # a report of what is done: to run it again, it takes the rest
@@ -350,8 +359,8 @@ def export(options: Namespace) -> None:
         raise CordaError(f"--as is {options.form!r}, but must be one of lora, merged, residual")
     if options.r is not None and options.form != "lora":
         raise CordaError("--r goes with --as lora only")
-    from .adapter import check_output, export_lora, export_merged, export_residual, read_record
-    from .models import load_model, load_tokenizer
+    from .adapters.lora import check_output, export_lora, export_merged, export_residual, read_record
+    from .models.loading import load_model, load_tokenizer
 
     check_output(options.output)
     read_record(options.adapter)
@@ -368,7 +377,7 @@ def export(options: Namespace) -> None:
 def demo(options: Namespace) -> None:
     """SmolLM2-135M keeps its factual knowledge and learns word problems: CorDA and plain LoRA side by side, from the
     same samples in the same order. Ends with a table and a picture, all computed in this run."""
-    from .demo import run_demo
+    from .demo.run import run_demo
 
     run_demo(options.output)
 
@@ -432,7 +441,7 @@ def _print_summary(start: Any) -> None:
 
 
 def _print_results(results: dict[str, Any]) -> None:
-    from .evaluation import iterate
+    from .evaluation.evaluate import iterate
 
     table = Table(caption="loss and drift in nats per token; drift = mean KL(base‖tuned) per answer token")
     for column in ("measure", "data", "base", "tuned"):

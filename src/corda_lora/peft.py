@@ -32,15 +32,15 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .collect import Collector
+from .algebra.covariance import float32_products
+from .algebra.decomposition import orient
+from .algebra.solvers import chosen_components, say_fallback, warn_of_fallbacks
 from .config import CordaConfig, CordaError
-from .covariance import float32_products
-from .decomposition import orient
-from .lockstep import DifferentPathsError, find_blocks, parking
-from .preprocess import compute_device, double_device, walk
+from .models.lockstep import DifferentPathsError, find_blocks, parking
+from .models.targets import weight_of, weight_shape
+from .preprocess.collect import Collector
+from .preprocess.pipeline import compute_device, double_device, walk
 from .progress import progress_bar, track
-from .solvers import chosen_components, say_fallback, warn_of_fallbacks
-from .targets import weight_of, weight_shape
 
 PARTS = ("S_WC", "U_WC", "V_WC")  # of PEFT's CordaEigens
 

@@ -1,0 +1,1 @@
+"""Adapters as PEFT LoRAs: installed, saved, loaded, exported."""

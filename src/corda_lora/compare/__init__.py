@@ -1,0 +1,1 @@
+"""Methods × learning rates × seeds, and what follows from the results."""

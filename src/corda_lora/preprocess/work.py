@@ -1,0 +1,150 @@
+"""Unfinished work on disk: what a run that is killed goes on from."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..config import CordaError
+from .layer import Decomposed
+
+MANIFEST = "finished.json"
+KEYS = ("rows", "U", "sigma", "energy")
+
+
+def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -> Path:
+    """The folder beside `output` for the unfinished work of this run, new or of a run that was broken off.
+
+    Args:
+        run: what the work belongs to: model, configuration, data, versions.
+        begun: whether a folder holds anything worth keeping.
+
+    Raises CordaError if it holds another run's.
+    """
+    folder = output.with_name(output.name + ".work")
+    path = folder / "run.json"
+    text = json.dumps(run, indent=1, default=str)
+    if path.is_file() and path.read_text() != text and begun(folder):
+        try:
+            differs = _difference(json.loads(path.read_text()), json.loads(text))
+        except ValueError:
+            differs = "its run.json is damaged"
+        raise CordaError(f"{folder} holds unfinished work of another run ({differs}): remove it, or finish that run")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, text)
+    return folder
+
+
+def _difference(there: Any, here: Any, name: str = "") -> str:
+    """The first thing in which two runs differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            if there.get(key) != here.get(key):
+                return _difference(there.get(key), here.get(key), f"{name}.{key}".strip("."))
+    return f"{name} was {there!r} there and is {here!r} here"
+
+
+class LayerStore:
+    """Decomposed layers on disk, a safetensors file for each block of the model, with checksums. A block that was
+    begun but not finished leaves no trace.
+
+    Attributes:
+        blocks: names of the layers of each finished block, in order.
+
+    Raises (at the beginning) CordaError if what is there is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest = folder / MANIFEST
+        self.files: dict[str, str] = {}  # name -> sha256
+        self.blocks: list[list[str]] = []
+        if not self.manifest.is_file():
+            return
+        try:
+            found = json.loads(self.manifest.read_text())
+            self.files, self.blocks = found["files"], found["blocks"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CordaError(f"{self.manifest} is damaged: remove {folder} and start again") from error
+        for name, checksum in self.files.items():
+            path = folder / name
+            if not path.is_file() or _sha256(path) != checksum:
+                state = "damaged" if path.is_file() else "missing"
+                raise CordaError(f"{path} is {state}: remove {folder} and start again")
+
+    def save(self, layers: Mapping[str, Decomposed]) -> None:
+        """Add a block. It is on the disk when this returns."""
+        name = f"{len(self.files):04}.safetensors"
+        tensors = {
+            f"{layer}|{key}": getattr(decomposed, key).contiguous()
+            for layer, decomposed in layers.items()
+            for key in KEYS
+            if getattr(decomposed, key) is not None
+        }
+        partial = self.folder / f"{name}.partial"
+        records = json.dumps({layer: decomposed.record for layer, decomposed in layers.items()})
+        save_file(tensors, partial, metadata={"records": records})
+        checksum = _sha256(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        partial.rename(self.folder / name)
+        self.files[name] = checksum
+        self.blocks.append(list(layers))
+        _write_whole(self.manifest, json.dumps({"files": self.files, "blocks": self.blocks}))
+
+    def load(self, spectra_only: bool = False) -> Iterator[tuple[str, Decomposed]]:
+        """The layers, in the order they were saved, read one at a time. `spectra_only` leaves out the large tensors."""
+        for file in self.files:
+            with safe_open(self.folder / file, framework="pt") as tensors:
+                names = set(tensors.keys())
+                for layer, record in json.loads(tensors.metadata()["records"]).items():
+                    keys = [k for k in (("sigma",) if spectra_only else KEYS) if f"{layer}|{k}" in names]
+                    found = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
+                    rows = found.pop("rows", torch.empty(0, 0))
+                    yield layer, Decomposed(rows, found.get("U"), found["sigma"], found.get("energy"), record)
+
+
+@contextmanager
+def saving(store: LayerStore, device: torch.device) -> Iterator[Callable[[Mapping[str, Decomposed]], None]]:
+    """Yield `store.save`; where a device other than the CPU computes, one that writes a block while the next is
+    computed. At most one block waits, and an error comes up at the next one, or at the end."""
+    if device.type == "cpu":
+        yield store.save
+        return
+    with ThreadPoolExecutor(1) as writer:
+        last: list[Future[None]] = []
+
+        def save(layers: Mapping[str, Decomposed]) -> None:
+            if last:
+                last.pop().result()
+            last.append(writer.submit(store.save, layers))
+
+        yield save
+        if last:
+            last.pop().result()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file's text, all of it or nothing, also where the power fails."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,516 @@
+"""The adapter in use: what trains, what is saved, what it becomes, and that the base model stays what it was."""
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from corda_lora import CordaConfig, CordaError, load_adapter
+from corda_lora.adapters.lora import (
+    compress,
+    export_lora,
+    export_merged,
+    export_residual,
+    install,
+    lora_layers,
+    save_adapter,
+)
+from corda_lora.preprocess.pipeline import preprocess
+
+SPLITS = ["paper", "balanced", "anchored", "seeded"]
+# GPT-2's layers are Conv1D. PEFT wants `fan_in_fan_out` for them, and the reverse for the others.
+FAMILIES = ["llama", "qwen2_biased", "gpt2_conv1d"]
+
+
+def start(family="llama", split="balanced", **options):
+    """A model and the start for it, at s = 2."""
+    model = tiny.build(family)
+    config = CordaConfig(split=split, **{"r": 4, "lora_alpha": 8, **options})
+    return model, preprocess(model, config, tiny.batches(family), progress=False)
+
+
+def train(adapted, steps=4, family="llama", weight_decay=0.0):
+    """Plain torch, no Trainer; dropout is off."""
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=weight_decay)
+    for step in range(steps):
+        batch = tiny.batches(family)[step % 3]
+        adapted(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapted
+
+
+def tuned(family="llama", split="balanced", **options):
+    """The original model, a trained adapter on a copy of it, and its logits."""
+    model, found = start(family, split, **options)
+    adapted = train(install(copy.deepcopy(model), copy.deepcopy(found)), family=family)
+    moved = tiny.logits(adapted, family)
+    assert (moved - tiny.logits(model, family)).abs().max() > 0.02  # the training did something
+    return model, found, adapted, moved
+
+
+def saved(adapted, found, folder):
+    save_adapter(adapted, folder, {"corda.json": {"model": "tiny", **found.record}})
+    return folder
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def deltas(adapted):
+    """s·B A of every layer, float64, as W lies in memory for `nn.Linear`."""
+    return {
+        name: layer.scaling["default"]
+        * layer.lora_B["default"].weight.double()
+        @ layer.lora_A["default"].weight.double()
+        for name, layer in lora_layers(adapted).items()
+    }
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_moves_the_trained_part_alone(family, split, weight_decay):
+    model, found = start(family, split)
+    weights = tiny.snapshot(model)
+    adapted = install(model, found)
+    before = {n: t.clone() for n, t in [*adapted.named_parameters(), *adapted.named_buffers()]}
+    train(adapted, family=family, weight_decay=weight_decay)
+    for name, tensor in [*adapted.named_parameters(), *adapted.named_buffers()]:
+        plain = {"seeded": "lora_", "anchored": "lora_B"}.get(split, "trained")
+        trained = name.endswith("trained") or plain in name
+        assert tensor.requires_grad is trained, name
+        assert torch.equal(tensor, before[name]) is not trained, name
+    for name, layer in lora_layers(adapted).items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if split == "anchored":
+            assert torch.equal(A, found.layers[name].A)
+        elif split != "seeded":
+            assert torch.equal(A[4:], found.layers[name].A)
+            assert torch.equal(B[:, 4:], -found.layers[name].B)
+    base = adapted.unload().state_dict()
+    assert all(torch.equal(weights[name], base[name]) for name in weights)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_parameter_count(split):
+    model, found = start(split=split)
+    shapes = [layer.record["shape"] for layer in found.layers.values()]
+    adapted = install(model, found)
+    count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert count == sum(4 * (m if split == "anchored" else m + n) for m, n in shapes)
+    assert adapted.get_nb_trainable_parameters()[0] == count
+
+
+@pytest.mark.parametrize("split", ["paper", "balanced"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_the_residual_model_with_its_adapter(family, split):
+    """W' + s·B A, W' = W − s·B₀A₀, written out."""
+    model, found, adapted, moved = tuned(family, split)
+    by_hand = copy.deepcopy(model)
+    for name, layer in lora_layers(adapted).items():
+        A, B = layer.lora_A["default"].trained.double(), layer.lora_B["default"].trained.double()
+        A0, B0 = found.layers[name].A.double(), found.layers[name].B.double()
+        change = 2 * (B @ A - B0 @ A0)
+        W = by_hand.get_submodule(name).weight
+        W.data = (W.double() + (change.T if family == "gpt2_conv1d" else change)).float()
+    same(tiny.logits(by_hand, family), moved)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_start_is_exact_under_autocast_and_with_checkpointing(split):
+    model, found = start(split=split)
+    model.gradient_checkpointing_enable()
+    batch = tiny.batches()[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(**batch).logits
+    adapted = install(model, found).train()
+    adapted.enable_input_require_grads()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = adapted(**batch, labels=batch["input_ids"])
+    assert torch.equal(output.logits, before)
+    output.loss.backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in trained)
+    assert all(torch.isfinite(p.grad).all() for p in trained)
+    assert any(p.grad.norm() > 0 for p in trained)
+
+
+def test_gradients_are_those_of_the_trained_factors():
+    """The first step is the one that CorDA's own form, residual beside B A, would take."""
+    model, found = start(split="balanced", target_modules=["down_proj"])
+    adapted, name = install(model, found), "model.layers.1.mlp.down_proj"
+    batch = tiny.batches()[0]
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    layer = lora_layers(adapted)[name]
+
+    plain, A, B = tiny.build("llama"), found.layers[name].A, found.layers[name].B
+    linear = plain.get_submodule(name)
+    linear.weight.requires_grad_(True)
+    plain(**batch, labels=batch["input_ids"]).loss.backward()
+    G = linear.weight.grad
+    torch.testing.assert_close(layer.lora_A["default"].trained.grad, 2 * B.T @ G, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(layer.lora_B["default"].trained.grad, 2 * G @ A.T, rtol=1e-4, atol=1e-7)
+
+
+# --- the base is left as it was --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", [*FAMILIES, "llama_tied"])
+def test_taking_it_off_gives_back_the_model_bit_for_bit(family, split):
+    model, found = start(family, split)
+    weights, before = tiny.snapshot(model), tiny.logits(model, family)
+    adapted = install(model, found)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert not torch.equal(tiny.logits(adapted, family), before)
+    with adapted.disable_adapter():
+        assert torch.equal(tiny.logits(adapted, family), before)
+    base = adapted.unload()
+    assert torch.equal(tiny.logits(base, family), before)
+    assert base.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weights[n], t) for n, t in base.state_dict().items())
+
+
+def test_a_classifier_gives_back_all_but_the_head_that_peft_trains():
+    model, found = start("roberta")
+    weights, before = tiny.snapshot(model), tiny.logits(model, "roberta")
+    adapted = install(model, found)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    with adapted.disable_adapter():
+        assert torch.equal(tiny.logits(adapted, "roberta"), before)
+    for name, tensor in adapted.unload().state_dict().items():
+        assert torch.equal(tensor, weights[name]) is not name.startswith("classifier."), name
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_plain_lora_beside_it_acts_as_on_the_original_model(split):
+    model, _, adapted, moved = tuned(split=split)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    alone = peft.get_peft_model(model, config)
+    adapted.add_adapter("plain", copy.deepcopy(config))
+    of_alone = {n.replace(".default", ""): t for n, t in alone.state_dict().items()}
+    with torch.no_grad():
+        for name, tensor in adapted.state_dict().items():
+            if ".plain" in name:
+                tensor.copy_(of_alone[name.replace(".plain", "")])
+    adapted.set_adapter("plain")
+    assert torch.equal(tiny.logits(adapted), tiny.logits(alone))
+    adapted.set_adapter("default")
+    assert torch.equal(tiny.logits(adapted), moved)
+
+
+def test_merging_and_unmerging():
+    _, _, adapted, moved = tuned()
+    adapted.merge_adapter()
+    same(tiny.logits(adapted), moved)
+    adapted.unmerge_adapter()
+    same(tiny.logits(adapted), moved)
+
+
+def test_a_second_corda_on_an_adapted_model_is_refused():
+    _, _, adapted, _ = tuned()
+    with pytest.raises(CordaError, match="carries a PEFT adapter already"):
+        preprocess(adapted, CordaConfig(r=4), tiny.batches(), progress=False)
+
+
+# --- saved and loaded ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_by_peft_and_loaded_by_plain_peft_on_the_original_model(family, split, tmp_path):
+    model, _, adapted, moved = tuned(family, split)
+    adapted.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == (4 if split in ("anchored", "seeded") else 8)
+    assert config["lora_alpha"] == 2 * config["r"]
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in names)
+    same(tiny.logits(PeftModel.from_pretrained(model, tmp_path), family), moved)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "roberta", "gemma2", "mixtral"])
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_other_families_load_in_plain_peft(family, tmp_path):
+    model, found = start(family, r=3)
+    adapted = install(copy.deepcopy(model), found).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.1)
+    moved = tiny.logits(adapted, family)
+    assert (moved - tiny.logits(model, family)).abs().max() > 1e-3
+    saved(adapted, found, tmp_path / "adapter")
+    same(tiny.logits(PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter"), family), moved)
+    same(tiny.logits(load_adapter(model, tmp_path / "adapter"), family), moved)
+
+
+def test_what_is_in_the_directory(tmp_path):
+    model, found = start()
+    spectra = {name: layer.spectrum for name, layer in found.layers.items()}
+    save_adapter(install(model, found), tmp_path / "a", {"corda.json": {"model": "tiny", **found.record}}, spectra)
+    files = {"adapter_config.json", "adapter_model.safetensors", "corda.json", "spectra.safetensors"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == files
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    record = json.loads((tmp_path / "a" / "corda.json").read_text())
+    assert record["config"]["split"] == "balanced"
+    assert record["versions"].keys() == {"corda-lora", "torch", "transformers", "peft"}
+    assert record["context"]["tokens"] == 9 + 4 + 12 + 5 + 10 + 32
+    for name, sigma in load_file(tmp_path / "a" / "spectra.safetensors").items():
+        assert len(sigma) == record["layers"][name]["r"]  # of a fixed rank, no more are found
+        assert (sigma[:-1] >= sigma[1:]).all()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_training_goes_on_as_if_it_had_not_been_saved(split, tmp_path):
+    model, found, adapted, moved = tuned(split=split)
+    saved(adapted, found, tmp_path / "adapter")
+    loaded = load_adapter(model, tmp_path / "adapter", trainable=True)
+    assert torch.equal(tiny.logits(loaded), moved)
+    for other in (train(adapted), train(loaded)):
+        other.eval()
+    for name, layer in lora_layers(loaded).items():
+        expected = lora_layers(adapted)[name]
+        assert torch.equal(layer.lora_A["default"].weight, expected.lora_A["default"].weight)
+        assert torch.equal(layer.lora_B["default"].weight, expected.lora_B["default"].weight)
+        if split != "seeded":
+            assert torch.equal(layer.lora_A["default"].held, found.layers[name].A)
+    counts = [a.get_nb_trainable_parameters()[0] for a in (adapted, loaded)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_checkpoint_loaded_into_the_installed_adapter(split):
+    """As a trainer resumes: the whole factors go back into the trained and the held parts."""
+    _, found, adapted, moved = tuned(split=split)
+    fresh = install(tiny.build("llama"), found).eval()
+    assert not torch.equal(tiny.logits(fresh), moved)
+    peft.set_peft_model_state_dict(fresh, peft.get_peft_model_state_dict(adapted))
+    assert torch.equal(tiny.logits(fresh), moved)
+    for name, layer in lora_layers(fresh).items() if split != "seeded" else ():
+        assert torch.equal(layer.lora_A["default"].held, found.layers[name].A)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_has_nothing_to_correct(family):
+    model, found = start(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        install(model, found)
+
+
+def test_dropout_is_for_training_and_the_start_is_still_exact(tmp_path):
+    model, found = start()
+    before = tiny.logits(model)
+    saved(install(copy.deepcopy(model), found), found, tmp_path / "adapter")
+    loaded = load_adapter(model, tmp_path / "adapter", trainable=True, lora_dropout=0.5)
+    assert torch.equal(tiny.logits(loaded.train()), before)  # both halves see the same dropped input
+    train(loaded)
+    assert not torch.equal(tiny.logits(loaded), tiny.logits(loaded))
+    assert torch.equal(tiny.logits(loaded.eval()), tiny.logits(loaded))
+
+
+def test_an_adapter_for_other_weights_is_refused(tmp_path):
+    _, found, adapted, _ = tuned()
+    folder = saved(adapted, found, tmp_path / "adapter")
+    for other in (tiny.build("llama", seed=1), tiny.build("bert")):
+        weights = tiny.snapshot(other)
+        with pytest.raises(CordaError, match=r"made for other weights than these .its base was tiny"):
+            load_adapter(other, folder)
+        assert all(torch.equal(weights[n], t) for n, t in other.state_dict().items())
+    load_adapter(tiny.build("llama", torch.bfloat16), folder)  # the same weights, rounded
+
+
+def test_a_plain_lora_directory_is_loaded_as_peft_does(tmp_path):
+    torch.manual_seed(0)
+    model = tiny.build("llama")
+    lora = peft.get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(load_adapter(tiny.build("llama"), tmp_path)), tiny.logits(lora))
+
+
+def test_no_adapter_or_a_damaged_record_is_refused(tmp_path):
+    model, found = start()
+    with pytest.raises(CordaError, match="not an adapter directory"):
+        load_adapter(model, tmp_path)
+    folder = saved(install(model, found), found, tmp_path / "adapter")
+    (folder / "corda.json").write_text('{"fingerprint": 3}')
+    with pytest.raises(CordaError, match=r"corda\.json is damaged"):
+        load_adapter(tiny.build("llama"), folder)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_an_output_with_something_in_it_is_refused(kind, tmp_path):
+    model, found = start()
+    output = tmp_path / "out"
+    if kind == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / "mine").write_text("mine")
+    with pytest.raises(CordaError, match="has something in it already"):
+        saved(install(model, found), found, output)
+    assert (output if kind == "file" else output / "mine").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_empty_output_directory_will_do(tmp_path):
+    model, found = start()
+    (tmp_path / "out").mkdir()
+    saved(install(model, found), found, tmp_path / "out")
+    assert (tmp_path / "out" / "corda.json").is_file()
+
+
+# --- other forms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_lora_is_exact(family, split, tmp_path):
+    model, found, adapted, moved = tuned(family, split)
+    assert export_lora(copy.deepcopy(model), saved(adapted, found, tmp_path / "a"), tmp_path / "lora") == 0
+    assert not (tmp_path / "lora" / "corda.json").exists()
+    same(tiny.logits(PeftModel.from_pretrained(model, tmp_path / "lora"), family), moved)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_compressed_lora_reports_its_true_error(split, tmp_path):
+    model, found, adapted, _ = tuned(split=split)
+    folder = saved(adapted, found, tmp_path / "a")
+    whole = deltas(adapted)
+    total = sum(float(d.square().sum()) for d in whole.values())
+    errors = []
+    for r in (1, 3):
+        errors.append(export_lora(copy.deepcopy(model), folder, tmp_path / f"r{r}", r))
+        exported = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / f"r{r}")
+        assert exported.peft_config["default"].r == r
+        rest = sum(float((whole[n] - d).square().sum()) for n, d in deltas(exported).items())
+        assert errors[-1] == pytest.approx((rest / total) ** 0.5, rel=1e-4)
+        best = sum(float(torch.linalg.svdvals(d)[r:].square().sum()) for d in whole.values())
+        assert errors[-1] == pytest.approx((best / total) ** 0.5, rel=1e-4)  # Eckart-Young
+    assert errors[0] > errors[1] > 0.01
+
+
+def test_compressing_to_all_there_is_loses_nothing(tmp_path):
+    model, found, adapted, moved = tuned()
+    error = export_lora(copy.deepcopy(model), saved(adapted, found, tmp_path / "a"), tmp_path / "lora", 8)
+    assert error < 1e-6
+    same(tiny.logits(PeftModel.from_pretrained(model, tmp_path / "lora")), moved)
+
+
+def test_compress_is_eckart_young():
+    torch.manual_seed(0)
+    A, B = torch.randn(6, 40, dtype=torch.float64), torch.randn(30, 6, dtype=torch.float64)
+    sigma = torch.linalg.svdvals(B @ A)
+    new_A, new_B, rest, whole = compress(A, B, 2)
+    assert (new_A.shape, new_B.shape) == ((2, 40), (30, 2))
+    assert rest == pytest.approx(float(sigma[2:].square().sum()))
+    assert whole == pytest.approx(float(sigma.square().sum()))
+    assert float((B @ A - new_B @ new_A).square().sum()) == pytest.approx(rest)
+
+
+def test_compressing_to_a_higher_rank_is_refused(tmp_path):
+    model, found, adapted, _ = tuned()
+    with pytest.raises(CordaError, match="rank 9 is no compression"):
+        export_lora(model, saved(adapted, found, tmp_path / "a"), tmp_path / "lora", 9)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_merged(family, split, tmp_path):
+    model, found, adapted, moved = tuned(family, split)
+    export_merged(model, saved(adapted, found, tmp_path / "a"), tmp_path / "merged")
+    same(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), family), moved)
+
+
+@pytest.mark.parametrize("split", ["paper", "balanced"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_residual(family, split, tmp_path):
+    model, found, adapted, moved = tuned(family, split)
+    export_residual(copy.deepcopy(model), saved(adapted, found, tmp_path / "a"), tmp_path / "residual")
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "residual")
+    assert (tiny.logits(residual, family) - tiny.logits(model, family)).abs().max() > 1e-3
+    loaded = PeftModel.from_pretrained(residual, tmp_path / "residual" / "adapter")
+    assert loaded.peft_config["default"].r == 4
+    same(tiny.logits(loaded, family), moved)
+
+
+def test_an_anchored_adapter_has_no_residual(tmp_path):
+    model, found, adapted, _ = tuned(split="anchored")
+    with pytest.raises(CordaError, match="no residual to export"):
+        export_residual(model, saved(adapted, found, tmp_path / "a"), tmp_path / "residual")
+
+
+@pytest.mark.parametrize("export", [export_merged, export_residual])
+def test_a_quantized_base_is_refused_where_full_weights_are_needed(export, tmp_path):
+    model, found, adapted, _ = tuned()
+    folder = saved(adapted, found, tmp_path / "a")
+    model.is_quantized = True
+    with pytest.raises(CordaError, match=r"base model is quantized, and --as (merged|residual) needs its full weights"):
+        export(model, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    model, found = start()
+    adapted = install(model, found)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("corda_lora.adapters.lora.save_file", full)
+    with pytest.raises(CordaError, match=r"the disk is full: .*out could not be written, and nothing is left of it"):
+        save_adapter(adapted, tmp_path / "out", {}, {"x": torch.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("split", ["paper", "balanced"])
+def test_training_is_that_of_a_residual_in_place(split):
+    """W + s·(BA − B₀A₀) with A₀, B₀ held takes the same steps as the paper's W' + s·BA with W' written over W."""
+    model = tiny.build("llama").double()
+    start = preprocess(model, CordaConfig(r=4, split=split, lora_alpha=8), tiny.batches(), progress=False)
+    ours = install(copy.deepcopy(model), start).double()
+
+    for name, layer in start.layers.items():
+        model.get_submodule(name).weight.data -= start.config.scale * layer.B.double() @ layer.A.double()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(start.layers), task_type="CAUSAL_LM")
+    residual = peft.get_peft_model(model, config).double()
+    for name, layer in lora_layers(residual).items():
+        layer.lora_A["default"].weight.data.copy_(start.layers[name].A)
+        layer.lora_B["default"].weight.data.copy_(start.layers[name].B)
+
+    batch = tiny.batches()[0]
+    for adapted in (ours, residual):
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+        for _ in range(5):
+            adapted(**batch, labels=batch["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    plain = lora_layers(residual)
+    for name, layer in lora_layers(ours).items():
+        for factor in ("lora_A", "lora_B"):
+            trained = getattr(layer, factor)["default"].trained
+            assert not torch.allclose(trained, getattr(start.layers[name], factor[-1]).double(), atol=1e-3)  # it moved
+            torch.testing.assert_close(trained, getattr(plain[name], factor)["default"].weight, atol=1e-6, rtol=1e-6)

@@ -1,0 +1,216 @@
+"""What is measured, against loops over single samples in float64."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from corda_lora import CordaConfig, CordaError, get_corda_model
+from corda_lora.config import DataConfig, EvalConfig
+from corda_lora.data.batches import encode
+from corda_lora.data.samples import Sample
+from corda_lora.evaluation.evaluate import choice_accuracy, evaluate, exact_match, loss_and_drift, matches, text_windows
+
+SAMPLES = [
+    Sample("What is 2 + 2?", " 4", {}),
+    Sample("Name a colour, please:", " blue, or green", {}),
+    Sample("", "only text here", {}),
+    Sample("Hm?", " x", {}),
+    Sample("a" * 30, "b" * 9, {}),
+]
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """A tiny LLaMA with an adapter that has moved."""
+    model = get_corda_model(tiny.build("llama"), CordaConfig(r=4), tiny.batches(), progress=False).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def log_probs(model, ids, first, on):
+    """log p of each token from `first` on, over the vocabulary, of one sample, float64."""
+    if on:
+        logits = model(input_ids=torch.tensor([ids])).logits
+    else:
+        with model.disable_adapter():
+            logits = model(input_ids=torch.tensor([ids])).logits
+    return logits[0, first - 1 : -1].double().log_softmax(-1)
+
+
+def encoded_samples(tokenizer):
+    return [encode(tokenizer, s, 99, end=True) for s in SAMPLES]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10**6])
+def test_loss_and_drift_are_those_of_a_plain_loop(adapted, tokenizer, batch_tokens):
+    encoded = encoded_samples(tokenizer)
+    loss, kl, agree, recalled, tokens = {False: 0.0, True: 0.0}, 0.0, 0, {False: 0, True: 0}, 0
+    for ids, n in encoded:
+        p = {on: log_probs(adapted, ids, n, on) for on in (False, True)}
+        answer = torch.tensor(ids[n:])
+        for on in p:
+            loss[on] -= float(p[on].gather(1, answer[:, None]).sum())
+            recalled[on] += bool((p[on].argmax(1) == answer).all())
+        kl += float((p[False].exp() * (p[False] - p[True])).sum())
+        agree += int((p[False].argmax(1) == p[True].argmax(1)).sum())
+        tokens += len(answer)
+    found = loss_and_drift(adapted, tokenizer, encoded, batch_tokens)
+    for side, on in (("base", False), ("tuned", True)):
+        assert found[side]["tokens"] == tokens
+        assert found[side]["loss"] == pytest.approx(loss[on] / tokens, rel=1e-5)
+        assert found[side]["recall"] == recalled[on] / len(encoded)
+    assert found["tuned"]["drift"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert found["tuned"]["agreement"] == agree / tokens
+    assert found["tuned"]["drift"] > 0.01
+    assert found["tuned"]["agreement"] < 1
+
+
+def test_an_untouched_adapter_has_no_drift(tokenizer):
+    for split in ("paper", "balanced", "anchored", "seeded"):
+        model = get_corda_model(tiny.build("llama"), CordaConfig(r=4, split=split), tiny.batches(), progress=False)
+        found = loss_and_drift(model.eval(), tokenizer, encoded_samples(tokenizer), 60)
+        assert found["tuned"]["drift"] == 0
+        assert found["tuned"]["agreement"] == 1
+        assert found["tuned"]["loss"] == found["base"]["loss"]
+
+
+def test_a_base_model_alone(tokenizer):
+    found = loss_and_drift(tiny.build("llama"), tokenizer, encoded_samples(tokenizer))
+    assert found.keys() == {"base"}
+
+
+def test_nothing_to_measure(tokenizer):
+    with pytest.raises(CordaError, match="no sample has a response"):
+        loss_and_drift(tiny.build("llama"), tokenizer, [encode(tokenizer, Sample("all prompt", "", {}), 99)])
+    with pytest.raises(CordaError, match="nothing to measure"):
+        evaluate(tiny.build("llama"), tokenizer, EvalConfig())
+
+
+def test_recall_of_what_the_model_says_itself(tokenizer):
+    model = tiny.build("llama")
+    ids = [1, 5, 9]
+    for _ in range(4):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    wrong = [*ids[:-1], ids[-1] % 90 + 3]
+    assert loss_and_drift(model, tokenizer, [(ids, 3), (wrong, 3)])["base"]["recall"] == 0.5
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 10**6])
+def test_choices_are_scored_by_their_summed_log_likelihood(adapted, tokenizer, batch_tokens):
+    questions = {"One?": [" a", " bcd", " e"], "And two, longer?": [" no", " yes"], "Three": [" x", " yy", " zzz"]}
+    best = {False: [], True: []}
+    for prompt, choices in questions.items():
+        for on in best:
+            scores = []
+            for choice in choices:
+                ids, n = encode(tokenizer, Sample(prompt, choice, {}), 99)
+                p = log_probs(adapted, ids, n, on)
+                scores.append(float(p.gather(1, torch.tensor(ids[n:])[:, None]).sum()))
+            best[on].append(choices[scores.index(max(scores))])
+    # The response is the base model's choice, but for the last question, where it is another one.
+    answers = [*best[False][:2], next(c for c in questions["Three"] if c not in (best[False][2], best[True][2]))]
+    samples = [Sample(q, a, {"choices": c}) for (q, c), a in zip(questions.items(), answers, strict=True)]
+    found = choice_accuracy(adapted, tokenizer, samples, batch_tokens)
+    assert found["base"] == {"accuracy": 2 / 3, "samples": 3}
+    expected = sum(a == b for a, b in zip(best[True], answers, strict=True)) / 3
+    assert found["tuned"]["accuracy"] == pytest.approx(expected)
+
+
+@torch.no_grad()
+def greedy(model, tokenizer, prompt, tokens):
+    ids = tokenizer(prompt).input_ids
+    start = len(ids)
+    while len(ids) < start + tokens and ids[-1] != tokenizer.eos_token_id:
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 10**6])
+def test_exact_match_by_greedy_decoding(adapted, tokenizer, batch_tokens):
+    prompts = ["One?", "And a longer one?", "x", "Four is long, too?"]
+    with adapted.disable_adapter():
+        said = [greedy(adapted, tokenizer, p, 5) for p in prompts]
+    tuned = [greedy(adapted, tokenizer, p, 5) for p in prompts]
+    assert said != tuned
+    samples = [Sample(p, s, {}) for p, s in zip(prompts, [*said[:3], "other"], strict=True)]
+    config = EvalConfig(exact_match="text", max_new_tokens=5, batch_tokens=batch_tokens)
+    found = exact_match(adapted, tokenizer, samples, config)
+    right = sum(t.strip() == s.response.strip() for t, s in zip(tuned, samples, strict=True))
+    assert found == {"base": 0.75, "tuned": right / 4}
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "how", "expected"),
+    [
+        (" Paris\n", "Paris", "text", True),
+        ("Paris.", "Paris", "text", False),
+        ("so 3 + 4 = 7\n#### 7", "#### 7", r"#### (-?[0-9.,]+)", True),
+        ("#### 7 no, #### 8", "it is\n#### 8", r"#### (-?[0-9.,]+)", True),
+        ("#### 8, #### 7", "#### 8", r"#### (-?[0-9.,]+)", False),
+        ("seven", "#### 7", r"#### (-?[0-9.,]+)", False),
+        ("seven", "seven", r"#### (-?[0-9.,]+)", False),
+        ("a 1 b 2", "2", r"[0-9]+", True),
+    ],
+)
+def test_matches(answer, response, how, expected):
+    assert matches(answer, response, how) is expected
+
+
+def test_text_windows_hold_all_of_the_text(tokenizer):
+    samples = [Sample("", "the first line", {}), Sample("", "and the second", {})]
+    windows = text_windows(tokenizer, samples, 10)
+    assert "".join(w.response for w in windows) == "the first line\nand the second"
+    assert {len(w.response) for w in windows} == {10, 9}
+
+
+def test_evaluate_puts_it_all_together(adapted, tokenizer, tmp_path):
+    rows = [{"prompt": s.prompt, "response": s.response, "choices": [s.response, " no", " neither"]} for s in SAMPLES]
+    path, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text.write_text("some running text\nin two lines\n")
+    rows_of = str(path)
+    config = EvalConfig(
+        keep=[rows_of, DataConfig(rows_of, rows="train[:2]")],
+        learn=DataConfig(rows_of),
+        text=str(text),
+        choices=rows_of,
+        exact_match="text",
+        max_new_tokens=3,
+    )
+    found = evaluate(adapted, tokenizer, config, progress=False)
+    assert list(found) == ["keep", "learn", "text", "choices"]
+    assert list(found["keep"]) == [rows_of, f"{rows_of} (train[:2])"]
+    without_end = [encode(tokenizer, s, 512) for s in SAMPLES]
+    assert found["keep"][rows_of] == loss_and_drift(adapted, tokenizer, without_end)
+    with_end = loss_and_drift(adapted, tokenizer, encoded_samples(tokenizer))["tuned"]
+    learned = found["learn"][rows_of]["tuned"]
+    assert learned["loss"] == pytest.approx(with_end["loss"])
+    assert learned["exact_match"] == 0
+    perplexity = found["text"][str(text)]["base"]
+    assert perplexity["perplexity"] == pytest.approx(math.exp(perplexity["loss"]))
+    assert found["choices"][rows_of]["base"]["samples"] == 5
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("row", [{}, {"choices": "4"}, {"choices": ["5", "6"]}])
+def test_choices_without_the_response_are_refused(row, tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "2 + 2 =", "response": "4", **row}) + "\n")
+    with pytest.raises(CordaError, match=r"row 0 of .*rows\.jsonl needs a column `choices`"):
+        evaluate(tiny.build("llama"), tokenizer, EvalConfig(choices=str(path)), progress=False)
+
+
+def test_only_causal_language_models_are_measured(tokenizer, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(CordaError, match="BertForSequenceClassification is no causal language model"):
+        evaluate(tiny.build("bert"), tokenizer, EvalConfig(keep=str(path)))

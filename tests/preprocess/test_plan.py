@@ -1,0 +1,300 @@
+"""The plan against what really happens: adapters and work on disk, shared inputs, memory that PyTorch hands out; and
+the verb on large models of which there is nothing but a config.json."""
+
+import json
+import re
+import resource
+import shutil
+import warnings
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
+
+from corda_lora.adapters.lora import install, save_adapter
+from corda_lora.cli import main
+from corda_lora.config import CordaConfig, CordaError, ModelConfig
+from corda_lora.models.loading import empty_model
+from corda_lora.models.lockstep import find_blocks
+from corda_lora.models.targets import find_targets
+from corda_lora.preprocess.layer import choose_covariance, decompose_layer, extremes_of, keep_components
+from corda_lora.preprocess.pipeline import preprocess, walk
+from corda_lora.preprocess.plan import (
+    H100,
+    Layer,
+    Tokens,
+    _decomposition,
+    _selection,
+    check_room,
+    count_tokens,
+    described_machine,
+    init_plan,
+    shapes_of,
+    shared_inputs,
+)
+
+SAMPLES = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(12)]
+SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+SEVENTY = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+TOKENS = Tokens(131072, 4096, 131072 * 512)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a tiny context has low rank
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama7b():
+    """The shapes of a LLaMA-2-7B."""
+    settings = LlamaConfig(**SEVEN | {"architectures": ["LlamaForCausalLM"]})
+    return shapes_of(empty_model(settings, ModelConfig("", dtype="bfloat16")), CordaConfig(r=16))
+
+
+def configuration(folder, **settings):
+    """A directory with a config.json and nothing else."""
+    LlamaConfig(
+        **settings, vocab_size=32000, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16"
+    ).save_pretrained(folder)
+    return folder
+
+
+def planned(capsys, *arguments):
+    capsys.readouterr()
+    main(["plan", *(str(a) for a in arguments)])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *(str(a) for a in arguments)])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+# --- against runs ----------------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(path):
+    with safe_open(path, framework="pt") as tensors:
+        return sum(tensors.get_tensor(k).nbytes for k in tensors.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("split", ["anchored", "seeded", "balanced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_and_files_are_those_of_a_run(split, dtype, tmp_path):
+    model, config = tiny.build("llama", dtype), CordaConfig(r=3, split=split, device="cpu")
+    plan = init_plan(model, config, tiny.batches())
+    work = tmp_path / "work"
+    work.mkdir()
+    start = preprocess(model, config, tiny.batches(), progress=False, work=work)
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
+    assert plan.adapter_parameters == start.record["totals"]["parameters"]
+    assert plan.work_bytes == sum(tensor_bytes(path) for path in work.glob("*.safetensors"))
+    save_adapter(install(model, start), tmp_path / "start", {})
+    assert plan.adapter_bytes == tensor_bytes(tmp_path / "start" / "adapter_model.safetensors")
+    assert plan.disk_bytes == plan.work_bytes + plan.adapter_bytes
+    assert plan.seconds != plan.seconds  # not measured, not guessed
+
+
+def test_allocation_keeps_more_on_the_disk_and_no_larger_adapter(tmp_path):
+    model, config = tiny.build("llama"), CordaConfig(r=3, preset="corda+", device="cpu")
+    plan = init_plan(model, config, tiny.batches())
+    start = preprocess(model, config, tiny.batches(), progress=False, work=tmp_path)
+    assert 0.95 * plan.adapter_parameters < start.record["totals"]["parameters"] <= plan.adapter_parameters
+    assert plan.work_bytes > 1.5 * init_plan(model, CordaConfig(r=3), tiny.batches()).work_bytes
+    assert plan.work_bytes == pytest.approx(sum(tensor_bytes(p) for p in tmp_path.glob("*.safetensors")), rel=0.3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_layers_that_share_inputs_are_those_that_a_run_finds(family):
+    model = tiny.build(family)
+    targets = find_targets(model, "all-linear")
+    found = {}
+    for _, groups in walk(model, targets, tiny.batches(family, equal=True), torch.device("cpu")):
+        found |= {name: members[0] for members, Cs in groups or [] if Cs for name in members}
+    assert shared_inputs(model, targets, find_blocks(model, list(targets))) == found
+
+
+def test_a_llama_shares_between_qkv_and_between_gate_and_up():
+    model = tiny.build("llama")
+    targets = find_targets(model, "all-linear")
+    groups = {}
+    for name, leader in shared_inputs(model, targets, find_blocks(model, list(targets))).items():
+        groups.setdefault(leader, []).append(name.rpartition(".")[2])
+    each = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert list(groups.values()) == 2 * each
+
+
+def test_a_model_that_cannot_be_run_without_numbers_shares_nothing():
+    model = tiny.build("llama")
+    model.config = None
+    targets = find_targets(model, "all-linear")
+    assert shared_inputs(model, targets, []) == {name: name for name in targets}
+
+
+def allocated(run):
+    """Most bytes that PyTorch handed out at a time, beyond those at the beginning; and the result."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most, result
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
+@pytest.mark.parametrize(
+    ("mode", "solver"), [("kpm", "gram"), ("kpm", "subspace"), ("ipm", "subspace"), ("kpm", "svd")]
+)
+def test_memory_of_a_decomposition_is_what_is_allocated(shape, mode, solver):
+    torch.manual_seed(0)
+    m, n = shape
+    config, W, X = (
+        CordaConfig(mode=mode, r=8, solver=solver),
+        torch.randn(m, n),
+        torch.randn(2 * n, n) * torch.logspace(0, -4, n),
+    )
+    C = X.T @ X
+    most, (U, sigma) = allocated(lambda: decompose_layer(W, C, config))
+    kept, _ = allocated(lambda: keep_components(W, C, U, sigma, 8, config, {}))
+    planned = _decomposition(Layer("", m, n, ""), 8, True, config, on_cpu=True)
+    assert 0.95 < 8 * planned[1] / max(most, kept + U.nbytes) < 1.4
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
+def test_memory_of_a_selection_is_what_is_allocated(shape, on_cpu, monkeypatch):
+    torch.manual_seed(0)
+    m, n = shape
+    config, W, X = CordaConfig(preset="corda++", r=8, rounds=3), torch.randn(m, n), torch.randn(2 * n, n)
+    Cs = [X.T @ X] * 3
+    monkeypatch.setattr("corda_lora.preprocess.layer.factors_slowly", lambda device: not on_cpu)
+
+    def select():
+        extremes = extremes_of(Cs, config, W.device)
+        return [choose_covariance(W, Cs, extremes, config) for _ in range(2)]
+
+    most, _ = allocated(select)
+    assert 0.95 < 8 * _selection([Layer("", m, n, "")] * 2, config, on_cpu)[1] / most < 1.4
+
+
+# --- what depends on what --------------------------------------------------------------------------------------------
+
+
+def test_more_work_costs_more(llama7b):
+    def plan(tokens=TOKENS, park="device", machine=H100, **options):
+        return init_plan(llama7b, CordaConfig(r=16, **options), tokens, park, machine)
+
+    one, five = plan(), plan(Tokens(*(5 * x for x in TOKENS)), preset="corda++")
+    assert five.seconds > 2 * one.seconds
+    assert five.peaks[0] > one.peaks[0]
+    assert five.flops > one.flops
+    assert [stage.name for stage in five.stages] == ["forward", "selection", "decomposition", "state", "factors"]
+    assert plan(split="balanced").disk_bytes > one.disk_bytes
+    assert plan(orientation="identity").flops < one.flops
+    assert plan(orientation="identity").seconds > 10e9 / H100.read  # the weights are read all the same
+    assert plan(solver="svd").seconds > one.seconds
+    in_cpu, on_disk = plan(park="cpu"), plan(park="disk")
+    assert in_cpu.peaks[0] < one.peaks[0]
+    assert in_cpu.peaks[1] > one.peaks[1]
+    assert on_disk.disk_bytes > in_cpu.disk_bytes == one.disk_bytes
+    assert plan(machine=replace(H100, accelerator=None)).peaks[0] == 0
+    # 6.5e9 parameters in blocks, of which each of 131072 tokens takes two operations
+    assert 2 * 6.4e9 * 131072 < one.flops < 5 * 6.4e9 * 131072
+
+
+def test_tokens_are_counted_with_their_padding():
+    assert count_tokens(tiny.batches()) == (3 * 12 + 2 * 10 + 4 * 8, 36, 3 * 144 + 2 * 100 + 4 * 64)
+    assert count_tokens([]) == (0, 0, 0)
+
+
+def test_a_described_card():
+    card = described_machine("24GB", 165, 1.3)
+    assert (card.accelerator, card.multiply, card.double) == (24e9, 165e12, 1.3e12)
+    assert card.eigen > H100.eigen
+    assert described_machine("24 GiB").accelerator == 24 * 2**30
+    assert described_machine("24gb").multiply == H100.multiply
+
+
+# --- room on the disk ------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_run(tmp_path, monkeypatch):
+    plan = init_plan(tiny.build("llama"), CordaConfig(r=3), tiny.batches())
+    output = tmp_path / "not" / "yet"
+    check_room(plan, output)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=plan.disk_bytes - 1))
+    with pytest.raises(CordaError, match=r"the disk of .*yet has .* free, but .* needed"):
+        check_room(plan, output)
+    finished = tmp_path / "not" / "yet.work"  # what a broken-off run has written need not be written again
+    finished.mkdir(parents=True)
+    (finished / "0000.safetensors").write_bytes(b"12")
+    check_room(plan, output)
+
+
+# --- the verb --------------------------------------------------------------------------------------------------------
+
+
+def test_the_verb_names_options_that_fit(tmp_path, capsys):
+    model = configuration(tmp_path / "llama", **SEVEN)
+    shown = planned(capsys, "--model", model, "--gpu", "80GB")
+    assert "6,738,415,616 parameters" in shown
+    assert "adapter: 39,976,960 parameters" in shown
+    assert "131,072 tokens" in shown
+    assert "fit" not in shown
+    shown = planned(capsys, "--model", model, "--gpu", "5.5GB", "--park", "device")
+    assert re.search(r"does not fit; fits with --park cpu\n", shown)
+    shown = planned(capsys, "--model", model, "--gpu", "5.5GB", "--rounds", 5, "--tflops", 100)
+    assert re.search(r"does not fit; fits with --rounds 1\n", shown)
+    assert "100 TFLOP/s" in shown
+    assert "does not fit, nor with" in planned(capsys, "--model", model, "--gpu", "1GB")
+
+
+def test_the_verb_on_70b_takes_little_memory(tmp_path, capsys):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    shown = planned(
+        capsys, "--model", configuration(tmp_path / "llama", **SEVENTY, num_key_value_heads=8), "--gpu", "80GB"
+    )
+    assert "68,976,648,192 parameters" in shown
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e6  # kB
+
+
+def test_the_verb_with_a_context_on_this_machine(checkpoint, tmp_path, capsys):
+    path = tmp_path / "keep.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SAMPLES))
+    flags = ["--model", checkpoint, "--r", 4, "--device", "cpu", "--mode", "ipm"]
+    shown = planned(capsys, *flags, "--context", path)
+    tokens = int(re.search(r"context: ([\d,]+) tokens", shown)[1].replace(",", ""))
+    assert 12 * 30 < tokens < 12 * 50
+    assert "this machine (CPU" in shown
+    assert "nan" not in shown
+
+
+@pytest.mark.parametrize("size", ["24 bananas", "GB", "0GB", "-1GB"])
+def test_a_size_that_is_none_is_refused(size, tmp_path, capsys):
+    model = configuration(tmp_path / "llama", **SEVEN)
+    assert "such as 24GB" in refused(capsys, "--model", model, f"--gpu={size}")
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    assert "config.json" in refused(capsys, "--model", tmp_path / "model.gguf", "--gpu", "8GB")
+    assert "no config.json" in refused(capsys, "--model", tmp_path / "nothing", "--gpu", "8GB")
+    model = configuration(tmp_path / "llama", **SEVEN)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"architectures": None}))
+    assert "cannot be planned" in refused(capsys, "--model", model, "--gpu", "8GB")
+    assert "above 0" in refused(capsys, "--model", model, "--gpu", "8GB", "--tflops=-1")
+    assert "--gpu" in refused(capsys, "--model", model, "--tflops", 100)
