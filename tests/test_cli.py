@@ -23,7 +23,7 @@ LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 3
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """An empty working directory for outputs, and beside it the files of samples."""
-    monkeypatch.setattr("corda_lora.cli._accelerator", lambda: "cpu")
+    monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
     for name, rows in (("keep", KEEP), ("learn", LEARN)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     work = tmp_path / "work"

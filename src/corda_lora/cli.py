@@ -4,7 +4,6 @@
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import re
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import CompareConfig, CordaConfig, CordaError, DataConfig, EvalConfig, LoraStart, ModelConfig, TrainConfig
+from .files import check_output, write_json
 from .progress import console
 
 T = TypeVar("T")
@@ -183,7 +183,7 @@ def init(options: Namespace) -> None:
     if options.context is None and config.orientation != "identity":
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
     from . import __version__
-    from .adapters.lora import RECORD, TIMING, check_output, install, save_adapter
+    from .adapters.lora import RECORD, TIMING, install, save_adapter
     from .data.batches import context_batches
     from .data.samples import load_rounds
     from .models.loading import load_tokenizer, open_model
@@ -234,7 +234,7 @@ def plan(options: Namespace) -> None:
     data = _take(DataConfig, options, data=options.context or "")
     if options.gpu is None and (options.tflops or options.tflops64):
         raise CordaError("--tflops and --tflops64 are of a card: give its memory with --gpu")
-    from .preprocess.pipeline import compute_device
+    from .devices import compute_device
     from .preprocess.plan import (
         described_machine,
         init_plan,
@@ -247,7 +247,7 @@ def plan(options: Namespace) -> None:
 
     given = described_machine(options.gpu, options.tflops, options.tflops64) if options.gpu is not None else None
     model: Any = planned_model(source)
-    machine = given or this_machine(compute_device(model, config), next(model.parameters()).dtype)
+    machine = given or this_machine(compute_device(model, config.device), next(model.parameters()).dtype)
 
     def count(rounds: int, batch_tokens: int) -> Any:
         return planned_tokens(source, data, rounds, batch_tokens, model.config.is_encoder_decoder)
@@ -266,8 +266,9 @@ def train(options: Namespace) -> None:
     that was broken off goes on from its last checkpoint when the same command is given again."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
     data = _take(DataConfig, options, data=options.data)
-    from .adapters.lora import RECORD, check_output, load_adapter, read_record, save_adapter
+    from .adapters.lora import RECORD, load_adapter, read_record, save_adapter
     from .data.samples import load_samples
+    from .devices import accelerator
     from .models.loading import load_model, load_tokenizer
     from .preprocess.work import open_work
     from .training.train import last_checkpoint, plain_lora
@@ -277,7 +278,7 @@ def train(options: Namespace) -> None:
     record = read_record(options.start) if options.start else None
     samples = load_samples(data)
     tokenizer = load_tokenizer(source)
-    model = load_model(source).to(_accelerator())
+    model = load_model(source).to(accelerator())
     if options.start:
         peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout)
     else:
@@ -309,6 +310,7 @@ def evaluate(options: Namespace) -> None:
     perplexity, multiple-choice accuracy, exact match."""
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
     from .adapters.lora import load_adapter, read_record
+    from .devices import accelerator
     from .evaluation.evaluate import evaluate as measure
     from .models.loading import load_model, load_tokenizer
 
@@ -317,13 +319,13 @@ def evaluate(options: Namespace) -> None:
     if options.output is not None and not options.output.absolute().parent.is_dir():
         raise CordaError(f"the output {options.output} cannot be written: there is no folder {options.output.parent}")
     tokenizer = load_tokenizer(source)
-    model = load_model(source).to(_accelerator())
+    model = load_model(source).to(accelerator())
     if options.adapter is not None:
         model = load_adapter(model, options.adapter).eval()
     results = measure(model, tokenizer, config)
     if options.output is not None:
         text = {"model": source.model, "adapter": str(options.adapter), "results": results}
-        options.output.write_text(json.dumps(text, indent=1) + "\n")
+        write_json(options.output, text)
     _print_results(results)
 
 
@@ -359,7 +361,7 @@ def export(options: Namespace) -> None:
         raise CordaError(f"--as is {options.form!r}, but must be one of lora, merged, residual")
     if options.r is not None and options.form != "lora":
         raise CordaError("--r goes with --as lora only")
-    from .adapters.lora import check_output, export_lora, export_merged, export_residual, read_record
+    from .adapters.lora import export_lora, export_merged, export_residual, read_record
     from .models.loading import load_model, load_tokenizer
 
     check_output(options.output)
@@ -392,13 +394,6 @@ def _underscored(argument: str) -> str:
     """`--learning-rate` means `--learning_rate`."""
     flag, equals, value = argument.partition("=")
     return flag.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument
-
-
-def _accelerator() -> str:
-    import torch
-
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found.type if found is not None else "cpu"
 
 
 def _print_summary(start: Any) -> None:

@@ -35,11 +35,13 @@ from transformers import PreTrainedModel
 from .algebra.covariance import float32_products
 from .algebra.decomposition import orient
 from .algebra.solvers import chosen_components, say_fallback, warn_of_fallbacks
-from .config import CordaConfig, CordaError
+from .config import CordaError
+from .devices import compute_device, double_device
+from .files import whole_file
 from .models.lockstep import DifferentPathsError, find_blocks, parking
 from .models.targets import weight_of, weight_shape
 from .preprocess.collect import Collector
-from .preprocess.pipeline import compute_device, double_device, walk
+from .preprocess.pipeline import walk
 from .progress import progress_bar, track
 
 PARTS = ("S_WC", "U_WC", "V_WC")  # of PEFT's CordaEigens
@@ -99,7 +101,7 @@ def preprocess_corda(
             raise CordaError(f"rank mismatch: {R} vs. {ranks[name]}: {name} has only {R} components")
 
     hooked = model if hooked_model is None else hooked_model
-    device = compute_device(hooked, CordaConfig())
+    device = compute_device(hooked)
     solving = double_device(device)
     homes = {name: module.weight.device for name, module in targets.items()}  # while they visit `device`, too
     from_file = _exists(options.covariance_file)
@@ -340,9 +342,5 @@ def _write(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """The whole file or none."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         torch.save(dict(tensors), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 
+from corda_lora import devices
 from corda_lora.algebra import solvers
 from corda_lora.algebra.decomposition import orient, select
 from corda_lora.algebra.solvers import chosen_components, components
 from corda_lora.config import CordaConfig, CordaError
-from corda_lora.preprocess import pipeline as preprocess
-from corda_lora.preprocess.pipeline import double_device, float64_seconds
+from corda_lora.devices import double_device, float64_seconds
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SHAPES = {"square": (300, 300), "tall": (420, 260), "wide": (260, 420)}
@@ -261,7 +261,7 @@ def test_where_float64_is_slow_or_missing_the_processor_decomposes(
     device, capability, seconds, chosen, said, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(preprocess, "float64_seconds", seconds.__getitem__)
+    monkeypatch.setattr(devices, "float64_seconds", seconds.__getitem__)
     with pytest.warns(UserWarning, match=said) if said else nullcontext():
         assert double_device.__wrapped__(device) == chosen
 

@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from test_cli import LEARN, refused
 
 from corda_lora.cli import _take, build_parser
-from corda_lora.compare.runner import Job, _can_start, _gpus, _jobs, _of_side, _todo, _total, _Worker
+from corda_lora.compare.runner import Job, _can_start, _jobs, _of_side, _todo, _total, _Worker
 from corda_lora.compare.runner import compare as run_comparison
 from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig, ModelConfig
+from corda_lora.devices import visible_gpus
 from corda_lora.evaluation.evaluate import BaseOutputs, record_base
 from corda_lora.methods.registry import METHODS, check_options
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(40)]
-RECIPES = Path(__file__).parent.parent / "benchmarks" / "recipes"
+RECIPES = Path(__file__).parents[2] / "benchmarks" / "recipes"
 RECIPE = """\
 model: {checkpoint}
 data: learn.jsonl
@@ -356,13 +357,13 @@ def test_training_in_bfloat16_without_instructions_for_it_is_said_at_once(checkp
 
 def test_gpus_are_those_that_may_be_seen(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert _gpus() == ["2", "5"]
+    assert visible_gpus() == ["2", "5"]
     config = CompareConfig(methods=["lora", "pissa"], data="x", eval=EvalConfig(learn="y"))
     with pytest.raises(CordaError, match="there is no GPU 0: there are 2, 5"):
         run_comparison(ModelConfig("nowhere"), config, Path("out"), gpus=["2", "0"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert _gpus() == [""]
+    assert visible_gpus() == [""]
 
 
 def test_data_is_called_by_its_file_where_that_tells_it():

@@ -10,9 +10,10 @@ import tiny
 import torch
 import transformers
 
-from corda_lora import CordaConfig, CordaError, preprocess
+from corda_lora import CordaConfig, CordaError
 from corda_lora.models.lockstep import find_blocks, lockstep, on_device, parking, tensors_of
 from corda_lora.models.targets import find_targets
+from corda_lora.preprocess import pipeline as preprocess
 from corda_lora.preprocess.collect import Collector
 from corda_lora.preprocess.pipeline import walk
 

@@ -326,7 +326,7 @@ def test_a_disk_that_is_full_while_the_next_block_computes(command, capsys, tmp_
 
     monkeypatch.setattr(module, "save_file", fills)
     arguments, work = [*command, "--output", str(tmp_path / "start")], tmp_path / "start.work"
-    assert refused(arguments, capsys).startswith("corda init: the disk is full or cannot be written (No space left")
+    assert refused(arguments, capsys).startswith("corda init: the disk is full: ")
     assert threading.main_thread() not in written
     assert len(written) == 3
     assert len(json.loads((work / "finished.json").read_text())["blocks"]) == 2

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from corda_lora.config import LoraStart, TrainConfig
 from corda_lora.data.samples import Sample
-from corda_lora.training.train import _LikeLengths, has_bfloat16, plain_lora, train
+from corda_lora.devices import has_bfloat16
+from corda_lora.training.train import _LikeLengths, plain_lora, train
 
 SAMPLES = [Sample(f"{'x' * (i * 7 % 23)} {i} =", f" {i + i}", {}) for i in range(40)]
 

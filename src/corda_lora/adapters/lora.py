@@ -14,11 +14,8 @@ and `seeded` (A trained, too) need no second half: rank r.
 """
 
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +31,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
 from ..config import CordaError
+from ..devices import double_device
+from ..files import whole_folder
 from ..models.targets import fingerprint, layer_digest, task_type
-from ..preprocess.pipeline import Start, double_device
+from ..preprocess.pipeline import Start
 
 RECORD = "corda.json"
 TIMING = "timing.json"
@@ -173,7 +172,7 @@ def save_adapter(
 
     Raises CordaError if the directory exists and holds anything, or the disk is full.
     """
-    with writing(directory) as folder:
+    with whole_folder(directory) as folder:
         _save_plain(peft_model, folder)
         versions = {"corda-lora": __version__} | {p: version(p) for p in ("torch", "transformers", "peft")}
         for name, record in records.items():
@@ -248,40 +247,6 @@ def _has(model: nn.Module, name: str) -> bool:
     return True
 
 
-@contextmanager
-def writing(directory: Path) -> Iterator[Path]:
-    """A new folder to write into, that becomes `directory` when all is written; nothing is left if it fails.
-
-    Raises CordaError if `directory` holds anything (see `check_output`), or the disk is full.
-    """
-    check_output(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-    except Exception as error:
-        if "No space left" in str(error):
-            raise CordaError(
-                f"the disk is full: {directory} could not be written, and nothing is left of it"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_output(directory: Path) -> None:
-    """Raises CordaError if something is in the way of an output directory; called before long work starts."""
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise CordaError(f"the output {directory} has something in it already: remove it, or choose another")
-    parent = next(p for p in directory.absolute().parents if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise CordaError(f"the output {directory} cannot be written: no permission in {parent}")
-
-
 # --- to other forms --------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +274,7 @@ def export_lora(model: nn.Module, directory: Path | str, output: Path, r: int | 
             scale = layer.scaling["default"] ** 2
             error, total = error + scale * rest, total + scale * whole
         _set_ranks(config, ranks, config.lora_alpha / config.r)
-    with writing(output) as folder:
+    with whole_folder(output) as folder:
         _save_plain(peft_model, folder)
     return (error / total) ** 0.5 if total else 0.0
 
@@ -334,7 +299,7 @@ def export_merged(model: nn.Module, directory: Path | str, output: Path, tokeniz
     """The whole model with the adapter merged in, in the dtype it was loaded in."""
     _needs_full_weights(model, "merged")
     merged = load_adapter(model, directory).merge_and_unload()
-    with writing(output) as folder:
+    with whole_folder(output) as folder:
         merged.save_pretrained(str(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
@@ -366,7 +331,7 @@ def export_residual(model: nn.Module, directory: Path | str, output: Path, token
     config = peft_model.peft_config["default"]
     ranks = {name: layer.r["default"] // 2 for name, layer in lora_layers(peft_model).items()}
     _set_ranks(config, ranks, config.lora_alpha / config.r)
-    with writing(output) as folder:
+    with whole_folder(output) as folder:
         _save_plain(peft_model, folder / "adapter")
         peft_model.unload().save_pretrained(str(folder))
         if tokenizer is not None:

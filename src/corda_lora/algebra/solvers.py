@@ -17,7 +17,7 @@ large on the wanted eigenvalues and small on the others, until the residuals are
 
 **Where.** In float64, on the device that runs the model. One without float64 (Apple's GPUs) leaves it to the processor,
 and so does one with so few float64 units (consumer cards) that the processor is twice as fast, which is measured:
-`preprocess.double_device`. `corda plan` says what to expect.
+`devices.double_device`. `corda plan` says what to expect.
 """
 
 import math
@@ -28,6 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..devices import factors_slowly
 from .covariance import BLOCKS, add_gram, mirror
 from .decomposition import select
 
@@ -187,11 +188,6 @@ def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tenso
     if untouched:  # X are right singular vectors of M; what errors of the first put into the others is taken out
         return _orthonormal((F @ X).T, loss=1e-13)[0].T, values
     return back(X), values
-
-
-def factors_slowly(device: torch.device) -> bool:
-    """Whether more products cost less than a factorization (the triangle of a tall W, QR): not on a CPU."""
-    return device.type == "cuda"
 
 
 def _inverse_factor(M: Tensor) -> Tensor | None:

@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import torch
@@ -40,7 +39,9 @@ from .. import __version__
 from ..config import CompareConfig, CordaError, DataConfig, MethodConfig, ModelConfig
 from ..data.batches import encode
 from ..data.samples import load_samples
+from ..devices import accelerator, machine_name, peak_bytes, release_cache, restart_peak, visible_gpus
 from ..evaluation.evaluate import TUNED, BaseOutputs, evaluate, loss_and_drift
+from ..files import write_json
 from ..methods.registry import METHODS, Setup, check_options, count_parameters
 from ..models.loading import load_model, load_tokenizer
 from ..models.targets import find_targets
@@ -95,7 +96,7 @@ def compare(
         entry.learning_rates = sorted(set(entry.learning_rates or METHODS[entry.method].learning_rates))
         if METHODS[entry.method].looks == "keep" and config.context is None:
             raise CordaError(f"{name} looks at the ability to keep before it trains: give samples of it as `context`")
-    there = _gpus()
+    there = visible_gpus()
     if unknown := [gpu for gpu in gpus if gpu not in there and there != [""]]:
         raise CordaError(f"there is no GPU {unknown[0]}: there are {', '.join(there)}")
     load_tokenizer(source)  # or it is no model: said now, and not by the first process
@@ -108,15 +109,9 @@ def compare(
     if not (base := _result(output, Job())) or base["status"] != "done":
         raise CordaError(f"{output} has no results of the base model yet: there is nothing to report")
     comparison = gather(source, config, output, command)
-    _write(output / "comparison.json", comparison)
+    write_json(output / "comparison.json", comparison)
     write_report(output, comparison)
     return comparison
-
-
-def _gpus() -> list[str]:
-    """Numbers of the GPUs that may be used; one empty name if there are none (of CUDA's)."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]) or [""]
 
 
 def _check_data(config: CompareConfig) -> None:
@@ -155,14 +150,7 @@ def _open(source: ModelConfig, config: CompareConfig, output: Path) -> None:
     if path.is_file():
         entries = found["entries"] | entries
     output.mkdir(parents=True, exist_ok=True)
-    _write(path, {"shared": shared, "entries": entries})
-
-
-def _write(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
+    write_json(path, {"shared": shared, "entries": entries})
 
 
 # --- the runs, several at a time -------------------------------------------------------------------------------------
@@ -236,7 +224,7 @@ def _run_all(source: ModelConfig, config: CompareConfig, output: Path, slots: li
             worker.process.join()
         if _result(output, job) is None:
             why = f"its process ended with {worker.process.exitcode} (out of memory?)"
-            _write(output / job.folder / RESULT, {"status": "failed", "why": why})
+            write_json(output / job.folder / RESULT, {"status": "failed", "why": why})
         result = _result(output, job) or {}
         if not job.entry and result["status"] != "done":
             raise CordaError(f"{job}: {result['why']} (see {output / BASE / LOG})")
@@ -406,10 +394,9 @@ def _work(
             lines = str(error).strip().splitlines()
             result = {"status": "failed", "why": f"{type(error).__name__}: {lines[0] if lines else ''}"}
         gc.collect()  # a trainer's parts hold on to one another, and to the model
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        _write(folder / RESULT, result | {"commit": commit, "machine": _machine(), "gpu": gpu or None})
+        release_cache(accelerator())
+        restart_peak(accelerator())
+        write_json(folder / RESULT, result | {"commit": commit, "machine": machine_name(), "gpu": gpu or None})
         pipe.send(None)
 
 
@@ -423,8 +410,8 @@ def _end_with_parent() -> None:
 
 def _do(source: ModelConfig, config: CompareConfig, output: Path, job: Job, counter: Any) -> dict[str, Any]:
     since = time.perf_counter()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    model, tokenizer = load_model(source).to(device or "cpu"), load_tokenizer(source)
+    device = accelerator()
+    model, tokenizer = load_model(source).to(device), load_tokenizer(source)
     if not job.entry:
         record: dict[str, torch.Tensor] = {}
         results = evaluate(model, tokenizer, config.eval, progress=False, record=record)
@@ -456,7 +443,6 @@ def _do(source: ModelConfig, config: CompareConfig, output: Path, job: Job, coun
     )
     results = _of_side(evaluate(prepared.model, tokenizer, config.eval, progress=False, base=base), "tuned")
     start = _result(output, Job(job.entry)) or {"seconds": prepare_seconds}
-    cuda = torch.cuda.is_available()
     result = {
         "status": "done",
         "why": "",
@@ -466,7 +452,7 @@ def _do(source: ModelConfig, config: CompareConfig, output: Path, job: Job, coun
         "steps": training["steps"],
         "seconds": training["seconds"] - curve.taken,
         "prepare_seconds": start["seconds"],
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_bytes(device),
         "parameters": count_parameters(prepared.model),
     }
     begin, end = curve.points[0][-1], curve.points[-1][-1]
@@ -573,12 +559,6 @@ def gather(source: ModelConfig, config: CompareConfig, output: Path, command: st
         "base": base.get("results", {}),
         "runs": runs,
     }
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def _commit() -> str | None:

@@ -6,9 +6,6 @@ benchmarks/results/demo/report.md.
 Everything shown is computed in the run.
 """
 
-import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,15 +16,17 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..adapters.lora import RECORD, check_output, install, save_adapter
+from ..adapters.lora import RECORD, install, save_adapter
 from ..config import CordaConfig, CordaError, LoraStart, ModelConfig, TrainConfig
 from ..data.batches import context_batches, encode
 from ..data.samples import Sample
+from ..devices import has_bfloat16, peak_bytes
 from ..evaluation.evaluate import loss_and_drift
+from ..files import check_output, write_json, write_text
 from ..models.loading import load_model, load_tokenizer
 from ..preprocess.pipeline import preprocess
 from ..progress import console
-from ..training.train import has_bfloat16, plain_lora, train
+from ..training.train import plain_lora, train
 from .facts import knowledge_questions, word_problems
 
 RANK, STEPS, BATCH = 16, 45, 8
@@ -98,13 +97,11 @@ def run_demo(output: Path) -> dict[str, Any]:
         "curves": curves,
         "learning_rates": LEARNING_RATES,
         "seconds": {k: round(v, 1) for k, v in seconds.items()} | {"all": round(sum(seconds.values()), 1)},
-        "peak_memory_gb": round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9), 2
-        ),
+        "peak_memory_gb": round(peak_bytes(torch.device("cpu")) / 1e9, 2),
     }
-    (output / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(output / "results.json", summary)
     rows = table_rows(summary)
-    (output / "table.md").write_text(markdown(rows))
+    write_text(output / "table.md", markdown(rows))
     draw(summary, output / "picture.png")
     show(summary, rows, output)
     return summary

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..config import CordaError, EvalConfig
 from ..data.batches import batch_by_length, encode, pad
 from ..data.samples import Sample, load_samples
+from ..files import whole_file
 from ..models.targets import require_causal
 from ..progress import track
 
@@ -208,7 +209,8 @@ class BaseOutputs:
 
     @classmethod
     def save(cls, folder: Path, record: dict[str, Tensor]) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in record.items()}, folder / cls.FILE)
+        with whole_file(folder / cls.FILE) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in record.items()}, partial)
 
     def __init__(self, folder: Path, model: nn.Module):
         """`model` is the base model; its output head is copied."""

@@ -26,9 +26,11 @@ from ..adapters.lora import RECORD, HeldFactor, install, load_adapter, lora_laye
 from ..config import CordaConfig, CordaError, DataConfig, TrainConfig
 from ..data.batches import context_batches, encode, pad
 from ..data.samples import Sample, load_rounds
+from ..devices import compute_device, double_device
+from ..files import whole_file
 from ..models.targets import weight_of, weight_shape
 from ..preprocess.layer import LayerStart
-from ..preprocess.pipeline import Start, compute_device, double_device, preprocess, walk
+from ..preprocess.pipeline import Start, preprocess, walk
 from . import adapterdrop as adapterdrop_
 from . import dylora as dylora_
 
@@ -328,7 +330,8 @@ def _found_once(setup: Setup, find: Callable[[], dict[str, torch.Tensor]]) -> di
     path = setup.folder / "found.safetensors"
     if not path.is_file():
         # Clones, as EVA gives layers with the same input views of one tensor.
-        save_file({name: tensor.contiguous().clone() for name, tensor in find().items()}, path)
+        with whole_file(path) as partial:
+            save_file({name: tensor.contiguous().clone() for name, tensor in find().items()}, partial)
     return load_file(path)
 
 
@@ -388,7 +391,7 @@ def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
     s = setup.lora_alpha / setup.r
 
     def find() -> dict[str, torch.Tensor]:
-        found, device = {}, compute_device(model, CordaConfig())
+        found, device = {}, compute_device(model)
         batches, _ = context_batches(setup.tokenizer, setup.context("keep")[0], setup.data("keep").max_length)
         for _, groups in walk(model, setup.targets, batches, device):
             for names, covariances in groups or []:

@@ -29,6 +29,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from ..config import CordaError
+from ..devices import has_streams
 
 Parking = Callable[[Tensor], Tensor]
 Wait = Callable[[], None]  # the stream that computes waits for a copy; the host does not
@@ -166,10 +167,6 @@ def lockstep(
         for frame in frames:
             if frame and not frame.dead:
                 frame.throw(GreenletExit)
-
-
-def has_streams(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 @cache

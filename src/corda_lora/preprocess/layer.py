@@ -13,8 +13,9 @@ from ..algebra.compactness import extreme_eigenvalues, log_compactness, selectio
 from ..algebra.covariance import float32_products
 from ..algebra.decomposition import energies, orient, regularize, select, split_components
 from ..algebra.norms import norms
-from ..algebra.solvers import chosen_components, components, factors_slowly, say_fallback, singular_values, triangle
+from ..algebra.solvers import chosen_components, components, say_fallback, singular_values, triangle
 from ..config import CordaConfig, CordaError
+from ..devices import factors_slowly
 
 
 @dataclass

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ from ..algebra.compactness import allocate, allocation_scores, log_compactness
 from ..algebra.covariance import float32_products
 from ..algebra.solvers import warn_of_fallbacks
 from ..config import CordaConfig, CordaError
+from ..devices import (
+    compute_device,
+    device_name,
+    double_device,
+    free_bytes,
+    peak_bytes,
+    release_cache,
+    restart_peak,
+    synchronize,
+)
 from ..models.lockstep import Parking, find_blocks, lockstep, on_device, parking, tensors_of, visits
 from ..models.targets import (
     budget_of,
@@ -34,9 +44,6 @@ from ..progress import progress_bar
 from .collect import Collector, token_masks
 from .layer import Decomposed, LayerStart, choose_covariance, decompose_layer, extremes_of, keep_components, start_layer
 from .work import LayerStore, saving
-
-# Compute capabilities of NVIDIA's GPUs with float64 at half or a third of float32's rate: P100, V100, A100, H100, B200.
-FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 Stored = Mapping[Tensor, Callable[[], Tensor]]
 
@@ -89,7 +96,7 @@ def preprocess(
     began = time.perf_counter()
     targets = find_targets(model, config.target_modules)
     check_rank(targets, config, model)
-    device = compute_device(model, config)
+    device = compute_device(model, config.device)
     record: dict[str, Any] = {"config": asdict(config)}
     if omitted := left_out(model, targets):
         record["left_out"] = omitted
@@ -104,8 +111,7 @@ def preprocess(
         context = list(batches)
         rounds = _rounds_of(context, config) if rounds is None else rounds
         record["context"] = check_context(model, context, targets, rounds, config.skip_tokens)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    restart_peak(device)
     with tempfile.TemporaryDirectory() as temporary, float32_products("highest"):
         store = LayerStore(work or Path(temporary))
         place = parking(_choose_parking(park, model, context, device), store.folder)
@@ -129,16 +135,7 @@ def preprocess(
         )
     record["layers"] = {name: layer.record for name, layer in layers.items()}
     took["seconds"] = {"all": time.perf_counter() - began} | took["seconds"]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Start(config, layers, record, {"device": name, **took})
-
-
-def compute_device(model: nn.Module, config: CordaConfig) -> torch.device:
-    """Where blocks are run: as configured, or where the model is, or the accelerator if it is on the CPU."""
-    home = next(model.parameters()).device
-    if config.device is None and home.type == "cpu" and torch.accelerator.is_available():
-        return torch.device(torch.accelerator.current_accelerator() or home)
-    return torch.device(config.device) if config.device else home
+    return Start(config, layers, record, {"device": device_name(device), **took})
 
 
 def _decompose(
@@ -165,11 +162,11 @@ def _decompose(
     def lap(stage: str) -> None:
         nonlocal since
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            peaks[stage] = max(peaks[stage], torch.cuda.max_memory_allocated(device))
-            torch.cuda.reset_peak_memory_stats(device)
+            synchronize(device)
+            peaks[stage] = max(peaks[stage], peak_bytes(device))
+            restart_peak(device)
             if stage in ("forward", "state"):
-                torch.cuda.empty_cache()  # pieces of memory that fitted this stage are of little use to the next
+                release_cache(device)  # pieces of memory that fitted this stage are of little use to the next
         seconds[stage] += time.perf_counter() - since
         since = time.perf_counter()
 
@@ -323,8 +320,7 @@ def walk(
                     groups = collector.take(names)
                     if park is not None:  # one is needed on the device at a time
                         groups = [(members, [park(C) for C in Cs]) for members, Cs in groups]
-                        if device.type == "cuda":
-                            torch.cuda.synchronize(device)  # whoever gets them may look at them
+                        synchronize(device)  # whoever gets them may look at them
                     taken = [name for members, _ in groups for name in members]
                     outside |= dict.fromkeys(n for n in names if n not in taken)
                     yield taken, groups
@@ -401,7 +397,7 @@ def _choose_parking(park: str, model: nn.Module, batches: Sequence[Mapping[str, 
     if park != "auto" or not batches:
         return "device" if park == "auto" or (park == "cpu" and device.type == "cpu") else park
     size = waiting_bytes(model, batches)
-    if device.type == "cuda" and 3 * size < torch.cuda.mem_get_info(device)[0]:
+    if 3 * size < (free_bytes(device) or 0):
         return "device"
     place = "cpu" if 3 * size < psutil.virtual_memory().available else "disk"
     if place == "cpu" and device.type == "cpu":
@@ -409,35 +405,3 @@ def _choose_parking(park: str, model: nn.Module, batches: Sequence[Mapping[str, 
     where = {"cpu": "the CPU's memory", "disk": "files beside the output"}[place]
     warnings.warn(f"the hidden states of waiting samples ({size / 1e9:.1f} GB) are parked in {where}", stacklevel=3)
     return place
-
-
-@cache
-def double_device(device: torch.device) -> torch.device:
-    """Where layers are decomposed, in float64, if blocks run on `device`: there; or on the processor, if the device has
-    no float64 (Apple's GPUs), or one so slow that the processor is twice as fast (a consumer GPU beside many cores).
-    That is measured once a process, but not where float64 is known to be fast; the choice of the processor is said."""
-    cpu = torch.device("cpu")
-    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) in FAST_FLOAT64):
-        return device
-    there = float64_seconds(device)
-    if there < 2 * float64_seconds(cpu):
-        return device
-    why = "has no float64" if math.isinf(there) else "is slow in float64"
-    warnings.warn(f"{device} {why}: layers are decomposed on the processor", stacklevel=2)
-    return cpu
-
-
-def float64_seconds(device: torch.device, n: int = 1024) -> float:
-    """Of a product of two (n, n); infinite if the device has no float64."""
-    try:
-        x = torch.ones(n, n, dtype=torch.float64, device=device)
-        taken = []
-        for _ in range(4):
-            since = time.perf_counter()
-            (x @ x)[0, 0].item()  # waits for it
-            taken.append(time.perf_counter() - since)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, RuntimeError):
-        return math.inf
-    return min(taken)

@@ -31,12 +31,12 @@ from ..algebra.solvers import block_width, iterates
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.batches import context_batches
 from ..data.samples import load_rounds
+from ..devices import compute_device, device_name, double_device, free_bytes, synchronize
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
 from ..models.targets import budget_of, check_rank, find_targets, weight_shape
 from .collect import token_masks
 from .layer import keeps_all
-from .pipeline import compute_device, double_device
 
 PROCESS = 1.0e9  # bytes of a Python process with torch, transformers and a tokenizer
 CONTEXT = 0.6e9  # bytes of an accelerator that CUDA itself takes, beside all tensors
@@ -241,9 +241,8 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measu
     """This machine, computing on `device` on a model of `dtype`. Measuring takes about 3 seconds; without it all times
     are nan."""
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU, threads: {torch.get_num_threads()}"
-    room = torch.cuda.mem_get_info(device)[0] if cuda else None
-    machine = Machine(f"this machine ({name})", room, psutil.virtual_memory().available)
+    name = device_name(device) if cuda else f"CPU, threads: {torch.get_num_threads()}"
+    machine = Machine(f"this machine ({name})", free_bytes(device), psutil.virtual_memory().available)
     if not measure:
         return machine
 
@@ -253,8 +252,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measu
         while not calls or time.perf_counter() < since + 0.4:
             run()
             calls += 1
-            if cuda:
-                torch.cuda.synchronize(device)
+            synchronize(device)
         return (time.perf_counter() - since) / calls
 
     n = 2048 if cuda else 768
@@ -328,7 +326,7 @@ def init_plan(
     """
     if machine is None:
         assert isinstance(model, nn.Module)
-        machine = this_machine(compute_device(model, config), measure=False)
+        machine = this_machine(compute_device(model, config.device), measure=False)
     shapes = shapes_of(model, config) if isinstance(model, nn.Module) else model
     tokens = batches if isinstance(batches, Tokens) else count_tokens(batches)
     tokens = Tokens() if config.orientation == "identity" else tokens

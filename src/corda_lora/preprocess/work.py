@@ -1,8 +1,6 @@
 """Unfinished work on disk: what a run that is killed goes on from."""
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..config import CordaError
+from ..files import sha256_of, whole_file, write_text
 from .layer import Decomposed
 
 MANIFEST = "finished.json"
@@ -39,7 +38,7 @@ def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool
             differs = "its run.json is damaged"
         raise CordaError(f"{folder} holds unfinished work of another run ({differs}): remove it, or finish that run")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, text)
+    write_text(path, text)
     return folder
 
 
@@ -76,7 +75,7 @@ class LayerStore:
             raise CordaError(f"{self.manifest} is damaged: remove {folder} and start again") from error
         for name, checksum in self.files.items():
             path = folder / name
-            if not path.is_file() or _sha256(path) != checksum:
+            if not path.is_file() or sha256_of(path) != checksum:
                 state = "damaged" if path.is_file() else "missing"
                 raise CordaError(f"{path} is {state}: remove {folder} and start again")
 
@@ -89,16 +88,12 @@ class LayerStore:
             for key in KEYS
             if getattr(decomposed, key) is not None
         }
-        partial = self.folder / f"{name}.partial"
         records = json.dumps({layer: decomposed.record for layer, decomposed in layers.items()})
-        save_file(tensors, partial, metadata={"records": records})
-        checksum = _sha256(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        partial.rename(self.folder / name)
-        self.files[name] = checksum
+        with whole_file(self.folder / name) as partial:
+            save_file(tensors, partial, metadata={"records": records})
+            self.files[name] = sha256_of(partial)
         self.blocks.append(list(layers))
-        _write_whole(self.manifest, json.dumps({"files": self.files, "blocks": self.blocks}))
+        write_text(self.manifest, json.dumps({"files": self.files, "blocks": self.blocks}))
 
     def load(self, spectra_only: bool = False) -> Iterator[tuple[str, Decomposed]]:
         """The layers, in the order they were saved, read one at a time. `spectra_only` leaves out the large tensors."""
@@ -130,21 +125,3 @@ def saving(store: LayerStore, device: torch.device) -> Iterator[Callable[[Mappin
         yield save
         if last:
             last.pop().result()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file's text, all of it or nothing, also where the power fails."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

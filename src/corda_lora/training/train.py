@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from ..config import CordaError, LoraStart, TrainConfig
 from ..data.batches import encode
 from ..data.samples import Sample
+from ..devices import has_bfloat16
 from ..models.targets import find_targets, require_causal, task_type
 from ..progress import progress_bar
 
@@ -37,14 +38,6 @@ def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftM
         task_type=task_type(model),
     )
     return peft.get_peft_model(model, lora)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16. Of processors those with AVX-512 or the like have: on another, a
-    product in bfloat16 took 50 times as long as in float32."""
-    if device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def warn_without_bfloat16(config: TrainConfig, device: torch.device) -> None:
