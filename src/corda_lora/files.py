@@ -105,7 +105,7 @@ def _full_disk(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors has an error type of its own
         if "No space left" in str(error):
-            raise CordaError(f"the disk is full: {path} could not be written; what was finished before is kept") from error
+            raise CordaError(f"the disk is full: {path} could not be written, and nothing is left of it") from error
         raise
 
 
