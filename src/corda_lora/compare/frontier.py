@@ -10,7 +10,7 @@ Three choices:
   methods are compared by ratios, and a method's log drift is nearer to a line against its task loss than its drift is:
   predicting a rate of the hull from its two neighbours errs by 10 % so, by 11 % along a line in drift itself; by 29 and
   39 % where drift more than doubles between these (medians over the 68 and 17 such triples of drift on nq_test in
-  benchmarks/results/keep_and_learn, learn_fast, both also at rank 8, and learn_fast_mbpp).
+  benchmarks/results: keep_and_learn, learn_fast, both also at rank 8, and learn_fast_mbpp).
 - The lower hull joins the points that no other point of the method beats in both. It is not the convex hull, whose
   chords pass under measured points: LoRA's log drift bends the other way, so a chord would promise a drift that the
   runs between its ends have refuted, the lower the more extreme the rates that were tried.

