@@ -19,8 +19,8 @@ from corda_lora.algebra import norms as polar
 from corda_lora.algebra.compactness import extreme_eigenvalues
 from corda_lora.algebra.covariance import float32_products
 from corda_lora.algebra.decomposition import orient, regularize
-from corda_lora.algebra.norms import lanczos, norms
-from corda_lora.algebra.solvers import leading_singular_vectors, lower_inverse, singular_values
+from corda_lora.algebra.norms import norms
+from corda_lora.algebra.solvers import lanczos, leading_singular_vectors, lower_inverse, singular_values
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from corda_lora.algebra.compactness import (
     log_compactness,
     selection_score,
 )
-from corda_lora.algebra.norms import lanczos
+from corda_lora.algebra.solvers import lanczos
 from corda_lora.config import CordaConfig
 from corda_lora.preprocess.layer import choose_covariance, extremes_of
 

@@ -1,9 +1,9 @@
-"""Covariances of a layer's inputs: pure tensors.
+"""The covariance of a layer's inputs, as pure functions on tensors.
 
-    C = XᵀX / t      X: (t, d_in), one row a real token
+    C = XᵀX / t      X: (t, d_in), one row for each real token
 
-(DESIGN and paper write X as d_in × t; here rows are tokens, as activations come.) Padding never gets here: the caller
-selects the rows. PEFT's CorDA normalizes otherwise, sample by sample: see `Covariance.add_samples`.
+The paper writes X as d_in × t; here tokens are rows, as they are in activations. The caller leaves padding out. PEFT's
+CorDA normalizes each sample by itself: see `Covariance.add_samples`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-BLOCKS = 6  # of columns: XᵀX is symmetric, and of so many blocks a side only those on and below the diagonal are made
+BLOCKS = 6  # XᵀX is symmetric: of BLOCKS² blocks only those on and below the diagonal are computed
 
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """Products of float32 matrices in here: `highest`, in real float32, also where the user has allowed TF32 for
-    training; or `high`, where TF32 will do."""
+    """Set the precision of float32 matrix products inside the block: `highest` is real float32, even where the user has
+    allowed TF32 for training; `high` allows TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -33,16 +33,18 @@ def float32_products(precision: str) -> Iterator[None]:
 def add_gram(
     total: Tensor | None, x: Tensor, lengths: Sequence[int] | None = None, scales: Tensor | None = None
 ) -> Tensor:
-    """Σ_i s_i² X_iᵀX_i, added in place to the lower triangle of `total` (d, d) if there is one. What is above the
-    diagonal means nothing (see `mirror`). Summed in float32 or better, with no wait for the device.
+    """Add Σ_i s_i² X_iᵀX_i to the lower triangle of `total`, in place, in float32 or better.
 
-    Products of two bfloat16 or float16 numbers are exact in float32, so on a GPU, which multiplies them with a float32
-    result, no float32 copy of the activations is made, and s_i² comes to the sum of a sample, not to its rounded rows.
+    The numbers above the diagonal are undefined (see `mirror`). The host does not wait for the device.
+
+    The product of two bfloat16 or float16 numbers is exact in float32, and a GPU multiplies them with a float32 result.
+    So there no float32 copy of the activations is made, and s_i² multiplies the sum of a sample, not its rounded rows.
 
     Args:
-        x: (t, d), the rows of the X_i one after the other.
-        lengths: rows of each X_i; default: all of one.
-        scales: s (b,) on the device of x, float32 or better; default: ones.
+        total: (d, d). Default: zeros.
+        x: (t, d), the rows of all samples X_i, one sample after the other.
+        lengths: the number of rows of each sample. Default: x is one sample.
+        scales: s (b,), float32 or better, on the device of x. Default: ones.
     """
     d = x.shape[1]
     half_on_gpu = x.is_cuda and x.dtype in HALF
@@ -66,14 +68,14 @@ def add_gram(
 
 
 def _sample_of_rows(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(t,): to which of the samples, one after the other, a row belongs. Made on the device: only the lengths are
-    moved, and as the sum of them is given, nobody waits for it."""
+    """(t,): the sample that each row belongs to. Only the lengths are copied to the device. Their sum is given, so the
+    host does not wait for it."""
     rows = torch.tensor(lengths).to(device, non_blocking=True)
     return torch.arange(len(lengths), device=device).repeat_interleave(rows, output_size=sum(lengths))
 
 
 def mirror(C: Tensor) -> Tensor:
-    """Make C (d, d) symmetric: its lower triangle, in place, with little memory."""
+    """Copy the lower triangle of C (d, d) to the upper one, in place, with little memory."""
     for low, high in pairwise(len(C) * i // BLOCKS for i in range(BLOCKS + 1)):
         C[:low, low:high] = C[low:high, :low].T
         block = C[low:high, low:high]
@@ -82,7 +84,7 @@ def mirror(C: Tensor) -> Tensor:
 
 
 def _kernel() -> Any:
-    """The same on a GPU in one pass, where Triton is there to compile it."""
+    """`kernels.add_gram`, which does the same on a GPU in one pass; None where Triton is not installed."""
     try:
         from .kernels import add_gram
     except ImportError:
@@ -94,8 +96,8 @@ class Covariance:
     """Running sum of XᵀX over batches.
 
     Attributes:
-        total: (d, d), float32 (float64 if the inputs are); its lower triangle.
-        count: rows seen, or samples: what the sum is divided by.
+        total: (d, d), the lower triangle of the sum, in float32 (in float64 for float64 inputs).
+        count: the number of rows, or of samples, that the sum is divided by.
     """
 
     def __init__(self) -> None:
@@ -108,10 +110,10 @@ class Covariance:
         self.count += x.shape[0]
 
     def add_samples(self, x: Tensor, lengths: Sequence[int]) -> None:
-        """Add the rows of `x` (t, d), sample after sample, as PEFT does: each sample, of so many rows, is divided by
-        its largest number (the absolute value of that, not the largest absolute value), and samples are counted.
+        """Add the rows of x (t, d) as PEFT does: each sample, of `lengths` rows, is divided by the absolute value of
+        its largest number (not by its largest absolute value), and the sum is divided by the number of samples.
 
-        Where the largest number is 0 the sum is NaN or Inf from then on.
+        The sum becomes NaN or Inf if the largest number of a sample is 0.
         """
         if lengths:
             largest = x.amax(dim=1).to(torch.float32 if x.dtype in HALF else x.dtype)  # (t,)
@@ -121,7 +123,7 @@ class Covariance:
             self.count += len(lengths)
 
     def mean(self) -> Tensor:
-        """C (d, d), in place of the sum. Raises ValueError if nothing was added."""
+        """C (d, d), in the memory of the sum. Raises ValueError if nothing was added."""
         if self.total is None or self.count == 0:
             raise ValueError("no token has been added")
         return mirror(self.total.div_(self.count))

@@ -1,7 +1,7 @@
-"""One Triton kernel: XᵀX of half-precision rows on a GPU, only the lower triangle of it, weighted by sample.
+"""A Triton kernel: the lower triangle of XᵀX of half-precision rows on a GPU, weighted by sample.
 
-A product of matrices computes both triangles, and cuBLAS has no symmetric one for these types; and weights that are on
-the device cannot be given to it without a wait.
+cuBLAS computes both triangles, as it has no symmetric product for these types. It also cannot take weights that are on
+the device without a wait.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ TILE, ROWS = 128, 64
 
 
 def add_gram(total: Tensor, x: Tensor, lengths: Sequence[int], scales: Tensor | None) -> None:
-    """See `covariance.add_gram`: total (d, d) float32, x (t, d) bfloat16 or float16, on the GPU."""
+    """`covariance.add_gram` of total (d, d), float32, and x (t, d), bfloat16 or float16, on a GPU."""
     d = x.shape[1]
     x = x.contiguous()
     weights = torch.ones(len(lengths), device=x.device) if scales is None else scales.square().float()
@@ -29,16 +29,18 @@ def add_gram(total: Tensor, x: Tensor, lengths: Sequence[int], scales: Tensor | 
 
 @triton.jit
 def _add_gram(total, x, ends, weights, samples, d, TILE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One tile (i, j), j ≤ i, of the lower triangle, over the rows of all samples."""
+    """Compute one tile (i, j), j ≤ i, of the lower triangle, summed over the rows of all samples."""
     tile = tl.program_id(0)
     i = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > tile, i - 1, tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i))  # if √ was rounded
+    i = tl.where(
+        i * (i + 1) // 2 > tile, i - 1, tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    )  # in case √ was rounded
     j = tile - i * (i + 1) // 2
     left, right, row = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, ROWS)
     sums = tl.zeros((TILE, TILE), dtype=tl.float32)
     before = tl.load(weights)
     for sample in range(samples):
-        # The sum so far is kept in units of the present weight, so that there is only one to keep.
+        # The sum is kept in units of the current sample's weight, so that one sum is enough.
         weight = tl.load(weights + sample)
         sums *= before / weight
         before = weight

@@ -1,23 +1,23 @@
-"""U and Σ of an oriented weight without an SVD: pure tensors, in float64.
+"""U and Σ of an oriented weight without an SVD, in float64, as pure functions on tensors.
 
-M = W T = U Σ Vᵀ, W: (m, n), R = min(m, n), and T the covariance C_λ (n, n), or a diagonal, or nothing: the functions
-here are given `times`, W → W T (see `decomposition.orient`). Of a tall W = Q Lᵀ only the square Lᵀ is multiplied: Lᵀ T
-has the same Σ and V, and U after Q.
+The oriented weight is M = W T = U Σ Vᵀ, with W of shape (m, n) and R = min(m, n). T is the covariance C_λ (n, n), a
+diagonal, or the identity. The functions here take `orient`, the map W → W T (see `decomposition.orient`). Of a tall
+W = Q Lᵀ only the square Lᵀ is oriented: Lᵀ T has the same Σ and V as W T, and its U is multiplied by Q.
 
-**All components** (`components`). G = M Mᵀ = U Σ² Uᵀ is (R, R), and a float64 `eigh` of it is cheaper than an SVD, on a
-GPU several times. Squaring costs accuracy: the relative error of σ_i is about 1e-16·(σ₁/σ_i)², and spectra are wide (on
-SmolLM2's q_proj σ₁/σ_R is 1e7 and more). But all that goes wrong is that components far below σ₁ are mixed *among
-themselves*: the space they span together is sharp. So the components well above the error are kept, M is projected onto
-the space of the others, and the same is done there, where the largest σ is now a small one. Each step gains 3 to 4
-decades of the spectrum, until what is left is rounding.
+**All components** (`components`). A float64 `eigh` of the Gram matrix G = M Mᵀ = U Σ² Uᵀ, (R, R), is cheaper than an
+SVD; on a GPU it is several times cheaper. Squaring costs accuracy: the relative error of σ_i is about
+1e-16·(σ₁/σ_i)², and spectra are wide (σ₁/σ_R is above 1e7 in SmolLM2's q_proj). But the error only mixes components
+far below σ₁ *among themselves*; the space that they span together stays accurate. So the components well above the
+error are kept, M is projected onto the space of the others, and the same is done there, where the largest σ is now
+small. Each such step resolves 3 to 4 more decades of the spectrum, until only rounding is left.
 
-**Only those of the adapter** (`chosen_components`). The head of M is that of H = M Mᵀ, its tail the head of (M Mᵀ)⁻¹.
-Either is found by subspace iteration: some more vectors than are wanted are multiplied by a polynomial of H that is
-large on the wanted eigenvalues and small on the others, until the residuals are small: `leading_singular_vectors`.
+**Only the adapter's components** (`chosen_components`). The head of M is the head of H = M Mᵀ, and the tail of M is
+the head of (M Mᵀ)⁻¹. Subspace iteration finds either one: somewhat more vectors than are wanted are multiplied by a
+polynomial of H that is large on the wanted eigenvalues and small on the others, until the residuals are small. See
+`leading_singular_vectors`.
 
-**Where.** In float64, on the device that runs the model. One without float64 (Apple's GPUs) leaves it to the processor,
-and so does one with so few float64 units (consumer cards) that the processor is twice as fast, which is measured:
-`devices.double_device`. `corda plan` says what to expect.
+**Device.** The device that runs the model also decomposes, in float64, unless it has no float64 or the processor is
+measured to be twice as fast: see `devices.double_device`. `corda plan` tells the time to expect.
 """
 
 import math
@@ -32,46 +32,48 @@ from ..devices import factors_slowly
 from .covariance import BLOCKS, add_gram, mirror
 from .decomposition import select
 
-Times = Callable[[Tensor], Tensor]
+Orient = Callable[[Tensor], Tensor]
 
-# One eigendecomposition of a Gram matrix resolves the components down to this share of the largest σ, to about
-# eps / RESOLVED² = 2e-9; below it, another follows.
+# One eigendecomposition of a Gram matrix resolves components with σ above this share of σ₁, to a relative error of
+# about eps / RESOLVED² = 2e-9. Another eigendecomposition resolves the components below.
 RESOLVED = 3e-4
-# Largest error of a chosen subspace: root mean square, over its vectors, of the part of each that lies outside.
+# The largest error of a chosen subspace: the root mean square over its vectors of the part that lies outside of it.
 TOLERANCE = 1e-6
-# Eigenvalues of H that are so many times the k-th are first found and taken out.
+# Eigenvalues of H larger than this multiple of the k-th are found first and taken out.
 TOWERS = 1e6
 EPS = torch.finfo(torch.float64).eps
 
 
-def _as_it_is(W: Tensor) -> Tensor:
+def _identity(W: Tensor) -> Tensor:
     return W
 
 
-def components(W: Tensor, times: Times = _as_it_is, solver: str = "auto") -> tuple[Tensor, Tensor]:
-    """U (m, R) and σ (R,), descending, float64, of the oriented W (m, n).
+def components(W: Tensor, orient: Orient = _identity, solver: str = "auto") -> tuple[Tensor, Tensor]:
+    """All components U (m, R) and σ (R,), descending, in float64, of the oriented weight of W (m, n).
 
     Args:
-        solver: `svd`: float64 SVD, the reference: B A = U_S U_Sᵀ W to some 1e-16·σ₁/σ_S, relative.
-            `gram`, `auto`: `eigh` of Gram matrices: each σ_i to some 3e-14·σ₁, B A to some 2e-14·σ₁/σ_S.
+        solver: `svd` is a float64 SVD, the reference. Its relative error of B A = U_S U_Sᵀ W is about 1e-16·σ₁/σ_S.
+            `gram` and `auto` take `eigh` of Gram matrices. The error of each σ_i is about 3e-14·σ₁, and the relative
+            error of B A about 2e-14·σ₁/σ_S.
 
-    Raises ValueError for another solver.
+    Raises ValueError for any other solver.
     """
     if solver not in ("svd", "gram", "auto", "subspace"):
         raise ValueError(f"there is no solver {solver!r}")
     W = W.double()
     if solver == "svd":
-        U, sigma, _ = torch.linalg.svd(times(W), full_matrices=False)
+        U, sigma, _ = torch.linalg.svd(orient(W), full_matrices=False)
         return U, sigma
     T, back = triangle(W)
-    U, sigma = _gram_components(times(T))
+    U, sigma = _gram_components(orient(T))
     return back(U), sigma
 
 
 def triangle(W: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What is oriented in place of W (m, n) float64: itself, or Lᵀ (n, n) of a tall W = Q Lᵀ; and U → U of W."""
+    """The matrix to orient in place of W (m, n), float64: W itself, or Lᵀ (n, n) of a tall W = Q Lᵀ. The function
+    returned beside it maps the U of the oriented matrix to the U of the oriented W."""
     if W.shape[0] <= W.shape[1]:
-        return W, _as_it_is
+        return W, _identity
     L = _tall_factor(W)
     if L is None:
         Q, Lt = torch.linalg.qr(W)
@@ -80,15 +82,15 @@ def triangle(W: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 
 def _gram_components(M: Tensor, noise: float | None = None) -> tuple[Tensor, Tensor]:
-    """U (R, R) and σ (R,), descending, of M (R, n), R ≤ n, by `eigh` of its Gram matrix; what lies too deep below σ₁,
-    again from its own rows."""
-    G = add_gram(None, M.T) if len(M) > 512 else M @ M.T  # its lower triangle will do
+    """U (R, R) and σ (R,), descending, of M (R, n), R ≤ n, by `eigh` of its Gram matrix. Components too far below σ₁
+    are found again from M projected onto their space."""
+    G = add_gram(None, M.T) if len(M) > 512 else M @ M.T  # `eigh` reads the lower triangle
     squares, U = _eigh(G)  # ascending
     U, sigma = U.flip(1), squares.clamp(min=0).sqrt().flip(0)
     noise = EPS * float(torch.linalg.norm(M)) if noise is None else noise
     resolved = int((sigma >= RESOLVED * sigma[0]).sum())
     if resolved < len(sigma) and sigma[0] > noise:
-        tail = U[:, resolved:]  # (R, R'): spans the unresolved components, mixed
+        tail = U[:, resolved:]  # (R, R'): a basis of the space of the unresolved components
         inner, lower = _gram_components(tail.T @ M, noise)
         U[:, resolved:] = tail @ inner
         sigma[resolved:] = lower.clamp(max=sigma[resolved - 1])
@@ -96,7 +98,7 @@ def _gram_components(M: Tensor, noise: float | None = None) -> tuple[Tensor, Ten
 
 
 def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh`; on the CPU where cuSOLVER says that it did not converge, which was seen once here."""
+    """`torch.linalg.eigh`, repeated on the CPU if cuSOLVER reports that it did not converge (seen once)."""
     try:
         eigenvalues, U = torch.linalg.eigh(G)
     except torch.linalg.LinAlgError:
@@ -105,15 +107,19 @@ def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tall_factor(W: Tensor) -> Tensor | None:
-    """L (n, n), lower triangular, of a tall W = Q Lᵀ: Q = W L⁻ᵀ has orthonormal columns to about 1e-16·cond(W)². A
-    Cholesky factor of WᵀW, much cheaper than QR; None where W is too badly conditioned for it."""
+    """The lower triangular L (n, n) of a tall W = Q Lᵀ, or None where W is too badly conditioned.
+
+    L is a Cholesky factor of WᵀW, much cheaper than QR. The columns of Q = W L⁻ᵀ are orthonormal to about
+    1e-16·cond(W)².
+    """
     L, failed = torch.linalg.cholesky_ex(add_gram(None, W))
     d = L.diagonal()
     return None if failed or d.min() < 1e-4 * d.max() else L
 
 
 def singular_values(M: Tensor) -> Tensor:
-    """σ (R,) of M (m, n) float64, descending, each to about 1e-8·σ₁: enough for sums over the spectrum."""
+    """The singular values σ (R,), descending, of M (m, n), float64. The error of each is about 1e-8·σ₁, which is enough
+    for sums over the spectrum."""
     G = add_gram(None, M.T if M.shape[0] <= M.shape[1] else M)
     return torch.linalg.eigvalsh(G).clamp(min=0).sqrt().flip(0)
 
@@ -123,32 +129,33 @@ def say_fallback() -> None:
 
 
 def chosen_components(
-    W: Tensor, times: Times, mode: str, r: int, solver: str = "auto", fell_back: Callable[[], None] = say_fallback
+    W: Tensor, orient: Orient, mode: str, r: int, solver: str = "auto", fell_back: Callable[[], None] = say_fallback
 ) -> tuple[Tensor, Tensor]:
-    """U_S (m, r) and σ_S (r,), descending, float64: tail (`kpm`) or head (`ipm`) of the oriented W (m, n).
+    """The adapter's components U_S (m, r) and σ_S (r,), descending, in float64: the tail (mode `kpm`) or the head (mode
+    `ipm`) of the oriented weight of W (m, n).
 
     Args:
-        solver: `subspace`: iteration, until the estimated error of the subspace, hence of B A = U_S U_Sᵀ W, is below
-            1e-6 (root mean square over components), where σ₁/σ_S is below some 1e10: from there on float64's rounding,
-            1e-16·σ₁/σ_S as in `svd`, is above what it estimates. Where it does not get there (no gap at r, as a rule),
-            `gram` takes over. `auto`: subspace where r is small enough for it to pay, else gram. `gram`, `svd`: see
-            `components`.
-        fell_back: called where `gram` had to take over; default: a warning. (A run over many layers counts them, and
-            warns once: `warn_of_fallbacks`.)
+        solver: `subspace` iterates until the estimated error of the subspace, and so of B A = U_S U_Sᵀ W, is below 1e-6
+            (root mean square over components). If it does not converge, usually for want of a gap at r, `gram` takes
+            over. Where σ₁/σ_S is above about 1e10, float64's rounding, 1e-16·σ₁/σ_S as in `svd`, exceeds the estimate.
+            `auto` is `subspace` where r is small enough for it to pay, else `gram`.
+            `gram`, `svd`: see `components`.
+        fell_back: called when `gram` takes over. Default: a warning. A run over many layers counts them instead, and
+            warns once: see `warn_of_fallbacks`.
     """
     R = min(W.shape)
     if iterates(R, r, solver):
-        found = _subspace(W.double(), times, mode, r)
-        if found is not None:
-            return found
+        iterated = _subspace(W.double(), orient, mode, r)
+        if iterated is not None:
+            return iterated
         fell_back()
-    U, sigma = components(W, times, solver)
+    U, sigma = components(W, orient, solver)
     chosen = select(mode, R, r)
     return U[:, chosen], sigma[chosen]
 
 
 def warn_of_fallbacks(layers: Sequence[str]) -> None:
-    """One warning a run; each run its own, though Python shows a warning once a place."""
+    """Warn once a run. (`warnings.warn` would be shown for the first run of a process alone.)"""
     if layers:
         text = (
             f"subspace iteration did not converge on {len(layers)} layers, such as {layers[0]}: "
@@ -158,45 +165,46 @@ def warn_of_fallbacks(layers: Sequence[str]) -> None:
 
 
 def iterates(R: int, r: int, solver: str) -> bool:
-    """Whether `chosen_components` takes to iteration for r of R components."""
+    """Whether `chosen_components` iterates to find r of R components."""
     return (solver == "subspace" and r < R) or (solver == "auto" and 6 * r <= R)
 
 
 def block_width(R: int, k: int) -> int:
-    """Vectors that are iterated on for k of R: as many again, within limits, for oversampling."""
+    """The number of vectors to iterate on for k of R components: about 2k, within limits. The surplus speeds up
+    convergence."""
     return min(R, k + min(max(k, 32), 128))
 
 
-def _subspace(W: Tensor, times: Times, mode: str, r: int) -> tuple[Tensor, Tensor] | None:
-    """`chosen_components` by subspace iteration; None if it does not converge."""
+def _subspace(W: Tensor, orient: Orient, mode: str, r: int) -> tuple[Tensor, Tensor] | None:
+    """`chosen_components` by subspace iteration, or None if it does not converge."""
     R = min(W.shape)
     untouched = mode == "ipm" and W.shape[0] > R and factors_slowly(W.device)
-    T, back = (W, _as_it_is) if untouched else triangle(W)
-    M = times(T)  # (R, n), or all of (m, n)
+    T, back = (W, _identity) if untouched else triangle(W)
+    M = orient(T)  # (R, n), or all of (m, n)
     F = _inverse_factor(M) if mode == "kpm" else M if untouched else M.T  # (·, R)
-    found = None if F is None else leading_singular_vectors(F, r)
-    if F is None or found is None:
+    leading = None if F is None else leading_singular_vectors(F, r)
+    if F is None or leading is None:
         return None
-    values, X = found  # (b,), (b, R): more than r of them
-    # Rounding of F mixes neighbours at the border: its size over their distance. (That of M is anybody's.)
+    values, X = leading  # (b,), (b, R), b > r
+    # Rounding of F mixes the components beside the border, by its size over their distance. (Any method rounds M.)
     apart = (values[r - 1] - values[-1]) / (len(values) - r)
     if not EPS * torch.linalg.norm(F) < TOLERANCE * r**0.5 * apart:
         return None
     values, X = values[:r], X[:r].T
     if mode == "kpm":
         return back(X.flip(1)), 1 / values.flip(0)
-    if untouched:  # X are right singular vectors of M; what errors of the first put into the others is taken out
+    if untouched:  # X holds right singular vectors of M; their errors are removed from U by making it orthonormal
         return _orthonormal((F @ X).T, loss=1e-13)[0].T, values
     return back(X), values
 
 
 def _inverse_factor(M: Tensor) -> Tensor | None:
-    """F (R, R) with (M Mᵀ)⁻¹ = FᵀF, of M (R, n); its large singular values, which are the tail of M, to about
-    EPS·cond(M). None if M is too badly conditioned.
+    """F (R, R) with (M Mᵀ)⁻¹ = FᵀF, of M (R, n), or None if M is too badly conditioned.
 
-    F⁻¹ is the triangular factor of M. On a GPU, where QR is ten times slower than matrix products, these and small
-    triangles find it: the Cholesky factor of M Mᵀ, shifted so that it exists, takes most of the conditioning away, and
-    that of what is left the rest (shifted CholeskyQR, Fukaya et al., SIAM J. Sci. Comput. 42, 2020).
+    The large singular values of F belong to the tail of M; their relative error is about EPS·cond(M). F⁻¹ is the
+    triangular factor of M. On a GPU QR is ten times slower than matrix products, so two Cholesky factors take its
+    place: the factor of M Mᵀ, shifted so that it exists, removes most of the conditioning, and the factor of the
+    remaining matrix removes the rest (shifted CholeskyQR, Fukaya et al., SIAM J. Sci. Comput. 42, 2020).
     """
     if not factors_slowly(M.device):
         L = torch.linalg.qr(M.T, mode="r").R.T
@@ -211,11 +219,13 @@ def _inverse_factor(M: Tensor) -> Tensor | None:
 
 
 def lower_inverse(L: Tensor) -> Tensor:
-    """L⁻¹ of a lower triangular L (R, R): of blocks on its diagonal by substitution, then of pairs of them by products,
+    """The inverse of a lower triangular L (R, R).
 
-        [A 0; B D]⁻¹ = [A⁻¹ 0; −D⁻¹ B A⁻¹ D⁻¹],
+    Blocks on the diagonal are inverted by substitution. Pairs of inverted blocks are then merged by products:
 
-    on and on. Substitution in all of L has a GPU wait for one block of rows after the other.
+        [A 0; B D]⁻¹ = [A⁻¹ 0; −D⁻¹ B A⁻¹ D⁻¹]
+
+    Substitution in the whole of L would be sequential in blocks of rows, which is slow on a GPU.
     """
     size = len(L)
     while size % 2 == 0 and size > 256:
@@ -232,13 +242,14 @@ def lower_inverse(L: Tensor) -> Tensor:
 
 
 def _blocks(L: Tensor, size: int, below: int, step: int) -> Tensor:
-    """(count, size, size): every so many blocks of L (R, R), so many below the diagonal."""
+    """(count, size, size): every `step`-th of the (size, size) blocks of L (R, R) that lie `below` blocks under the
+    diagonal."""
     blocks = L.unflatten(1, (-1, size)).unflatten(0, (-1, size))  # (R / size, size, R / size, size)
     return blocks[below::step, :, ::step].diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _lower_product(L: Tensor, X: Tensor) -> Tensor:
-    """L X (R, n) of a lower triangular L (R, R) and X (R, n), little more than half of it."""
+    """L X (R, n) of a lower triangular L (R, R) and X (R, n), at little more than half the operations of a product."""
     product = torch.empty_like(X)
     for low, high in pairwise(len(L) * i // BLOCKS for i in range(BLOCKS + 1)):
         torch.mm(L[low:high, :high], X[:high], out=product[low:high])
@@ -246,16 +257,19 @@ def _lower_product(L: Tensor, X: Tensor) -> Tensor:
 
 
 def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tensor, Tensor] | None:
-    """σ (b,) and X (b, R), b > k: the k largest singular values of F (l, R) float64 with their right singular vectors
-    as rows, and approximations to the b − k after them. None if they did not converge.
+    """The k largest singular values of F (l, R), float64, and their right singular vectors.
 
-    Subspace iteration on H = FᵀF with a Chebyshev filter and b − k vectors of oversampling (Zhou and Saad, SIAM J.
-    Matrix Anal. Appl. 29, 2007): of a spectrum that falls fast the polynomial has degree one or two, of a flat one up
-    to 100. Between filters the block is only made orthonormal. What that divides by says how far the iteration has
-    come; an eigendecomposition of the block (Rayleigh-Ritz), which costs a GPU more than ten products with H, is made
-    when the k vectors should be there. It stops when the residuals say that the part of the k vectors outside of the
-    true space is TOLERANCE, root mean square. These come from products with F and Fᵀ, whose rounding is that of F, not
-    of its squares.
+    Returns:
+        σ (b,) and X (b, R), b > k: the singular values, descending, and the vectors as rows. The last b − k are
+        approximations. None if the iteration does not converge in `sweeps` filters.
+
+    Subspace iteration on H = FᵀF with a Chebyshev filter and b − k extra vectors (Zhou and Saad, SIAM J. Matrix Anal.
+    Appl. 29, 2007). The polynomial has degree one or two where the spectrum falls fast, and up to 100 where it is flat.
+    Between filters the block is only made orthonormal; the divisors of that step tell how far the iteration has come.
+    An eigendecomposition of the block (Rayleigh-Ritz) costs a GPU more than ten products with H, so it is made when the
+    k vectors are expected to have converged. The iteration stops when the residuals show that the part of the k
+    vectors outside of the true space is at most TOLERANCE, root mean square. The residuals are computed from products
+    with F and Fᵀ, whose rounding is relative to F, not to its square.
     """
     R = F.shape[1]
     b = block_width(R, k)
@@ -266,8 +280,8 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
     X = torch.randn(b, R, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
     Q, _ = _orthonormal(X @ H)
     Q, powers = _orthonormal(Q @ H)
-    first, kth, last = _at(powers, k)  # approximations to θ_1, θ_k, θ_b, as H has been applied once
-    # What to expect after two products with H, of a random block (Halko et al., SIAM Review 53, 2011, theorem 10.5).
+    first, kth, last = _at(powers, k)  # approximations to the eigenvalues θ_1, θ_k, θ_b of H
+    # The expected error of a random block after two products with H (Halko et al., SIAM Review 53, 2011, thm. 10.5).
     error = math.sqrt(R / (b - k)) * (last / kth) ** 2 if b < R else 0.0
     for _ in range(sweeps):
         if error < TOLERANCE / 2 or not kth > first / TOWERS:
@@ -275,18 +289,18 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
             QF = Q @ F.T  # (b, l)
             V, sigma = _gram_components(QF, noise=EPS * size)  # (b, b), (b,)
             Q, theta = V.T @ Q, sigma.square()
-            # Q has no residual inside its own span: what is mixed in lies outside, with eigenvalues up to about θ_b.
+            # Q has no residual inside its own span: the error lies outside, at eigenvalues up to about θ_b.
             product = V[:, :k].T @ QF @ F  # (k, R): the first k of Q by H
             residual = (product - theta[:k, None] * Q[:k]).norm(dim=1)  # (k,)
             outside = (residual / (theta[:k] - theta[-1])).square().mean().sqrt()
             first, kth, last, error = torch.stack([theta[0], theta[k - 1], theta[-1], outside]).tolist()
             if error < TOLERANCE:
-                # That product takes out what rounding had left of vectors far away: of σ₁, where the tail is wanted.
-                # What it adds is the residual over θ, orthogonal to Q, so that they are orthonormal to TOLERANCE².
+                # The product with H removes what rounding has left of distant vectors, such as that of σ₁ where the
+                # tail is wanted. It adds the residual over θ, orthogonal to Q: orthonormality holds to TOLERANCE².
                 Q[:k] = product / theta[:k, None]
             if b == R or error < TOLERANCE:
                 return sigma, Q
-            # Where a few tower above the rest (massive activations), the rest is found with them taken out of F.
+            # Where a few eigenvalues tower above the rest (massive activations), they are taken out of F first.
             high = int((theta > TOWERS * kth).sum())
             if high and float((residual[:high] / theta[:high]).max()) < TOLERANCE:
                 top = Q[:high]
@@ -294,29 +308,30 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
                 return None if rest is None else (torch.cat([sigma[:high], rest[0]]), torch.cat([top, rest[1]]))
         if not (math.isfinite(error) and last > 0):
             return None
-        # cosh(m·growth(θ)) is what degree m does to θ, while all below θ_b stays below one. It must do enough to θ_k
-        # (more than that: θ_b is still too low), and not so much more to θ_1 that rounding drowns the k-th vector.
+        # A polynomial of degree m multiplies the vector of θ by cosh(m·acosh(2θ/θ_b − 1)), and those below θ_b by at
+        # most one. m must be large enough for θ_k (with a margin, as the estimate of θ_b is too low), and small enough
+        # that the vector of θ_1 does not grow until rounding drowns the k-th.
         slow, fast = (math.acosh(2 * max(value / last, 1) - 1) for value in (kth, first))
         enough = 1.2 * math.log(3 * error / TOLERANCE) / max(slow, 1e-3)
         room = math.log(1e12) / max(fast - slow, 1e-3)
         degree = max(1, min(math.ceil(enough), int(room), 100))
         factors = (H,) if kth > 1e-8 * first else (F.T, F)
         Q, powers = _orthonormal(_filter(factors, Q, last, degree))
-        grown = _at(powers, k)  # what the polynomial did to θ_1, θ_k, θ_b; so, what these are
+        grown = _at(powers, k)  # the polynomial's values at θ_1, θ_k, θ_b, which give new estimates of these
         first, kth, last = [last * (1 + math.cosh(math.acosh(max(x, 1)) / degree)) / 2 for x in grown]
         error *= grown[2] / grown[1]
     return None
 
 
 def _at(values: Tensor, k: int) -> tuple[float, float, float]:
-    """The first, the k-th and the last of (b,), above zero."""
-    found = values.clamp(min=torch.finfo(values.dtype).tiny).tolist()
-    return found[0], found[k - 1], found[-1]
+    """The first, the k-th and the last of `values` (b,), each at least the smallest positive number."""
+    positive = values.clamp(min=torch.finfo(values.dtype).tiny).tolist()
+    return positive[0], positive[k - 1], positive[-1]
 
 
 def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -> Tensor:
-    """X T_m(2H/below − 1) of degree m: Chebyshev's polynomial, at most 1 where the eigenvalues of H are in 0 … below. H
-    is the product of the factors."""
+    """X T_m(2H/below − 1) of X (b, R), with Chebyshev's polynomial T_m of degree m, which is at most 1 for eigenvalues
+    of H in [0, below]. H (R, R) is the product of the `factors`."""
 
     def step(Y: Tensor) -> Tensor:
         for factor in factors:
@@ -331,11 +346,13 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
 
 
 def _orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Q (b, R), a basis of the rows of X (b, R), orthonormal to about `loss`; and |diag T| (b,) of X = T Q, T
-    triangular, descending: of X = Q' p(H) with Q' orthonormal, approximations to the largest eigenvalues of p(H).
+    """An orthonormal basis Q (b, R) of the rows of X (b, R), and |diag T| (b,), descending, of the triangular T in
+    X = T Q.
 
-    Cholesky factors of XXᵀ, shifted so that they exist (Fukaya et al., SIAM J. Sci. Comput. 42, 2020), as often as it
-    takes: mostly once or twice. That is products, which a GPU has done before Householder's QR has well begun.
+    Q is orthonormal to about `loss`. If X = Q' p(H) with an orthonormal Q', |diag T| approximates the largest
+    eigenvalues of p(H). Q comes from Cholesky factors of XXᵀ, shifted so that they exist (Fukaya et al., SIAM J. Sci.
+    Comput. 42, 2020). One or two factors are usually enough. They are made of products, so on a GPU they are
+    much faster than Householder's QR.
     """
     sizes = X.norm(dim=1)
     Q = X / sizes[:, None]
@@ -346,7 +363,44 @@ def _orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
         Q = torch.linalg.solve_triangular(L, Q, upper=False)
         d = L.diagonal()
         sizes = sizes * d
-        if float(d.max() / d.min()) ** 2 * EPS < loss:  # what Q lost is the square of its condition number
+        if float(d.max() / d.min()) ** 2 * EPS < loss:  # Q loses orthonormality by the square of its condition number
             return Q, sizes.sort(descending=True)[0]
     Q, T = torch.linalg.qr(X.T)
     return Q.T, T.diagonal().abs().sort(descending=True)[0]
+
+
+def lanczos(
+    multiply: Callable[[Tensor], Tensor], n: int, device: torch.device, steps: int = 400, tolerance: float = 1e-6
+) -> tuple[float, Tensor]:
+    """The largest eigenvalue of a symmetric positive semidefinite matrix (n, n), and its eigenvector (n,).
+
+    Args:
+        multiply: the product of the matrix with a vector (n,).
+        steps: the most Lanczos steps.
+        tolerance: Lanczos, with full reorthogonalization, ends when half as many steps again change the eigenvalue by
+            less than this, relative. The eigenvalue is then more accurate than that, because its error falls with the
+            square of the eigenvector's.
+    """
+    steps = min(steps, n)
+    checks = [*(c for c in (20, 30, 45, 68, 100, 150, 225, 340) if c < steps), steps]
+    Q = torch.zeros(steps + 1, n, dtype=torch.float64, device=device)  # the Krylov basis: a row for each step
+    T = torch.zeros(steps, steps, dtype=torch.float64, device=device)  # the lower triangle of the matrix in that basis
+    start = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Q[0] = (start / start.norm()).to(device)
+    value, vector = 0.0, Q[0]
+    for j in range(steps):
+        w = multiply(Q[j])
+        basis, limit = Q[: j + 1], 1e-12 * w.norm()
+        torch.mv(basis, w, out=T[j, : j + 1])
+        w = torch.addmv(w, basis.T, T[j, : j + 1], alpha=-1)
+        w = torch.addmv(w, basis.T, basis @ w, alpha=-1)  # reorthogonalizing twice is enough
+        beyond = w.norm()
+        # Once the basis is complete, all further rows are zero.
+        torch.mul(w, (beyond > limit) / beyond.clamp(min=1e-300), out=Q[j + 1])
+        if j + 1 in checks:
+            values, vectors = torch.linalg.eigh(T[: j + 1, : j + 1].cpu())
+            before, value = value, float(values[-1])
+            vector = vectors[:, -1].to(device) @ basis
+            if abs(value - before) <= tolerance * abs(value):
+                break
+    return value, vector
