@@ -1,7 +1,7 @@
-"""Data of ``corda demo``: facts a small model partly knows (to keep), problems it cannot solve (to learn).
+"""Data of `corda demo`: facts a small model partly knows (to keep), problems it cannot solve (to learn).
 
 The facts come from countryinfo and periodictable, the problems from reasoning_gym. All three are optional:
-``pip install "corda-lora[demo]"``.
+`pip install "corda-lora[demo]"`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from itertools import islice
 from random import Random
 from typing import Any
 from zlib import crc32
+
+from ..config import CordaError
 
 _NEEDS_EXTRA = 'the demo data needs extra packages: pip install "corda-lora[demo]"'
 
@@ -41,7 +43,7 @@ _Fact = tuple[str, str, str]
 
 
 def knowledge_questions() -> list[dict[str, Any]]:
-    """About 1000 sentences to complete: ``prompt``, ``response``, four ``choices``, ``kind`` of fact."""
+    """About 1000 sentences to complete: `prompt`, `response`, four `choices`, `kind` of fact."""
     rng = Random(0)
     questions = []
     for kind, template, facts in _country_facts() + _element_facts():
@@ -58,7 +60,7 @@ def knowledge_questions() -> list[dict[str, Any]]:
 
 
 def word_problems(n: int, seed: int) -> list[dict[str, str]]:
-    """``n`` different problems: ``prompt``, and ``response`` with the working, ending in ``#### <answer>``.
+    """`n` different problems: `prompt`, and `response` with the working, ending in `#### <answer>`.
 
     An even and an odd seed never share a problem: use one for training and the other for testing.
     """
@@ -71,7 +73,7 @@ def word_problems(n: int, seed: int) -> list[dict[str, str]]:
 
 
 def _country_facts() -> list[tuple[str, str, list[_Fact]]]:
-    """Facts on countries: (kind, prompt template, facts)."""
+    """Facts about countries: (kind, prompt template, facts)."""
     capitals, cities, regions, demonyms, domains = [], [], [], [], []
     for country in _countries():
         code, name, region = country["ISO"]["alpha2"], country["name"], country["region"]
@@ -98,7 +100,7 @@ def _countries() -> list[dict[str, Any]]:
     try:
         from countryinfo import all_countries
     except ImportError as error:
-        raise ImportError(_NEEDS_EXTRA) from error
+        raise CordaError(_NEEDS_EXTRA) from error
     countries = []
     for country in all_countries():
         info = dict(country.info())
@@ -112,11 +114,11 @@ def _countries() -> list[dict[str, Any]]:
 
 
 def _element_facts() -> list[tuple[str, str, list[_Fact]]]:
-    """Facts on the chemical elements found in nature: (kind, prompt template, facts)."""
+    """Facts about the chemical elements found in nature: (kind, prompt template, facts)."""
     try:
         from periodictable import elements
     except ImportError as error:
-        raise ImportError(_NEEDS_EXTRA) from error
+        raise CordaError(_NEEDS_EXTRA) from error
     natural = [element for element in elements if 1 <= element.number <= 94]
     numbers = [(e.name, str(e.number), "short" if e.number < 10 else "long") for e in natural[:60]]
     return [
@@ -127,12 +129,12 @@ def _element_facts() -> list[tuple[str, str, list[_Fact]]]:
 
 
 def _leg_problems(seed: int) -> Iterator[dict[str, str]]:
-    """Leg-counting problems with two kinds of animal, drawn from reasoning_gym's ``leg_counting``."""
+    """Leg-counting problems with two kinds of animal, drawn from reasoning_gym's `leg_counting`."""
     try:
         from reasoning_gym import create_dataset
         from reasoning_gym.arithmetic.leg_counting import ANIMALS
     except ImportError as error:
-        raise ImportError(_NEEDS_EXTRA) from error
+        raise CordaError(_NEEDS_EXTRA) from error
     # reasoning_gym draws item i from seed + i: keep the seeds far apart, or they would share items.
     size = 10**7
     config = {"min_animals": 2, "max_animals": 2, "min_instances": 2, "max_instances": 9}

