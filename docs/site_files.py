@@ -1,0 +1,31 @@
+"""A hook of MkDocs. The site also has pages that lie outside docs/: README.md as its start, CONTRIBUTING.md, CHANGELOG.md
+and benchmarks/. Links of all pages are written for the repository; here they are made to fit the site, whose root is
+docs/."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+SHOWN = {".md", ".png", ".html", ".py", ".yaml"}  # of benchmarks/
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for source, name in OUTSIDE.items():
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
+    for path in sorted((ROOT / "benchmarks").rglob("*")):
+        if path.suffix in SHOWN and "__pycache__" not in path.parts:
+            files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    name = page.file.src_uri
+    if name in OUTSIDE.values():  # docs/X is X
+        return re.sub(r"\]\(docs/", "](", markdown)
+    if name.startswith("benchmarks/"):  # ../docs/X is ../X
+        return re.sub(r"\]\(((?:\.\./)+)docs/", r"](\1", markdown)
+    return re.sub(r"\]\(\.\./(?=benchmarks/|[A-Z]+\.md)", "](", markdown)  # ../X of docs/PAGE.md is X
