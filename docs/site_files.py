@@ -1,6 +1,5 @@
-"""A hook of MkDocs. The site also has pages that lie outside docs/: README.md as its start, CONTRIBUTING.md, CHANGELOG.md
-and benchmarks/. Links of all pages are written for the repository; here they are made to fit the site, whose root is
-docs/."""
+"""A hook of MkDocs: pages outside docs/ become part of the site (README.md as its start, CONTRIBUTING.md, CHANGELOG.md,
+benchmarks/), and links, which are written for the repository, are made to fit the site, whose root is docs/."""
 
 import re
 from pathlib import Path

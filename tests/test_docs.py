@@ -1,5 +1,7 @@
-"""The code blocks of README.md and docs/, run from the files as printed, with tiny models and files of the names that they
-use. A block after `<!-- not run: why -->` is left out."""
+"""The code blocks of README.md and docs/ run as printed, with tiny models and files of the names that they use.
+
+A block after `<!-- not run: why -->` is left out.
+"""
 
 import json
 import re
