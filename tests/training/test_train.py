@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from corda_lora.config import LoraStart, TrainConfig
 from corda_lora.data.samples import Sample
 from corda_lora.devices import has_bfloat16
-from corda_lora.training.train import _LikeLengths, plain_lora, train
+from corda_lora.training.sampler import SimilarLengths
+from corda_lora.training.train import plain_lora, train
 
 SAMPLES = [Sample(f"{'x' * (i * 7 % 23)} {i} =", f" {i + i}", {}) for i in range(40)]
 
@@ -89,7 +90,7 @@ def test_a_processor_without_bfloat16_is_said(precision, has, said, tokenizer, m
     assert has_bfloat16(torch.device("cuda"))
     config = TrainConfig(max_steps=1, batch_size=2, precision=precision)
     train(plain_lora(tiny.build("llama"), LoraStart(r=4), config), tokenizer, SAMPLES, config, 64, progress=False)
-    notes = [str(one.message) for one in recwarn if "bfloat16" in str(one.message)]
+    notes = [str(warning.message) for warning in recwarn if "bfloat16" in str(warning.message)]
     assert len(notes) == said
     assert all("--dtype float32 --precision fp32" in note for note in notes)
 
@@ -105,10 +106,7 @@ def test_each_epoch_has_an_order_of_its_own_and_all_samples(tokenizer):
 def test_the_order_is_the_one_it_always_was(epoch):
     """What accelerate's sampler gives for the same seed: results of earlier versions stay comparable."""
 
-    class Arguments:
-        data_seed, per_device_train_batch_size, gradient_accumulation_steps = 5, 4, 1
-
-    ours = _LikeLengths([1] * 21, Arguments)
+    ours = SimilarLengths([1] * 21, step_size=4, seed=5)
     theirs = SeedableRandomSampler(range(21), data_seed=5)
     for sampler in (ours, theirs):
         sampler.set_epoch(epoch)

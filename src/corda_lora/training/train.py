@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on prompt/response pairs, through TRL: from a start to a tuned adapter."""
+"""Supervised fine-tuning on prompts and responses, through TRL's `SFTTrainer`."""
 
 import json
 import math
@@ -15,7 +15,6 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,10 +24,11 @@ from ..data.samples import Sample
 from ..devices import has_bfloat16
 from ..models.targets import find_targets, require_causal, task_type
 from ..progress import progress_bar
+from .sampler import SimilarLengths
 
 
 def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftModel:
-    """A LoRA as PEFT starts it: A random, B zero."""
+    """The model with a LoRA initialized as in PEFT: A random, B zero."""
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=start.r,
@@ -41,6 +41,7 @@ def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftM
 
 
 def warn_without_bfloat16(config: TrainConfig, device: torch.device) -> None:
+    """Warn if the training would emulate bfloat16, which is many times slower than float32."""
     if config.precision == "bf16" and not has_bfloat16(device):
         warnings.warn(
             "this processor has no instructions for bfloat16, and trains many times faster in float32: "
@@ -61,27 +62,29 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Train a model in place, an adapted one or a whole one; the loss is on the response (and the end-of-text token)
-    alone. With the same seed every model sees the same samples in the same order.
+    """Train the trainable parameters of `model` in place. The model may carry an adapter.
+
+    The loss covers only the response and the end-of-text token. With the same seed, every model sees the same samples
+    in the same order.
 
     Args:
-        work: where checkpoints are written; if it holds some, training goes on from the last.
-        optimizer: in the place of AdamW over all that is trainable.
-        callbacks: what else happens at the trainer's steps.
+        work: folder for checkpoints. If it holds checkpoints already, training resumes from the newest.
+        optimizer: used instead of AdamW over all trainable parameters.
+        callbacks: added to the trainer.
 
     Returns:
-        {"loss": [[step, loss], ...], "steps", "seconds", "train_loss"}.
+        {"loss": [[step, mean training loss since the last entry], ...], "steps", "samples", "seconds", "train_loss"}.
 
     Raises:
-        CordaError: no sample has a response.
+        CordaError: the model is no causal language model, or no sample has a response.
     """
+    require_causal(model)  # SFTTrainer trains the next-token loss of responses; a classifier has no such loss
     encoded = [encode(tokenizer, s, max_length, end=True) for s in samples if s.response]
     rows = [
         {"input_ids": ids, "completion_mask": [int(i >= n) for i in range(len(ids))]}
         for ids, n in encoded
         if n < len(ids)
     ]
-    require_causal(model)
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
     warn_without_bfloat16(config, next(model.parameters()).device)
@@ -126,7 +129,7 @@ def train(
     with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
         trainer.add_callback(_Steps(advance))
         result = trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
-    # The forward that mixed precision was wrapped around: what is measured next is measured as the base model is.
+    # Remove the mixed-precision wrapper, so that the tuned model is measured in the same precision as the base model.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return {
         "steps": steps,
@@ -139,8 +142,9 @@ def train(
 
 @contextmanager
 def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """The model's blocks, compiled for the time being: one graph serves them all, where one of the whole model would
-    take minutes to make."""
+    """Inside this context the model's blocks are compiled, if `wanted`.
+
+    All blocks share one graph. Compiling the whole model as one graph would take minutes."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)] if wanted else []
     blocks = [block for children in lists for block in children]
     for block in blocks:
@@ -153,39 +157,21 @@ def compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def training_steps(config: TrainConfig, samples: int) -> int:
-    """How many steps the recipe takes over this many samples."""
+    """The number of optimizer steps that `config` takes with this many samples."""
     return config.max_steps or max(1, round(config.epochs * samples / config.batch_size))
 
 
 class _Trainer(SFTTrainer):
-    """Goes through the samples in the order that it always had, but so that the micro-batches of a step hold samples of
-    like length: the same gradient, and less padding."""
+    """TRL's trainer with our order of samples."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         rows = train_dataset if train_dataset is not None else self.train_dataset
-        return _LikeLengths([len(ids) for ids in rows["input_ids"]], self.args)
-
-
-class _LikeLengths(Sampler[int]):
-    def __init__(self, lengths: Sequence[int], args: SFTConfig):
-        self.lengths, self.seed, self.epoch = lengths, args.data_seed, 0
-        self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as accelerate's sampler
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            yield from sorted(order[start : start + self.batch_size], key=lambda i: self.lengths[i])
+        step_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return SimilarLengths([len(ids) for ids in rows["input_ids"]], step_size, self.args.data_seed)
 
 
 class _Steps(TrainerCallback):
-    """Moves a progress bar with the trainer's steps, also those a resumed run has behind it."""
+    """Advances a progress bar by the trainer's steps. The first call also advances it by the steps before a resume."""
 
     def __init__(self, advance: Callable[[], None]):
         self.advance, self.shown = advance, 0
@@ -197,7 +183,9 @@ class _Steps(TrainerCallback):
 
 
 def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that is whole (the trainer writes its state last); what was broken off is removed."""
+    """The path of the newest complete checkpoint in `work`, or None; incomplete checkpoints are deleted.
+
+    The trainer writes its state last, so a checkpoint whose state can be read is complete."""
     steps = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
     for _, path in sorted(steps.items(), reverse=True):
         try:
