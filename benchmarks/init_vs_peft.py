@@ -38,7 +38,7 @@ config = LoraConfig(r=32, lora_alpha=32, target_modules=names, init_lora_weights
 @torch.no_grad()
 def run_model():
     for sample in samples:
-        model(input_ids=torch.tensor([encode(tokenizer, sample, 512)[0]]))
+        model(input_ids=torch.tensor([encode(tokenizer, sample, 512).ids]))
 preprocess_corda(model, config, run_model=run_model)
 get_peft_model(model, config).save_pretrained(output)
 """

@@ -22,6 +22,7 @@ from corda_lora.cli import _take, build_parser
 from corda_lora.compare.runner import Job, _can_start, _jobs, _of_side, _todo, _total, _Worker
 from corda_lora.compare.runner import compare as run_comparison
 from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig, ModelConfig
+from corda_lora.data.batches import Encoded
 from corda_lora.devices import visible_gpus
 from corda_lora.evaluation.evaluate import BaseOutputs, record_base
 from corda_lora.methods.registry import METHODS, check_options
@@ -251,13 +252,13 @@ def test_drift_is_that_of_eval(checkpoint, folder):
 def test_stored_outputs_are_the_predictions(family, kept, folder, tokenizer):
     """Gemma 2 caps its logits after the output head: what the head gets is not enough there."""
     model = tiny.build(family)
-    encoded = [(list(range(4, 4 + n)), n // 2) for n in (5, 9, 12)]
+    encoded = [Encoded(list(range(4, 4 + n)), [i >= n // 2 for i in range(n)]) for n in (5, 9, 12)]
     record = record_base(model, tokenizer, encoded, 24, False, "keep x")
     assert {name.split()[2] for name in record} == {kept}
     BaseOutputs.save(folder, record)
     base, found = BaseOutputs(folder, model), []
     with torch.no_grad():
-        for number, ids in enumerate(sorted(ids for ids, _ in encoded)[:1]):
+        for number, ids in enumerate(sorted(e.ids for e in encoded)[:1]):
             n = len(ids) // 2
             found = F.log_softmax(model(torch.tensor([ids])).logits[0, n - 1 : -1], dim=-1)
             assert torch.allclose(base.log_probs("keep x", number)[: len(found)], found, atol=1e-5)

@@ -127,11 +127,14 @@ def test_slices_of_rows(tmp_path):
 def test_prompt_and_response_are_told_apart(tokenizer):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     letters = tokenizer.convert_tokens_to_ids(list("abcd"))
-    assert encode(tokenizer, Sample("ab", "cd", {}), 99) == ([bos, *letters], 3)
-    assert encode(tokenizer, Sample("ab", "cd", {}), 99, end=True) == ([bos, *letters, eos], 3)
-    assert encode(tokenizer, Sample("ab", "cd", {}), 4) == ([bos, *letters[:3]], 3)
-    assert encode(tokenizer, Sample("ab", "cd", {}), 2) == ([bos, letters[0]], 2)
-    assert encode(tokenizer, Sample("", "cd", {}), 99) == ([bos, *letters[2:]], 1)
+    plain = Sample("ab", "cd", {})
+    assert encode(tokenizer, plain, 99) == ([bos, *letters], [False] * 3 + [True] * 2, 0)
+    assert encode(tokenizer, plain, 99, end=True) == ([bos, *letters, eos], [False] * 3 + [True] * 3, 0)
+    assert encode(tokenizer, plain, 4) == ([bos, *letters[:3]], [False] * 3 + [True], 1)
+    assert encode(tokenizer, plain, 2) == ([bos, letters[0]], [False] * 2, 3)
+    assert encode(tokenizer, Sample("", "cd", {}), 99) == ([bos, *letters[2:]], [False, True, True], 0)
+    assert encode(tokenizer, Sample("ab", "", {}), 99, end=True).targets == 0
+    assert [encode(tokenizer, plain, length).start for length in (99, 2)] == [3, 2]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from corda_lora import CordaConfig, CordaError, get_corda_model
 from corda_lora.config import DataConfig, EvalConfig
-from corda_lora.data.batches import encode
+from corda_lora.data.batches import Encoded, encode
 from corda_lora.data.samples import Sample
 from corda_lora.evaluation.evaluate import choice_accuracy, evaluate, exact_match, loss_and_drift, matches, text_windows
 
@@ -53,7 +53,7 @@ def encoded_samples(tokenizer):
 def test_loss_and_drift_are_those_of_a_plain_loop(adapted, tokenizer, batch_tokens):
     encoded = encoded_samples(tokenizer)
     loss, kl, agree, recalled, tokens = {False: 0.0, True: 0.0}, 0.0, 0, {False: 0, True: 0}, 0
-    for ids, n in encoded:
+    for ids, n in ((e.ids, e.start) for e in encoded):
         p = {on: log_probs(adapted, ids, n, on) for on in (False, True)}
         answer = torch.tensor(ids[n:])
         for on in p:
@@ -101,7 +101,10 @@ def test_recall_of_what_the_model_says_itself(tokenizer):
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     wrong = [*ids[:-1], ids[-1] % 90 + 3]
-    assert loss_and_drift(model, tokenizer, [(ids, 3), (wrong, 3)])["base"]["recall"] == 0.5
+    assert (
+        loss_and_drift(model, tokenizer, [Encoded(i, [False] * 3 + [True] * 4) for i in (ids, wrong)])["base"]["recall"]
+        == 0.5
+    )
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 10**6])
@@ -112,9 +115,9 @@ def test_choices_are_scored_by_their_summed_log_likelihood(adapted, tokenizer, b
         for on in best:
             scores = []
             for choice in choices:
-                ids, n = encode(tokenizer, Sample(prompt, choice, {}), 99)
-                p = log_probs(adapted, ids, n, on)
-                scores.append(float(p.gather(1, torch.tensor(ids[n:])[:, None]).sum()))
+                encoded = encode(tokenizer, Sample(prompt, choice, {}), 99)
+                p = log_probs(adapted, encoded.ids, encoded.start, on)
+                scores.append(float(p.gather(1, torch.tensor(encoded.ids[encoded.start :])[:, None]).sum()))
             best[on].append(choices[scores.index(max(scores))])
     # The response is the base model's choice, but for the last question, where it is another one.
     answers = [*best[False][:2], next(c for c in questions["Three"] if c not in (best[False][2], best[True][2]))]

@@ -1,7 +1,7 @@
 """Samples → tokens → batches of what a model's forward takes."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,19 +10,44 @@ from ..config import CordaError
 from .samples import Sample
 
 
-def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> tuple[list[int], int]:
-    """Token ids of prompt and response, cut at `max_length`, and how many of them are the prompt's.
+class Encoded(NamedTuple):
+    """A sample as tokens.
 
-    The two are tokenized apart, so that where the response begins is certain. `end` adds the end-of-text token.
+    Args:
+        ids: token ids, (s,).
+        answer: for each token, whether it belongs to a response, (s,): losses and drift are measured there.
+        cut: how many tokens were cut off after these by `max_length`.
+    """
+
+    ids: list[int]
+    answer: list[bool]
+    cut: int = 0
+
+    @property
+    def start(self) -> int:
+        """Number of tokens before the first of a response."""
+        return self.answer.index(True) if any(self.answer) else len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """Number of response tokens that have a token before them to be predicted from."""
+        return sum(self.answer[1:])
+
+
+def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> Encoded:
+    """Tokens of the prompt and the response, cut at `max_length`.
+
+    The two are tokenized apart, so that the first token of the response is known. `end` adds the end-of-text token to
+    a response.
     """
     prompt = tokenizer(sample.prompt).input_ids if sample.prompt else _prefix(tokenizer)
     if tokenizer.sep_token_id is not None and prompt[-1:] == [tokenizer.sep_token_id]:
         prompt = prompt[:-1]  # an encoder's tokenizer closes what it is given
     response = tokenizer(sample.response, add_special_tokens=False).input_ids if sample.response else []
-    if end and tokenizer.eos_token_id is not None:
+    if end and response and tokenizer.eos_token_id is not None:
         response = [*response, tokenizer.eos_token_id]
-    ids = [*prompt, *response][:max_length]
-    return ids, min(len(prompt), len(ids))
+    ids, answer = [*prompt, *response], [False] * len(prompt) + [True] * len(response)
+    return Encoded(ids[:max_length], answer[:max_length], max(0, len(ids) - max_length))
 
 
 def _prefix(tokenizer: Any) -> list[int]:
@@ -70,11 +95,11 @@ def context_batches(
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     encoded = list(enumerate(encode(tokenizer, s, max_length) for s in samples))
     if has_decoder:
-        inputs = [(number, ids[:n], ids[n:]) for number, (ids, n) in encoded if 0 < n < len(ids)]
+        inputs = [(i, e.ids[: e.start], e.ids[e.start :]) for i, e in encoded if 0 < e.start < len(e.ids)]
         if not inputs:
             raise CordaError("an encoder-decoder model needs samples with a prompt and a response; none has both")
     else:
-        inputs = [(number, ids, []) for number, (ids, _) in encoded if ids]
+        inputs = [(i, e.ids, []) for i, e in encoded if e.ids]
         if not inputs:
             raise CordaError("the context is empty: no sample has a token")
     batches, numbers = [], []

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import CordaError, EvalConfig
-from ..data.batches import batch_by_length, encode, pad
+from ..data.batches import Encoded, batch_by_length, encode, pad
 from ..data.samples import Sample, load_samples
 from ..files import whole_file
 from ..models.targets import require_causal
@@ -102,7 +102,7 @@ def sides(model: nn.Module) -> Sides:
 def loss_and_drift(
     model: nn.Module,
     tokenizer: Any,
-    encoded: Sequence[tuple[list[int], int]],
+    encoded: Sequence[Encoded],
     batch_tokens: int = 8192,
     progress: bool = False,
     label: str = "eval",
@@ -113,7 +113,7 @@ def loss_and_drift(
     first choice, on each side; for the tuned side also drift and agreement, if the base is known.
 
     Args:
-        encoded: token ids of each sample and how many of them are the prompt's: see `context.encode`.
+        encoded: the samples' tokens, and which of them are a response's: see `data.batches.encode`.
         compared: the sides to run. Default: those the model has.
         reference: the base model's log p of a batch's answers, by the batch's number. Default: the base is a side.
     """
@@ -123,7 +123,7 @@ def loss_and_drift(
     if reference is not None or len(compared) == 2:
         sums["tuned"] |= {"drift": 0.0, "agreement": 0.0}
     tokens = 0
-    batches = batch_by_length([len(ids) for ids, _ in encoded], batch_tokens)
+    batches = batch_by_length([len(e.ids) for e in encoded], batch_tokens)
     for number, indices in enumerate(track(batches, label, progress)):
         ids, mask, answers = _padded([encoded[i] for i in indices], tokenizer, model)
         targets = ids[:, 1:][answers]  # (a,) the answers' tokens
@@ -148,9 +148,9 @@ def loss_and_drift(
     return {side: {**values, "tokens": tokens} for side, values in sums.items()}
 
 
-def _with_answers(encoded: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
+def _with_answers(encoded: Sequence[Encoded]) -> list[Encoded]:
     """The samples that have a token to predict, with at least one to predict it from."""
-    found = [(ids, max(n, 1)) for ids, n in encoded if len(ids) > max(n, 1)]
+    found = [e for e in encoded if e.targets]
     if not found:
         raise CordaError("no sample has a response to measure")
     return found
@@ -172,7 +172,7 @@ def answer_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, answers: Tenso
 def record_base(
     model: nn.Module,
     tokenizer: Any,
-    encoded: Sequence[tuple[list[int], int]],
+    encoded: Sequence[Encoded],
     batch_tokens: int,
     progress: bool,
     label: str,
@@ -184,7 +184,7 @@ def record_base(
     encoded = _with_answers(encoded)
     head = model.get_output_embeddings()  # type: ignore[operator]
     for number, indices in enumerate(
-        track(batch_by_length([len(ids) for ids, _ in encoded], batch_tokens), f"base, {label.split()[0]}", progress)
+        track(batch_by_length([len(e.ids) for e in encoded], batch_tokens), f"base, {label.split()[0]}", progress)
     ):
         ids, mask, answers = _padded([encoded[i] for i in indices], tokenizer, model)
         columns = answers.any(0).nonzero().flatten()
@@ -227,11 +227,10 @@ class BaseOutputs:
         return F.log_softmax(self.head(hidden).float(), dim=-1)
 
 
-def _padded(rows: Sequence[tuple[list[int], int]], tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(rows: Sequence[Encoded], tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """ids, attention mask (b, s), and which next-token predictions are the answer's (b, s − 1), where the model is."""
-    ids, mask = pad([ids for ids, _ in rows], tokenizer.pad_token_id or 0)
-    starts = torch.tensor([n for _, n in rows])[:, None]
-    answers = (torch.arange(1, ids.shape[1]) >= starts) & mask[:, 1:].bool()
+    ids, mask = pad([e.ids for e in rows], tokenizer.pad_token_id or 0)
+    answers = pad([e.answer for e in rows], False)[0][:, 1:]
     device = next(model.parameters()).device
     return ids.to(device), mask.to(device), answers.to(device)
 
@@ -271,7 +270,7 @@ def choice_accuracy(
             owners.append(i)
     compared = sides(model) if compared is None else compared
     scores = {side: torch.zeros(len(rows)) for side in compared}
-    for indices in track(batch_by_length([len(ids) for ids, _ in rows], batch_tokens), "choices", progress):
+    for indices in track(batch_by_length([len(e.ids) for e in rows], batch_tokens), "choices", progress):
         ids, mask, answers = _padded([rows[i] for i in indices], tokenizer, model)
         for side, active in compared.items():
             with active():
@@ -304,7 +303,7 @@ def exact_match(
     """Share of the samples whose greedy answer matches the response: see `EvalConfig.exact_match`."""
     compared = sides(model) if compared is None else compared
     right = dict.fromkeys(compared, 0)
-    prompts = [encode(tokenizer, Sample(s.prompt, "", {}), 10**9)[0] for s in samples]
+    prompts = [encode(tokenizer, Sample(s.prompt, "", {}), 10**9).ids for s in samples]
     batches = batch_by_length([len(p) + config.max_new_tokens for p in prompts], config.batch_tokens)
     for indices in track(batches, "exact match", progress):
         for side, active in compared.items():

@@ -337,13 +337,14 @@ def _found_once(setup: Setup, find: Callable[[], dict[str, torch.Tensor]]) -> di
 
 def _labelled(setup: Setup, samples: Sequence[Sample], model: nn.Module, size: int = 8) -> list[dict[str, Any]]:
     """Batches with labels, the prompt masked as in training."""
-    encoded = [encode(setup.tokenizer, s, setup.learn.max_length, end=True) for s in samples if s.response]
+    encoded = [encode(setup.tokenizer, s, setup.learn.max_length, end=True) for s in samples]
+    encoded = [e for e in encoded if e.targets]
     device, batches = next(model.parameters()).device, []
     for i in range(0, len(encoded), size):
         rows = encoded[i : i + size]
-        ids, mask = pad([ids for ids, _ in rows], setup.tokenizer.pad_token_id or 0)
-        starts = torch.tensor([n for _, n in rows])[:, None]
-        labels = ids.masked_fill((mask == 0) | (torch.arange(ids.shape[1]) < starts), -100)
+        ids, mask = pad([e.ids for e in rows], setup.tokenizer.pad_token_id or 0)
+        answers, _ = pad([e.answer for e in rows], False)
+        labels = ids.masked_fill(~answers, -100)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         batches.append({key: value.to(device) for key, value in batch.items()})
     return batches
@@ -367,7 +368,7 @@ def peft_corda(model: nn.Module, setup: Setup, mode: str, drop_in: bool = False)
     @torch.no_grad()
     def run() -> None:
         for sample in setup.context(of)[0]:
-            ids, _ = encode(setup.tokenizer, sample, setup.data(of).max_length)
+            ids = encode(setup.tokenizer, sample, setup.data(of).max_length).ids
             model(input_ids=torch.tensor([ids], device=device), use_cache=False)
 
     decompose(model, config, run_model=run)

@@ -79,12 +79,8 @@ def train(
         CordaError: the model is no causal language model, or no sample has a response.
     """
     require_causal(model)  # SFTTrainer trains the next-token loss of responses; a classifier has no such loss
-    encoded = [encode(tokenizer, s, max_length, end=True) for s in samples if s.response]
-    rows = [
-        {"input_ids": ids, "completion_mask": [int(i >= n) for i in range(len(ids))]}
-        for ids, n in encoded
-        if n < len(ids)
-    ]
+    encoded = [encode(tokenizer, s, max_length, end=True) for s in samples]
+    rows = [{"input_ids": e.ids, "completion_mask": list(map(int, e.answer))} for e in encoded if e.targets]
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
     warn_without_bfloat16(config, next(model.parameters()).device)
