@@ -1,20 +1,19 @@
 """Why rank allocation can lose in kpm: what an adapter leaks on all tokens of a context, and on all but the first of
 each sample, where some layers have outputs thousands of times larger than anywhere else (massive activations).
 
-    python benchmarks/first_token.py --model MODEL --context FILE --output NAME START ...
+    python benchmarks/first_token.py --model MODEL --context FILE START ...
 
-Each START is a directory from `corda init --split anchored`. Writes NAME.md: for each kind of layer the mean of
-tr(A C Aᵀ) / tr(W C Wᵀ), C over other samples of the context than the start was made from (another seed), and the layers
-where it is worst.
+Each START is a directory from `corda init --split anchored`. The result has, for each kind of layer, the mean of
+tr(A C Aᵀ) / tr(W C Wᵀ), and the layers where it is worst. C is of other samples of the context than the start was made
+from (another seed).
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
-from machine import commit, machine
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,34 +25,33 @@ from corda_lora.models.targets import find_targets
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("starts", type=Path, nargs="+")
     parser.add_argument("--model", required=True)
     parser.add_argument("--context", required=True)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     source = ModelConfig(options.model)
     samples = load_samples(DataConfig(options.context, samples=options.samples, seed=5))
     batches, _ = context_batches(load_tokenizer(source), samples, 512)
-    lines = []
+    lines, rows = [], {}
     model = load_model(source)
     for start in options.starts:
-        lines += table(start.name, *energies(model, load_file(start / "adapter_model.safetensors"), batches))
-    text = (
-        f"# {options.output.stem}\n\n`python benchmarks/first_token.py --model MODEL --context CONTEXT START ...`\n\n"
-    )
-    text += f"{machine()}; commit {commit()}; {options.samples} samples\n\n" + "\n".join(lines) + "\n"
-    options.output.with_suffix(".md").write_text(text)
-    print(text)
+        outputs, leaks, ranks = energies(model, load_file(start / "adapter_model.safetensors"), batches)
+        lines += table(start.name, outputs, leaks, ranks)
+        rows[start.name] = {
+            name: {"rank": ranks[name], "output_energy": outputs[name].tolist(), "leak": leaks[name].tolist()}
+            for name in ranks
+        }
+    record.write(options, rows, lines, options.model)
 
 
 @torch.no_grad()
 def energies(
     model: nn.Module, adapter: dict[str, Tensor], batches: list[dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
-    """Sums of ‖W x‖² and of ‖A x‖² of each layer over all tokens and over all but the first of each sample, (2,) each;
-    and the ranks."""
+    """For each layer the sums of ‖W x‖² and of ‖A x‖², each (2,): over all tokens, and over all but the first of each
+    sample. And the ranks."""
     targets = find_targets(model, "all-linear")
     A = {name: adapter[f"base_model.model.{name}.lora_A.weight"] for name in targets}
     outputs, leaks = (dict.fromkeys(targets, torch.zeros(2, dtype=torch.float64)) for _ in range(2))

@@ -1,23 +1,23 @@
 """`corda init` of a checkpoint larger than the memory it may use, on the CPU.
 
-    python benchmarks/init_in_little_memory.py --model DIR --context FILE --limit_gb 1.0 --output RESULTS_NAME
+    python benchmarks/init_in_little_memory.py --model DIR --context FILE --limit_gb 1.0
         [--samples 32] [--max_length 512] [--threads 2] [-- corda init flags]
 
-The limit is the kernel's, on a process's private writable memory (RLIMIT_DATA): above it no memory is given, and
-the run ends with an error. It also counts memory that is reserved and never touched, such as the stacks of threads, and
-every shard of the checkpoint as often as it is open, whole; so write the checkpoint with small shards (make_llama.py
---shard_gb 0.005). Pages of the files are in the resident memory, but not in the limit: the system can drop them. What
-is limited is looked at ten times a second, so its peak may be a little higher than told.
-Exits with 1 if `corda init` did not end well; the results are written all the same.
+The limit is the kernel's, on the private writable memory of a process (RLIMIT_DATA): above it the process gets no
+memory, and the run ends with an error. The limit also counts memory that is reserved and never touched, such as the
+stacks of threads, and each open shard of the checkpoint, whole. So write the checkpoint with small shards
+(make_llama.py --shard_gb 0.005). Pages of files are in the resident memory, but not in the limit: the system can drop
+them. The limited memory is sampled ten times a second, so its true peak may be a little higher.
+Exits with 1 if `corda init` fails; the result is written all the same.
 """
 
-import argparse
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
-from init_large import WIDE, corda, folder, measure, size_of, write_results
+import record
+from init_large import WIDE, corda, folder, measure, size_of
 
 FLAGS = "--mode kpm --preset corda++ --rounds 2 --r 32"
 # Allocators that reserve little more than they give out (Arrow's own reserves 1 GB when it is imported), and no GPU.
@@ -30,11 +30,10 @@ print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--context", type=Path, required=True)
     parser.add_argument("--limit_gb", type=float, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="name of the results, without an ending")
     parser.add_argument("--samples", type=int, default=32, help="of each of the two rounds")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a sample")
     parser.add_argument("--threads", type=int, default=2)
@@ -66,9 +65,9 @@ def main() -> None:
             env=environment,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
         )
-        said = (work / "init.log").read_text().strip()
+        log = (work / "init.log").read_text().strip()
         finished = run["status"] == 0 and (work / "start" / "adapter_model.safetensors").is_file()
-    print(said[-3000:])
+    print(log[-3000:])
     rows = {
         "checkpoint_bytes": size_of(options.model),
         "limit_bytes": limit,
@@ -77,31 +76,27 @@ def main() -> None:
         "peak_limited_bytes": peaks["VmData"],
         "peak_anonymous_bytes": peaks["RssAnon"],
         **run,
-        "last_words": "" if finished else last_words(run["status"], said),
+        "why": "" if finished else reason(run["status"], log),
     }
     table = {
         "checkpoint": "checkpoint_bytes",
         "limit": "limit_bytes",
-        "peak of what is limited": "peak_limited_bytes",
-        "of it, a process with all packages imported": "bare_bytes",
-        "peak resident, pages of files left out": "peak_anonymous_bytes",
+        "peak of the limited memory": "peak_limited_bytes",
+        "the same of a process that only imports the packages": "bare_bytes",
+        "peak resident, without pages of files": "peak_anonymous_bytes",
         "peak resident": "peak_resident_bytes",
     }
     lines = ["| | GB |", "|---|---:|"]
     lines += [f"| {name} | {rows[key] / 1e9:.2f} |" for name, key in table.items()]
-    end = "Finished" if finished else f"Did not finish ({rows['last_words']})"
+    end = "Finished" if finished else f"Did not finish ({rows['why']})"
     lines += ["", f"{end}, {run['seconds']:.0f} s."]
-    given = " ".join(["", "--", *options.flags]) if options.flags else ""
-    numbers = f"--limit_gb {options.limit_gb:g} --samples {options.samples} --max_length {options.max_length} "
-    numbers += f"--threads {options.threads}{given}"
-    command_line = f"python benchmarks/init_in_little_memory.py --model MODEL --context CONTEXT {numbers}"
-    write_results(options.output, command_line, f"corda init {' '.join(flags)}", options.model, rows, lines)
+    record.write(options, rows, lines, options.model, runs=f"corda init {' '.join(flags)}")
     raise SystemExit(0 if finished else 1)
 
 
-def last_words(status: int, said: str) -> str:
+def reason(status: int, log: str) -> str:
     """Why a run ended early: the signal, or the last line that it wrote."""
-    return f"ended by signal {-status}" if status < 0 else (said.splitlines() or ["nothing said"])[-1]
+    return f"ended by signal {-status}" if status < 0 else (log.splitlines() or ["it printed nothing"])[-1]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """Time and memory of `corda init` with everything on a large model: corda++ of rank 128, five rounds of 256 samples.
 
-    python benchmarks/init_large.py --model DIR --context FILE --output RESULTS_NAME [--work DIR] [-- corda init flags]
+    python benchmarks/init_large.py --model DIR --context FILE [--work DIR] [-- corda init flags]
 
 Model and context may come from make_llama.py. The seconds are from the command to the adapter on disk, in a process of
-its own. The accelerator's memory is told twice: what the tensors took (PyTorch's allocator) and what the driver saw
-(nvidia-smi, with the CUDA context). Resident memory counts pages of the checkpoint that the system maps and may drop;
-`fall of available memory`, of the whole machine, does not, and counts pinned memory. Flags after `--` go to `corda
-init` and win. RESULTS_NAME.json and .md get the numbers, and what `corda plan` says of the same run before it.
+its own. The accelerator's memory is measured twice: what the tensors took (PyTorch's allocator) and what the driver saw
+(nvidia-smi, with the CUDA context). Resident memory counts pages of the checkpoint that the system maps and may drop.
+`fall of available memory` is that of the whole machine: it does not count these pages, and counts pinned memory. Flags
+after `--` go to `corda init` and win over the script's. The result also has what `corda plan` says of the same run.
 """
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,28 +19,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-from machine import commit, machine
+import record
 
 FLAGS = "--mode kpm --preset corda++ --r 128 --rounds 5 --samples 256 --max_length 512 --park cpu"
 WIDE = {**os.environ, "COLUMNS": "120"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--context", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="name of the results, without an ending")
     parser.add_argument("--work", type=Path, help="folder for the adapter, which stays there; else a temporary one")
     parser.add_argument("--no_plan", action="store_true", help="leave `corda plan` out")
     parser.add_argument("flags", nargs="*", help="of `corda init`, after --")
     options = parser.parse_args()
     flags = [*FLAGS.split(), *options.flags]
-    what = ["--model", str(options.model), "--context", str(options.context), *flags]
+    arguments = ["--model", str(options.model), "--context", str(options.context), *flags]
     with folder(options.work) as work:
         start, log = work / "start", work / "init.log"
         if start.exists() or start.with_name("start.work").exists():
@@ -56,24 +52,24 @@ def main() -> None:
             )
             peaks["work_bytes"] = max(peaks["work_bytes"], size_of(start.with_name("start.work")))
 
-        with driver_memory() as seen:
-            run = measure(corda("init", *what, "--output", str(start)), log, sample, env=WIDE)
+        with driver_memory() as driver_bytes:
+            run = measure(corda("init", *arguments, "--output", str(start)), log, sample, env=WIDE)
         if run["status"] != 0:
             raise SystemExit(f"corda init failed ({run['status']}):\n{log.read_text()[-3000:]}")
         print(log.read_text())
-        timing, record = (json.loads((start / name).read_text()) for name in ("timing.json", "corda.json"))
+        timing, recorded = (json.loads((start / name).read_text()) for name in ("timing.json", "corda.json"))
         sizes = {"checkpoint": size_of(options.model), "adapter directory": size_of(start)}
         sizes |= {path.name: path.stat().st_size for path in sorted(start.iterdir())}
-    plan = None if options.no_plan else plan_of(what)
+    plan = None if options.no_plan else plan_of(arguments)
     rows = {
         "seconds": {"command to adapter": run["seconds"], **timing["seconds"]},
         "peak_accelerator_bytes": timing.get("peak_accelerator_bytes"),
-        "peak_accelerator_bytes_driver": max(seen, default=None),
+        "peak_accelerator_bytes_driver": max(driver_bytes, default=None),
         "peak_resident_bytes": run["peak_resident_bytes"],
         **peaks,
         "device": timing.get("device"),
-        "totals": record.get("totals"),
-        "context": record.get("context"),
+        "totals": recorded.get("totals"),
+        "context": recorded.get("context"),
         "sizes": sizes,
         "plan": plan,
     }
@@ -97,9 +93,7 @@ def main() -> None:
     lines += ["", "Totals: " + json.dumps(rows["totals"]), "", "Context: " + json.dumps(rows["context"])]
     if plan:
         lines += ["", "`corda plan` of the same run:", "", "```", plan, "```"]
-    given = " ".join(["", "--", *options.flags]) if options.flags else ""
-    command = f"python benchmarks/init_large.py --model MODEL --context CONTEXT{given}"
-    write_results(options.output, command, f"corda init {' '.join(flags)}", options.model, rows, lines)
+    record.write(options, rows, lines, options.model, runs=f"corda init {' '.join(flags)}")
 
 
 def corda(verb: str, *flags: str) -> list[str]:
@@ -182,33 +176,6 @@ def size_of(path: Path) -> int:
         with suppress(FileNotFoundError):
             total += file.stat().st_size
     return total
-
-
-def write_results(
-    results: Path, command: str, inner: str, model: Path, rows: dict[str, Any], lines: Sequence[str]
-) -> None:
-    """Write RESULTS.json and RESULTS.md, with what was run on which model, the machine and the versions; print the
-    tables."""
-    config = json.loads((model / "config.json").read_text())
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "dtype")
-    memory = f"{psutil.virtual_memory().total / 1e9:.0f} GB"
-    setup: dict[str, Any] = {
-        "command": command,
-        "corda": inner,
-        "commit": commit(),
-        "machine": f"{machine()}; {platform.machine()}, {os.cpu_count()} CPU cores, {memory}",
-        "versions": {p: version(p) for p in ("torch", "transformers", "peft", "safetensors")},
-        "model": {"type": config["model_type"]} | {key: config[key] for key in keys if key in config},
-    }
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.with_suffix(".json").write_text(json.dumps({**setup, "rows": rows}, indent=1) + "\n")
-    packages = ", ".join(f"{package} {v}" for package, v in setup["versions"].items())
-    shape = ", ".join(f"{key} {value}" for key, value in setup["model"].items())
-    head = f"# {results.stem}\n\n`{command}`, which runs `{inner}`\n\n{setup['machine']}; {packages}; commit "
-    head += f"{setup['commit']}\n\nModel: {shape}\n\n"
-    text = "\n".join(lines) + "\n"
-    results.with_suffix(".md").write_text(head + text)
-    print(text)
 
 
 if __name__ == "__main__":

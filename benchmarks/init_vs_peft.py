@@ -1,24 +1,20 @@
 """Time and peak memory of preparing a CorDA adapter: `corda init` beside PEFT's `preprocess_corda`, on this machine.
 
-    python benchmarks/init_vs_peft.py --model MODEL --data DATA [--samples 256] [--repeats 2] [--results NAME]
+    python benchmarks/init_vs_peft.py --model MODEL --data DATA [--samples 256] [--repeats 2]
 
-Each is a process of its own, from the command to the adapter on disk, alternating. PEFT gets the same questions, one at
-a time, as it demands.
+Each run is a process of its own, from the command to the adapter on disk; the two alternate, and the table has medians
+(kpm, rank 32). PEFT gets the same questions, one at a time, as it demands.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-from machine import commit
+import record
 
 PEFT = """
 import sys, torch
@@ -45,12 +41,11 @@ get_peft_model(model, config).save_pretrained(output)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder written by prepare_data.py")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     context = str(options.data / "nq_context.jsonl")
     runs: dict[str, list[tuple[float, float]]] = {"PEFT preprocess_corda": [], "corda init": []}
@@ -75,18 +70,7 @@ def main() -> None:
     }
     lines = ["| | seconds | peak memory (GB) |", "|---|---:|---:|"]
     lines += [f"| {name} | {row['seconds']:.1f} | {row['peak_gb']:.2f} |" for name, row in rows.items()]
-    print("\n".join(lines))
-    if options.results:
-        machine = f"{platform.machine()}, {os.cpu_count()} CPU cores"
-        versions = {p: version(p) for p in ("torch", "transformers", "peft")}
-        command = f"python benchmarks/init_vs_peft.py --model MODEL --data DATA --samples {options.samples}"
-        record = {"command": command, "commit": commit(), "machine": machine, "versions": versions, "rows": rows}
-        options.results.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        packages = ", ".join(f"{p} {v}" for p, v in versions.items())
-        what = f"commit {record['commit']}; SmolLM2-135M, kpm, rank 32; median of {options.repeats}"
-        head = f"# {options.results.stem}\n\n`{command}`\n\n{machine}; {packages}; {what}"
-        text = f"{head}, from the command to the adapter on disk\n\n" + "\n".join(lines) + "\n"
-        options.results.with_suffix(".md").write_text(text)
+    record.write(options, rows, lines, options.model, repeats=options.repeats)
 
 
 def measure(command: list[str]) -> tuple[float, float]:

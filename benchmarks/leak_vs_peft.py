@@ -1,23 +1,19 @@
-"""Why does PEFT's CorDA keep less in kpm? Two things it could be, of PEFT's start, of the exact answer for the
-covariance that PEFT sums (the drop-in), and of `corda init --split paper`:
+"""Why does PEFT's CorDA keep less in kpm? Two possible causes, measured on three starts: PEFT's, the exact answer for
+PEFT's covariance (the drop-in), and that of `corda init --split paper`.
 
-    python benchmarks/leak_vs_peft.py --model MODEL --context FILE --unseen FILE --output NAME [--samples 256] [--r 32]
+    python benchmarks/leak_vs_peft.py --model MODEL --context FILE --unseen FILE [--samples 256] [--r 32]
 
-- *leak*: how much of the ability's energy the directions of A see, on samples of it that no method was shown: the mean
-  over the rows a_i of A of (a_i C a_iᵀ / ‖a_i‖²) / (tr C / n); 1 for a random direction, 0 for one never used.
-- *length*: of the rows of A, and beside the columns of B. The longer A, the less a learning rate turns it.
+- *leak*: how much of the ability's energy the directions of A see, on samples that no method was shown. It is the mean
+  over the rows a_i of A of (a_i C a_iᵀ / ‖a_i‖²) / (tr C / n): 1 for a random direction, 0 for one that is never used.
+- *length* of the rows of A, alone and relative to the columns of B. The longer A is, the less a learning rate turns it.
 """
 
-import argparse
-import json
 import statistics
 from collections import defaultdict
-from pathlib import Path
-from typing import Any
 
 import peft.tuners.lora.corda as original
+import record
 import torch
-from machine import commit, machine
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 from torch import Tensor, nn
@@ -38,11 +34,10 @@ METHODS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--context", required=True)
     parser.add_argument("--unseen", required=True)
-    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--r", type=int, default=32)
     options = parser.parse_args()
@@ -57,13 +52,14 @@ def main() -> None:
     for _, groups in walk(model, targets, batches(options.unseen, 4096), torch.device("cpu")):
         for names, (C,) in groups or []:
             unseen |= dict.fromkeys(names, C.clone())
-    found = {}
+    rows = {}
     for method in METHODS:
         shown = batches(options.context, 1 if method == "PEFT" else 4096)
         factors = factors_of(method, model, targets, shown, options.r)
-        found[method] = {name: numbers(A, B, unseen[name]) for name, (A, B) in factors.items()}
+        rows[method] = {name: numbers(A, B, unseen[name]) for name, (A, B) in factors.items()}
         print(method, flush=True)
-    write(options.output, found, options)
+    lines = [f"- **{name}**: {meaning}" for name, meaning in METHODS.items()] + tables(rows)
+    record.write(options, rows, lines, options.model)
 
 
 def factors_of(
@@ -83,52 +79,45 @@ def factors_of(
             model(**batch, use_cache=False)
 
     run(model, config, run_model)
-    found = {}
+    factors = {}
     for name, module in targets.items():
         e, root = module.eigens, module.eigens.S_WC.sqrt()
-        found[name] = ((e.V_WC * root).T.clone(), e.U_WC * root)  # as PEFT's `corda_init`
+        factors[name] = ((e.V_WC * root).T.clone(), e.U_WC * root)  # as PEFT's `corda_init`
         del module.eigens
-    return found
+    return factors
 
 
 def numbers(A: Tensor, B: Tensor, C: Tensor) -> dict[str, float]:
     A, C = A.double(), C.double()  # (r, n), (n, n)
     lengths = A.norm(dim=1)  # (r,)
     leak = ((A @ C) * A).sum(1) / lengths.square().clamp(min=1e-300)
-    beside = lengths / B.double().norm(dim=0).clamp(min=1e-300)
+    relative = lengths / B.double().norm(dim=0).clamp(min=1e-300)
     return {
         "leak": float(leak.mean() / C.diagonal().mean()),
         "length": float(lengths.median()),
-        "beside B": float(beside.median()),
+        "relative length": float(relative.median()),
     }
 
 
-def write(output: Path, found: dict[str, dict[str, dict[str, float]]], options: Any) -> None:
+def tables(rows: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """A table for each number: layers of each kind, lowest, median and highest of each method."""
     kinds = defaultdict(list)
-    for name in found["PEFT"]:
+    for name in rows["PEFT"]:
         kinds[name.rpartition(".")[2]].append(name)
-    kinds["all"] = list(found["PEFT"])
+    kinds["all"] = list(rows["PEFT"])
     lines = []
-    for title, what in (
+    for title, key in (
         ("Leak", "leak"),
         ("Length of A's rows", "length"),
-        ("The same, beside B's columns", "beside B"),
+        ("The same, relative to B's columns", "relative length"),
     ):
-        lines += [
-            f"\n## {title}\n",
-            "| layers | " + " | ".join(f"{m}: lowest | median | highest" for m in METHODS) + " |",
-        ]
-        lines += ["|---" + "|---:" * 3 * len(METHODS) + "|"]
+        heads = " | ".join(f"{method}: lowest | median | highest" for method in METHODS)
+        lines += [f"\n## {title}\n", f"| layers | {heads} |", "|---" + "|---:" * 3 * len(METHODS) + "|"]
         for kind, names in kinds.items():
-            cells = [sorted(found[method][name][what] for name in names) for method in METHODS]
+            cells = [sorted(rows[method][name][key] for name in names) for method in METHODS]
             text = " | ".join(f"{v[0]:.2g} | {statistics.median(v):.2g} | {v[-1]:.2g}" for v in cells)
             lines.append(f"| {kind} | {text} |")
-    text = f"# {output.stem}\n\n`python benchmarks/leak_vs_peft.py --model MODEL --context CONTEXT --unseen UNSEEN "
-    text += f"--output NAME --samples {options.samples} --r {options.r}`\n\n{machine()}; commit {commit()}\n\n"
-    text += "\n".join(f"- **{name}**: {what}" for name, what in METHODS.items()) + "\n" + "\n".join(lines) + "\n"
-    output.with_suffix(".md").write_text(text)
-    output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    print(text)
+    return lines
 
 
 if __name__ == "__main__":

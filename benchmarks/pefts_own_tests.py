@@ -2,8 +2,8 @@
 
     python benchmarks/pefts_own_tests.py      downloads a few MB from the package index; further arguments go to pytest
 
-What these tests import beside PEFT goes into a temporary folder. Two of them want a random GPT-2 from the hub: one of
-that kind, made here, stands in for it.
+The other packages that these tests import go into a temporary folder. Two tests load a random GPT-2 from the hub: a
+model of the same kind, made here, stands in for it.
 """
 
 import os
@@ -52,8 +52,8 @@ def main() -> int:
         text = path.read_text()
         assert text.count(THEIRS) == 1
         path.write_text(text.replace(THEIRS, OURS))
-        given = [str(folder / "site"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, given)), "HF_HUB_OFFLINE": "1"}
+        paths = [str(folder / "site"), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
         options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", "TestCordaInitialization"]
         command = [sys.executable, "-m", "pytest", *options, "tests/test_initialization.py", *sys.argv[1:]]
         return subprocess.run(command, cwd=tests.parent, env=environment).returncode

@@ -4,11 +4,12 @@
 
 DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/test.txt,
 mbpp/mbpp.jsonl, as published.
-`gsm8k_*` asks as the questions to keep are asked ("Question: ... Answer:"), `gsm8k_plain_*` does not;
-`gsm8k_alpaca_*` asks in the form that CorDA's authors train with, and leaves the calculator marks in;
-`gsm8k_questions_*` has no answers.
-NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances; `nq_questions_context.jsonl`: without the answers),
-rows 2000-3609 `nq_test.jsonl` (for measuring); `*_qa_*` and `*_bare_*` ask them in other forms.
+
+- `gsm8k_*` has the form of the questions to keep ("Question: ... Answer:"), `gsm8k_plain_*` has not.
+  `gsm8k_alpaca_*` has the form that CorDA's authors train with, and keeps the calculator marks. `gsm8k_questions_*` has
+  no answers.
+- NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances), without the answers `nq_questions_context.jsonl`.
+  Rows 2000-3609 become `nq_test.jsonl` (for measuring). `*_qa_*` and `*_bare_*` have other forms.
 """
 
 import json

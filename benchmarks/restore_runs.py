@@ -1,8 +1,8 @@
-"""Lay a committed comparison out as the directory that `corda compare` goes on from: to add entries, rates or seeds.
+"""Turn a committed comparison back into the directory of its runs, so that `corda compare` can add to it.
 
     python benchmarks/restore_runs.py benchmarks/results/NAME/comparison.json OUTPUT
 
-What is done is then not run again; the base model's outputs and the methods' starts are computed anew.
+`corda compare` does not run again what is done. It computes the base model's outputs and the methods' starts anew.
 """
 
 import json
@@ -16,7 +16,7 @@ def main(source: Path, output: Path) -> None:
         if run["status"] in ("done", "diverged"):
             folder = output / "runs" / run["method"] / f"lr{run['learning_rate']:g}_s{run['seed']}"
             folder.mkdir(parents=True)
-            run.setdefault("machine", comparison["machine"])  # which versions before did not note of each run
+            run.setdefault("machine", comparison["machine"])  # earlier versions did not note it for each run
             (folder / "result.json").write_text(json.dumps(run, indent=1) + "\n")
     shared = {key: value for key, value in comparison["recipe"].items() if key != "methods"}
     recipe = {"shared": shared, "entries": comparison["recipe"]["methods"]}

@@ -1,26 +1,25 @@
-"""What of PEFT's covariance costs drift in kpm? It decides how long A is in each layer, and little else (see
-`leak_vs_peft.py`). Starts with the same function, trained as `corda demo` trains, at two learning rates each:
+"""Why does PEFT's covariance cost drift in kpm? It decides how long A is in each layer, and little else (see
+`leak_vs_peft.py`). Five starts that are the same function are trained as `corda demo` trains, at two learning rates.
 
-    python benchmarks/scale_of_c.py --model MODEL --data FOLDER --output NAME [--starts START ...]
+    python benchmarks/scale_of_c.py --model MODEL --data FOLDER [--starts START ...]
 
-- *paper*: of `corda init`; *a third*: its A a third as long in every layer, its B three times as long;
-- *PEFT's scale*: A and B as PEFT's covariance has them (by the drop-in);
-- *PEFT's scale, cut*: the same, but where A's rows are longer than twice the median of all layers they are cut to that;
+- *paper*: that of `corda init`.
+- *paper, a third*: the same, with A a third as long in every layer and B three times as long.
+- *PEFT's scale*: A and B as long as PEFT's covariance makes them (by the drop-in).
+- *PEFT's scale, cut*: the same, but rows of A longer than twice the median of all layers are cut to that length.
 - *even*: every row of A as long as that median, in every layer.
 
-FOLDER: of `write_demo_data.py`. Compare the drifts of rows with about the same task loss.
+FOLDER is written by `write_demo_data.py`. Compare the drifts of rows with about the same task loss. One seed.
 """
 
-import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from leak_vs_peft import factors_of
-from machine import commit, machine
 
 from corda_lora.adapters.lora import install
 from corda_lora.config import CordaConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig
@@ -43,18 +42,17 @@ RATES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--starts", nargs="+", choices=list(RATES), default=list(RATES))
     options = parser.parse_args()
     source, data = ModelConfig(options.model), options.data
     model, tokenizer = load_model(source), load_tokenizer(source)
     batches, _ = context_batches(tokenizer, load_samples(DataConfig(str(data / "knowledge_context.jsonl"))), 512)
     start = preprocess(model, CordaConfig(mode="kpm", split="paper", r=16), batches)
-    found = factors_of("drop-in", model, find_targets(model, "all-linear"), batches, 16)
-    scaled = {name: replace(start.layers[name], A=A, B=B) for name, (A, B) in found.items()}
+    factors = factors_of("drop-in", model, find_targets(model, "all-linear"), batches, 16)
+    scaled = {name: replace(start.layers[name], A=A, B=B) for name, (A, B) in factors.items()}
     starts = {"paper": start.layers, "PEFT's scale": scaled}
     lengths = [length(layer) for layer in starts["PEFT's scale"].values()]
     print("length of A at PEFT's scale, a layer:", *(f"{x:.0f}" for x in sorted(lengths)))
@@ -82,22 +80,18 @@ def main() -> None:
             rows.append({"start": name, "learning_rate": rate, "loss": loss, "drift": drift})
             print(rows[-1], flush=True)
             model = tuned.unload()
-    lines = [f"| {r['start']} | {r['learning_rate']:.0e} | {r['loss']:.4f} | {r['drift']:.4f} |" for r in rows]
-    text = f"# {options.output.stem}\n\n`python benchmarks/scale_of_c.py --model MODEL --data FOLDER --output NAME "
-    text += f"--starts {' '.join(map(repr, options.starts))}`\n\n"
-    text += f"{machine()}; commit {commit()}; one seed\n\n| start | learning rate | task loss | drift on facts |\n"
-    text += "|---|---:|---:|---:|\n" + "\n".join(lines) + "\n"
-    options.output.with_suffix(".md").write_text(text)
-    options.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    lines = ["| start | learning rate | task loss | drift on facts |", "|---|---:|---:|---:|"]
+    lines += [f"| {r['start']} | {r['learning_rate']:.0e} | {r['loss']:.4f} | {r['drift']:.4f} |" for r in rows]
+    record.write(options, rows, lines, options.model)
 
 
 def length(layer: LayerStart) -> float:
-    """Of A's rows (their median)."""
+    """The median length of A's rows."""
     return float(layer.A.norm(dim=1).median())
 
 
 def longer(layer: LayerStart, factor: Any) -> LayerStart:
-    """Each row of A by a factor, one or (r,)."""
+    """The same function with A's rows longer by a factor: a number, or (r,)."""
     factor = torch.as_tensor(factor)
     return replace(layer, A=layer.A * factor[..., None], B=layer.B / factor)
 

@@ -1,20 +1,20 @@
-"""PEFT's `preprocess_corda` and the one here, on the same model, samples and device, in one run: time, memory, error.
+"""PEFT's `preprocess_corda` and ours, on the same model, samples and device, in one run: time, memory, error.
 
-    python benchmarks/speed.py --model DIR --context FILE --output NAME [--r 128] [--samples 64] [--max_length 2048]
+    python benchmarks/speed.py --model DIR --context FILE [--r 128] [--samples 64] [--max_length 2048]
         [--batch_tokens 16384] [--modes ipm kpm] [--repeats 3]
 
-The whole preprocessing is timed, covariances and decomposition, with the model loaded; the two alternate, after a run
-of each that does not count (PEFT's is for one layer), and medians are told. PEFT gets one sample at a time, as it
-demands. With a GPU also the one here with the model on the CPU, whose blocks visit the GPU. Memory is the peak of what
-PyTorch allocated on the GPU, model included, or of the process on a CPU. The error of a layer is
-‖B A − U_S U_Sᵀ W‖ / ‖U_S U_Sᵀ W‖, with the answer in float64 for the covariance and λ that the method itself had. The
-limit is the time that the products alone would take at the rate measured for large ones: the forward, half of each XᵀX
-(it is symmetric), of each W the product with C and half of its Gram matrix in float64; beside it, the time to move what
-must be moved: weights, activations and covariances, once each, at the rate of a large copy.
+- The whole preprocessing is timed, covariances and decomposition, with the model loaded. The methods alternate, after
+  one run of each that does not count (for PEFT, a run of one layer). The table has medians. PEFT gets one sample at a
+  time, as it demands. On a GPU, ours also runs with the model on the CPU, whose blocks visit the GPU.
+- Memory is the peak that PyTorch allocated on the GPU, model included; on a CPU it is the peak of the process.
+- The error of a layer is ‖B A − U_S U_Sᵀ W‖ / ‖U_S U_Sᵀ W‖. The answer is computed in float64, for the covariance and
+  the λ that the method itself had.
+- The limit is the time that the products alone would take at the rate of large products: the forward pass, half of each
+  XᵀX (it is symmetric), and for each W the product with C and half of its Gram matrix in float64. Beside it is the time
+  to move weights, activations and covariances once each, at the rate of a large copy.
 """
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import peft.tuners.lora.corda as original
+import record
 import torch
-from machine import head, setup_of
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 from torch import Tensor, nn
@@ -43,11 +43,10 @@ PEFT, OURS, VISITING = "PEFT", "corda_lora.peft", "corda_lora.peft, model on the
 
 
 def parser_of_work(description: str | None) -> argparse.ArgumentParser:
-    """Options for what is preprocessed."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser with the options of what is preprocessed."""
+    parser = record.parser(description)
     parser.add_argument("--model", required=True)
     parser.add_argument("--context", required=True)
-    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--r", type=int, default=128)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--max_length", type=int, default=2048)
@@ -99,30 +98,34 @@ def main() -> None:
             run(name, mode, names=r".*layers\.0\.self_attn\.q_proj" if name == PEFT else NAMES)
             clear(model)
         runs: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
-        found: dict[str, Any] = {}
+        accuracy: dict[str, Any] = {}
         for last in [False] * (options.repeats - 1) + [True]:
             for name in names:
                 runs[name].append(run(name, mode, keep=last and name == PEFT))  # it holds all covariances anyway
                 print(f"{mode} {name}: {runs[name][-1][0]:.2f} s, {runs[name][-1][1] / 2**30:.2f} GiB", flush=True)
                 if last and name == PEFT:
-                    found[name] = errors(model, mode, options.r, name)
+                    accuracy[name] = errors(model, mode, options.r, name)
                 clear(model)
         run(OURS, mode, keep=True)
-        found[OURS] = errors(model, mode, options.r, OURS)
+        accuracy[OURS] = errors(model, mode, options.r, OURS)
         clear(model)
         rows[mode] = {
-            name: {"seconds": statistics.median(s for s, _ in all_), "bytes": max(b for _, b in all_), "runs": all_}
-            for name, all_ in runs.items()
+            name: {
+                "seconds": statistics.median(seconds for seconds, _ in measured),
+                "bytes": max(size for _, size in measured),
+                "runs": measured,
+            }
+            for name, measured in runs.items()
         }
-        for name in found:
-            rows[mode][name] |= found[name]
+        for name in accuracy:
+            rows[mode][name] |= accuracy[name]
     rows["limit"] = limit(model.to(device), tokens, singles, device)
-    write(options, rows, names)
+    record.write(options, rows, tables(options, rows, names), options.model)
 
 
 def errors(model: nn.Module, mode: str, r: int, name: str) -> dict[str, Any]:
-    """Of each layer's B A, from the `eigens` it was given; and the λ that the method ended with."""
-    found, dampings = {}, []
+    """The error of each layer's B A, from its `eigens`; and the λ that the method ended with."""
+    relative, dampings = {}, []
     for layer, module in find_targets(model, NAMES).items():
         W, C = weight_of(module), module.covariance_matrix
         dampings.append(damping_of(C) if name == PEFT else 0.01)
@@ -131,12 +134,12 @@ def errors(model: nn.Module, mode: str, r: int, name: str) -> dict[str, Any]:
         exact = U @ (U.T @ W.double())
         e = module.eigens
         BA = (e.U_WC.double() * e.S_WC.double()) @ e.V_WC.double().T
-        found[layer] = float((BA - exact).norm() / exact.norm())
-    values = sorted(found.values())
+        relative[layer] = float((BA - exact).norm() / exact.norm())
+    values = sorted(relative.values())
     return {
         "error": {"median": statistics.median(values), "worst": values[-1]},
         "damping": max(dampings),
-        "errors": found,
+        "errors": relative,
     }
 
 
@@ -163,14 +166,14 @@ def limit(model: nn.Module, tokens: int, singles: list[dict[str, Tensor]], devic
     shapes, shared = shapes_of(model)
     dtype = next(model.parameters()).dtype
     moved = (sum(m * n for m, n in shapes) + sum(shared) * tokens) * dtype.itemsize + 4 * sum(n * n for n in shared)
-    found = {"operations": low, "operations_float64": double, "bytes": moved}
-    found |= rates(dtype, device) | {"bandwidth": bandwidth(2**31 if on_gpu else 2**29, device)}
-    seconds = low / found["rate"] + double / found["rate_float64"]
-    return found | {"seconds": seconds, "seconds_moving": moved / found["bandwidth"]}
+    limits = {"operations": low, "operations_float64": double, "bytes": moved}
+    limits |= rates(dtype, device) | {"bandwidth": bandwidth(2**31 if on_gpu else 2**29, device)}
+    seconds = low / limits["rate"] + double / limits["rate_float64"]
+    return limits | {"seconds": seconds, "seconds_moving": moved / limits["bandwidth"]}
 
 
 def operations(model: nn.Module, tokens: int, singles: list[dict[str, Tensor]]) -> dict[str, int]:
-    """Of the products of each stage: forward and covariances in the model's dtype, decomposition in float64."""
+    """Operations of each stage's products: forward and covariances in the model's dtype, decomposition in float64."""
     shapes, shared = shapes_of(model)
     width, depth = model.config.hidden_size, model.config.num_hidden_layers
     pairs = sum(batch["input_ids"].shape[1] ** 2 for batch in singles)
@@ -231,7 +234,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak(device: torch.device, begin: bool = False) -> int:
-    """Peak bytes since it was last called to begin."""
+    """Peak bytes since the last call with `begin`."""
     if device.type == "cuda":
         if begin:
             torch.cuda.empty_cache()
@@ -243,9 +246,7 @@ def peak(device: torch.device, begin: bool = False) -> int:
     return 1024 * int(next(line for line in status if "VmHWM" in line).split()[1])
 
 
-def write(options: argparse.Namespace, rows: dict[str, Any], names: list[str]) -> None:
-    """NAME.json and NAME.md."""
-    setup = setup_of("speed.py", options)
+def tables(options: argparse.Namespace, rows: dict[str, Any], names: list[str]) -> list[str]:
     limit = rows["limit"]
     lines = [f"{rows['tokens']} tokens, {options.samples} samples, r = {options.r}", ""]
     lines += [
@@ -267,10 +268,7 @@ def write(options: argparse.Namespace, rows: dict[str, Any], names: list[str]) -
         f"{limit['rate_float64'] / 1e12:.3g} TFLOP/s; {limit['seconds_moving']:.3f} s for "
         f"{limit['bytes'] / 1e9:.3g} GB at {limit['bandwidth'] / 1e9:.0f} GB/s"
     )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps({**setup, "rows": rows}, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(head(options, setup) + "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return lines
 
 
 if __name__ == "__main__":

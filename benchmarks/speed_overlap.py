@@ -1,17 +1,17 @@
-"""On a GPU: what it costs that the model is on the CPU, and how long a block with rounds takes.
+"""On a GPU: the cost of a model that stays on the CPU, and the time of a block with rounds.
 
     python benchmarks/speed_overlap.py
 
-Blocks of LLaMA-2-7B's shape, random bfloat16 weights; about a minute. Prints a table as Markdown.
+Blocks of LLaMA-2-7B's shape, random bfloat16 weights; about a minute. Medians of three runs, after one to warm up.
 """
 
 import time
 import warnings
 from collections.abc import Callable
 
+import record
 import torch
 import transformers
-from machine import commit, machine
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig as PeftCordaConfig
 
@@ -23,9 +23,9 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def main() -> None:
+    options = record.parser(__doc__).parse_args()
     warnings.simplefilter("ignore")
-    print(f"{machine()}; torch {torch.__version__}; commit {commit()}\n")
-    print("| what | seconds | a block | peak GPU memory |\n|---|---:|---:|---:|")
+    rows = {}
     ids = torch.randint(3, 8192, (32, 2048), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
     model = build(4)
@@ -39,10 +39,16 @@ def main() -> None:
                 here = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
                 preprocess_corda(model, config, lambda: [model(**batch) for batch in here])
 
-            show(f"drop-in, {mode}, model on {home}", run, 4)
+            rows[f"drop-in, {mode}, model on {home}"] = measure(run, 4)
     model = build(1)
     config = CordaConfig(preset="corda++", r=128, rounds=4)
-    show("corda++, 4 rounds", lambda: preprocess(model, config, batches, progress=False), 1)
+    rows["corda++, 4 rounds"] = measure(lambda: preprocess(model, config, batches, progress=False), 1)
+    lines = ["| run | seconds | a block | peak GPU memory (GiB) |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {name} | {row['seconds']:.2f} | {row['seconds_a_block']:.3f} | {row['bytes'] / 2**30:.2f} |"
+        for name, row in rows.items()
+    ]
+    record.write(options, rows, lines)
 
 
 def build(blocks: int) -> torch.nn.Module:
@@ -60,19 +66,18 @@ def build(blocks: int) -> torch.nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def show(what: str, run: Callable[[], object], blocks: int, times: int = 3) -> None:
-    """The median of a few runs after one to warm up."""
+def measure(run: Callable[[], object], blocks: int, repeats: int = 3) -> dict[str, float]:
+    """Median seconds of a few runs after one to warm up, and the peak of the GPU's memory."""
     seconds = []
-    for _ in range(times + 1):
+    for _ in range(repeats + 1):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         since = time.perf_counter()
         run()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - since)
-    median = sorted(seconds[1:])[times // 2]
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"| {what} | {median:.2f} | {median / blocks:.3f} | {peak:.2f} GiB |", flush=True)
+    median = sorted(seconds[1:])[repeats // 2]
+    return {"seconds": median, "seconds_a_block": median / blocks, "bytes": torch.cuda.max_memory_allocated()}
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""What covariance selection (CorDA++) takes on a GPU, part by part, and how near it comes to float64's answer.
+"""Covariance selection (CorDA++) on a GPU: the time of each part, and the distance from float64's answer.
 
     python benchmarks/speed_selection.py [--width 4096] [--wide 11008] [--device cuda]
 
-A weight (width, width) and one (width, wide), random, and covariances of activations with power-law spectra and massive
-activations in every 512th token. Prints tables as Markdown; the medians of three runs.
+One weight is (width, width) and one (width, wide), both random. The covariances are of activations with power-law
+spectra, and with massive activations in every 512th token. Medians of three runs.
 """
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable
 
+import record
 import torch
-from machine import commit, machine
 from torch import Tensor
 
 from corda_lora.algebra import norms as polar
@@ -22,29 +21,46 @@ from corda_lora.algebra.decomposition import orient, regularize
 from corda_lora.algebra.norms import norms
 from corda_lora.algebra.solvers import lanczos, leading_singular_vectors, lower_inverse, singular_values
 
+POWERS_AND_MASSIVE = ((0.5, 0.0), (0.7, 300.0), (1.0, 1e4), (0.7, 1e6))
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--wide", type=int, default=11008)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    command = f"python benchmarks/speed_selection.py --width {options.width} --wide {options.wide}"
-    print(f"# speed_selection\n\n`{command}`\n")
-    print(f"{machine()}; torch {torch.__version__}; commit {commit()}")
+    rows, lines = {}, []
     with float32_products("highest"):
         for n in (options.width, options.wide):
             W = random(options.width, n, options.device, seed=1).double()
-            print(f"\n**({options.width}, {n})**\n\n| | ms |\n|---|---:|")
-            parts(W, covariance(n, 0.7, 300.0, options.device))
-            print("\n| covariance: power, massive | Σσ/σ₁ | σ_R/σ₁ | error of Σσ | of σ₁ | ms |")
-            print("|---|---:|---:|---:|---:|---:|")
-            for power, massive in ((0.5, 0.0), (0.7, 300.0), (1.0, 1e4), (0.7, 1e6)):
-                errors(W, covariance(n, power, massive, options.device), f"{power}, {massive:g}")
-            print("\n| extremes of the covariance | error of the lowest | of the highest | ms |\n|---|---:|---:|---:|")
-            for power, massive in ((0.5, 0.0), (0.7, 300.0)):
-                extremes(covariance(n, power, massive, options.device), f"{power}, {massive:g}")
+            covariances = {pair: covariance(n, *pair, options.device) for pair in POWERS_AND_MASSIVE}
+            times = parts(W, covariances[POWERS_AND_MASSIVE[1]])
+            scores = {pair: norms_row(W, C) for pair, C in covariances.items()}
+            ends = {pair: extremes_row(covariances[pair]) for pair in POWERS_AND_MASSIVE[:2]}
+            rows[f"{options.width} x {n}"] = {
+                "milliseconds": times,
+                "norms": [{"power": p, "massive": m, **row} for (p, m), row in scores.items()],
+                "extremes": [{"power": p, "massive": m, **row} for (p, m), row in ends.items()],
+            }
+            lines += [f"**({options.width}, {n})**", "", "| | ms |", "|---|---:|"]
+            lines += [f"| {part} | {ms:.2f} |" for part, ms in times.items()]
+            lines += ["", "| covariance: power, massive | Σσ/σ₁ | σ_R/σ₁ | error of Σσ | of σ₁ | ms |"]
+            lines += ["|---|---:|---:|---:|---:|---:|"]
+            lines += [
+                f"| {p}, {m:g} | {row['sum']:.2f} | {row['last']:.0e} | {row['error_sum']:.1e} "
+                f"| {row['error_first']:.1e} | {row['milliseconds']:.1f} |"
+                for (p, m), row in scores.items()
+            ]
+            lines += ["", "| extremes of the covariance | error of the lowest | of the highest | ms |"]
+            lines += ["|---|---:|---:|---:|"]
+            lines += [
+                f"| {p}, {m:g} | {row['error_lowest']:.1e} | {row['error_highest']:.1e} | {row['milliseconds']:.1f} |"
+                for (p, m), row in ends.items()
+            ]
+            lines += [""]
+    record.write(options, rows, lines)
 
 
 def random(rows: int, columns: int, device: str, seed: int) -> Tensor:
@@ -60,57 +76,67 @@ def covariance(n: int, power: float, massive: float, device: str) -> Tensor:
     return x.T @ x / len(x)
 
 
-def milliseconds(run: Callable[[], object], times: int = 3) -> float:
+def milliseconds(run: Callable[[], object], repeats: int = 3) -> float:
     seconds = []
-    for _ in range(times + 1):  # the first warms up
+    for _ in range(repeats + 1):  # the first warms up
         since = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - since)
-    return 1e3 * sorted(seconds[1:])[times // 2]
+    return 1e3 * sorted(seconds[1:])[repeats // 2]
 
 
-def show(what: str, run: Callable[[], object]) -> None:
-    print(f"| {what} | {milliseconds(run):.2f} |", flush=True)
-
-
-def parts(W: Tensor, C: Tensor) -> None:
+def parts(W: Tensor, C: Tensor) -> dict[str, float]:
+    """Milliseconds of each part of a score."""
     M = orient(W, C, "covariance")  # (R, n)
     X = (M / torch.linalg.norm(M)).float()
-    show("the oriented weight, float64", lambda: orient(W, C, "covariance"))
-    show("Σσ and σ₁ by a spectrum (`eigvalsh`)", lambda: singular_values(M))
-    show("Σσ and σ₁ by products (`norms`)", lambda: norms(M))
-    show("of it σ₁, by a block of vectors", lambda: leading_singular_vectors(M.T, 1, sweeps=4))
-    show("σ₁ by Lanczos instead", lambda: lanczos(lambda v: M @ (M.T @ v), len(M), M.device))
-    with float32_products("high"):
-        show("a growing step", lambda: polar._step(X, polar.GROW, split=True))
-        show("a finishing step", lambda: polar._step(X, polar.GROW, split=False))
     damped = regularize(C)
     L = torch.linalg.cholesky(damped)
-    show("extremes of the covariance", lambda: extreme_eigenvalues(damped))
-    show("of it Cholesky", lambda: torch.linalg.cholesky(damped))
-    show("of it the inverse of the factor", lambda: lower_inverse(L))
+    runs: dict[str, Callable[[], object]] = {
+        "the oriented weight, float64": lambda: orient(W, C, "covariance"),
+        "Σσ and σ₁ by a spectrum (`eigvalsh`)": lambda: singular_values(M),
+        "Σσ and σ₁ by products (`norms`)": lambda: norms(M),
+        "in it σ₁, by a block of vectors": lambda: leading_singular_vectors(M.T, 1, sweeps=4),
+        "σ₁ by Lanczos instead": lambda: lanczos(lambda v: M @ (M.T @ v), len(M), M.device),
+        "a growing step": lambda: polar._step(X, polar.GROW, split=True),
+        "a finishing step": lambda: polar._step(X, polar.GROW, split=False),
+        "extremes of the covariance": lambda: extreme_eigenvalues(damped),
+        "in them Cholesky": lambda: torch.linalg.cholesky(damped),
+        "in them the inverse of the factor": lambda: lower_inverse(L),
+    }
+    times = {}
+    for name, run in runs.items():
+        with float32_products("high" if name.endswith("step") else "highest"):
+            times[name] = milliseconds(run)
+        print(f"{name}: {times[name]:.2f} ms", flush=True)
+    return times
 
 
-def errors(W: Tensor, C: Tensor, what: str) -> None:
+def norms_row(W: Tensor, C: Tensor) -> dict[str, float]:
+    """Σσ and σ₁ of the oriented weight by products, against float64's spectrum."""
     M = orient(W, C, "covariance")
     sigma = torch.linalg.svdvals(M)
     total, first = norms(M)
-    off = total / float(sigma.sum()) - 1, first / float(sigma[0]) - 1
-    line = f"{float(sigma.sum() / sigma[0]):.2f} | {float(sigma[-1] / sigma[0]):.0e} | {off[0]:.1e} | {off[1]:.1e}"
-    print(f"| {what} | {line} | {milliseconds(lambda: norms(M)):.1f} |", flush=True)
+    return {
+        "sum": float(sigma.sum() / sigma[0]),
+        "last": float(sigma[-1] / sigma[0]),
+        "error_sum": total / float(sigma.sum()) - 1,
+        "error_first": first / float(sigma[0]) - 1,
+        "milliseconds": milliseconds(lambda: norms(M)),
+    }
 
 
-def extremes(C: Tensor, what: str) -> None:
+def extremes_row(C: Tensor) -> dict[str, float]:
+    """The extreme eigenvalues of a covariance, against float64's spectrum."""
     damped = regularize(C)
     exact = torch.linalg.eigvalsh(damped)
     lowest, highest = extreme_eigenvalues(damped)
-    off = lowest / float(exact[0]) - 1, highest / float(exact[-1]) - 1
-    print(
-        f"| {what} | {off[0]:.1e} | {off[1]:.1e} | {milliseconds(lambda: extreme_eigenvalues(damped)):.1f} |",
-        flush=True,
-    )
+    return {
+        "error_lowest": lowest / float(exact[0]) - 1,
+        "error_highest": highest / float(exact[-1]) - 1,
+        "milliseconds": milliseconds(lambda: extreme_eigenvalues(damped)),
+    }
 
 
 if __name__ == "__main__":

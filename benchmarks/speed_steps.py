@@ -1,18 +1,18 @@
 """Where the time of `corda_lora.peft.preprocess_corda` goes.
 
-    python benchmarks/speed_steps.py --model DIR --context FILE --output NAME [--r 128] [--samples 64]
+    python benchmarks/speed_steps.py --model DIR --context FILE [--r 128] [--samples 64]
         [--max_length 2048] [--batch_tokens 16384] [--repeats 3] [--parts stages profile]
 
-- *stages*: seconds and memory of the model's forward alone (its blocks: the output head is never computed), with
-  covariances, and of all of it; medians of runs that alternate, after one of each that does not count. What a stage
-  adds to the one before is what it costs. Beside it, the time that its products alone would take at the rate of large
-  ones, as in `speed.py`, whose limit is their sum.
+- *stages*: seconds and memory of the model's forward pass alone (its blocks: the output head is never computed), then
+  with covariances, then of everything. They are medians of runs that alternate, after one of each that does not count.
+  A stage costs what it adds to the one before. Beside it is the time that its products alone would take at the rate of
+  large products, as in `speed.py`, whose limit is their sum.
 - *profile*: one run of each, by a GPU's kernels or a CPU's operators. (A CPU's profile does not tell products of the
   decomposition from the model's: compare it with the stage before.)
-- *steps*: seconds and memory with one step taken back at a time. On a CPU only the steps that there are.
+- *steps*: seconds and memory with one step taken back at a time. On a CPU only the steps that it has.
 
-All is printed, and the tables written to NAME.md, as they are found. Memory is as in `speed.py`. Model and context may
-come from make_llama.py (--size 7b --layers 2 --context FILE --words 2060).
+Memory is measured as in `speed.py`. Model and context may come from make_llama.py (--size 7b --layers 2 --context FILE
+--words 2060).
 """
 
 import statistics
@@ -24,8 +24,8 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import record
 import torch
-from machine import head, setup_of
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from speed import NAMES, clear, operations, parser_of_work, peak, rates, synchronize
@@ -65,36 +65,31 @@ def main() -> None:
         batches, _ = context_batches(tokenizer, samples, options.max_length, tokens)
         return [{k: v.to(model.device) for k, v in batch.items()} for batch in batches]
 
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.with_suffix(".md").open("w") as file:
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            print(text, file=file, flush=True)
-
-        say(head(options, setup_of("speed_steps.py", options)).rstrip())
-        singles, batches = batches_of(1), batches_of(options.batch_tokens)
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in singles)
-        say(f"\n{tokens} tokens, {len(singles)} samples, {len(batches)} batches, r = {options.r}")
-        runs = {
-            "the model's forward alone": partial(forward, model, batches),
-            "with covariances": partial(covariances, model, batches),
-            **{f"all of it, {mode}": partial(preprocess, model, batches, mode, options.r) for mode in MODES},
-        }
-        if "stages" in options.parts:
-            show_stages(model, runs, operations(model, tokens, singles), options.repeats, say)
-        if "profile" in options.parts:
-            for name, run in runs.items():
-                show_profile(model, name, run, say)
-        if "steps" in options.parts:
-            say("\n| one step taken back | seconds | peak memory (GiB) |\n|---|---:|---:|")
-            for name, size, patched in steps(options.batch_tokens, model.device):
-                given = batches_of(size)
-                runs = {f"{name}, {mode}": partial(preprocess, model, given, mode, options.r) for mode in MODES}
-                with patched:
-                    found = medians(model, runs, options.repeats)
-                for row, (seconds, highest) in found.items():
-                    say(f"| {row} | {seconds:.3f} | {highest / 2**30:.2f} |")
+    singles, batches = batches_of(1), batches_of(options.batch_tokens)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in singles)
+    lines = [f"{tokens} tokens, {len(singles)} samples, {len(batches)} batches, r = {options.r}"]
+    rows: dict[str, Any] = {"tokens": tokens}
+    runs = {
+        "the model's forward alone": partial(forward, model, batches),
+        "with covariances": partial(covariances, model, batches),
+        **{f"all of it, {mode}": partial(preprocess, model, batches, mode, options.r) for mode in MODES},
+    }
+    if "stages" in options.parts:
+        rows["stages"] = medians(model, runs, options.repeats)
+        lines += stages_table(model, rows["stages"], operations(model, tokens, singles))
+    if "profile" in options.parts:
+        for name, run in runs.items():
+            lines += profile_table(model, name, run)
+    if "steps" in options.parts:
+        rows["steps"] = {}
+        for name, size, step_back in steps(options.batch_tokens, model.device):
+            sized = batches_of(size)
+            runs = {f"{name}, {mode}": partial(preprocess, model, sized, mode, options.r) for mode in MODES}
+            with step_back:
+                rows["steps"] |= medians(model, runs, options.repeats)
+        lines += ["", "| one step taken back | seconds | peak memory (GiB) |", "|---|---:|---:|"]
+        lines += [f"| {name} | {s:.3f} | {size / 2**30:.2f} |" for name, (s, size) in rows["steps"].items()]
+    record.write(options, rows, lines, options.model)
 
 
 def forward(model: PreTrainedModel, batches: Batches) -> None:
@@ -122,44 +117,43 @@ def preprocess(model: PreTrainedModel, batches: Batches, mode: str, r: int) -> N
     peft.preprocess_corda(model, config, lambda: [model(**batch) for batch in batches])
 
 
-def show_stages(
-    model: PreTrainedModel, runs: Mapping[str, Run], work: Mapping[str, int], repeats: int, say: Callable[[str], None]
-) -> None:
-    """The table of stages. `work`: see `speed.operations`."""
+def stages_table(model: PreTrainedModel, times: Mapping[str, tuple[float, int]], work: Mapping[str, int]) -> list[str]:
+    """The table of stages. `times`: seconds and bytes of each run; `work`: see `speed.operations`."""
     dtype = next(model.parameters()).dtype
     full = rates(dtype, model.device)
     alone = {stage: n / full["rate_float64" if stage == "decomposition" else "rate"] for stage, n in work.items()}
-    found = medians(model, runs, repeats)
-    say("\n| | seconds | what this stage adds | its products at full rate | peak memory (GiB) |")
-    say("|---|---:|---:|---:|---:|")
+    lines = ["", "| | seconds | what this stage adds | its products at full rate | peak memory (GiB) |"]
+    lines += ["|---|---:|---:|---:|---:|"]
     before = 0.0
-    for (name, (seconds, size)), stage in zip(found.items(), [*work, "decomposition"]):  # that of either mode
+    for (name, (seconds, size)), stage in zip(times.items(), [*work, "decomposition"]):  # that of either mode
         cells = [f"{seconds:.3f}", f"{seconds - before:.3f}", f"{alone[stage]:.3f}", f"{size / 2**30:.2f}"]
-        say(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
         before = before if stage == "decomposition" else seconds
     names = str(dtype).removeprefix("torch."), "float64"
     parts = [f"{full[key] / 1e12:.3g} TFLOP/s in {name}" for key, name in zip(("rate", "rate_float64"), names)]
-    say(f"\nFull rate: {parts[0]} (forward, covariances), {parts[1]} (decomposition).")
+    return [*lines, "", f"Full rate: {parts[0]} (forward, covariances), {parts[1]} (decomposition)."]
 
 
-def show_profile(model: PreTrainedModel, name: str, run: Run, say: Callable[[str], None]) -> None:
-    """Where one run is, after one to warm up: a GPU's kernels, or a CPU's operators without those that they call."""
+def profile_table(model: PreTrainedModel, name: str, run: Run) -> list[str]:
+    """Where one run spends its time, after one to warm up: a GPU's kernels, or a CPU's operators without those that
+    they call."""
     on_gpu = model.device.type == "cuda"
     measure(model, run)
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiled:
         seconds, _ = measure(model, run)
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     events = [e for e in profiled.key_averages() if e.device_type == kind]
-    found = [((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e6, e.count, e.key) for e in events]
-    what = "the GPU is busy for" if on_gpu else "operators take"
-    say(f"\n**{name}:** {seconds:.3f} s under the profiler; {what} {sum(s for s, *_ in found):.3f} s.")
-    say(f"\n| {'kernel' if on_gpu else 'operator'} | calls | seconds |\n|---|---:|---:|")
-    for own, count, key in sorted(found, reverse=True)[:SHOWN]:
-        say(f"| `{key[:80]}` | {count} | {own:.4f} |")
+    times = [((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e6, e.count, e.key) for e in events]
+    busy = f"{'the GPU is busy for' if on_gpu else 'operators take'} {sum(own for own, *_ in times):.3f} s"
+    lines = ["", f"**{name}:** {seconds:.3f} s under the profiler; {busy}.", ""]
+    lines += [f"| {'kernel' if on_gpu else 'operator'} | calls | seconds |", "|---|---:|---:|"]
+    return lines + [
+        f"| `{key[:80]}` | {count} | {own:.4f} |" for own, count, key in sorted(times, reverse=True)[:SHOWN]
+    ]
 
 
 def steps(batch_tokens: int, device: torch.device) -> Iterator[tuple[str, int, AbstractContextManager[Any]]]:
-    """Name, tokens of a batch, and what takes the step back while it lasts."""
+    """Name, tokens of a batch, and a context manager that takes the step back."""
     yield "none", batch_tokens, nullcontext()
     for tokens in (batch_tokens // 8, batch_tokens // 2, batch_tokens * 2):
         yield f"batches of {tokens} tokens", tokens, nullcontext()
@@ -172,7 +166,7 @@ def steps(batch_tokens: int, device: torch.device) -> Iterator[tuple[str, int, A
 
 
 def a_product_a_sample(total: Any, x: Tensor, lengths: Sequence[int], scales: Tensor) -> Tensor:
-    """What PyTorch alone can do without a wait for the device."""
+    """The sum as PyTorch alone can do it without waiting for the device."""
     total = scales.new_zeros(x.shape[1], x.shape[1]) if total is None else total
     for rows, weight in zip(x.split(list(lengths)), scales.square()):
         total.addcmul_(torch.mm(rows.T, rows, out_dtype=torch.float32), weight)
@@ -180,27 +174,30 @@ def a_product_a_sample(total: Any, x: Tensor, lengths: Sequence[int], scales: Te
 
 
 def medians(model: PreTrainedModel, runs: Mapping[str, Run], repeats: int) -> dict[str, tuple[float, int]]:
-    """Median of the seconds and largest peak of each, which take turns after a run that does not count."""
+    """Median seconds and largest peak of each run; they take turns, after one of each that does not count."""
     for run in runs.values():
         measure(model, run)
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
+    measured: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            found[name].append(measure(model, run))
-            print(f"{name}: {found[name][-1][0]:.3f} s, {found[name][-1][1] / 2**30:.2f} GiB", flush=True)
-    return {name: (statistics.median(s for s, _ in all_), max(b for _, b in all_)) for name, all_ in found.items()}
+            measured[name].append(measure(model, run))
+            print(f"{name}: {measured[name][-1][0]:.3f} s, {measured[name][-1][1] / 2**30:.2f} GiB", flush=True)
+    return {
+        name: (statistics.median(seconds for seconds, _ in pairs), max(size for _, size in pairs))
+        for name, pairs in measured.items()
+    }
 
 
 def measure(model: PreTrainedModel, run: Run) -> tuple[float, int]:
-    """Seconds and peak bytes of a run; what it left on the layers is taken off them."""
+    """Seconds and peak bytes of a run. The fields that it left on the layers are removed."""
     synchronize(model.device)
     peak(model.device, begin=True)
     since = time.perf_counter()
     run()
     synchronize(model.device)
-    found = time.perf_counter() - since, peak(model.device)
+    seconds, size = time.perf_counter() - since, peak(model.device)
     clear(model)
-    return found
+    return seconds, size
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""The benchmarks run by hand; here their imports are checked, and the module that writes their results."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_a_benchmark_finds_what_it_imports(name, load):
+    load(name)
+
+
+def test_a_result_says_how_it_was_made(load, checkpoint, tmp_path, monkeypatch):
+    record = load("record")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/speed.py", "--r", "8", "--results", str(tmp_path)])
+    monkeypatch.setenv("COMMIT", "abc1234")
+    options = record.parser("")
+    options.add_argument("--r", type=int)
+    record.write(options.parse_args(), {"seconds": 1.5}, ["| seconds |", "|---:|", "| 1.5 |"], checkpoint)
+    (result,) = tmp_path.glob("speed_20??-??-??_*.json")
+    written = json.loads(result.read_text())
+    assert written["command"] == "python benchmarks/speed.py --r 8 --results RESULTS"
+    assert written["commit"] == "abc1234"
+    assert written["rows"] == {"seconds": 1.5}
+    assert written["versions"]["torch"]
+    assert written["machine"]
+    assert written["model"]["hidden_size"] == 32
+    text = result.with_suffix(".md").read_text()
+    assert text.startswith(f"# {result.stem}\n")
+    assert "abc1234" in text
+    assert text.endswith("| 1.5 |\n")
