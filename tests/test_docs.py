@@ -121,9 +121,11 @@ def run_command(words: list[str], capsys: Any) -> None:
         main(words[1:])
     elif words[:1] == ["make"]:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), words
-    elif words[:1] in (["python"], ["pytest"]) or words[:3] == ["python", "-m", "pytest"]:
-        for word in words:
-            assert "/" not in word or (ROOT / word.partition("::")[0]).exists() or word.isupper(), words
+    elif words and Path(words[0]).name == "python":
+        for word in words[1:]:
+            path, _, test = word.partition("::")
+            assert "/" not in word or (ROOT / path).exists(), words
+            assert f"def {test}(" in (ROOT / path).read_text() if test else True, words
     elif words:
         assert words[0] in ("pip", "git"), f"nothing is known of the command {shlex.join(words)}"
 

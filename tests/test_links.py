@@ -1,4 +1,4 @@
-"""Every relative link of the Markdown files leads to a file, and every `#anchor` to a heading."""
+"""Relative links of Markdown files lead to files, `#anchors` to headings, and CONTRIBUTING.md names real files."""
 
 import re
 from pathlib import Path
@@ -35,3 +35,14 @@ def test_relative_links_lead_somewhere(page):
         assert path.exists(), f"{page.relative_to(ROOT)} links to {link}, which is not there"
         if anchor and path.suffix == ".md":
             assert anchor in anchors(path), f"{page.relative_to(ROOT)} links to {link}: no such heading"
+
+
+def test_contributing_names_files_and_functions_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "src/corda_lora"
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+        assert (package / name).exists() or (ROOT / name).exists(), f"CONTRIBUTING.md names {name}, which is not there"
+    for file, names in re.findall(r"`([\w/]+\.py)` \((`\w+`(?:, `\w+`)*)\)", text):
+        code = (package / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(?:def|class) {name}\b", code, flags=re.MULTILINE), f"{file} has no {name}"
