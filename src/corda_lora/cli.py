@@ -344,12 +344,14 @@ def compare(options: Namespace) -> None:
         multiprocessing.get_context("forkserver").set_forkserver_preload(["corda_lora.compare.runner"])
         forkserver.ensure_running()
     from .compare.runner import compare as run_comparison
+    from .report.report import write_report
 
     command = shlex.join(["corda", *options.given])
     if not options.jobs:  # a report of what is done: to run it again, it takes the rest
         command = re.sub(r" --jobs[ =]0\b", "", command)
     gpus = [gpu for gpu in options.gpus.split(",") if gpu]
-    run_comparison(source, config, options.output, options.jobs, gpus, command)
+    comparison = run_comparison(source, config, options.output, options.jobs, gpus, command)
+    write_report(options.output, comparison)
     out.print(f"written to {options.output / 'report.html'}, and report.md, runs.csv, comparison.json beside it")
 
 

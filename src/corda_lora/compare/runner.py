@@ -46,7 +46,6 @@ from ..methods.registry import METHODS, Setup, check_options, count_parameters
 from ..models.loading import load_model, load_tokenizer
 from ..models.targets import find_targets
 from ..progress import console, progress_bar
-from ..report.report import write_report
 from ..training.train import train, training_steps, warn_without_bfloat16
 
 BASE, RESULT, LOG = "base", "result.json", "log.txt"
@@ -78,12 +77,12 @@ class Job:
 def compare(
     source: ModelConfig, config: CompareConfig, output: Path, jobs: int = 1, gpus: Sequence[str] = (), command: str = ""
 ) -> dict[str, Any]:
-    """Run what is not done yet, several at a time, and write the report. Returns the comparison: see `gather`.
+    """Run what is not done yet, several at a time. Returns the comparison (see `gather`), and writes comparison.json.
 
     Args:
-        jobs: how many processes at a time, on each GPU; none if 0: then the report is of what is done.
+        jobs: how many processes at a time, on each GPU; none if 0: then the comparison is of the runs done before.
         gpus: which to use, as in CUDA_VISIBLE_DEVICES. Default: all there are, or the CPU.
-        command: how this comparison is made, for the report.
+        command: the command that makes this comparison, for its report.
 
     Raises CordaError for an unknown method, model or GPU, data that cannot be had, or an output with another comparison
     in it, all before any long work; and if the base model cannot be measured. A run that fails is reported, and the
@@ -110,7 +109,6 @@ def compare(
         raise CordaError(f"{output} has no results of the base model yet: there is nothing to report")
     comparison = gather(source, config, output, command)
     write_json(output / "comparison.json", comparison)
-    write_report(output, comparison)
     return comparison
 
 
