@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from corda_lora.cli import build_parser
+from corda_lora.methods.registry import METHODS
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -47,3 +50,12 @@ def test_a_result_says_how_it_was_made(load, checkpoint, tmp_path, monkeypatch):
     assert text.startswith(f"# {result.stem}\n")
     assert "abc1234" in text
     assert text.endswith("| 1.5 |\n")
+
+
+@pytest.mark.parametrize("recipe", sorted(FOLDER.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_one_of_corda_compare(recipe, tmp_path):
+    parser, _ = build_parser()
+    options = parser.parse_args(["compare", "--config", str(recipe), "--output", str(tmp_path)])
+    methods = parser.instantiate(options).compare.methods
+    for name, entry in methods.items() if isinstance(methods, dict) else dict.fromkeys(methods).items():
+        assert (entry.method if entry and entry.method else name) in METHODS
