@@ -11,7 +11,6 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 from rich.console import Console
-from rich.table import Table
 
 from .config import CompareConfig, CordaConfig, CordaError, DataConfig, EvalConfig, LoraStart, ModelConfig, TrainConfig
 from .files import check_output, write_json
@@ -223,7 +221,10 @@ def init(options: Namespace) -> None:
     save_adapter(install(model, start), options.output, {RECORD: record | start.record, TIMING: start.took}, spectra)
     if not options.keep_work:
         shutil.rmtree(work)
-    _print_summary(start)
+    from .report.terminal import start_cost, start_table
+
+    out.print(start_table(start))
+    out.print(start_cost(start))
     out.print(f"written to {options.output}")
 
 
@@ -313,6 +314,7 @@ def evaluate(options: Namespace) -> None:
     from .devices import accelerator
     from .evaluation.evaluate import evaluate as measure
     from .models.loading import load_model, load_tokenizer
+    from .report.terminal import results_table
 
     if options.adapter is not None:
         read_record(options.adapter)
@@ -326,7 +328,7 @@ def evaluate(options: Namespace) -> None:
     if options.output is not None:
         text = {"model": source.model, "adapter": str(options.adapter), "results": results}
         write_json(options.output, text)
-    _print_results(results)
+    out.print(results_table(results))
 
 
 def compare(options: Namespace) -> None:
@@ -396,62 +398,6 @@ def _underscored(argument: str) -> str:
     """`--learning-rate` means `--learning_rate`."""
     flag, equals, value = argument.partition("=")
     return flag.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument
-
-
-def _print_summary(start: Any) -> None:
-    """A line for each kind of layer: how many, ranks, rounds, what the adapter holds and leaks of the context."""
-    config, totals = start.config, start.record["totals"]
-    kinds = defaultdict(list)
-    for name, layer in start.layers.items():
-        kinds[name.rpartition(".")[2]].append(layer.record)
-    table = Table(title=f"{config.preset}, {config.mode}, {config.split}, {totals['parameters']:,} parameters")
-    rounds = ["rounds"] if config.rounds > 1 else []
-    for column in ("layers", "kind", "shape", "rank", *rounds, "energy", "leak", "‖A‖", "‖B‖"):
-        table.add_column(column, justify="left" if column in ("kind", "shape") else "right")
-
-    def mean(records: list[dict[str, Any]], key: str) -> float:
-        return sum(r[key] for r in records) / len(records)
-
-    for kind, records in kinds.items():
-        seen = [r for r in records if r.get("output_energy")]
-        ranks = [r["r"] for r in records]
-        chosen = Counter(r.get("round") for r in records)
-        table.add_row(
-            str(len(records)),
-            kind,
-            " × ".join(map(str, records[0]["shape"])),
-            str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}–{max(ranks)} ({mean(records, 'r'):.0f})",
-            *([" ".join(str(chosen[i]) for i in range(config.rounds))] if rounds else []),
-            f"{mean(seen, 'energy_share'):.2e}" if seen else "",
-            f"{sum(r['leak'] / r['output_energy'] for r in seen) / len(seen):.2e}" if seen else "",
-            f"{mean(records, 'norm_A'):.3g}",
-            f"{mean(records, 'norm_B'):.3g}",
-        )
-    out.print(table)
-    out.print(
-        "energy: share of the context's output energy tr(W C Wᵀ) in the components; leak: tr(A C Aᵀ) / tr(W C Wᵀ)"
-        + ("; rounds: layers that chose each" if rounds else "")
-    )
-    seconds = ", ".join(f"{k} {v:.1f} s" for k, v in start.took["seconds"].items())
-    peak = max(start.took.get("peak_accelerator_bytes", {"": 0}).values())
-    out.print(seconds + (f"; accelerator at most {peak / 2**30:.2f} GiB" if peak else ""))
-
-
-def _print_results(results: dict[str, Any]) -> None:
-    from .evaluation.evaluate import iterate
-
-    table = Table(caption="loss and drift in nats per token; drift = mean KL(base‖tuned) per answer token")
-    for column in ("measure", "data", "base", "tuned"):
-        table.add_column(column, justify="right" if column in ("base", "tuned") else "left")
-    cells: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for kind, data, side, numbers in iterate(results):
-        for key, value in numbers.items():
-            if key not in ("tokens", "samples"):
-                cells[f"{kind}: {key.replace('_', ' ')}", data][side] = value
-    for (measure, data), by_side in cells.items():
-        row = [f"{by_side[side]:.4f}" if side in by_side else "" for side in ("base", "tuned")]
-        table.add_row(measure, os.path.basename(data), *row)
-    out.print(table)
 
 
 if __name__ == "__main__":

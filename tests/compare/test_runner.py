@@ -24,7 +24,7 @@ from corda_lora.compare.runner import compare as run_comparison
 from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig, ModelConfig
 from corda_lora.data.batches import Encoded
 from corda_lora.devices import visible_gpus
-from corda_lora.evaluation.evaluate import BaseOutputs, record_base
+from corda_lora.evaluation.base_outputs import BaseOutputs, record_base
 from corda_lora.methods.registry import METHODS, check_options
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(40)]
@@ -225,7 +225,7 @@ def test_killed_half_way_and_resumed(checkpoint, folder):
 def test_drift_is_that_of_eval(checkpoint, folder):
     """The stored outputs of the base model give the drift that base and tuned model side by side give."""
     from corda_lora.adapters.lora import load_adapter
-    from corda_lora.evaluation.evaluate import BaseOutputs, evaluate
+    from corda_lora.evaluation.evaluate import evaluate
     from corda_lora.models.loading import load_model, load_tokenizer
 
     source = ModelConfig(str(checkpoint))

@@ -11,7 +11,11 @@ from corda_lora import CordaConfig, CordaError, get_corda_model
 from corda_lora.config import DataConfig, EvalConfig
 from corda_lora.data.batches import Encoded, encode
 from corda_lora.data.samples import Sample
-from corda_lora.evaluation.evaluate import choice_accuracy, evaluate, exact_match, loss_and_drift, matches, text_windows
+from corda_lora.evaluation.answers import loss_and_drift, sides
+from corda_lora.evaluation.choices import read_choices
+from corda_lora.evaluation.evaluate import evaluate, text_windows
+from corda_lora.evaluation.generation import matches, read_continuations
+from corda_lora.evaluation.measures import accuracy, exact_match, means
 
 SAMPLES = [
     Sample("What is 2 + 2?", " 4", {}),
@@ -20,18 +24,6 @@ SAMPLES = [
     Sample("Hm?", " x", {}),
     Sample("a" * 30, "b" * 9, {}),
 ]
-
-
-@pytest.fixture(scope="module")
-def adapted():
-    """A tiny LLaMA with an adapter that has moved."""
-    model = get_corda_model(tiny.build("llama"), CordaConfig(r=4), tiny.batches(), progress=False).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 @torch.no_grad()
@@ -122,8 +114,8 @@ def test_choices_are_scored_by_their_summed_log_likelihood(adapted, tokenizer, b
     # The response is the base model's choice, but for the last question, where it is another one.
     answers = [*best[False][:2], next(c for c in questions["Three"] if c not in (best[False][2], best[True][2]))]
     samples = [Sample(q, a, {"choices": c}) for (q, c), a in zip(questions.items(), answers, strict=True)]
-    found = choice_accuracy(adapted, tokenizer, samples, batch_tokens)
-    assert found["base"] == {"accuracy": 2 / 3, "samples": 3}
+    found = means([accuracy], read_choices(adapted, tokenizer, samples, batch_tokens, False, sides(adapted)))
+    assert found["base"] == {"accuracy": 2 / 3}
     expected = sum(a == b for a, b in zip(best[True], answers, strict=True)) / 3
     assert found["tuned"]["accuracy"] == pytest.approx(expected)
 
@@ -146,9 +138,9 @@ def test_exact_match_by_greedy_decoding(adapted, tokenizer, batch_tokens):
     assert said != tuned
     samples = [Sample(p, s, {}) for p, s in zip(prompts, [*said[:3], "other"], strict=True)]
     config = EvalConfig(exact_match="text", max_new_tokens=5, batch_tokens=batch_tokens)
-    found = exact_match(adapted, tokenizer, samples, config)
+    found = means([exact_match], read_continuations(adapted, tokenizer, samples, config, False, sides(adapted)))
     right = sum(t.strip() == s.response.strip() for t, s in zip(tuned, samples, strict=True))
-    assert found == {"base": 0.75, "tuned": right / 4}
+    assert found == {"base": {"exact_match": 0.75}, "tuned": {"exact_match": right / 4}}
 
 
 @pytest.mark.parametrize(
@@ -210,10 +202,3 @@ def test_choices_without_the_response_are_refused(row, tokenizer, tmp_path):
     path.write_text(json.dumps({"prompt": "2 + 2 =", "response": "4", **row}) + "\n")
     with pytest.raises(CordaError, match=r"row 0 of .*rows\.jsonl needs a column `choices`"):
         evaluate(tiny.build("llama"), tokenizer, EvalConfig(choices=str(path)), progress=False)
-
-
-def test_only_causal_language_models_are_measured(tokenizer, tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text('{"prompt": "a", "response": "b"}\n')
-    with pytest.raises(CordaError, match="BertForSequenceClassification is no causal language model"):
-        evaluate(tiny.build("bert"), tokenizer, EvalConfig(keep=str(path)))

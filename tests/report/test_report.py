@@ -10,19 +10,13 @@ import subprocess
 import pytest
 
 from corda_lora.compare.frontier import CurvePoint, Estimate, Point, summary
-from corda_lora.report.report import (
-    curves_edge,
-    embedded,
-    frontier_edge,
-    headline,
-    html_report,
-    look,
-    number,
-    rate_text,
-    ratio_cell,
-    settings,
-    write_report,
-)
+from corda_lora.report.charts import curves_edge, frontier_edge
+from corda_lora.report.html import embedded, html_report
+from corda_lora.report.pictures import look
+from corda_lora.report.report import write_report
+from corda_lora.report.sentences import headline, settings
+from corda_lora.report.tables import ratio_cell
+from corda_lora.report.text import number, rate_text
 
 TITLES = {"full": "Full fine-tuning", "lora": "LoRA", "kpm": "CorDA KPM, <anchored>", "big": "LoRA-GA"}
 RATES = {"full": (1e-5, 5e-5), "lora": (2e-4, 5e-4, 1e-3), "kpm": (2e-3, 5e-3, 1e-2)}

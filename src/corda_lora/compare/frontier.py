@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..evaluation.measures import KEPT, MEASURES
+
 FLOOR = 1e-7  # drift below this is rounding, and has no useful logarithm
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees
 
@@ -93,7 +95,7 @@ def abilities(comparison: dict[str, Any]) -> list[Ability]:
     return list(
         dict.fromkeys(
             (kind, name)
-            for kind in ("keep", "text")
+            for kind in KEPT
             for result in results
             for name, numbers in result.get(kind, {}).items()
             if is_finite(numbers.get("drift"))
@@ -367,7 +369,7 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     equal_loss: the reference's lowest task loss; equal: {ability: `Estimate` there};
     reach: `Reach`, at its best rate, of the loss where the reference's mean learning curve ends at its own best rate;
     seconds, prepare_seconds, peak_bytes, steps, adapter, trainable: means over the seeds at the best rate;
-    scores: {(kind, data, "exact_match" or "accuracy"): `Estimate` at the best rate}.
+    scores: {(kind, data, measure's name): `Estimate` at the best rate}, for the measures with a title.
     """
     reference = reference_method(comparison)
     at = best_rate(comparison, reference) if reference else None
@@ -409,10 +411,11 @@ def _row(
 
     scores: dict[tuple[str, str, str], list[float]] = {}
     for run in runs:
-        for kind, key in (("learn", "exact_match"), ("choices", "accuracy")):
-            for name, numbers in run["results"].get(kind, {}).items():
-                if is_finite(numbers.get(key)):
-                    scores.setdefault((kind, name, key), []).append(numbers[key])
+        for measure in MEASURES.values():
+            for kind in measure.kinds if measure.title else ():
+                for name, values in run["results"].get(kind, {}).items():
+                    if is_finite(values.get(measure.name)):
+                        scores.setdefault((kind, name, measure.name), []).append(values[measure.name])
     return {
         "method": method,
         "title": comparison["methods"][method]["title"],

@@ -40,7 +40,9 @@ from ..config import CompareConfig, CordaError, DataConfig, MethodConfig, ModelC
 from ..data.batches import encode
 from ..data.samples import load_samples
 from ..devices import accelerator, machine_name, peak_bytes, release_cache, restart_peak, visible_gpus
-from ..evaluation.evaluate import TUNED, BaseOutputs, evaluate, loss_and_drift
+from ..evaluation.answers import TUNED, loss_and_drift
+from ..evaluation.base_outputs import BaseOutputs
+from ..evaluation.evaluate import evaluate
 from ..files import write_json
 from ..methods.registry import METHODS, Setup, check_options, count_parameters
 from ..models.loading import load_model, load_tokenizer

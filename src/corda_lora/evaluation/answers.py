@@ -1,0 +1,130 @@
+"""Log-probabilities of the answers' tokens, under the base model and the tuned one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..config import CordaError
+from ..data.batches import Encoded, batch_by_length, pad
+from ..progress import track
+from .measures import agreement, drift, loss, means, recall, tokens
+
+Sides = Mapping[str, Callable[[], Any]]  # "base" and "tuned": contexts under which a model is the one or the other
+TUNED: Sides = {"tuned": nullcontext}
+
+
+def sides(model: nn.Module) -> Sides:
+    """Contexts under which `model` is the base model and, if it carries an adapter, the tuned one."""
+    if isinstance(model, PeftModel):
+        return {"base": model.disable_adapter, "tuned": nullcontext}
+    return {"base": nullcontext}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The predictions of one batch's answer tokens by one model.
+
+    Attributes:
+        log_probs: (a, vocabulary) float32, log p of the token at each of the a answer positions.
+        targets: (a,) the tokens that stand there.
+        rows: (a,) the sample of the batch that each token belongs to.
+        samples: the number of samples in the batch.
+        base: (a, vocabulary) the base model's log p, where this is the tuned model and the base model's is known.
+    """
+
+    log_probs: Tensor
+    targets: Tensor
+    rows: Tensor
+    samples: int
+    base: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def first_choices(self) -> Tensor:
+        """(a,) the most likely token at each position."""
+        return self.log_probs.argmax(1)
+
+    def divergence(self) -> float:
+        """KL(base‖tuned) in nats, summed over the tokens."""
+        assert self.base is not None
+        return float(F.kl_div(self.log_probs, self.base, reduction="sum", log_target=True))
+
+
+@torch.no_grad()
+def read_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: Sequence[Encoded],
+    batch_tokens: int = 8192,
+    progress: bool = False,
+    label: str = "eval",
+    compared: Sides | None = None,
+    reference: Callable[[int], Tensor] | None = None,
+) -> Iterator[tuple[str, Answers]]:
+    """(side, its predictions) for each batch of samples.
+
+    Args:
+        compared: the sides to run. Default: those that the model has.
+        reference: the base model's log p for a batch, by the batch's number. Default: the base model is run as a side.
+    """
+    encoded = with_answers(encoded)
+    compared = sides(model) if compared is None else compared
+    batches = batch_by_length([len(e.ids) for e in encoded], batch_tokens)
+    for number, indices in enumerate(track(batches, label, progress)):
+        ids, mask, answers = padded([encoded[i] for i in indices], tokenizer, model)
+        targets = ids[:, 1:][answers]  # (a,)
+        rows = answers.nonzero()[:, 0]  # (a,)
+        base = None if reference is None else reference(number).to(ids.device)
+        for side, active in compared.items():
+            with active():
+                log_probs = answer_log_probs(model, ids, mask, answers)  # (a, vocabulary)
+            yield side, Answers(log_probs, targets, rows, len(indices), base)
+            if side == "base":
+                base = log_probs
+
+
+def loss_and_drift(*args: Any, **kwargs: Any) -> dict[str, dict[str, float]]:
+    """{side: {"loss", "recall", "tokens"}}, for the tuned side also "drift" and "agreement" where the base model's
+    predictions are known. The arguments are `read_answers`'s."""
+    return means([loss, recall, drift, agreement, tokens], read_answers(*args, **kwargs))
+
+
+def with_answers(encoded: Sequence[Encoded]) -> list[Encoded]:
+    """The samples that have a response token with a token before it.
+
+    Raises CordaError if no sample has."""
+    answered = [e for e in encoded if e.targets]
+    if not answered:
+        raise CordaError("no sample has a response to measure")
+    return answered
+
+
+def answer_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
+    """log p of the next token wherever `answers` is true, float32: (a, vocabulary).
+
+    Args:
+        ids, mask: (b, s).
+        answers: (b, s − 1) bool; position i asks for the prediction of token i + 1.
+    """
+    columns = answers.any(0).nonzero().flatten()  # only these columns go through the output head
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
+    return F.log_softmax(output.logits[answers[:, columns]].float(), dim=-1)
+
+
+def padded(rows: Sequence[Encoded], tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (b, s), attention mask (b, s), and which next-token predictions are the answers' (b, s − 1), on the model's
+    device."""
+    ids, mask = pad([e.ids for e in rows], tokenizer.pad_token_id or 0)
+    answers = pad([e.answer for e in rows], False)[0][:, 1:]
+    device = next(model.parameters()).device
+    return ids.to(device), mask.to(device), answers.to(device)

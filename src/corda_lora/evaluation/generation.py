@@ -1,0 +1,76 @@
+"""Greedy answers, and whether they match the responses."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import EvalConfig
+from ..data.batches import batch_by_length, encode, pad
+from ..data.samples import Sample
+from ..progress import track
+from .answers import Sides
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """One model's greedy answers to a batch of samples, and the responses that they should match.
+
+    `match` says how they are compared: see `matches`.
+    """
+
+    answers: Sequence[str]
+    responses: Sequence[str]
+    match: str
+    base = None
+
+    @property
+    def samples(self) -> int:
+        return len(self.answers)
+
+    def matching(self) -> int:
+        return sum(matches(answer, response, self.match) for answer, response in zip(self.answers, self.responses))
+
+
+@torch.no_grad()
+def read_continuations(
+    model: nn.Module, tokenizer: Any, samples: Sequence[Sample], config: EvalConfig, progress: bool, compared: Sides
+) -> Iterator[tuple[str, Continuations]]:
+    """(side, its greedy answers) for each batch of samples."""
+    prompts = [encode(tokenizer, Sample(s.prompt, "", {}), 10**9).ids for s in samples]
+    batches = batch_by_length([len(p) + config.max_new_tokens for p in prompts], config.batch_tokens)
+    for indices in track(batches, "exact match", progress):
+        responses = [samples[i].response for i in indices]
+        for side, active in compared.items():
+            with active():
+                answers = generate(model, tokenizer, [prompts[i] for i in indices], config.max_new_tokens)
+            yield side, Continuations(answers, responses, config.exact_match)
+
+
+def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy continuations, up to the end-of-text token."""
+    flipped, mask = pad([p[::-1] for p in prompts], tokenizer.pad_token_id or 0)
+    ids, mask = flipped.flip(1), mask.flip(1)  # padded on the left, so that all prompts end in the last column
+    device = next(model.parameters()).device
+    output = model.generate(  # type: ignore[operator]
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
+
+
+def matches(answer: str, response: str, match: str) -> bool:
+    """Whether an answer matches a response. `match` is "text" to compare the whole texts, or a regular expression whose
+    last match (its first group, if it has one) is compared."""
+    if match == "text":
+        return answer.strip() == response.strip()
+    ours, right = (
+        [m.group(1) if m.re.groups else m.group() for m in re.finditer(match, text)] for text in (answer, response)
+    )
+    return bool(ours and right) and ours[-1].strip() == right[-1].strip()

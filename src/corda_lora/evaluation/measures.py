@@ -1,0 +1,193 @@
+"""The measures of a model, one function each.
+
+A measure reads what one forward pass over the data gave (a view), and returns a number for it. `evaluate` runs the
+passes, and every table reads here how a measure is printed. A new measure is one function under one `@measure(...)`.
+
+The views are `answers.Answers`, `choices.Choices` and `generation.Continuations`. This file imports no torch, so that
+reports of finished comparisons are written without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from ..config import EvalConfig
+    from .answers import Answers
+    from .choices import Choices
+    from .generation import Continuations
+
+KINDS = ("keep", "learn", "text", "choices")  # of data: the fields of EvalConfig
+KEPT = ("keep", "text")  # of these, the data whose drift is compared: what the model should not forget
+
+
+def causal_head(model: Any) -> None:
+    """Raises CordaError if a model does not predict the next token."""
+    from ..models.targets import require_causal
+
+    require_causal(model)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that describes a model on data.
+
+    Attributes:
+        name: the key in `evaluate`'s results.
+        total: the measure's sum over the tokens or samples of a view.
+        reads: the pass whose views `total` takes: see `evaluate.PASSES`.
+        kinds: the kinds of data that the measure is defined for: see `KINDS`.
+        per: what the sum is divided by: the number of tokens, the number of samples, or nothing.
+        better: which values are better; "" where neither are.
+        form: the format specification for printing.
+        unit: what the values are counted in; "" for a share or a count.
+        meaning: added to the caption of tables where the name does not say enough.
+        title: the heading in a comparison's table of methods; "" where the table has no column for this measure.
+        floor: below this value the methods of a comparison cannot be told apart, and the column is left out.
+        against_base: whether the measure needs the base model's predictions.
+        requires: raises CordaError for a model that the measure is not defined for.
+        wanted: whether the user asked for the measure.
+        finish: applied to the mean.
+    """
+
+    name: str
+    total: Callable[[Any], float]
+    reads: str
+    kinds: tuple[str, ...]
+    per: Literal["token", "sample", ""] = "sample"
+    better: Literal["low", "high", ""] = ""
+    form: str = ".4f"
+    unit: str = ""
+    meaning: str = ""
+    title: str = ""
+    floor: float = 0.0
+    against_base: bool = False
+    requires: Callable[[Any], None] = causal_head
+    wanted: Callable[[EvalConfig], bool] = lambda config: True
+    finish: Callable[[float], float] = lambda mean: mean
+
+    @property
+    def label(self) -> str:
+        return self.name.replace("_", " ")
+
+
+MEASURES: dict[str, Measure] = {}
+
+
+def measure(reads: str, kinds: tuple[str, ...], **fields: Any) -> Callable[[Callable[[Any], float]], Measure]:
+    """Register the function below as a measure, under its own name. See `Measure` for the fields."""
+
+    def register(total: Callable[[Any], float]) -> Measure:
+        name = total.__name__
+        MEASURES[name] = Measure(name, total, reads, kinds, **fields)
+        return MEASURES[name]
+
+    return register
+
+
+def means(measures: Iterable[Measure], views: Iterable[tuple[str, Any]]) -> dict[str, dict[str, float]]:
+    """{side: {measure: value}} over (side, view) pairs, where side is "base" or "tuned".
+
+    Each value is the measure's sum over all views of a side, divided by their tokens or samples.
+    """
+    measures = list(measures)
+    sums: dict[str, dict[str, float]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for side, view in views:
+        values = sums.setdefault(side, {})
+        for m in measures:
+            if not m.against_base or view.base is not None:
+                values[m.name] = values.get(m.name, 0) + m.total(view)
+        for per in ("token", "sample"):
+            counts[side, per] = counts.get((side, per), 0) + getattr(view, f"{per}s", 0)
+    for side, values in sums.items():
+        for m in measures:
+            if m.name in values and m.per:
+                values[m.name] = m.finish(values[m.name] / counts[side, m.per])
+    return sums
+
+
+# --- what the log-probabilities of the answers' tokens give ----------------------------------------------------------
+
+ANSWERED = ("keep", "learn", "text")
+
+
+@measure("answers", ANSWERED, per="token", better="low", unit="nats per token")
+def loss(answers: Answers) -> float:
+    """−log p of each answer token."""
+    return -float(answers.log_probs.gather(1, answers.targets[:, None]).sum())
+
+
+@measure("answers", ANSWERED, better="high", form=".1%")
+def recall(answers: Answers) -> float:
+    """Samples whose every answer token is the model's first choice, that is, what greedy decoding gives."""
+    wrong = answers.first_choices != answers.targets  # (a,)
+    return answers.samples - len(answers.rows[wrong].unique())
+
+
+@measure(
+    "answers",
+    ANSWERED,
+    per="token",
+    better="low",
+    form=".3g",
+    unit="nats per token",
+    meaning="mean KL(base‖tuned) per answer token",
+    against_base=True,
+)
+def drift(answers: Answers) -> float:
+    """KL(base‖tuned) of the next token's distribution."""
+    return answers.divergence()
+
+
+@measure("answers", ANSWERED, per="token", better="high", form=".1%", against_base=True)
+def agreement(answers: Answers) -> float:
+    """Answer tokens at which base and tuned model have the same first choice."""
+    assert answers.base is not None
+    return float((answers.first_choices == answers.base.argmax(1)).sum())
+
+
+@measure("answers", ANSWERED, per="")
+def tokens(answers: Answers) -> float:
+    return answers.tokens
+
+
+@measure("answers", ("text",), per="token", better="low", finish=math.exp)
+def perplexity(answers: Answers) -> float:
+    """exp of the loss."""
+    return loss.total(answers)
+
+
+# --- what greedy decoding gives --------------------------------------------------------------------------------------
+
+
+@measure(
+    "continuations",
+    ("learn",),
+    better="high",
+    form=".1%",
+    title="right answers",
+    floor=0.05,
+    wanted=lambda config: bool(config.exact_match),
+)
+def exact_match(continuations: Continuations) -> float:
+    """Samples whose greedy answer matches the response: see `EvalConfig.exact_match`."""
+    return continuations.matching()
+
+
+# --- what the likelihoods of given choices give ----------------------------------------------------------------------
+
+
+@measure("choices", ("choices",), better="high", form=".1%", title="right answers")
+def accuracy(choices: Choices) -> float:
+    """Samples whose right choice has the highest log-likelihood, summed over its tokens, after the prompt (as
+    lm-evaluation-harness's `acc`)."""
+    return choices.right()
+
+
+@measure("choices", ("choices",), per="")
+def samples(choices: Choices) -> float:
+    return choices.samples

@@ -1,0 +1,189 @@
+"""A comparison as one self-contained HTML page.
+
+The tables are written here. The charts are drawn by the script in report.html, from JSON embedded in the page.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..compare.frontier import (
+    Point,
+    abilities,
+    exponential,
+    lower_hull,
+    mean_interval,
+    points,
+    reference_method,
+    summary,
+    task,
+)
+from .charts import best_curves, curves_edge, frontier_edge
+from .sentences import circumstances, headline, notes, run_count, settings
+from .tables import (
+    Cell,
+    Column,
+    all_ratios,
+    best_of,
+    drift_cell,
+    equal_loss_columns,
+    loss_cell,
+    milestone_columns,
+    run_columns,
+    summary_columns,
+)
+from .text import label, number, plural, rate_text, titles_of
+
+
+def html_report(comparison: dict[str, Any]) -> str:
+    """report.html, filled in: a self-contained page."""
+    rows = summary(comparison)
+    first, *more = headline(comparison, rows)
+    titles = titles_of(comparison)
+    columns = summary_columns(comparison, rows)
+    parts = {
+        "name": escape(comparison["name"]),
+        "first": escape(first),
+        "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
+        "about": escape(f"{plural(len(titles), 'method')} · {run_count(comparison)} · {comparison['machine']}"),
+        "methods": html_table("Methods, at their best learning rates", list(titles.values()), columns, base=True),
+        "soon": html_table("How soon it was learned", list(titles.values()), milestone_columns(comparison, rows)),
+        "notes": "".join(f"<li>{escape(note)}</li>" for note in notes(comparison, rows)),
+        "run_count": escape(run_count(comparison)),
+        "runs": html_table("All runs", [titles[run["method"]] for run in comparison["runs"]], run_columns(comparison)),
+        "sources": html_pairs((about["title"], about["source"]) for about in comparison["methods"].values()),
+        "circumstances": html_pairs(circumstances(comparison)),
+        "settings": html_pairs(settings(comparison["recipe"])),
+        "command": escape(comparison["command"]),
+        "data": embedded(chart_data(comparison)),
+    }
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def html_table(caption: str, names: Sequence[str], columns: list[Column], base: bool = False) -> str:
+    """A table that the page's script sorts: each cell carries its key, the best of a column its mark."""
+
+    def cell(column: Column, c: Cell) -> str:
+        best = c.key is not None and c.key == best_of(column)
+        key = "" if c.key is None else f' data-key="{escape(sort_key(c.key))}"'
+        mark = ' class="best"' if best else ""
+        extra = f"<small>{escape(c.extra)}</small>" if c.extra else ""
+        return f"<td{key}{mark}>{escape(c.text)}{' <span>best</span>' if best else ''}{extra}</td>"
+
+    heads = [f'<th scope="col" data-better="{c.better}"><button>{escape(c.label)}</button></th>' for c in columns]
+    head = f'<th scope="col"><button>method</button></th>{"".join(heads)}'
+    if any(column.group for column in columns):  # two rows: the groups above, the first column through both
+        groups = [(group, len(list(same))) for group, same in groupby(column.group for column in columns)]
+        head = '<th scope="col" rowspan="2"><button>method</button></th>'
+        head += "".join(f'<th scope="colgroup" colspan="{n}">{escape(group)}</th>' for group, n in groups)
+        head += f"</tr><tr>{''.join(heads)}"
+    lines = [f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>"]
+    for i, name in enumerate(names):
+        cells = "".join(cell(column, column.cells[i]) for column in columns)
+        lines.append(f'<tr><th scope="row" data-key="{escape(name)}">{escape(name)}</th>{cells}</tr>')
+    lines.append("</tbody>")
+    if base:
+        cells = "".join(f"<td>{escape(column.base)}</td>" for column in columns)
+        lines.append(f'<tfoot><tr><th scope="row">base model</th>{cells}</tr></tfoot>')
+    return "\n".join([*lines, "</table>"])
+
+
+def sort_key(key: Any) -> str:
+    return f"{key:.6g}" if isinstance(key, (int, float)) else str(key)
+
+
+def html_pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in pairs)
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand inside <script>: no tag can open or close in it, and what is no number is null."""
+    text = json.dumps(without_nan(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def chart_data(comparison: dict[str, Any]) -> dict[str, Any]:
+    """What the page's charts show, with the text of their tooltips."""
+    base, titles = comparison["base"], titles_of(comparison)
+    tabs = []
+    for ability in abilities(comparison):
+        found = {method: points(comparison, method, ability) for method in titles}
+        tables = {}
+        for reference, title in titles.items():
+            if beside := all_ratios(comparison, ability, reference):
+                names = [titles[method] for method in beside]
+                tables[reference] = html_table(f"Drift beside {title}", names, equal_loss_columns(beside))
+        tabs.append(
+            {
+                "label": label(comparison, ability),
+                "methods": {method: frontier_series(comparison, method, ps) for method, ps in found.items() if ps},
+                "edge": frontier_edge(list(found.values())),
+                "beside": tables,
+            }
+        )
+    curves = {method: curve_series(comparison, method) for method in titles}
+    means = [best_curves(comparison, method)[1] for method in titles]
+    return {
+        "titles": titles,
+        "reference": reference_method(comparison),
+        "task": task(comparison),
+        "base": base["learn"][task(comparison)]["loss"],
+        "abilities": tabs,
+        "curves": {method: curve for method, curve in curves.items() if curve},
+        "curves_edge": curves_edge(means),
+    }
+
+
+def frontier_series(comparison: dict[str, Any], method: str, found: list[Point]) -> dict[str, Any]:
+    """A method's points, with the range of its seeds, and its lower hull."""
+    title, data = comparison["methods"][method]["title"], task(comparison)
+    shown = []
+    for p in found:
+        xs, ys = ([seed[i] for seed in p.seeds.values()] for i in (0, 1))
+        loss, drift = loss_cell(mean_interval(xs)), drift_cell(exponential(mean_interval(ys)))
+        shown.append(
+            {
+                "x": [p.loss, min(xs), max(xs)],
+                "y": [math.exp(y) for y in (p.log_drift, min(ys), max(ys))],
+                "tip": [
+                    title,
+                    f"learning rate {rate_text(p.rate)}, {plural(len(p.seeds), 'seed')}",
+                    f"{data} loss {loss.text} {loss.extra}",
+                    f"drift {drift.text}" + (f" ({drift.extra})" if drift.extra else ""),
+                ],
+            }
+        )
+    return {"points": shown, "line": [[p.loss, math.exp(p.log_drift)] for p in lower_hull(found)]}
+
+
+def curve_series(comparison: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """A method's mean learning curve at its best rate, with the range of its seeds."""
+    rate, mean, curves = best_curves(comparison, method)
+    return [
+        {
+            "step": point.step,
+            "seconds": point.seconds,
+            "y": [point.loss, min(seed.loss for seed in seeds), max(seed.loss for seed in seeds)],
+            "tip": [
+                comparison["methods"][method]["title"],
+                f"learning rate {rate}, {plural(len(seeds), 'seed')}",
+                f"step {point.step:g}, {number(point.seconds)} s",
+                f"{task(comparison)} loss {point.loss:.4f}",
+            ],
+        }
+        for point, *seeds in zip(mean, *curves)
+    ]

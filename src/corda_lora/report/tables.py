@@ -1,0 +1,214 @@
+"""The tables of a comparison, as columns of cells, for HTML and Markdown alike."""
+
+from typing import Any, NamedTuple
+
+from ..compare.frontier import (
+    Ability,
+    Estimate,
+    Ratios,
+    abilities,
+    is_finite,
+    lower_hull,
+    milestones,
+    points,
+    ratios,
+    reach,
+    reference_method,
+    status,
+    task,
+    training_seconds,
+)
+from ..evaluation.measures import MEASURES
+from .text import counts, label, number, plural, rate_text, spread, times_text
+
+
+class Cell(NamedTuple):
+    text: str = "—"
+    extra: str = ""  # an interval or a remark, in small print
+    key: Any = None  # number or text: what a sort compares; None comes last in both directions
+
+
+class Column(NamedTuple):
+    group: str
+    label: str
+    better: str  # "low", "high", or "" where neither is
+    cells: list[Cell]
+    base: str = ""  # the base model's
+
+
+def loss_cell(e: Estimate | None) -> Cell:
+    return measure_cell(e, MEASURES["loss"].form)
+
+
+def difference_cell(e: Estimate | None) -> Cell:
+    cell = loss_cell(e)
+    return cell if e is None else cell._replace(text=f"{e.value:+.4f}".replace("-", "−"))
+
+
+def drift_cell(e: Estimate | None) -> Cell:
+    return Cell() if e is None else Cell(number(e.value), spread(e, number), e.value)
+
+
+def ratio_cell(e: Estimate | None) -> Cell:
+    return Cell() if e is None else Cell(times_text(e.value), spread(e, times_text), e.value)
+
+
+def measure_cell(e: Estimate | None, form: str) -> Cell:
+    """A mean with its interval, both printed by the format specification `form`."""
+    if e is None:
+        return Cell()
+    return Cell(format(e.value, form), "" if e.high is None else f"± {format(e.high - e.value, form)}", e.value)
+
+
+def steps_cell(e: Estimate | None) -> Cell:
+    if e is None:
+        return Cell()
+    return Cell(f"{e.value:.0f}", "" if e.high is None else f"± {number(e.high - e.value, 2)}", e.value)
+
+
+def plain_cell(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(number(value), "", value)
+
+
+def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[Column]:
+    """The table of methods, each at its best learning rate; `rows` are `frontier.summary`'s."""
+    base, data, reference = comparison["base"], task(comparison), reference_method(comparison)
+    name = comparison["methods"][reference]["title"] if reference else ""
+
+    def rate(row: dict[str, Any]) -> Cell:
+        best = row["best"]
+        return Cell(rate_text(best.rate), best.note.replace(": more may be had", ""), best.rate) if best else Cell()
+
+    def equal(row: dict[str, Any], ability: Ability) -> Cell:
+        found, at = points(comparison, row["method"], ability), row["equal_loss"]
+        if row["equal"][ability] or not found or at is None:
+            return drift_cell(row["equal"][ability])
+        return Cell("—", "not reached" if min(p.loss for p in found) > at else "learns more at every rate")
+
+    def reach(row: dict[str, Any], which: str) -> Cell:
+        found = row["reach"]
+        cell = steps_cell(getattr(found, which) if found else None)
+        if found and cell.key is None:
+            return Cell("—", "not reached")
+        if found and found.reached < found.seeds and row["method"] != reference:  # some of its own end above their mean
+            return Cell(cell.text, f"{found.reached} of {plural(found.seeds, 'seed')}", cell.key)
+        return cell
+
+    def parameters(value: float | None) -> Cell:
+        return Cell(f"{number(value / 1e6)} M", "", value) if value else Cell()
+
+    def runs(row: dict[str, Any]) -> Cell:
+        return Cell(f"{row['done']} of {row['runs']}", counts(row["not_done"]), row["done"])
+
+    loss = f"{base['learn'][data]['loss']:.4f}"
+    columns = [
+        Column("", "learning rate", "", [rate(row) for row in rows]),
+        Column("task loss", data, "low", [loss_cell(row["loss"]) for row in rows], loss),
+        Column("task loss", f"less {name}’s", "low", [difference_cell(row["beside"]) for row in rows]),
+    ]
+    for a in abilities(comparison):
+        cells = [equal(row, a) for row in rows]
+        columns.append(Column(f"drift at {name}’s task loss", label(comparison, a), "low", cells))
+    for a in abilities(comparison)[:1]:
+        found = all_ratios(comparison, a, reference) if reference else {}
+        cells = [ratio_cell(at and over_half(at)) for at in (found.get(row["method"]) for row in rows)]
+        columns.append(Column("times less drift", f"{label(comparison, a)}, half of the range", "high", cells))
+    for a in abilities(comparison):
+        cells = [drift_cell(row["drift"][a]) for row in rows]
+        columns.append(Column("drift at its own task loss", label(comparison, a), "low", cells, "0"))
+    for which in ("steps", "seconds"):
+        columns.append(Column(f"to {name}’s last loss", which, "low", [reach(row, which) for row in rows]))
+    for key in dict.fromkeys(key for row in rows for key in row["scores"]):
+        kind, source, name = key
+        measure, before = MEASURES[name], base.get(kind, {}).get(source, {}).get(name)
+        cells = [measure_cell(row["scores"].get(key), measure.form) for row in rows]
+        if highest_score(comparison, rows, key) >= measure.floor:
+            text = "" if before is None else format(before, measure.form)
+            columns.append(Column(measure.title, source, measure.better, cells, text))
+    columns.append(Column("seconds", "training", "low", [plain_cell(row["seconds"]) for row in rows]))
+    columns.append(Column("seconds", "preparing", "", [plain_cell(row["prepare_seconds"]) for row in rows]))
+    if any(row["peak_bytes"] for row in rows):
+        cells = [plain_cell(row["peak_bytes"] and row["peak_bytes"] / 1e9) for row in rows]
+        columns.append(Column("memory", "peak, GB", "low", cells))
+    columns.append(Column("parameters", "adapter", "", [parameters(row["adapter"]) for row in rows]))
+    columns.append(Column("parameters", "trained", "", [parameters(row["trainable"]) for row in rows]))
+    columns.append(Column("runs", "done", "", [runs(row) for row in rows]))
+    return columns
+
+
+def highest_score(comparison: dict[str, Any], rows: list[dict[str, Any]], key: tuple[str, str, str]) -> float:
+    """The highest value of a measure on some data, over all methods and the base model."""
+    kind, source, name = key
+    values = [row["scores"][key].value for row in rows if key in row["scores"]]
+    return max([comparison["base"].get(kind, {}).get(source, {}).get(name) or 0.0, *values])
+
+
+def milestone_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[Column]:
+    """Steps and seconds of each method, at its best learning rate, to some losses on the way down."""
+    columns = []
+    for which in ("steps", "seconds"):
+        for loss in milestones(comparison):
+            found = [reach(comparison, row["method"], row["best"].rate, loss) if row["best"] else None for row in rows]
+            cells = [steps_cell(getattr(at, which)) if at else Cell() for at in found]
+            columns.append(Column(f"{which} to a held-out loss of", f"{loss:.4f}", "low", cells))
+    return columns
+
+
+def over_half(at: Ratios) -> Estimate:
+    """What the ratio is at least over half of the range: its median."""
+    return sorted(at.ratio, key=lambda r: r.value)[len(at.ratio) // 2]
+
+
+def equal_loss_columns(found: dict[str, Ratios]) -> list[Column]:
+    """How many times less each method drifts than one it is compared with, over the task losses that both reach."""
+
+    def at(i: int) -> list[Cell]:
+        return [ratio_cell(both.ratio[i]) for both in found.values()]
+
+    shared, less = "task losses of both", "times less drift (below 1: more)"
+    ends = [[Cell(f"{both.loss[i]:.4f}", "", both.loss[i]) for both in found.values()] for i in (0, -1)]
+    return [
+        Column(shared, "from", "", ends[0]),
+        Column(shared, "to", "", ends[1]),
+        Column(less, "over half of it at least", "high", [ratio_cell(over_half(both)) for both in found.values()]),
+        Column(less, "at its lowest loss", "high", at(0)),
+        Column(less, "in its middle", "high", at(50)),  # of 101
+        Column(less, "at its highest loss", "high", at(-1)),
+    ]
+
+
+def all_ratios(comparison: dict[str, Any], ability: Ability, reference: str) -> dict[str, Ratios]:
+    """Each method that has task losses in common with the reference, beside it."""
+    hulls = {method: lower_hull(points(comparison, method, ability)) for method in comparison["methods"]}
+    found = {method: ratios(hull, hulls[reference]) for method, hull in hulls.items() if method != reference}
+    return {method: at for method, at in found.items() if at}
+
+
+def run_columns(comparison: dict[str, Any]) -> list[Column]:
+    """The table of all runs."""
+    runs = comparison["runs"]
+
+    def measured(kind: str, name: str, key: str) -> list[Any]:
+        values = [(run.get("results") or {}).get(kind, {}).get(name, {}).get(key) for run in runs]
+        return [value if is_finite(value) else None for value in values]
+
+    data = task(comparison)
+    rates = [Cell(rate_text(run["learning_rate"]), "", run["learning_rate"]) for run in runs]
+    losses = [Cell() if x is None else Cell(f"{x:.4f}", "", x) for x in measured("learn", data, "loss")]
+    drifts = {a: [plain_cell(x) for x in measured(*a, "drift")] for a in abilities(comparison)}
+    return [
+        Column("", "learning rate", "", rates),
+        Column("", "seed", "", [Cell(str(run["seed"]), "", run["seed"]) for run in runs]),
+        Column("", "status", "", [Cell(status(run), run["why"], status(run)) for run in runs]),
+        Column("", f"task loss, {data}", "", losses),
+        *(Column("", f"drift, {label(comparison, a)}", "", cells) for a, cells in drifts.items()),
+        Column("", "training, s", "", [plain_cell(training_seconds(run)) for run in runs]),
+    ]
+
+
+def best_of(column: Column) -> float | None:
+    """The key of the column's best cell, if one is better than another."""
+    keys = [cell.key for cell in column.cells if isinstance(cell.key, (int, float))]
+    if not column.better or len(set(keys)) < 2:
+        return None
+    return min(keys) if column.better == "low" else max(keys)

@@ -1,0 +1,88 @@
+"""The tables that `corda init` and `corda eval` print."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from rich.table import Table
+
+from ..evaluation.measures import MEASURES, Measure
+
+
+def start_table(start: Any) -> Table:
+    """One row for each kind of layer of an adapter's start: shape, ranks, and what the adapter holds of the context.
+
+    Args:
+        start: what `preprocess` returns.
+    """
+    config, totals = start.config, start.record["totals"]
+    kinds = defaultdict(list)
+    for name, layer in start.layers.items():
+        kinds[name.rpartition(".")[2]].append(layer.record)
+    rounds = ["rounds"] if config.rounds > 1 else []
+    table = Table(
+        title=f"{config.preset}, {config.mode}, {config.split}, {totals['parameters']:,} parameters",
+        caption="energy: share of the context's output energy tr(W C Wᵀ) in the components; "
+        "leak: tr(A C Aᵀ) / tr(W C Wᵀ)" + ("; rounds: layers that chose each" if rounds else ""),
+    )
+    for column in ("layers", "kind", "shape", "rank", *rounds, "energy", "leak", "‖A‖", "‖B‖"):
+        table.add_column(column, justify="left" if column in ("kind", "shape") else "right")
+
+    def mean(values: Iterable[float]) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    for kind, records in kinds.items():
+        seen = [r for r in records if r.get("output_energy")]
+        ranks = [r["r"] for r in records]
+        chosen = Counter(r.get("round") for r in records)
+        table.add_row(
+            str(len(records)),
+            kind,
+            " × ".join(map(str, records[0]["shape"])),
+            str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}–{max(ranks)} ({mean(ranks):.0f})",
+            *([" ".join(str(chosen[i]) for i in range(config.rounds))] if rounds else []),
+            f"{mean(r['energy_share'] for r in seen):.2e}" if seen else "",
+            f"{mean(r['leak'] / r['output_energy'] for r in seen):.2e}" if seen else "",
+            f"{mean(r['norm_A'] for r in records):.3g}",
+            f"{mean(r['norm_B'] for r in records):.3g}",
+        )
+    return table
+
+
+def start_cost(start: Any) -> str:
+    """How long an adapter's start took, stage by stage, and the accelerator memory that it needed."""
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in start.took["seconds"].items())
+    peak = max(start.took.get("peak_accelerator_bytes", {"": 0}).values())
+    return stages + (f"; accelerator at most {peak / 2**30:.2f} GiB" if peak else "")
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """One row for each measure and data set of `evaluate`'s results; base and tuned model side by side."""
+    rows: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    for kind, by_data in results.items():
+        for data, by_side in by_data.items():
+            for side, values in by_side.items():
+                for name, value in values.items():
+                    if MEASURES[name].per:  # a count says nothing about the model
+                        rows[kind, name, data][side] = value
+    shown = [measure for measure in MEASURES.values() if any(name == measure.name for _, name, _ in rows)]
+    table = Table(caption=caption(shown))
+    for column in ("measure", "data", "base", "tuned"):
+        table.add_column(column, justify="right" if column in ("base", "tuned") else "left")
+    for (kind, name, data), values in rows.items():
+        measure = MEASURES[name]
+        cells = [format(values[side], measure.form) if side in values else "" for side in ("base", "tuned")]
+        table.add_row(f"{kind}: {measure.label}", os.path.basename(data), *cells)
+    return table
+
+
+def caption(measures: Iterable[Measure]) -> str:
+    """The measures' units, and their meanings where the names do not say enough."""
+    units = defaultdict(list)
+    for measure in measures:
+        units[measure.unit].append(measure.label)
+    parts = [f"{' and '.join(names)} in {unit}" for unit, names in units.items() if unit]
+    parts += [f"{measure.label} = {measure.meaning}" for measure in measures if measure.meaning]
+    return "; ".join(parts)
