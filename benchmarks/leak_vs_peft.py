@@ -24,7 +24,9 @@ from corda_lora.data.samples import load_samples
 from corda_lora.models.loading import load_model, load_tokenizer
 from corda_lora.models.targets import find_targets
 from corda_lora.peft import preprocess_corda
-from corda_lora.preprocess.pipeline import preprocess, walk
+from corda_lora.preprocess.context import Context
+from corda_lora.preprocess.pipeline import preprocess
+from corda_lora.preprocess.walk import Place, walk
 
 METHODS = {
     "PEFT": "PEFT's preprocess_corda",
@@ -49,7 +51,7 @@ def main() -> None:
         return context_batches(tokenizer, load_samples(DataConfig(path, samples=options.samples)), 512, tokens)[0]
 
     unseen = {}
-    for _, groups in walk(model, targets, batches(options.unseen, 4096), torch.device("cpu")):
+    for _, groups in walk(model, targets, Context(batches(options.unseen, 4096)), Place(torch.device("cpu"))):
         for names, (C,) in groups or []:
             unseen |= dict.fromkeys(names, C.clone())
     rows = {}

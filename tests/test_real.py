@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from test_compactness import literal_allocation, literal_selection
 from tiny import start_of
@@ -13,7 +14,7 @@ from corda_lora.adapters.lora import install
 from corda_lora.data.batches import context_batches
 from corda_lora.data.samples import Sample
 from corda_lora.models.targets import find_targets
-from corda_lora.preprocess.pipeline import preprocess, walk
+from corda_lora.preprocess.pipeline import preprocess
 
 CPU = torch.device("cpu")
 SOME = r"model\.layers\.(0|1|8|29)\..*_proj"
@@ -47,7 +48,7 @@ def test_components_of_every_layer_are_exact(model, batches):
     targets = find_targets(model, "all-linear")
     separated = 0
     with torch.no_grad():
-        for _, groups in walk(model, targets, batches, CPU):
+        for _, groups in tiny.steps(model, targets, batches):
             for name, found in [(name, Cs[0]) for members, Cs in groups for name in members]:
                 W, C = targets[name].weight.double(), found.double()
                 C = C + 0.01 * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
@@ -87,7 +88,7 @@ def test_rounds_and_ranks_are_those_of_the_papers_loops(model, smollm2):
     rounds = [lines[:4], lines[3:7], lines[6:]]
     batches = [context_batches(tokenizer, [Sample("", x, {}) for x in part], 64)[0][0] for part in rounds]
     targets = find_targets(model, SOME)
-    Cs = {n: Cs for _, groups in walk(model, targets, batches, CPU, rounds=[0, 1, 2]) for ns, Cs in groups for n in ns}
+    Cs = {n: Cs for _, groups in tiny.steps(model, targets, batches, rounds=[0, 1, 2]) for ns, Cs in groups for n in ns}
     chosen, spectra, log_pis, scores = {}, {}, {}, {}
     for name, module in targets.items():
         W = module.weight.detach().double()
@@ -103,12 +104,12 @@ def test_rounds_and_ranks_are_those_of_the_papers_loops(model, smollm2):
         config = CordaConfig(mode=mode, preset="corda++", rounds=3, r=16, target_modules=SOME)
         start = preprocess(model, config, batches, progress=False)
         found = {name: layer.record for name, layer in start.layers.items()}
-        assert {name: record["round"] for name, record in found.items()} == chosen
+        assert {name: record.round for name, record in found.items()} == chosen
         for name, record in found.items():
-            assert record["scores"] == pytest.approx(scores[name], rel=1e-5)
+            assert record.scores == pytest.approx(scores[name], rel=1e-5)
         costs = [sum(module.weight.shape) for module in targets.values()]
         ranks = literal_allocation(list(spectra.values()), list(log_pis.values()), costs, 16 * sum(costs), mode)
-        assert [record["r"] for record in found.values()] == ranks
+        assert [record.r for record in found.values()] == ranks
         assert len(set(ranks)) > 3
         assert start.record["totals"]["parameters"] <= 16 * sum(costs)
         assert start.record["totals"]["parameters"] > 16 * sum(costs) - max(costs)

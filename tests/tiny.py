@@ -1,14 +1,15 @@
 """Tiny random models of each family, with padded batches for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers as t
 from torch import Tensor, nn
 
 from corda_lora.config import CordaConfig
-from corda_lora.preprocess.layer import LayerStart, decompose_layer, keep_components, start_layer
-from corda_lora.preprocess.pipeline import walk
+from corda_lora.preprocess.context import Context
+from corda_lora.preprocess.layer import LayerRecord, LayerStart, decompose_layer, keep_components, start_layer
+from corda_lora.preprocess.walk import Place, Step, walk
 
 VOCABULARY = 96
 SIZE = {
@@ -108,10 +109,15 @@ def logits(model: nn.Module, family: str = "llama") -> Tensor:
 def start_of(W: Tensor, C: Tensor | None, config: CordaConfig) -> LayerStart:
     """One weight (m, n) and its covariance (n, n), all the way to the adapter's start."""
     U, sigma = decompose_layer(W, C, config)
-    return start_layer(keep_components(W, C, U, sigma, config.r, config, {}), config.r, config)
+    return start_layer(keep_components(W, C, U, sigma, config.r, config, LayerRecord()), config.r, config)
 
 
-def covariances_of(model: nn.Module, targets: dict[str, nn.Module], batches: list[dict]) -> dict[str, Tensor]:
+def steps(model: nn.Module, targets: dict[str, nn.Module], batches: list[dict], **context) -> Iterator[Step]:
+    """`walk` on the CPU; `context`: see `Context`."""
+    return walk(model, targets, Context(batches, **context), Place(torch.device("cpu")))
+
+
+def covariances_of(model: nn.Module, targets: dict[str, nn.Module], batches: list[dict], **context):
     """C of every layer that got any, in one round."""
-    found = walk(model, targets, batches, torch.device("cpu"))
-    return {n: Cs[0] for _, groups in found for members, Cs in groups or [] for n in members if Cs}
+    walked = steps(model, targets, batches, **context)
+    return {n: Cs[0] for _, groups in walked for members, Cs in groups or [] for n in members if Cs}

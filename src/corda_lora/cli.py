@@ -185,6 +185,7 @@ def init(options: Namespace) -> None:
     from .data.batches import context_batches
     from .data.samples import load_rounds
     from .models.loading import load_tokenizer, open_model
+    from .preprocess.context import Context
     from .preprocess.pipeline import preprocess
     from .preprocess.plan import check_room, init_plan
     from .preprocess.work import MANIFEST, open_work
@@ -212,7 +213,7 @@ def init(options: Namespace) -> None:
     run |= {"corda-lora": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
     work = open_work(options.output, run, lambda folder: (folder / MANIFEST).is_file())
     try:
-        start = preprocess(model, config, batches, True, numbers, rounds, stored, work, options.park)
+        start = preprocess(model, config, Context(batches, rounds, numbers), True, stored, work, options.park)
     except CordaError:
         if not (work / MANIFEST).is_file():  # nothing was finished
             shutil.rmtree(work)
@@ -236,15 +237,8 @@ def plan(options: Namespace) -> None:
     if options.gpu is None and (options.tflops or options.tflops64):
         raise CordaError("--tflops and --tflops64 are of a card: give its memory with --gpu")
     from .devices import compute_device
-    from .preprocess.plan import (
-        described_machine,
-        init_plan,
-        planned_model,
-        planned_tokens,
-        report,
-        this_machine,
-        what_fits,
-    )
+    from .preprocess.machine import described_machine, this_machine
+    from .preprocess.plan import init_plan, planned_model, planned_tokens, report, what_fits
 
     given = described_machine(options.gpu, options.tflops, options.tflops64) if options.gpu is not None else None
     model: Any = planned_model(source)

@@ -40,8 +40,9 @@ from .devices import compute_device, double_device
 from .files import whole_file
 from .models.lockstep import DifferentPathsError, find_blocks, parking
 from .models.targets import weight_of, weight_shape
-from .preprocess.collect import Collector
-from .preprocess.pipeline import walk
+from .preprocess.collect import Collector, Group
+from .preprocess.context import Context
+from .preprocess.walk import Place, walk
 from .progress import progress_bar, track
 
 PARTS = ("S_WC", "U_WC", "V_WC")  # of PEFT's CordaEigens
@@ -248,7 +249,7 @@ def collect(
     with at_once.listening(), _forward_replaced(model, record):
         run_model()
 
-    def hand_over(collector: Collector, groups: list[tuple[list[str], list[Tensor]]]) -> None:
+    def hand_over(collector: Collector, groups: list[Group]) -> None:
         while groups:  # popped: one that is done is not held any longer
             names, Cs = groups.pop(0)
             for C in Cs:  # one; none for a layer that was not run
@@ -259,11 +260,11 @@ def collect(
     calls = list(waiting.values())
     with progress_bar("Collecting eigens", len(layers), verbose) as advance:
         if calls and not at_once.covariances:
-            collector = Collector(model, layers, calls, per_sample=True)
+            collector = Collector(model, layers, Context(calls), per_sample=True)
             try:
                 visiting = device.type == "cuda" and next(model.parameters()).device != device  # there is little room
-                park = parking("cpu" if visiting else "device")
-                for _, groups in walk(model, layers, calls, device, collector=collector, park=park):
+                place = Place(device, park=parking("cpu" if visiting else "device"))
+                for _, groups in walk(model, layers, Context(calls), place, collector=collector):
                     hand_over(collector, groups or [])
                 return
             except DifferentPathsError:  # some calls run other blocks than others (with an image, and without)

@@ -108,7 +108,7 @@ def test_training_moves_the_trained_part_alone(family, split, weight_decay):
 @pytest.mark.parametrize("split", SPLITS)
 def test_parameter_count(split):
     model, found = start(split=split)
-    shapes = [layer.record["shape"] for layer in found.layers.values()]
+    shapes = [layer.record.shape for layer in found.layers.values()]
     adapted = install(model, found)
     count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert count == sum(4 * (m if split == "anchored" else m + n) for m, n in shapes)

@@ -142,10 +142,10 @@ def test_selection_is_algorithm_1(tokens, device, by_products, monkeypatch):
     found = [choose_covariance(W.to(device), there, extremes, config) for W in weights]
     for W, record in zip(weights, found):
         best, scores = literal_selection(W, covariances)
-        assert record["round"] == best
-        assert record["scores"] == pytest.approx(scores, rel=2e-5 if by_products else 1e-6)
+        assert record.round == best
+        assert record.scores == pytest.approx(scores, rel=2e-5 if by_products else 1e-6)
     if tokens > 30:
-        assert len({record["round"] for record in found}) > 1  # it hangs on W, though the inputs are shared
+        assert len({record.round for record in found}) > 1  # it hangs on W, though the inputs are shared
 
 
 def test_compactness_is_equation_6():

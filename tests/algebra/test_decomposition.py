@@ -237,18 +237,18 @@ def test_anchored_certificate_holds_for_any_b(orientation):
     W, C = torch.randn(30, 44), X @ X.T / 90
     layer = start_of(W, C, CordaConfig(r=5, orientation=orientation))
     A = layer.A.double()
-    assert layer.record["leak"] == pytest.approx(float((A @ X).square().sum() / 90), rel=1e-6)
-    assert layer.record["output_energy"] == pytest.approx(float((W.double() @ X).square().sum() / 90), rel=1e-6)
+    assert layer.record.leak == pytest.approx(float((A @ X).square().sum() / 90), rel=1e-6)
+    assert layer.record.output_energy == pytest.approx(float((W.double() @ X).square().sum() / 90), rel=1e-6)
     for _ in range(20):
         B = torch.randn(30, 5, dtype=torch.float64)
-        bound = torch.linalg.matrix_norm(B, 2) * (90 * layer.record["leak"]) ** 0.5
+        bound = torch.linalg.matrix_norm(B, 2) * (90 * layer.record.leak) ** 0.5
         assert (B @ A @ X).norm() <= bound * (1 + 1e-6)
 
 
 def test_kpm_leaks_less_of_the_context_than_ipm():
     torch.manual_seed(8)
     W, C = torch.randn(40, 40), covariance(40)
-    leaks = [start_of(W, C, CordaConfig(mode=mode, split="anchored", r=5)).record["leak"] for mode in ("kpm", "ipm")]
+    leaks = [start_of(W, C, CordaConfig(mode=mode, split="anchored", r=5)).record.leak for mode in ("kpm", "ipm")]
     assert leaks[0] < 0.01 * leaks[1]
 
 

@@ -75,7 +75,7 @@ class Hub(BaseHTTPRequestHandler):
             {"_id": "0", "id": f"{org}/{name}", "sha": COMMIT, "private": False, "siblings": siblings, "tags": []}
         )
 
-    do_GET = do_HEAD = do_POST = answer  # noqa: N815
+    do_GET = do_HEAD = do_POST = answer
 
     def send(self, content, status=200, headers=None):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -15,7 +15,8 @@ from corda_lora.models.lockstep import find_blocks, lockstep, on_device, parking
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess import pipeline as preprocess
 from corda_lora.preprocess.collect import Collector
-from corda_lora.preprocess.pipeline import walk
+from corda_lora.preprocess.context import Context
+from corda_lora.preprocess.walk import Place, walk
 
 CPU = torch.device("cpu")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -44,17 +45,17 @@ def test_each_block_runs_once_a_batch_and_all_batches_before_the_next(family):
     blocks = blocks_of(model)
     assert len(blocks) == (4 if family == "t5" else 2)
     runs = record_runs(model)
-    list(walk(model, find_targets(model, "all-linear"), batches, CPU))
+    list(tiny.steps(model, find_targets(model, "all-linear"), batches))
     assert runs == [name for name in blocks for _ in batches]
 
 
 def test_a_block_is_done_when_it_is_yielded_and_the_next_has_not_begun():
     model, batches = tiny.build("llama"), tiny.batches()
     runs = record_runs(model)
-    for i, (names, found) in enumerate(walk(model, find_targets(model, "all-linear"), batches, CPU)):
+    for i, (names, groups) in enumerate(tiny.steps(model, find_targets(model, "all-linear"), batches)):
         assert runs.count(f"model.layers.{i}") == len(batches)
         assert f"model.layers.{i + 1}" not in runs
-        assert names == [name for members, _ in found for name in members]
+        assert names == [name for members, _ in groups for name in members]
         assert set(names) == {n for n in find_targets(model, "all-linear") if f"layers.{i}." in n}
 
 
@@ -76,8 +77,8 @@ def test_outputs_are_those_of_a_plain_forward(family):
         run()
     hook.remove()
     with torch.no_grad():
-        for batch, found in zip(batches, outputs, strict=True):
-            assert torch.equal(found, model(**batch).logits)
+        for batch, output in zip(batches, outputs, strict=True):
+            assert torch.equal(output, model(**batch).logits)
 
 
 def test_only_one_block_is_on_the_device(monkeypatch):
@@ -92,11 +93,11 @@ def test_only_one_block_is_on_the_device(monkeypatch):
         yield
         active.difference_update(here)
 
-    monkeypatch.setattr("corda_lora.preprocess.pipeline.on_device", recorded)
+    monkeypatch.setattr("corda_lora.preprocess.walk.on_device", recorded)
     monkeypatch.setattr("corda_lora.models.lockstep.on_device", recorded)
     for name, block in blocks_of(model).items():
         block.mlp.register_forward_hook(lambda *_, name=name: most.append({*active} | {f"run {name}"}))
-    list(walk(model, find_targets(model, "all-linear"), tiny.batches(), CPU))
+    list(tiny.steps(model, find_targets(model, "all-linear"), tiny.batches()))
     layers = [{n for n in seen if "model.layers" in n} for seen in most]
     assert all(len({n for n in seen if not n.startswith("run")}) <= 1 for seen in layers)
     assert sum(seen == {f"model.layers.{i}", f"run model.layers.{i}"} for i in (0, 1) for seen in layers) == 6
@@ -157,10 +158,8 @@ def test_a_block_that_cannot_be_read_ahead_is_an_error_when_it_is_reached(monkey
         raise OSError("the shard is gone")
 
     stored = {model.model.layers[1].mlp.up_proj.weight: fail}
-    weights, steps = (
-        tiny.snapshot(model),
-        walk(model, find_targets(model, "all-linear"), tiny.batches(), CPU, stored=stored),
-    )
+    weights, targets = tiny.snapshot(model), find_targets(model, "all-linear")
+    steps = walk(model, targets, Context(tiny.batches()), Place(CPU, stored))
     with pytest.raises(OSError, match="the shard is gone"):
         done.extend(names for names, _ in steps)
     assert len(done) == 1
@@ -231,7 +230,7 @@ def test_states_parked_from_a_gpu_come_back_as_they_were(place, tmp_path):
         return outputs, most
 
     few, many = run_all(batches[:4]), run_all(batches)
-    assert all(torch.equal(found, expected) for found, expected in zip(many[0], plain, strict=True))
+    assert all(torch.equal(output, expected) for output, expected in zip(many[0], plain, strict=True))
     state = batches[0]["input_ids"].numel() * 1024 * 2
     assert many[1] < few[1] + 4 * state  # of 24 batches
 
@@ -273,10 +272,11 @@ def test_the_host_waits_for_nothing_inside_a_block(place, per_sample, monkeypatc
 
             yield block, strict
 
-    monkeypatch.setattr("corda_lora.preprocess.pipeline.lockstep", watched)
-    collector = Collector(model, targets, batches, per_sample=per_sample)
-    found = list(walk(model, targets, batches, torch.device("cuda", 0), collector=collector, park=parking(place)))
-    assert all(torch.isfinite(C).all() for _, groups in found for _, Cs in groups for C in Cs)
+    monkeypatch.setattr("corda_lora.preprocess.walk.lockstep", watched)
+    collector = Collector(model, targets, Context(batches), per_sample=per_sample)
+    cuda = Place(torch.device("cuda", 0), park=parking(place))
+    steps = list(walk(model, targets, Context(batches), cuda, collector=collector))
+    assert all(torch.isfinite(C).all() for _, groups in steps for _, Cs in groups for C in Cs)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -300,10 +300,10 @@ def test_a_failing_forward_is_passed_on_and_leaves_nothing(training):
 
 def test_stopping_early_leaves_nothing():
     model = tiny.build("llama")
-    found = walk(model, find_targets(model, "all-linear"), tiny.batches(), CPU)
-    next(found)
+    steps = tiny.steps(model, find_targets(model, "all-linear"), tiny.batches())
+    next(steps)
     assert hooks_of(model) > 0
-    found.close()
+    steps.close()
     assert hooks_of(model) == 0
 
 
@@ -354,9 +354,9 @@ def test_bad_numbers_in_padding_do_not_count():
         lambda module, args, output: output.masked_fill(mask[..., None] == 0, torch.inf)
     )
     layer = {"bert.encoder.layer.0.attention.self.query": model.bert.encoder.layer[0].attention.self.query}
-    found = list(walk(model, layer, [{"input_ids": ids, "attention_mask": mask}], CPU))
-    assert all(torch.isfinite(C).all() for _, groups in found for _, Cs in groups for C in Cs)
-    assert found
+    steps = list(tiny.steps(model, layer, [{"input_ids": ids, "attention_mask": mask}]))
+    assert all(torch.isfinite(C).all() for _, groups in steps for _, Cs in groups for C in Cs)
+    assert steps
 
 
 def test_all_padding_is_refused():
@@ -404,20 +404,19 @@ def test_first_tokens_left_out_of_the_covariances(family):
     def covariances(skip_tokens, layer):
         inputs = []
         hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
-        walked = walk(model, targets, made, torch.device("cpu"), skip_tokens=skip_tokens)
-        found = {n: Cs[0] for _, groups in walked for members, Cs in groups for n in members}
+        means = tiny.covariances_of(model, targets, made, skip_tokens=skip_tokens)
         hook.remove()
-        return found, inputs
+        return means, inputs
 
     name = next(n for n in targets if n.endswith(("encoder.block.1.layer.0.SelfAttention.q", "1.self_attn.q_proj")))
-    found, inputs = covariances(2, targets[name])
+    means, inputs = covariances(2, targets[name])
     rows = []
     for batch, x in zip(made, inputs):
         for mask, states in zip(batch["attention_mask"].bool(), x):
             rows.append(states[mask][2:])
     X = torch.cat(rows).double()
-    assert torch.allclose(found[name].double(), X.T @ X / len(X), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found[name], covariances(0, targets[name])[0][name])
+    assert torch.allclose(means[name].double(), X.T @ X / len(X), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(means[name], covariances(0, targets[name])[0][name])
 
 
 def test_nothing_is_left_when_too_many_tokens_are_left_out():

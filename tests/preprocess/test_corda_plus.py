@@ -37,7 +37,7 @@ def trained(adapted):
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
 def test_ranks_differ_and_plain_peft_reads_them(mode, split, tmp_path):
     model, start = started(split, mode)
-    ranks = {name: layer.record["r"] for name, layer in start.layers.items()}
+    ranks = {name: layer.record.r for name, layer in start.layers.items()}
     assert len(set(ranks.values())) > 2
     before = tiny.logits(model)
     adapted = install(copy.deepcopy(model), start).eval()

@@ -21,17 +21,16 @@ from corda_lora.config import CordaConfig, CordaError, ModelConfig
 from corda_lora.models.loading import empty_model
 from corda_lora.models.lockstep import find_blocks
 from corda_lora.models.targets import find_targets
-from corda_lora.preprocess.layer import choose_covariance, decompose_layer, extremes_of, keep_components
-from corda_lora.preprocess.pipeline import preprocess, walk
+from corda_lora.preprocess.layer import LayerRecord, choose_covariance, decompose_layer, extremes_of, keep_components
+from corda_lora.preprocess.machine import H100, described_machine
+from corda_lora.preprocess.pipeline import preprocess
 from corda_lora.preprocess.plan import (
-    H100,
     Layer,
     Tokens,
     _decomposition,
     _selection,
     check_room,
     count_tokens,
-    described_machine,
     init_plan,
     shapes_of,
     shared_inputs,
@@ -118,10 +117,10 @@ def test_allocation_keeps_more_on_the_disk_and_no_larger_adapter(tmp_path):
 def test_the_layers_that_share_inputs_are_those_that_a_run_finds(family):
     model = tiny.build(family)
     targets = find_targets(model, "all-linear")
-    found = {}
-    for _, groups in walk(model, targets, tiny.batches(family, equal=True), torch.device("cpu")):
-        found |= {name: members[0] for members, Cs in groups or [] if Cs for name in members}
-    assert shared_inputs(model, targets, find_blocks(model, list(targets))) == found
+    leaders = {}
+    for _, groups in tiny.steps(model, targets, tiny.batches(family, equal=True)):
+        leaders |= {name: members[0] for members, Cs in groups or [] if Cs for name in members}
+    assert shared_inputs(model, targets, find_blocks(model, list(targets))) == leaders
 
 
 def test_a_llama_shares_between_qkv_and_between_gate_and_up():
@@ -167,7 +166,7 @@ def test_memory_of_a_decomposition_is_what_is_allocated(shape, mode, solver):
     )
     C = X.T @ X
     most, (U, sigma) = allocated(lambda: decompose_layer(W, C, config))
-    kept, _ = allocated(lambda: keep_components(W, C, U, sigma, 8, config, {}))
+    kept, _ = allocated(lambda: keep_components(W, C, U, sigma, 8, config, LayerRecord()))
     planned = _decomposition(Layer("", m, n, ""), 8, True, config, on_cpu=True)
     assert 0.95 < 8 * planned[1] / max(most, kept + U.nbytes) < 1.4
 

@@ -139,8 +139,8 @@ def test_outputs_are_those_of_a_plain_forward_when_states_are_parked(tmp_path, f
     assert len(parked) >= len(batches) * len(blocks)
     assert list(tmp_path.iterdir()) == []
     with torch.no_grad():
-        for batch, found in zip(batches, outputs, strict=True):
-            assert torch.equal(found, model(**batch).logits)
+        for batch, output in zip(batches, outputs, strict=True):
+            assert torch.equal(output, model(**batch).logits)
 
 
 def test_parked_on_disk_the_start_is_the_same():
@@ -153,7 +153,7 @@ def test_where_states_wait_is_chosen_by_room_and_said(monkeypatch):
     class Little:
         available = 1000
 
-    monkeypatch.setattr("corda_lora.preprocess.pipeline.psutil.virtual_memory", Little)
+    monkeypatch.setattr("corda_lora.preprocess.walk.psutil.virtual_memory", Little)
     with pytest.warns(UserWarning, match=r"hidden states of waiting samples \(0.0 GB\) are parked in files"):
         preprocess(tiny.build("llama"), CordaConfig(r=4), tiny.batches(), progress=False)
 
@@ -165,11 +165,11 @@ def test_rounds_are_seen_apart_and_layers_choose_for_themselves():
     model, batches = tiny.build("llama"), tiny.batches()
     alone = [preprocess(model, CordaConfig(r=4), [batch], progress=False) for batch in batches]
     start = preprocess(model, CordaConfig(r=4, rounds=3), batches, progress=False)
-    chosen = {name: layer.record["round"] for name, layer in start.layers.items()}
+    chosen = {name: layer.record.round for name, layer in start.layers.items()}
     assert len(set(chosen.values())) > 1
     for name, layer in start.layers.items():
         assert torch.equal(layer.A, alone[chosen[name]].layers[name].A)
-        assert layer.record["scores"].index(min(layer.record["scores"])) == chosen[name]
+        assert layer.record.scores.index(min(layer.record.scores)) == chosen[name]
 
 
 def test_more_rounds_than_batches_are_refused():

@@ -29,8 +29,10 @@ from ..data.samples import Sample, load_rounds
 from ..devices import compute_device, double_device
 from ..files import whole_file
 from ..models.targets import weight_of, weight_shape
+from ..preprocess.context import Context
 from ..preprocess.layer import LayerStart
-from ..preprocess.pipeline import Start, preprocess, walk
+from ..preprocess.pipeline import Start, preprocess
+from ..preprocess.walk import Place, walk
 from . import adapterdrop as adapterdrop_
 from . import dylora as dylora_
 
@@ -394,7 +396,7 @@ def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
     def find() -> dict[str, torch.Tensor]:
         found, device = {}, compute_device(model)
         batches, _ = context_batches(setup.tokenizer, setup.context("keep")[0], setup.data("keep").max_length)
-        for _, groups in walk(model, setup.targets, batches, device):
+        for _, groups in walk(model, setup.targets, Context(batches), Place(device)):
             for names, covariances in groups or []:
                 C = covariances[0].to(double_device(device), torch.float64)  # (d_in, d_in)
                 P = torch.linalg.eigh(C).eigenvectors[:, : setup.r]  # (d_in, r)
@@ -407,7 +409,7 @@ def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
         return found
 
     found = _found_once(setup, find)
-    layers = {n: LayerStart(found[f"{n}.A"], found[f"{n}.B"], torch.empty(0), {}) for n in setup.targets}
+    layers = {n: LayerStart(found[f"{n}.A"], found[f"{n}.B"], torch.empty(0)) for n in setup.targets}
     config = CordaConfig(r=setup.r, split="paper", lora_alpha=setup.lora_alpha)
     peft_model = install(model, Start(config, layers, {}, {}))
     if freeze:
@@ -442,7 +444,7 @@ def corda(
             for i, one in enumerate(setup.context(of, config.rounds, samples)):
                 new, _ = context_batches(setup.tokenizer, one, setup.data(of).max_length)
                 batches, rounds = batches + new, rounds + [i] * len(new)
-        start = preprocess(model, config, batches, rounds=rounds)
+        start = preprocess(model, config, Context(batches, rounds))
         installed = install(model, start)
         save_adapter(installed, folder, {RECORD: start.record})
         model = installed.unload()

@@ -32,6 +32,7 @@ from ..config import CordaError
 from ..devices import has_streams
 
 Parking = Callable[[Tensor], Tensor]
+Stored = Mapping[Tensor, Callable[[], Tensor]]  # parameters whose values are in a checkpoint, and how they are read
 Wait = Callable[[], None]  # the stream that computes waits for a copy; the host does not
 
 
@@ -205,9 +206,7 @@ def parking(where: str, folder: Path | None = None) -> Parking | None:
 
 
 @contextmanager
-def on_device(
-    tensors: Iterable[Tensor], device: torch.device, stored: Mapping[Tensor, Callable[[], Tensor]] | None = None
-) -> Iterator[None]:
+def on_device(tensors: Iterable[Tensor], device: torch.device, stored: Stored | None = None) -> Iterator[None]:
     """Have parameters or buffers on `device`; afterwards they hold the very memory they held before.
 
     Args:
@@ -226,7 +225,7 @@ def on_device(
 
 @contextmanager
 def visits(
-    blocks: Sequence[nn.Module], device: torch.device, stored: Mapping[Tensor, Callable[[], Tensor]] | None = None
+    blocks: Sequence[nn.Module], device: torch.device, stored: Stored | None = None
 ) -> Iterator[Callable[[nn.Module], AbstractContextManager[None]]]:
     """Yield `on_device` for the parameters and buffers of one block after another, which are expected in this order.
 

@@ -1,19 +1,32 @@
 """Collect the covariances of layers' inputs while batches run through a model.
 
-Three things make this more than a hook: layers that are given the same tensor (q, k and v; gate and up) share one
-covariance, padding is left out of every one, and every round of the context has its own.
+This takes more than a hook for three reasons. Layers that are given the same tensor (q, k and v; gate and up) share one
+covariance. Padding is left out of every covariance. Every round of the context has covariances of its own.
 """
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..algebra.covariance import HALF, Covariance
 from ..config import CordaError
+from .context import Batch, Context, has_decoder, token_masks
+
+
+class Group(NamedTuple):
+    """Layers that share their input.
+
+    Attributes:
+        members: their names.
+        covariances: C (d_in, d_in) of that input, one for each round; empty if the layers were not run.
+    """
+
+    members: list[str]
+    covariances: list[Tensor]
 
 
 class Collector:
@@ -22,64 +35,62 @@ class Collector:
     Call `start(index)` before batch `index` runs on; `take` hands over the covariances of layers that are done.
 
     Args:
+        context: the batches that will run. `add` adds further ones.
         per_sample: normalize as PEFT does, see `Covariance.add_samples`.
-        skip_tokens: of each sample, how many real tokens at its beginning are left out.
 
     Attributes:
-        counts: of the layers taken, the rows (or samples) that the covariance is the mean of.
+        counts: for each layer taken, the number of rows (or samples) that its covariance is the mean of.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        batches: Sequence[Mapping[str, Any]] = (),
-        numbers: Sequence[Any] | None = None,
-        rounds: Sequence[int] | None = None,
+        context: Context | None = None,
         per_sample: bool = False,
-        skip_tokens: int = 0,
     ):
+        context = context or Context()
         self.layers = layers
         self.names = {module: name for name, module in layers.items()}
-        self.has_decoder = has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.has_decoder = has_decoder(model)
         self.per_sample = per_sample
-        self.skip_tokens = skip_tokens
-        self.numbers = numbers  # what the samples are called
+        self.skip_tokens = context.skip_tokens
+        self.numbers = context.numbers
         self.counts: dict[str, int] = {}
         self.covariances: dict[str, dict[int, Covariance]] = {}  # layer -> round -> sum
         self.leaders: dict[str, str] = {}  # layer -> the layer whose covariance it shares
-        self.first_batch: dict[str, int] = {}
+        self.first_batch: dict[str, int] = {}  # layer -> the batch in which it ran first
         self.finite: dict[str, list[tuple[int, Tensor]]] = {}  # layer -> (batch, (samples,) or () bool)
-        encoder: nn.Module | None = model.get_encoder() if has_decoder else None  # type: ignore[operator]
+        encoder: nn.Module | None = model.get_encoder() if self.has_decoder else None  # type: ignore[operator]
         self.encoder = encoder
         self.in_encoder = set(encoder.modules()) if encoder is not None else set()
         self.encoded: dict[int, weakref.ref[Tensor]] = {}  # batch -> the encoder's output
-        self.masks: list[tuple[Tensor | None, Tensor | None]] = []  # of each batch, see `token_masks`
-        self.rows: dict[int, Tensor] = {}  # identity of a mask -> numbers of its real tokens, on the device
-        self.starts: list[int] = []  # each batch's first sample
-        self.rounds: list[int] = []
+        self.masks: list[tuple[Tensor | None, Tensor | None]] = []  # batch -> its masks, see `token_masks`
+        self.rows: dict[int, Tensor] = {}  # identity of a mask -> row numbers of its real tokens, on the device
+        self.first_sample: list[int] = []  # batch -> number of its first sample
+        self.rounds: list[int] = []  # batch -> its round
         self.samples = 0
-        for batch, round in zip(batches, rounds or [0] * len(batches)):
+        for batch, round in zip(context.batches, context.rounds or [0] * len(context.batches)):
             self.add(batch, round)
         self.start(0)
 
-    def add(self, batch: Mapping[str, Any] | None, round: int = 0) -> None:
-        """One more batch, which runs next. None: calls of which nothing is known. What a layer is given in them is one
-        sample, all of it real, and shared with no other layer."""
+    def add(self, batch: Batch | None, round: int = 0) -> None:
+        """One more batch, which runs next. None stands for calls of which nothing is known: what a layer is given in
+        them is one sample without padding, and shared with no other layer."""
         mask, decoder_mask = (None, None) if batch is None else token_masks(batch, self.has_decoder, self.skip_tokens)
         self.masks.append((mask, decoder_mask))
-        self.starts.append(self.samples)
+        self.first_sample.append(self.samples)
         self.rounds.append(round)
         self.samples += 0 if mask is None else len(mask)
         self.start(len(self.masks) - 1)
 
     def start(self, index: int) -> None:
         self.batch = index
-        self.inputs: list[tuple[weakref.ref[Tensor], str]] = []  # inputs met since, alive, and who met them first
+        self.inputs: list[tuple[weakref.ref[Tensor], str]] = []  # inputs seen since, and the layer that got each first
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hooks on the layers, for as long as the context lasts."""
+        """Hooks on the layers, for as long as the `with` block lasts."""
         hooks = [module.register_forward_pre_hook(self._on_input) for module in self.layers.values()]
         if self.encoder is not None:
             hooks.append(self.encoder.register_forward_hook(self._on_encoded))
@@ -111,7 +122,7 @@ class Collector:
             covariance.add(flat)
 
     def _shares(self, name: str, x: Tensor) -> bool:
-        """Whether a layer is given what another was given in this batch, which accumulates it for both."""
+        """Whether another layer was given the same tensor in this batch. That layer accumulates it for both."""
         for ref, leader in self.inputs:
             if ref() is x and leader != name:
                 if name not in self.covariances and self.first_batch[leader] == self.batch:
@@ -131,7 +142,7 @@ class Collector:
         return mask
 
     def _real_tokens(self, mask: Tensor, name: str, x: Tensor) -> Tensor | None:
-        """Numbers of the rows of x.reshape(-1, d) that are not padding, on its device; None for all."""
+        """Numbers of the rows of x.reshape(-1, d) that are not padding, on x's device; None if all are real."""
         if bool(mask.all()) or x.shape[:-1] == mask.shape[:1]:  # no padding; or one pooled vector a sample
             return None
         if x.shape[:-1].numel() != mask.numel():
@@ -143,7 +154,7 @@ class Collector:
         return self.rows[id(mask)]
 
     def _finite(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """(b,) whether each sample's numbers are finite; what is padding does not count. No wait for the device."""
+        """(b,) whether each sample's numbers are finite; padding does not count. The host does not synchronize."""
         precise = torch.float32 if x.dtype in HALF else x.dtype
         finite = torch.linalg.vector_norm(x, dim=-1, dtype=precise).isfinite()  # (b, s), (b,) or (b·s,); in one pass
         if rows is not None:
@@ -152,49 +163,51 @@ class Collector:
             finite = finite | ~real.reshape(finite.shape)
         return finite.flatten(1).all(-1) if finite.ndim > 1 else finite
 
-    def take(self, names: Sequence[str]) -> list[tuple[list[str], list[Tensor]]]:
-        """The layers that shared their input, and its C (d_in, d_in) in each round, group by group; the sums are then
-        forgotten. Layers that were never run are missing.
+    def take(self, names: Sequence[str]) -> list[Group]:
+        """The groups of the named layers, with their covariances; the sums are then forgotten. Layers that were never
+        run are missing.
 
         Raises:
-            CordaError: an input had NaN or Inf; names the layer and the sample. A round with no token for a layer that
-                others have.
+            CordaError: an input had NaN or Inf; names the layer and the sample. A layer got tokens in some of the
+                rounds only.
         """
         for name in names:
-            found = self.finite.pop(name, [])
-            if not found or bool(torch.stack([finite.all() for _, finite in found]).all()):  # waits for the device once
+            checks = self.finite.pop(name, [])
+            # Synchronizes once for all batches.
+            if not checks or bool(torch.stack([finite.all() for _, finite in checks]).all()):
                 continue
-            for batch, finite in found:
+            for batch, finite in checks:
                 if not bool(finite.all()):
-                    where = self._where(batch, finite)
-                    raise CordaError(f"Invalid value found in input of {name}, {where}: NaN or Inf")
-        groups: dict[str, list[str]] = {}
+                    sample = self._first_not_finite(batch, finite)
+                    raise CordaError(f"Invalid value found in input of {name}, {sample}: NaN or Inf")
+        members_of: dict[str, list[str]] = {}
         for name in names:
-            if self.leaders.get(name, name) in self.covariances:
-                groups.setdefault(self.leaders.get(name, name), []).append(name)
-        taken = []
-        for leader, members in groups.items():
+            leader = self.leaders.get(name, name)
+            if leader in self.covariances:
+                members_of.setdefault(leader, []).append(name)
+        groups = []
+        for leader, members in members_of.items():
             sums = self.covariances.pop(leader)
             means = [s.mean() for _, s in sorted(sums.items()) if s.count]
             self.counts |= dict.fromkeys(members, sum(s.count for s in sums.values()))
             del sums
             if len(means) == len(set(self.rounds)):
-                taken.append((members, means))
+                groups.append(Group(members, means))
             elif means:
                 raise CordaError(f"{leader} got no token in some of the rounds: give fewer rounds or more samples")
-        return taken
+        return groups
 
-    def _where(self, batch: int, finite: Tensor) -> str:
-        """Names the first sample of a batch that is not finite; the batch, if that is all that is known."""
+    def _first_not_finite(self, batch: int, finite: Tensor) -> str:
+        """Names the first sample of a batch that is not finite, or the batch if its samples cannot be told apart."""
         mask, _ = self.masks[batch]
         if mask is None or finite.numel() != len(mask):
             return f"batch {batch} of the context (counted from 0)"
-        sample = self.starts[batch] + int((~finite).nonzero()[0])
+        sample = self.first_sample[batch] + int((~finite).nonzero()[0])
         return f"sample {self.numbers[sample] if self.numbers else sample} of the context (counted from 0)"
 
 
 def _sample_lengths(mask: Tensor | None, name: str, x: Tensor) -> list[int]:
-    """How many real rows of x.reshape(-1, d) each sample has, without those that have none."""
+    """How many real rows of x.reshape(-1, d) each sample has; samples without any are left out."""
     rows = x.shape[:-1].numel()
     samples = len(mask) if mask is not None else len(x) if x.ndim > 2 else 1
     if samples == 1 and (mask is None or rows != mask.numel()):
@@ -211,31 +224,3 @@ def _sample_lengths(mask: Tensor | None, name: str, x: Tensor) -> list[int]:
     if len(x) != samples:
         raise CordaError(f"{name} is given {tuple(x.shape)}, from which samples cannot be told: give one at a time")
     return [rows // samples] * samples
-
-
-def token_masks(
-    batch: Mapping[str, Any], has_decoder: bool = False, skip_tokens: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """Which tokens of a batch are real: (b, s) bool on the CPU, and the same for a decoder's inputs if there is one;
-    without the first `skip_tokens` of each sample.
-
-    Padding is what `attention_mask` (`decoder_attention_mask`) says; without the latter, a decoder's padding is where
-    `labels` are -100. Without any mask every token is real. (Of a mask that also covers what is in a cache, the end.)
-    """
-    ids = next((batch[k] for k in ("input_ids", "inputs_embeds") if batch.get(k) is not None), None)
-    if ids is None:
-        raise CordaError(f"a batch needs input_ids or inputs_embeds, but has only {', '.join(batch) or 'nothing'}")
-    mask = batch.get("attention_mask")
-    mask = torch.ones(ids.shape[:2]) if mask is None or mask.ndim != 2 else mask[:, -ids.shape[1] :]
-    decoder = None
-    if has_decoder:
-        decoder = batch.get("decoder_attention_mask")
-        if decoder is None and batch.get("labels") is not None:
-            decoder = batch["labels"] != -100
-        if decoder is None:  # BART makes its decoder's inputs of the encoder's
-            decoder_ids = batch.get("decoder_input_ids")
-            decoder = mask if decoder_ids is None else torch.ones(decoder_ids.shape[:2])
-    masks = [None if m is None else m.bool().cpu() for m in (mask, decoder)]
-    mask, decoder = [None if m is None else m & (m.cumsum(1) > skip_tokens) for m in masks]
-    assert mask is not None
-    return mask, decoder

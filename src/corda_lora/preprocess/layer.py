@@ -1,10 +1,13 @@
-"""One layer, from its weight and its covariances to the adapter's start. Ranks may be known only when every layer has
-been seen, so the way has two halves: `decompose_layer`, whose result waits on disk, and `start_layer`."""
+"""One layer, from its weight and its covariances to the start of its adapter.
+
+Ranks may be known only when every layer has been seen. So the work has two halves: `decompose_layer` with
+`keep_components`, whose result waits on disk, and `start_layer`.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,78 +21,126 @@ from ..config import CordaConfig, CordaError
 from ..devices import factors_slowly
 
 
+class Choice(NamedTuple):
+    """Which round's covariance orients a layer (CorDA++, Alg. 1).
+
+    Attributes:
+        round: its number; None if there was nothing to choose from.
+        scores: Eq. 8 for every round.
+        log_pi: logarithm of the compactness (Eq. 6) of the chosen covariance; None if nobody needs it.
+    """
+
+    round: int | None = None
+    scores: list[float] | None = None
+    log_pi: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What corda.json says of a layer. None stands for what does not apply, and is left out there.
+
+    Attributes:
+        r: rank.
+        shape: (d_out, d_in).
+        round, scores, log_pi: see `Choice`.
+        output_energy: tr(W C Wᵀ).
+        sigma_first, sigma_last: largest and smallest singular value of the adapter's components.
+        norm_A, norm_B: Frobenius norms of the factors.
+        energy_share: share of the output energy in the adapter's components.
+        leak: tr(A C Aᵀ).
+        digest: of the weight, see `layer_digest`. It is not in corda.json, which has the fingerprint of all layers.
+    """
+
+    r: int | None = None
+    shape: list[int] | None = None
+    round: int | None = None
+    scores: list[float] | None = None
+    log_pi: float | None = None
+    output_energy: float | None = None
+    sigma_first: float | None = None
+    sigma_last: float | None = None
+    norm_A: float | None = None
+    norm_B: float | None = None
+    energy_share: float | None = None
+    leak: float | None = None
+    digest: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "digest"}
+
+
 @dataclass
 class Decomposed:
-    """The components of a layer that could still be chosen, k of R, in the order of σ: the tail in kpm, the head in
-    ipm.
+    """The k components of a layer that could still be chosen, out of R = min(d_out, d_in), in the order of σ: the tail
+    in kpm, the head in ipm.
 
     Attributes:
         rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU.
-        U: (d_out, k), the same; None where the split needs none (B from zero).
-        sigma: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or of a fixed rank
+        U: (d_out, k) float32 on the CPU; None where the split needs none (B from zero).
+        sigma: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or with a fixed rank
             those of the adapter, (r,).
         energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
-        record: what corda.json will say of the layer.
+        record: what is known of the layer by now.
     """
 
     rows: Tensor
     U: Tensor | None
     sigma: Tensor
     energy: Tensor | None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: LayerRecord
 
 
 @dataclass
 class LayerStart:
-    """What one layer starts from.
+    """The start of one layer's adapter.
 
     Attributes:
-        A: (r, d_in) and
-        B: (d_out, r), float32 on the CPU.
+        A: (r, d_in) float32 on the CPU.
+        B: (d_out, r) float32 on the CPU.
         spectrum: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or those of the
             adapter, (r,), where no more were computed.
-        record: what corda.json says of the layer.
+        record: see `LayerRecord`.
     """
 
     A: Tensor
     B: Tensor
     spectrum: Tensor
-    record: dict[str, Any]
+    record: LayerRecord = field(default_factory=LayerRecord)
 
 
 def extremes_of(covariances: Sequence[Tensor], config: CordaConfig, device: torch.device) -> list[tuple[float, float]]:
-    """Smallest and largest eigenvalue of each round's C (n, n), regularized, or of what else orients; found on
-    `device`."""
-    found = []
+    """Smallest and largest eigenvalue of the matrix that each round orients by: C (n, n), regularized, or the root of
+    its diagonal. Computed on `device`.
+
+    Raises CordaError if a regularized C is singular.
+    """
+    extremes = []
     for C in covariances:
         C = C.to(device)
         if config.orientation == "covariance":
             try:
-                found.append(extreme_eigenvalues(regularize(C, config.damping)))
+                extremes.append(extreme_eigenvalues(regularize(C, config.damping)))
             except torch.linalg.LinAlgError as error:
                 raise CordaError(
                     "a covariance is singular to float64, so that its compactness is not defined: raise --damping"
                 ) from error
         else:
             d = orient(C.new_ones(1, len(C)), C, config.orientation, config.damping)
-            found.append((float(d.min()), float(d.max())))
-    return found
+            extremes.append((float(d.min()), float(d.max())))
+    return extremes
 
 
 def choose_covariance(
     W: Tensor, covariances: Sequence[Tensor], extremes: Sequence[tuple[float, float]], config: CordaConfig
-) -> dict[str, Any]:
+) -> Choice:
     """Dynamic covariance selection (CorDA++, Alg. 1): which round's C (n, n) orients W (m, n).
 
     Args:
-        extremes: of the covariances, see `extremes_of`.
-
-    Returns:
-        {"round", "scores" (of every round), "log_pi" (of the chosen one)}.
+        extremes: eigenvalues of the covariances, see `extremes_of`.
     """
     log_pis = [log_compactness(W.shape[0], *pair) for pair in extremes]
     if len(covariances) == 1:
-        return {"log_pi": log_pis[0]}
+        return Choice(log_pi=log_pis[0])
     T = triangle(W.double())[0]
     scores = []
     for C, log_pi in zip(covariances, log_pis):
@@ -97,7 +148,7 @@ def choose_covariance(
         scores.append(selection_score(log_pi, *(norms(M) if factors_slowly(M.device) else _norms_by_spectrum(M))))
         del M
     best = scores.index(min(scores))  # the first of equals
-    return {"round": best, "scores": scores, "log_pi": log_pis[best]}
+    return Choice(best, scores, log_pis[best])
 
 
 def _norms_by_spectrum(M: Tensor) -> tuple[float, float]:
@@ -107,7 +158,7 @@ def _norms_by_spectrum(M: Tensor) -> tuple[float, float]:
 
 
 def keeps_all(config: CordaConfig) -> bool:
-    """Whether all components are found: ranks are to be allocated, or the solver finds no fewer."""
+    """Whether all components are computed: ranks are to be allocated, or the solver computes no fewer."""
     return config.allocates or config.solver in ("gram", "svd")
 
 
@@ -117,29 +168,33 @@ def decompose_layer(
     config: CordaConfig,
     fell_back: Callable[[], None] = say_fallback,
 ) -> tuple[Tensor, Tensor]:
-    """U and σ, float64, of a weight W (m, n) oriented by C (n, n), or by nothing: all its components, (m, R) and (R,),
-    or those of the adapter, (m, r) and (r,). `fell_back`: see `chosen_components`.
+    """U and σ, float64, of a weight W (m, n) oriented by C (n, n), or not oriented where C is None. All components,
+    (m, R) and (R,), or those of the adapter, (m, r) and (r,). `fell_back`: see `chosen_components`.
     """
-    times = partial(orient, C=C, orientation=config.orientation, damping=config.damping)
+    oriented = partial(orient, C=C, orientation=config.orientation, damping=config.damping)
     if keeps_all(config):
-        return components(W, times, config.solver)
-    return chosen_components(W, times, config.mode, config.r, config.solver, fell_back)
+        return components(W, oriented, config.solver)
+    return chosen_components(W, oriented, config.mode, config.r, config.solver, fell_back)
 
 
 def keep_components(
-    W: Tensor, C: Tensor | None, U: Tensor, sigma: Tensor, k: int, config: CordaConfig, record: dict[str, Any]
+    W: Tensor, C: Tensor | None, U: Tensor, sigma: Tensor, k: int, config: CordaConfig, record: LayerRecord
 ) -> Decomposed:
-    """What is kept of a layer of which at most k components will be chosen."""
+    """The part of a decomposition to keep, where at most k components of the layer will be chosen.
+
+    Args:
+        record: to be completed.
+    """
     chosen = select(config.mode, len(sigma), k)
     U = U[:, chosen]
     rows = U.T @ W.double()  # (k, n)
-    record = {"shape": list(W.shape), **record}
+    record = replace(record, shape=list(W.shape))
     energy = None
     if C is not None:
         energy = energies(rows, C).cpu()
-        record["output_energy"] = _output_energy(W, C)
-    kept = None if config.from_zero else U.float().cpu()
-    return Decomposed(rows.float().cpu(), kept, sigma.cpu(), energy, record)
+        record = replace(record, output_energy=_output_energy(W, C))
+    kept_U = None if config.from_zero else U.float().cpu()
+    return Decomposed(rows.float().cpu(), kept_U, sigma.cpu(), energy, record)
 
 
 def _output_energy(W: Tensor, C: Tensor) -> float:
@@ -152,24 +207,24 @@ def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
     """Split r of the kept components into the factors A and B."""
     chosen = select(config.mode, len(layer.rows), r)
     rows, sigma = layer.rows[chosen].double(), layer.sigma[select(config.mode, len(layer.sigma), r)]
-    m = layer.record["shape"][0]
-    # Where B starts from zero it does not matter what U is.
+    assert layer.record.shape is not None
+    m = layer.record.shape[0]
+    # Where B starts from zero, any U will do.
     U = rows.new_zeros(m, r) if layer.U is None else layer.U[:, chosen].double()
     assert config.split is not None
     B, A = split_components(U, sigma, rows, config.split, config.scale)
-    record = {
-        "r": r,
-        **layer.record,
-        "sigma_first": float(sigma[0]),
-        "sigma_last": float(sigma[-1]),
-        "norm_A": float(A.norm()),
-        "norm_B": float(B.norm()),
-    }
+    record = replace(
+        layer.record,
+        r=r,
+        sigma_first=float(sigma[0]),
+        sigma_last=float(sigma[-1]),
+        norm_A=float(A.norm()),
+        norm_B=float(B.norm()),
+    )
     if layer.energy is not None:
-        energy = layer.energy[chosen]
+        energy, output_energy = layer.energy[chosen], layer.record.output_energy
         stretch = (A.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-300)) ** 2  # A_i is a_i, longer or shorter
-        record["energy_share"] = float(energy.sum()) / record["output_energy"] if record["output_energy"] else 0.0
-        record["leak"] = float((stretch * energy).sum())
-    return LayerStart(
-        A.float(), B.float(), layer.sigma.clone(), record
-    )  # a clone: not a view of the file it was read from
+        share = float(energy.sum()) / output_energy if output_energy else 0.0
+        record = replace(record, energy_share=share, leak=float((stretch * energy).sum()))
+    spectrum = layer.sigma.clone()  # not a view of the file that it was read from
+    return LayerStart(A.float(), B.float(), spectrum, record)

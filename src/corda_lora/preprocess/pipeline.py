@@ -1,21 +1,17 @@
 """Model and context → the adapter's start: covariances, decomposition, ranks, factors, one block at a time."""
 
-import inspect
-import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..algebra.compactness import allocate, allocation_scores, log_compactness
 from ..algebra.covariance import float32_products
 from ..algebra.solvers import warn_of_fallbacks
 from ..config import CordaConfig, CordaError
@@ -23,35 +19,41 @@ from ..devices import (
     compute_device,
     device_name,
     double_device,
-    free_bytes,
     peak_bytes,
     release_cache,
     restart_peak,
     synchronize,
 )
-from ..models.lockstep import Parking, find_blocks, lockstep, on_device, parking, tensors_of, visits
-from ..models.targets import (
-    budget_of,
-    check_rank,
-    find_targets,
-    fingerprint,
-    layer_digest,
-    left_out,
-    weight_of,
-    weight_shape,
-)
+from ..models.lockstep import Stored, parking
+from ..models.targets import check_rank, find_targets, fingerprint, layer_digest, left_out, weight_of
 from ..progress import progress_bar
-from .collect import Collector, token_masks
-from .layer import Decomposed, LayerStart, choose_covariance, decompose_layer, extremes_of, keep_components, start_layer
+from .collect import Group
+from .context import Batch, Context, check_context, consecutive_rounds
+from .layer import (
+    Choice,
+    Decomposed,
+    LayerRecord,
+    LayerStart,
+    choose_covariance,
+    decompose_layer,
+    extremes_of,
+    keep_components,
+    start_layer,
+)
+from .ranks import Ranks
+from .walk import Place, choose_parking, walk
 from .work import LayerStore, saving
-
-Stored = Mapping[Tensor, Callable[[], Tensor]]
 
 
 @dataclass
 class Start:
-    """What `preprocess` found: the layers, in the model's order; a record of the run (see corda.json), the same for
-    the same run; and what it took (seconds by stage, memory), which is not."""
+    """The start of an adapter.
+
+    Attributes:
+        layers: in the model's order.
+        record: what was run and what came out, for corda.json. The same command gives the same record.
+        took: seconds by stage, and memory.
+    """
 
     config: CordaConfig
     layers: dict[str, LayerStart]
@@ -63,10 +65,8 @@ class Start:
 def preprocess(
     model: nn.Module,
     config: CordaConfig,
-    batches: Iterable[Mapping[str, Any]] = (),
+    context: Context | Iterable[Batch] = (),
     progress: bool = True,
-    numbers: Sequence[Any] | None = None,
-    rounds: Sequence[int] | None = None,
     stored: Stored | None = None,
     work: Path | None = None,
     park: str = "auto",
@@ -77,12 +77,10 @@ def preprocess(
     Args:
         model: any model whose forward runs `ModuleList`s of blocks (or none).
         config: see `CordaConfig`.
-        batches: the context: dicts of what the model's forward takes. Padding is excluded through `attention_mask`.
-            Not looked at with orientation `identity`.
+        context: a `Context`, or its batches: keyword arguments of the model's forward. Padding is excluded through
+            `attention_mask`. Without rounds of its own, batches that follow one another make a round. Not read with
+            orientation `identity`.
         progress: show a progress bar on the terminal.
-        numbers: what messages call each sample, in the batches' order; default 0, 1, ...
-        rounds: of each batch, the round (0 ... config.rounds − 1) it belongs to. Default: as many runs of
-            consecutive batches as there are rounds.
         stored: parameters whose values are in a checkpoint and read when needed (see `models.open_model`).
         work: folder for finished blocks, from which a run that was killed goes on. Default: a temporary one.
         park: where the hidden states of waiting batches are: `device`, `cpu`, `disk`, or `auto`: the first of them
@@ -100,308 +98,161 @@ def preprocess(
     record: dict[str, Any] = {"config": asdict(config)}
     if omitted := left_out(model, targets):
         record["left_out"] = omitted
-        shapes = sorted({name.rpartition(".")[2] for name in omitted})
-        warnings.warn(
-            f"left out: {len(omitted)} fused parameters that are not linear layers ({', '.join(shapes)}), such as "
-            f"{omitted[0]}; attention and the other linear layers are adapted",
-            stacklevel=2,
-        )
-    context: list[Mapping[str, Any]] = []
+        _warn_of_left_out(omitted)
+    context = _completed(context, config)
     if config.orientation != "identity":
-        context = list(batches)
-        rounds = _rounds_of(context, config) if rounds is None else rounds
-        record["context"] = check_context(model, context, targets, rounds, config.skip_tokens)
+        record["context"] = check_context(model, context, targets)
     restart_peak(device)
     with tempfile.TemporaryDirectory() as temporary, float32_products("highest"):
         store = LayerStore(work or Path(temporary))
-        place = parking(_choose_parking(park, model, context, device), store.folder)
-        blocks = walk(
-            model, targets, context, device, numbers, rounds, stored, store.blocks, place, None, config.skip_tokens
-        )
-        ranks = _Ranks(targets, config, model)
+        place = Place(device, stored, parking(choose_parking(park, model, context.batches, device), store.folder))
+        ranks = Ranks(targets, config, model)
+        clock = _Clock(device)
+        digests = _finished_before(store, ranks, device)
+        fallbacks: list[str] = []  # layers that the solver gave up on
         with progress_bar("decomposing", len(targets), progress) as advance, saving(store, device) as save:
-            took = _decompose(blocks, targets, config, ranks, device, store, save, advance)
-        since = time.perf_counter()
-        by_name = ranks.of_seen()
-        layers, record["totals"] = _start(store, {name: by_name[name] for name in targets}, ranks.budget, config)
-        took["seconds"]["factors"] = time.perf_counter() - since
-        record["fingerprint"] = fingerprint({name: layer.record.pop("digest") for name, layer in layers.items()})
-    unseen = [name for name, layer in layers.items() if "leak" not in layer.record]
+            for names, groups in walk(model, targets, context, place, digests):
+                clock.lap("forward")
+                if groups is None:
+                    _check_weights({name: targets[name] for name in names}, digests, store)
+                    advance(len(names))
+                    continue
+                block: dict[str, Decomposed] = {}
+                while groups:  # popped: a group that is done frees its covariances
+                    for name, decomposed in _decompose(groups.pop(0), targets, config, ranks, clock, fallbacks):
+                        block[name] = decomposed
+                        advance()
+                save(block)
+                del block
+                clock.lap("state")
+        warn_of_fallbacks(fallbacks)
+        layers, record["totals"] = _start(store, targets, ranks, config)
+        clock.lap("factors")
+    record["fingerprint"] = fingerprint({name: layer.record.digest or "" for name, layer in layers.items()})
+    unseen = [name for name, layer in layers.items() if layer.record.leak is None]
     if config.orientation != "identity" and unseen:
-        warnings.warn(
-            f"{len(unseen)} layers got no token of the context, so the plain SVD of their weights is taken: "
-            f"{', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}",
-            stacklevel=2,
-        )
-    record["layers"] = {name: layer.record for name, layer in layers.items()}
-    took["seconds"] = {"all": time.perf_counter() - began} | took["seconds"]
-    return Start(config, layers, record, {"device": device_name(device), **took})
+        _warn_of_unseen(unseen)
+    record["layers"] = {name: layer.record.as_json() for name, layer in layers.items()}
+    took: dict[str, Any] = {"device": device_name(device)}
+    took["seconds"] = {"all": time.perf_counter() - began} | clock.seconds
+    if clock.peaks:
+        took["peak_accelerator_bytes"] = clock.peaks
+    return Start(config, layers, record, took)
+
+
+class _Clock:
+    """Seconds by stage, and on a CUDA device the peak memory of each stage that decomposes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = dict.fromkeys(("forward", "selection", "decomposition", "state", "factors"), 0.0)
+        self.peaks = dict.fromkeys(("forward", "selection", "decomposition", "state"), 0)
+        if device.type != "cuda":
+            self.peaks = {}
+        self.since = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """What was done since the last lap belongs to this stage."""
+        if stage in self.peaks:
+            synchronize(self.device)
+            self.peaks[stage] = max(self.peaks[stage], peak_bytes(self.device))
+            restart_peak(self.device)
+            if stage in ("forward", "state"):
+                release_cache(self.device)  # pieces of memory that fitted this stage are of little use to the next
+        now = time.perf_counter()
+        self.seconds[stage] += now - self.since
+        self.since = now
+
+
+def _completed(context: Context | Iterable[Batch], config: CordaConfig) -> Context:
+    """A context with its rounds, and without the tokens that are to be skipped; an empty one if none is needed."""
+    if config.orientation == "identity":
+        return Context()
+    if not isinstance(context, Context):
+        context = Context(list(context))
+    assert config.rounds is not None
+    rounds = context.rounds or consecutive_rounds(len(context.batches), config.rounds)
+    return replace(context, rounds=rounds, skip_tokens=config.skip_tokens)
+
+
+def _finished_before(store: LayerStore, ranks: Ranks, device: torch.device) -> dict[str, str]:
+    """The layers that an earlier run finished, which `ranks` then has seen, with the digests of their weights."""
+    digests: dict[str, str] = {}
+    for name, layer in store.load(spectra_only=True):
+        assert layer.record.digest is not None
+        digests[name] = layer.record.digest
+        ranks.see(name, layer.record.log_pi, layer.sigma.to(double_device(device)))
+    return digests
+
+
+def _check_weights(layers: Mapping[str, nn.Module], digests: Mapping[str, str], store: LayerStore) -> None:
+    """Raises CordaError if layers that an earlier run finished have other weights now."""
+    for name, module in layers.items():
+        if layer_digest(module) != digests[name]:
+            raise CordaError(f"{store.folder} was made from other weights ({name} differs): remove it and start again")
 
 
 def _decompose(
-    blocks: Iterable[tuple[list[str], list[tuple[list[str], list[Tensor]]] | None]],
+    group: Group,
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
-    ranks: "_Ranks",
-    device: torch.device,
-    store: LayerStore,
-    save: Callable[[Mapping[str, Decomposed]], None],
-    advance: Callable[[], None],
-) -> dict[str, dict[str, Any]]:
-    """Decompose the layers of each block as it comes, and store them; seconds and peak memory by stage."""
-    digests: dict[str, str] = {}
-    fallbacks: list[str] = []  # layers that the solver gave up on
-    solving = double_device(device)
-    for name, layer in store.load(spectra_only=True):
-        digests[name] = layer.record["digest"]
-        ranks.see(name, layer.record.get("log_pi"), layer.sigma.to(solving))
-    seconds = dict.fromkeys(("forward", "selection", "decomposition", "state"), 0.0)
-    peaks = dict.fromkeys(seconds, 0)
-    since = time.perf_counter()
-
-    def lap(stage: str) -> None:
-        nonlocal since
-        if device.type == "cuda":
-            synchronize(device)
-            peaks[stage] = max(peaks[stage], peak_bytes(device))
-            restart_peak(device)
-            if stage in ("forward", "state"):
-                release_cache(device)  # pieces of memory that fitted this stage are of little use to the next
-        seconds[stage] += time.perf_counter() - since
-        since = time.perf_counter()
-
-    for names, groups in blocks:
-        lap("forward")
-        if groups is None:  # finished before
-            for name in names:
-                if layer_digest(targets[name]) != digests[name]:
-                    raise CordaError(
-                        f"{store.folder} was made from other weights ({name} differs): remove it and start again"
-                    )
-                advance()
-            continue
-        layers = {}
-        while groups:
-            members, covariances = groups.pop(0)
-            if any(float(C.diagonal().sum()) == 0 for C in covariances):
-                covariances = []  # only zeros came in: nothing to orient by
-            choose = bool(covariances) and (config.rounds != 1 or config.allocates)
-            extremes = extremes_of(covariances, config, solving) if choose else []
-            for name in members:
-                W = weight_of(targets[name]).to(solving)
-                record = choose_covariance(W, covariances, extremes, config) if choose else {}
-                lap("selection")
-                C = covariances[record.get("round", 0)].to(W.device) if covariances else None
-                U, sigma = decompose_layer(W, C, config, partial(fallbacks.append, name))
-                ranks.see(name, record.get("log_pi"), sigma)
-                record["digest"] = layer_digest(targets[name])
-                layers[name] = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record)
-                del W, C, U
-                advance()
-                lap("decomposition")
-            del covariances
-        save(layers)
-        del layers
-        lap("state")
-    warn_of_fallbacks(fallbacks)
-    return {"seconds": seconds} | ({"peak_accelerator_bytes": peaks} if device.type == "cuda" else {})
-
-
-class _Ranks:
-    """The ranks of the layers seen so far, with what the others will take at least set aside. A layer seen later can
-    only make them smaller: so they also say how many components of a layer can still be chosen, and no more are kept.
-    """
-
-    def __init__(self, targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module):
-        self.config = config
-        self.shapes = {name: weight_shape(module) for name, module in targets.items()}
-        self.budget = budget_of(targets, config, model)
-        self.scores: dict[str, Tensor] = {}
-
-    def see(self, name: str, log_pi: float | None, sigma: Tensor) -> None:
-        """Add a layer, with the whole spectrum of its oriented weight; log π is None where it got no covariance."""
-        log_pi = log_compactness(self.shapes[name][0], 1, 1) if log_pi is None else log_pi
-        self.scores[name] = allocation_scores(log_pi, sigma)
-
-    def of_seen(self) -> dict[str, int]:
-        if not self.config.allocates:
-            return dict.fromkeys(self.scores, self.config.r)
-        least = self.config.min_rank
-        aside = sum(min(least, m, n) * (m + n) for name, (m, n) in self.shapes.items() if name not in self.scores)
-        costs = [sum(self.shapes[name]) for name in self.scores]
-        ranks = allocate(
-            list(self.scores.values()), costs, self.budget - aside, self.config.mode, least, self.config.max_rank
-        )
-        return dict(zip(self.scores, ranks))
+    ranks: Ranks,
+    clock: _Clock,
+    fallbacks: list[str],
+) -> Iterator[tuple[str, Decomposed]]:
+    """Decompose the layers of a group: choose a covariance, decompose, keep the components that may be chosen."""
+    solving = double_device(clock.device)
+    members, covariances = group
+    if any(float(C.diagonal().sum()) == 0 for C in covariances):
+        covariances = []  # only zeros came in: nothing to orient by
+    choose = bool(covariances) and (config.rounds != 1 or config.allocates)
+    extremes = extremes_of(covariances, config, solving) if choose else []
+    for name in members:
+        W = weight_of(targets[name]).to(solving)
+        choice = choose_covariance(W, covariances, extremes, config) if choose else Choice()
+        clock.lap("selection")
+        C = covariances[choice.round or 0].to(W.device) if covariances else None
+        U, sigma = decompose_layer(W, C, config, partial(fallbacks.append, name))
+        ranks.see(name, choice.log_pi, sigma)
+        record = LayerRecord(**choice._asdict(), digest=layer_digest(targets[name]))
+        decomposed = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record)
+        del W, C, U
+        clock.lap("decomposition")
+        yield name, decomposed
 
 
 def _start(
-    store: LayerStore, ranks: Mapping[str, int], budget: int, config: CordaConfig
+    store: LayerStore, targets: Iterable[str], ranks: Ranks, config: CordaConfig
 ) -> tuple[dict[str, LayerStart], dict[str, Any]]:
     """The factors of every layer, in the model's order; and totals over the layers."""
-    found = {name: start_layer(layer, ranks[name], config) for name, layer in store.load()}
-    layers = {name: found[name] for name in ranks}
-    seen = [layer.record for layer in layers.values() if "leak" in layer.record]
+    by_name = ranks.of_seen()
+    in_stored_order = {name: start_layer(layer, by_name[name], config) for name, layer in store.load()}
+    layers = {name: in_stored_order[name] for name in targets}
     totals: dict[str, Any] = {
         "parameters": sum(layer.A.numel() + layer.B.numel() for layer in layers.values()),
-        "budget": budget,
-        "ranks": [min(ranks.values()), max(ranks.values())],
+        "budget": ranks.budget,
+        "ranks": [min(by_name.values()), max(by_name.values())],
     }
-    if seen:
-        energy = sum(r["output_energy"] for r in seen)
-        totals["energy_share"] = sum(r["energy_share"] * r["output_energy"] for r in seen) / energy if energy else 0.0
+    records = [layer.record for layer in layers.values() if layer.record.leak is not None]
+    if records:
+        energy = sum(r.output_energy or 0.0 for r in records)
+        adapted = sum((r.energy_share or 0.0) * (r.output_energy or 0.0) for r in records)
+        totals["energy_share"] = adapted / energy if energy else 0.0
     return layers, totals
 
 
-def walk(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    batches: Sequence[Mapping[str, Any]],
-    device: torch.device,
-    numbers: Sequence[Any] | None = None,
-    rounds: Sequence[int] | None = None,
-    stored: Stored | None = None,
-    finished: Sequence[Sequence[str]] = (),
-    park: Parking | None = None,
-    collector: Collector | None = None,
-    skip_tokens: int = 0,
-) -> Iterator[tuple[list[str], list[tuple[list[str], list[Tensor]]] | None]]:
-    """Go through the model block by block, all batches through each, and yield its target layers, with the groups of
-    them that share their input and its covariance in each round (see `Collector.take`).
-
-    The weights of the block are on `device` while it is yielded. Target layers outside of the blocks come last, with
-    those that were never run: these are groups of one with no covariance. Without batches, so are all. Layers that
-    are `finished` are run but not listened to: they are yielded with None. A `collector` of one's own has to be one of
-    these batches.
-    """
-    blocks = find_blocks(model, list(targets))
-    done = {name for names in finished for name in names}
-    in_blocks = {tensor for block in blocks.values() for tensor in tensors_of(block)}
-    inside = {block: [n for n in targets if n.startswith(f"{name}.")] for name, block in blocks.items()}
-    outside = dict.fromkeys(targets)
-    for names in inside.values():
-        for name in names:
-            del outside[name]
-    to_end = bool(outside) or not blocks
-    rest = [tensor for tensor in tensors_of(model) if tensor not in in_blocks]
-    if not to_end and (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
-        unused = set(tensors_of(head)) - set(tensors_of(model.get_input_embeddings()))  # type: ignore[operator]
-        rest = [tensor for tensor in rest if tensor not in unused]
-
-    if not batches or done.issuperset(targets):  # nothing to run
-        with visits(list(inside), device, stored) as visit:
-            for block, names in inside.items():
-                with visit(block):
-                    if names:
-                        yield names, (None if done.issuperset(names) else [([name], []) for name in names])
-        if outside:
-            with on_device(rest, device, stored):
-                yield list(outside), (None if done.issuperset(outside) else [([name], []) for name in outside])
-        return
-
-    if collector is None:
-        layers = {n: m for n, m in targets.items() if n not in done}
-        collector = Collector(model, layers, batches, numbers, rounds, skip_tokens=skip_tokens)
-    inputs = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs = [{**batch, "use_cache": False} for batch in inputs]  # or every paused batch would hold its keys
-    training = model.training
-    model.eval()
-    try:
-        order = list(blocks.values())
-        with on_device(rest, device, stored), collector.listening(), visits(order, device, stored) as visit:
-            for block, run in lockstep(model, order, inputs, collector.start, to_end, park):
-                with visit(block):
-                    run()
-                    names = inside.pop(block)
-                    if names and done.issuperset(names):
-                        yield names, None
-                        continue
-                    groups = collector.take(names)
-                    if park is not None:  # one is needed on the device at a time
-                        groups = [(members, [park(C) for C in Cs]) for members, Cs in groups]
-                        synchronize(device)  # whoever gets them may look at them
-                    taken = [name for members, _ in groups for name in members]
-                    outside |= dict.fromkeys(n for n in names if n not in taken)
-                    yield taken, groups
-            for names in inside.values():  # blocks that were never entered
-                outside |= dict.fromkeys(names)
-            if outside and done.issuperset(outside):
-                yield list(outside), None
-            elif outside:
-                groups = collector.take(list(outside))
-                alone = set(outside) - {name for members, _ in groups for name in members}
-                with on_device([t for name in alone for t in tensors_of(targets[name])], device, stored):
-                    yield list(outside), [*groups, *(([name], []) for name in outside if name in alone)]
-    finally:
-        model.train(training)
+def _warn_of_left_out(omitted: Sequence[str]) -> None:
+    kinds = sorted({name.rpartition(".")[2] for name in omitted})
+    warnings.warn(
+        f"left out: {len(omitted)} fused parameters that are not linear layers ({', '.join(kinds)}), such as "
+        f"{omitted[0]}; attention and the other linear layers are adapted",
+        stacklevel=3,
+    )
 
 
-def check_context(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    targets: Mapping[str, nn.Module],
-    rounds: Sequence[int],
-    skip_tokens: int = 0,
-) -> dict[str, Any]:
-    """Count samples and real tokens, and say so where a round has fewer than a layer is wide.
-
-    Raises CordaError if there are none.
-    """
-    if not batches:
-        raise CordaError("the context is empty: no batch was given")
-    has_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    masks = [token_masks(batch, has_decoder, skip_tokens)[0] for batch in batches]
-    samples, tokens = sum(map(len, masks)), int(sum(mask.sum() for mask in masks))
-    if tokens == 0 and skip_tokens:
-        raise CordaError(f"no sample of the context has more than the {skip_tokens} tokens that are left out")
-    if tokens == 0:
-        raise CordaError(f"the context holds only padding: the attention masks of its {samples} samples are all zero")
-    width, widest = max((weight_shape(module)[1], name) for name, module in targets.items())
-    context = {"samples": samples, "tokens": tokens, "widest": width}
-    by_round = [int(sum(m.sum() for m, r in zip(masks, rounds) if r == i)) for i in sorted(set(rounds))]
-    if len(by_round) > 1:
-        context["rounds"] = len(by_round)
-    if min(by_round) < width:
-        context["samples_for_full_rank"] = math.ceil(samples / len(by_round) * width / min(by_round))
-        each, many = "the context", samples // len(by_round)
-        if len(by_round) > 1:
-            each = f"the smallest of {len(by_round)} rounds of the context"
-        enough = context["samples_for_full_rank"]
-        warnings.warn(
-            f"{each} has {min(by_round)} real tokens in {many} samples, fewer than {widest} is wide ({width}), so its "
-            f"covariance has low rank; about {enough} such samples would do",
-            stacklevel=3,
-        )
-    return context
-
-
-def _rounds_of(batches: Sequence[Mapping[str, Any]], config: CordaConfig) -> list[int]:
-    """As many runs of consecutive batches as there are rounds."""
-    assert config.rounds is not None
-    if 0 < len(batches) < config.rounds:
-        raise CordaError(f"rounds is {config.rounds}, but the context has only {len(batches)} batches to make them of")
-    return [i * config.rounds // len(batches) for i in range(len(batches))]
-
-
-def waiting_bytes(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> int:
-    """Of the hidden states of all batches, and of their embeddings, which most models hold on to."""
-    config = getattr(model, "config", None)
-    width = getattr(config.get_text_config() if config is not None else None, "hidden_size", 0)
-    tokens = sum(len(mask.flatten()) for batch in batches for mask in [token_masks(batch)[0]])
-    return 2 * tokens * width * next(model.parameters()).element_size()
-
-
-def _choose_parking(park: str, model: nn.Module, batches: Sequence[Mapping[str, Any]], device: torch.device) -> str:
-    """The place given, or the first of device, CPU and disk that has three times the room; the latter two are said."""
-    if park != "auto" or not batches:
-        return "device" if park == "auto" or (park == "cpu" and device.type == "cpu") else park
-    size = waiting_bytes(model, batches)
-    if 3 * size < (free_bytes(device) or 0):
-        return "device"
-    place = "cpu" if 3 * size < psutil.virtual_memory().available else "disk"
-    if place == "cpu" and device.type == "cpu":
-        return "device"
-    where = {"cpu": "the CPU's memory", "disk": "files beside the output"}[place]
-    warnings.warn(f"the hidden states of waiting samples ({size / 1e9:.1f} GB) are parked in {where}", stacklevel=3)
-    return place
+def _warn_of_unseen(unseen: Sequence[str]) -> None:
+    warnings.warn(
+        f"{len(unseen)} layers got no token of the context, so the plain SVD of their weights is taken: "
+        f"{', '.join(unseen[:3])}{', ...' if len(unseen) > 3 else ''}",
+        stacklevel=3,
+    )

@@ -1,17 +1,13 @@
-"""What `corda init` takes, from shapes alone: memory, disk, floating-point operations, and an estimate of time.
+"""Memory, disk, floating-point operations and time that `corda init` will take, from shapes alone.
 
-Counted block by block from what the code of each stage does and allocates; the stages are those of `preprocess`'s
-seconds. Time is operations over rates: what is launched and waited for comes on top, which shows on models that are
-small for their accelerator.
+Operations and tensors are counted block by block, as the code of each stage runs and allocates them. The stages are
+those of `preprocess`'s seconds. Time is operations divided by rates. Launching and waiting come on top of it, which
+shows on models that are small for their accelerator.
 """
 
 import itertools
 import math
-import os
-import re
 import shutil
-import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from rich.table import Table
 from torch import Tensor, nn
@@ -29,47 +24,35 @@ from ..algebra.covariance import HALF
 from ..algebra.decomposition import COLUMNS
 from ..algebra.solvers import block_width, iterates
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
-from ..data.batches import context_batches
 from ..data.samples import load_rounds
-from ..devices import compute_device, device_name, double_device, free_bytes, synchronize
+from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
 from ..models.targets import budget_of, check_rank, find_targets, weight_shape
-from .collect import token_masks
+from .context import read_context, token_masks
 from .layer import keeps_all
+from .machine import Machine, this_machine
 
 PROCESS = 1.0e9  # bytes of a Python process with torch, transformers and a tokenizer
-CONTEXT = 0.6e9  # bytes of an accelerator that CUDA itself takes, beside all tensors
+CONTEXT = 0.6e9  # bytes of the accelerator's memory that CUDA itself takes, beside all tensors
 BUS = 2e10  # bytes/s between an accelerator and pinned memory (PCIe 4)
 LANCZOS = 200  # products with a vector until both extreme eigenvalues of a large matrix are found
-# FLOP of decompositions of a matrix (n, n), divided by n³: of a symmetric one, with and without eigenvectors; all of
-# those that `gram` takes (the second is of the part that the first did not resolve); an SVD, by how long it takes.
-EIGH, EIGVALSH, GRAM, SVD = 9, 4, 15, 54
-STEPS = 12  # of `norms`
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Free memory in bytes (`accelerator` None: the CPU computes); FLOP/s of products of half-precision (`multiply`),
-    float32 (`single`) and float64 (`double`) matrices; `eigen`: seconds of a float64 `eigh` of (n, n) divided by n³, at
-    n of a few thousands; `read`: bytes/s from the disk."""
-
-    name: str
-    accelerator: float | None
-    cpu: float
-    multiply: float = math.nan
-    single: float = math.nan
-    double: float = math.nan
-    eigen: float = math.nan
-    read: float = math.nan
-
-
-# measured: benchmarks/results/init_7b_2026-11-22_h100.md
-H100 = Machine("H100", 80e9, math.inf, 6.2e14, 5.0e13, 5.4e13, 0.127 / 4096**3, 0.9e9)
+# FLOP of decompositions of an (n, n) matrix, divided by n³.
+EIGH = 9  # symmetric, with eigenvectors
+EIGVALSH = 4  # symmetric, without eigenvectors
+GRAM = 15  # both that `gram` takes: the second is of the part that the first did not resolve
+SVD = 54  # in terms of its time
+STEPS = 12  # iterations of `norms`
 
 
 class Tokens(NamedTuple):
-    """Of a context, padding included: of all batches, of the largest, and pairs Σ b·s², which attention looks at."""
+    """Tokens of a context, padding included.
+
+    Attributes:
+        total: of all batches.
+        batch: of the largest batch.
+        pairs: pairs of tokens that attention multiplies, Σ b·s².
+    """
 
     total: int = 0
     batch: int = 0
@@ -77,7 +60,8 @@ class Tokens(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A target, W (m, n). `leader`: the layer whose input it shares, or itself; None if it is never run."""
+    """A target layer with weight W (m, n). `leader` is the layer whose input it shares, or itself; None if the layer is
+    never run."""
 
     name: str
     m: int
@@ -86,8 +70,14 @@ class Layer(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """What a plan needs of a model. `rest`: bytes that are on the device throughout; `blocks`: parameters, bytes and
-    targets of each."""
+    """The sizes of a model that a plan is made from.
+
+    Attributes:
+        parameters: their number.
+        budget: parameters of the adapter.
+        rest: bytes that are on the device throughout.
+        blocks: the number of parameters, the bytes and the targets of each block.
+    """
 
     dtype: torch.dtype
     hidden: int
@@ -98,7 +88,7 @@ class Shapes(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Seconds, and peak bytes of the accelerator (0 if the CPU computes) and of the CPU's memory."""
+    """Seconds of a stage, and its peak bytes on the accelerator (0 if the CPU computes) and in the CPU's memory."""
 
     name: str
     seconds: float
@@ -108,9 +98,14 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. `park`, `parked_bytes`: where hidden states wait (and a block's covariances, if that is not the
-    device); `adapter_bytes`: of adapter_model.safetensors; `work_bytes`: of decomposed layers, on the disk until the
-    adapter is there, too."""
+    """What a run takes.
+
+    Attributes:
+        park: where hidden states wait; a block's covariances wait there, too, if that is not the device.
+        parked_bytes: bytes that wait there.
+        adapter_bytes: size of adapter_model.safetensors.
+        work_bytes: size of the decomposed layers, which are on the disk until the adapter is written.
+    """
 
     machine: Machine
     tokens: Tokens
@@ -129,7 +124,7 @@ class Plan:
 
     @property
     def peaks(self) -> tuple[float, float]:
-        """Bytes of the accelerator and of the CPU's memory."""
+        """Peak bytes on the accelerator and in the CPU's memory."""
         return max(stage.accelerator for stage in self.stages), max(stage.cpu for stage in self.stages)
 
     @property
@@ -142,7 +137,7 @@ class Plan:
         return cpu <= self.machine.cpu and accelerator + CONTEXT <= (self.machine.accelerator or math.inf)
 
 
-# --- of what ---------------------------------------------------------------------------------------------------------
+# --- the sizes -------------------------------------------------------------------------------------------------------
 
 
 def planned_model(config: ModelConfig) -> nn.Module:
@@ -160,15 +155,17 @@ def planned_model(config: ModelConfig) -> nn.Module:
 
 
 def shared_inputs(model: nn.Module, targets: Iterable[str], blocks: Iterable[str]) -> dict[str, str]:
-    """Of each target that a forward runs, the first layer of the same block that is given the same tensor (itself, if
-    no other). From a forward without numbers; if the model cannot do that, every layer counts by itself."""
+    """For each target that a forward runs, the first layer of the same block that is given the same tensor, or itself.
+
+    The forward is run on the meta device, without numbers. If the model cannot do that, no input counts as shared.
+    """
     leaders: dict[str, str] = {}
-    met: list[tuple[str, str, Tensor]] = []  # block, layer, input: kept, or another could get its identity
+    seen: list[tuple[str, str, Tensor]] = []  # block, layer, input: kept, or another tensor could get its identity
 
     def listen(name: str, block: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def on_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            leaders.setdefault(name, next((n for b, n, x in met if b == block and x is args[0]), name))
-            met.append((block, name, args[0]))
+            leaders.setdefault(name, next((n for b, n, x in seen if b == block and x is args[0]), name))
+            seen.append((block, name, args[0]))
 
         return on_input
 
@@ -182,7 +179,7 @@ def shared_inputs(model: nn.Module, targets: Iterable[str], blocks: Iterable[str
         ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
         with torch.no_grad(), torch.device("meta"):
             probe(input_ids=ids, **({"decoder_input_ids": ids} if settings.is_encoder_decoder else {}))
-    except Exception:  # whatever it is that a model does with numbers
+    except Exception:  # a model may do anything that needs numbers
         return {name: name for name in targets}
     return leaders
 
@@ -194,20 +191,20 @@ def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
     blocks = find_blocks(model, list(targets))
     leaders = shared_inputs(model, targets, blocks)
     layers = {name: Layer(name, *weight_shape(module), leaders.get(name)) for name, module in targets.items()}
-    found, rest = [], set(tensors_of(model))
+    sizes, rest = [], set(tensors_of(model))
     for prefix, block in blocks.items():
         inside = [layers.pop(name) for name in list(layers) if name.startswith(f"{prefix}.")]
-        found.append((sum(p.numel() for p in block.parameters()), _bytes(tensors_of(block)), inside))
+        sizes.append((sum(p.numel() for p in block.parameters()), _bytes(tensors_of(block)), inside))
         rest -= set(tensors_of(block))
-    if layers:  # outside of the blocks, where all the rest is on the device
-        found.append((sum(m * n for _, m, n, _ in layers.values()), 0, list(layers.values())))
-    elif (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:  # is not run: see `walk`
+    if layers:  # outside of the blocks; their weights are part of the rest
+        sizes.append((sum(m * n for _, m, n, _ in layers.values()), 0, list(layers.values())))
+    elif (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:  # not run, see `walk`
         rest -= set(tensors_of(head)) - set(tensors_of(model.get_input_embeddings()))  # type: ignore[operator]
     settings: Any = getattr(model, "config", None)
     hidden = getattr(settings.get_text_config() if settings else None, "hidden_size", 0)
     parameters = sum(p.numel() for p in model.parameters())
     dtype = next(model.parameters()).dtype
-    return Shapes(dtype, hidden, parameters, budget_of(targets, config, model), _bytes(rest), found)
+    return Shapes(dtype, hidden, parameters, budget_of(targets, config, model), _bytes(rest), sizes)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -215,93 +212,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def count_tokens(batches: Sequence[Mapping[str, Any]]) -> Tokens:
-    """Of batches as `preprocess` takes them."""
+    """The tokens of batches as `preprocess` takes them."""
     sizes = [token_masks(batch)[0].shape for batch in batches]
     largest = max((b * s for b, s in sizes), default=0)
     return Tokens(sum(b * s for b, s in sizes), largest, sum(b * s * s for b, s in sizes))
 
 
 def planned_tokens(source: ModelConfig, data: DataConfig, rounds: int, batch_tokens: int, has_decoder: bool) -> Tokens:
-    """Of the context that `corda init` would make of the data; if none is named, of samples of max_length."""
+    """The tokens of the context that `corda init` would make of the data. If no data are named, all samples count as
+    max_length tokens long."""
     if data.data:
+        samples_by_round = load_rounds(data, rounds)
         tokenizer = load_tokenizer(source)
-        made = [
-            context_batches(tokenizer, s, data.max_length, batch_tokens, has_decoder) for s in load_rounds(data, rounds)
-        ]
-        return count_tokens([batch for batches, _ in made for batch in batches])
+        context = read_context(tokenizer, samples_by_round, data.max_length, batch_tokens, has_decoder)
+        return count_tokens(context.batches)
     samples, length = data.samples or 1, data.max_length
     total = rounds * samples * length
     return Tokens(total, min(max(1, batch_tokens // length), samples) * length, total * length)
-
-
-# --- on what ---------------------------------------------------------------------------------------------------------
-
-
-def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measure: bool = True) -> Machine:
-    """This machine, computing on `device` on a model of `dtype`. Measuring takes about 3 seconds; without it all times
-    are nan."""
-    cuda = device.type == "cuda"
-    name = device_name(device) if cuda else f"CPU, threads: {torch.get_num_threads()}"
-    machine = Machine(f"this machine ({name})", free_bytes(device), psutil.virtual_memory().available)
-    if not measure:
-        return machine
-
-    def seconds(run: Callable[[], Any]) -> float:
-        run()  # the first call sets up
-        calls, since = 0, time.perf_counter()
-        while not calls or time.perf_counter() < since + 0.4:
-            run()
-            calls += 1
-            synchronize(device)
-        return (time.perf_counter() - since) / calls
-
-    n = 2048 if cuda else 768
-    x = torch.randn(n, n, dtype=torch.float64, device=double_device(device) if cuda else "cpu")
-    double = x.repeat(2, 2) if cuda else x
-    single, product = double.float().to(device if cuda else "cpu"), 2 * len(double) ** 3
-    half = single.to(dtype if dtype in HALF else torch.float32)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(os.urandom(1 << 20) * 64)
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # or it would come from memory
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        since = time.perf_counter()
-        read = len(Path(file.name).read_bytes()) / (time.perf_counter() - since)
-    return replace(
-        machine,
-        multiply=product / seconds(lambda: half @ half),
-        single=product / seconds(lambda: single @ single),
-        double=product / seconds(lambda: double @ double),
-        eigen=seconds(lambda: torch.linalg.eigh(x)) / n**3,  # reads one triangle
-        read=read,
-    )
-
-
-def described_machine(gpu: str, tflops: float | None = None, tflops64: float | None = None) -> Machine:
-    """A card with memory such as "24GB" and the given speed in half and in double precision, by default an H100's; its
-    other rates scale with these. Of the CPU beside it nothing is known: its memory has no limit.
-
-    Raises CordaError if that is no size, or a speed is not above 0.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(i?)B?\s*", gpu, re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
-        raise CordaError(f"--gpu is {gpu!r}, but must be the memory of a card, such as 24GB")
-    for flag, given in {"tflops": tflops, "tflops64": tflops64}.items():
-        if given is not None and not given > 0:
-            raise CordaError(f"--{flag} is {given}, but must be above 0")
-    half = 1e12 * tflops if tflops else H100.multiply
-    double = 1e12 * tflops64 if tflops64 else H100.double
-    default = "" if tflops and tflops64 else "; what is not given is an H100's"
-    return replace(
-        H100,
-        name=f"a GPU of {gpu.strip()} ({half / 1e12:g} TFLOP/s in half and {double / 1e12:g} in double{default})",
-        accelerator=float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper()),
-        multiply=half,
-        single=H100.single * half / H100.multiply,
-        double=double,
-        eigen=H100.eigen * H100.double / double,
-    )
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -317,10 +244,10 @@ def init_plan(
     """What `preprocess` and `save_adapter` take, where the weights are read block by block.
 
     Args:
-        model: its class, configuration and shapes are looked at, not its weights; or `shapes_of` it.
-        batches: the context, or its tokens.
+        model: a model, whose class, configuration and shapes are read but not its weights; or its `shapes_of`.
+        batches: the batches of the context, or their tokens.
         park: see `preprocess`.
-        machine: default: this one, not measured, so that there are no times.
+        machine: Default: this machine, not measured, so that the plan has no times.
 
     Raises CordaError as `shapes_of` does.
     """
@@ -336,8 +263,9 @@ def init_plan(
     waiting = 2 * tokens.total * shapes.hidden * item  # see `waiting_bytes`
     park = _place(park, waiting, machine)
     rest = shapes.rest if tokens.total else 0
-    # Always on the device: what is in no block, masks (b, 1, s, s) bool of all batches, and the hidden states; of those
-    # that are parked a batch's, before and after the block, the next one's and the last one's.
+    # Always on the device: tensors that are in no block, the masks (b, 1, s, s) bool of all batches, and hidden states.
+    # Where these are parked, four batches of them: the current one's before and after the block, the next one's, and
+    # the last one's.
     always = rest + tokens.pairs + (waiting if park == "device" else 4 * tokens.batch * shapes.hidden * item)
     kept = _kept(shapes, config)
     work: dict[str, Counter[str]] = {stage: Counter() for stage in ("forward", "selection", "decomposition")}
@@ -354,12 +282,12 @@ def init_plan(
             work["forward"][multiply] += 2 * parameters * tokens.total + 4 * shapes.hidden * tokens.pairs
             work["forward"][gram] += 5 * sum(sums.values()) // 16 * tokens.total  # the lower blocks
             row = 6 * shapes.hidden + 2 * max((m + n for _, m, n, _ in layers), default=0)  # a token's activations
-            product = max(sums.values(), default=0)  # of a batch, to be added
+            product = max(sums.values(), default=0)  # XXᵀ of a batch, before it is added
             peak["forward"] = max(peak["forward"], held + parked[-1] + product + tokens.batch * row * item)
-        ahead = parked[-1]  # covariances of groups that are not done
+        undone = parked[-1]  # bytes of the covariances of groups that are not decomposed yet
         for name, members in groups.items():
             seen = name in sums
-            here = held + (ahead if park == "device" else sums.get(name, 0))
+            beside = held + (undone if park == "device" else sums.get(name, 0))
             costs = [
                 ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, on_cpu)) for layer in members
             ]
@@ -367,30 +295,30 @@ def init_plan(
                 costs.append(("selection", *_selection(members, config, on_cpu)))
             for stage, cost, numbers in costs:
                 work[stage].update(cost)
-                peak[stage] = max(peak[stage], here + 8 * numbers)
-            ahead -= rounds * sums.get(name, 0)
+                peak[stage] = max(peak[stage], beside + 8 * numbers)
+            undone -= rounds * sums.get(name, 0)
         # Rows, U unless B starts from zero, energies and spectrum (see `Decomposed`).
         columns = {layer.name: layer.n + (0 if config.from_zero else layer.m) for layer in layers}
         sigmas = {name: min(m, n) if keeps_all(config) else config.r for name, m, n, _ in layers}
         stored.append(sum(kept[name] * (4 * columns[name] + 8) + 8 * sigmas[name] for name in columns))
 
-    adapter = 4 * shapes.budget * (1 if config.from_zero else 2)  # else PEFT subtracts the start again
+    adapter = 4 * shapes.budget * (1 if config.from_zero else 2)  # rank 2r where the start is subtracted again
     seconds = {stage: sum(flop / _rate(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
     reading = (sum(weights for _, weights, _ in shapes.blocks) + rest) / machine.read
     parked_bytes = waiting + (max(parked) if park != "device" else 0)
-    if park != "device":  # hidden states (half of them waits twice) and covariances: there and back
+    if park != "device":  # hidden states and covariances are moved there and back
         moved = len(shapes.blocks) * waiting + 2 * sum(parked)
         seconds["forward"] += moved / (BUS if park == "cpu" else machine.read)
     memory = PROCESS + max(stored) + (parked_bytes if park == "cpu" else 0)
-    # A block's bytes are copied to be written, and read again for their checksum; all are read at the end.
+    # A block's bytes are copied to be written, and read again for their checksum. All are read at the end.
     work_bytes, adding = sum(stored), max(stored)
     writing = 2 * work_bytes / machine.read
-    if not on_cpu:  # the next block's weights are read (the last one's may not be free yet), the last one is written
+    if not on_cpu:  # beside computing, the next block's weights are read and the last block is written
         memory += 2 * max(weights for _, weights, _ in shapes.blocks) + 2 * adding
         reading, writing, adding = max(0, reading - sum(seconds.values())), writing / len(stored), 0
     seconds["forward"] += reading
-    where = {stage: (0, memory + most) if on_cpu else (most, memory) for stage, most in peak.items() if seconds[stage]}
-    stages = [Stage(stage, seconds[stage], *peaks) for stage, peaks in where.items()]
+    peaks = {stage: (0, memory + most) if on_cpu else (most, memory) for stage, most in peak.items()}
+    stages = [Stage(stage, seconds[stage], *peaks[stage]) for stage in work if seconds[stage]]
     factors = PROCESS + 4 * shapes.budget + 2 * adapter
     stages.append(Stage("state", writing, 0, memory + adding))
     stages.append(Stage("factors", (work_bytes + adapter) / machine.read, 0, factors))
@@ -401,14 +329,14 @@ def init_plan(
 
 
 def _rate(machine: Machine, kind: str) -> float:
-    """FLOP/s. QR and Cholesky (`factor`) come to a fifth of the rate of products; products with a vector (`vector`) are
-    as fast as memory is read."""
+    """FLOP/s of a kind of work. QR and Cholesky (`factor`) reach a fifth of the rate of products. Products with a
+    vector (`vector`) are as fast as memory is read."""
     rates = {"eigen": EIGH / machine.eigen, "factor": machine.double / 5, "vector": machine.double / 32}
     return rates[kind] if kind in rates else float(getattr(machine, kind))
 
 
 def _place(park: str, waiting: int, machine: Machine) -> str:
-    """As `preprocess` chooses where hidden states wait."""
+    """Where hidden states wait, as `choose_parking` chooses."""
     if park == "auto":
         on_device = not waiting or (machine.accelerator is not None and 3 * waiting < machine.accelerator)
         park = "device" if on_device else "cpu" if 3 * waiting < machine.cpu else "disk"
@@ -416,86 +344,92 @@ def _place(park: str, waiting: int, machine: Machine) -> str:
 
 
 def _kept(shapes: Shapes, config: CordaConfig) -> dict[str, int]:
-    """Components of each layer on the disk: r, or with allocation what the budget gives each of the layers seen by
-    then, were they alike (see `preprocess._Ranks`)."""
+    """Components of each layer that are kept on the disk. That is r, or with allocation the rank that the budget pays
+    for if all layers seen by then get the same rank (see `Ranks`)."""
     layers = [layer for _, _, layers in shapes.blocks for layer in layers]
-    ahead, seen, kept = sum(m + n for _, m, n, _ in layers), 0, {}
+    unseen, seen, kept = sum(m + n for _, m, n, _ in layers), 0, {}
     for name, m, n, _ in layers:
-        ahead, seen = ahead - m - n, seen + m + n
-        k = max(config.min_rank, (shapes.budget - config.min_rank * ahead) // seen) if config.allocates else config.r
+        unseen, seen = unseen - m - n, seen + m + n
+        k = max(config.min_rank, (shapes.budget - config.min_rank * unseen) // seen) if config.allocates else config.r
         kept[name] = min(k, m, n, config.max_rank or k)
     return kept
 
 
 def _selection(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tuple[dict[str, int], int]:
-    """FLOP of `extremes_of` and `choose_covariance` for layers that share their input, and the float64 numbers they
-    hold at once."""
+    """FLOP of `extremes_of` and `choose_covariance` for layers that share their input, and the float64 numbers that are
+    held at once."""
     rounds, n, work, numbers = config.rounds or 1, layers[0].n, Counter[str](), 0
-    by = n * n if config.orientation == "covariance" else 0
-    if by:
-        numbers = 2 * by  # C_λ and C
+    square = n * n if config.orientation == "covariance" else 0  # numbers of C
+    if square:
+        numbers = 2 * square  # C_λ and C
         if n <= DENSE:
             work["eigen"] += rounds * EIGVALSH * n**3
         else:
-            work.update(factor=rounds * n**3, vector=rounds * LANCZOS * 2 * by)
-            numbers = 5 * by + 400 * n  # the Cholesky factor, its inverse and parts of that; the Krylov basis
+            work.update(factor=rounds * n**3, vector=rounds * LANCZOS * 2 * square)
+            numbers = 5 * square + 400 * n  # the Cholesky factor, its inverse and parts of it; the Krylov basis
     for _, m, n, _ in layers if rounds > 1 else ():
         R, tall = min(m, n), m > n
-        work.update(double=2 * tall * m * n * n + rounds * (2 * R * by + 2 * R * R * n))
-        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, bool(by)))
-        # What is oriented, (R, n), is kept; with it M, and what `eigvalsh` or `norms` takes.
+        work.update(double=2 * tall * m * n * n + rounds * (2 * R * square + 2 * R * R * n))
+        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, bool(square)))
+        # The triangle (R, n) is kept for all rounds. Beside it are M and the memory of `eigvalsh` or `norms`.
         if on_cpu:
             work.update(eigen=rounds * EIGVALSH * R**3)
             numbers = max(numbers, 2 * R * n + 3 * R * R)
         else:
-            # Products in TF32, at half the rate of bfloat16; the last in float64; σ₁ by products with a vector.
+            # `norms`: products in TF32, at half the rate of bfloat16, the last in float64; σ₁ by Lanczos.
             work.update(multiply=rounds * STEPS * 4 * R * R * (3 * n + R), double=rounds * 4 * R * R * n)
             work.update(vector=rounds * LANCZOS * 2 * R * n)
             numbers = max(numbers, 6 * R * n + R * R, 5 * R * n + 3 * R * R)
     return work, numbers
 
 
-def _oriented(m: int, n: int, by: bool) -> int:
-    """Float64 numbers in `orient`: W, W C, and of C and of the product some columns at a time."""
-    return 2 * m * n + by * (m + n) * min(n, COLUMNS)
+def _oriented(m: int, n: int, by_covariance: bool) -> int:
+    """Float64 numbers that `orient` holds at once: W, W C, and some columns of C and of their product."""
+    return 2 * m * n + by_covariance * (m + n) * min(n, COLUMNS)
 
 
 def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu: bool) -> tuple[dict[str, int], int]:
-    """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers they hold at once."""
+    """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers that are held at once.
+
+    Args:
+        k: components to keep.
+        seen: whether the layer has a covariance.
+    """
     _, m, n, _ = layer
     R, W, rows = min(m, n), m * n, k * n
-    by = seen and config.orientation == "covariance"
+    by_covariance = seen and config.orientation == "covariance"
     iterated = not keeps_all(config) and iterates(R, k, config.solver)
-    # Beside the oriented M, (R, n): of a tall W = Q Lᵀ (but for svd, and the head on a GPU) W itself and the triangle,
-    # which is oriented.
+    # A tall W = Q Lᵀ is reduced to its triangle L, which is oriented instead (not for svd, nor for the head on a GPU).
+    # Then W and L are held beside the oriented M, else W alone.
     tall = m > n and config.solver != "svd" and (on_cpu or config.mode == "kpm" or not iterated)
     M, beside = (n * n, W + n * n) if tall else (W, W)
-    work = Counter(double=2 * M * n * by + 2 * tall * W * n + 2 * k * (W + n * n * seen), single=2 * W * n * seen)
-    numbers = _oriented(R if tall else m, n, by) + beside - M
+    work = Counter(double=2 * M * n * by_covariance + 2 * tall * W * n + 2 * k * (W + n * n * seen))
+    work.update(single=2 * W * n * seen)
+    numbers = _oriented(R if tall else m, n, by_covariance) + beside - M
     if config.solver == "svd":
         work["eigen"] += SVD * R**3
         numbers = max(numbers, 4 * W + 2 * R * R)
-    elif not iterated:  # two Gram matrices, and the rows not resolved; U, and for `eigh` three more of its size
+    elif not iterated:  # two Gram matrices and the rows not resolved; U, and three more of its size for `eigh`
         work.update(eigen=GRAM * R**3, double=5 * R * M + 2 * tall * W * n)
         numbers = max(numbers, beside + 2 * M + 4 * R * R, tall * (2 * W + 2 * n * n))
-    else:  # what `_inverse_factor` holds, or the iteration: H and some b vectors
+    else:  # kpm: the tensors of `_inverse_factor`; ipm: those of the iteration, H and some blocks of b vectors
         b = block_width(R, k)
         products = 3 * R * M + 2 * R**3 if config.mode == "kpm" else 0
         work.update(double=2 * (products + R * M + 30 * R * R * b), eigen=4 * GRAM * b**3)
         inverse, iteration = M + (2 if on_cpu else 5) * R * R, R * R + 4 * b * (R + M // R)
         numbers = max(numbers, beside + M + (inverse if config.mode == "kpm" else iteration))
-    # U, beside W in another dtype and its products, or C.
+    # U is held beside W in another dtype and its products, or beside C.
     return work, max(numbers, m * R + max(W + rows, (n * n + 3 * rows) * seen, (3 * W // 2 + rows) * seen))
 
 
-# --- what follows ----------------------------------------------------------------------------------------------------
+# --- does it fit -----------------------------------------------------------------------------------------------------
 
 
 def check_room(plan: Plan, output: Path) -> None:
     """Raises CordaError if the disk of `output` has less room than the run takes there."""
     folder = next(p for p in (output.absolute(), *output.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(folder).free
-    finished = output.with_name(output.name + ".work").glob("*.safetensors")  # of a run that was broken off
+    finished = output.with_name(output.name + ".work").glob("*.safetensors")  # by a run that was broken off
     needed = plan.disk_bytes - sum(file.stat().st_size for file in finished)
     if free < needed:
         raise CordaError(
@@ -512,22 +446,25 @@ def what_fits(
     park: str,
     machine: Machine,
 ) -> tuple[str, Plan] | None:
-    """The first options, as few as can be, with which a run fits the machine, and its plan; None if there are none.
-    `count`: the tokens of the context, by rounds and batch_tokens."""
+    """The first and fewest options with which a run fits the machine, and its plan; None if there are none.
+
+    Args:
+        count: gives the tokens of the context for a number of rounds and for batch_tokens.
+    """
     shapes, rounds = shapes_of(model, config), config.rounds or 1
     options: list[tuple[str, Any]] = [("park", "cpu")] * (machine.accelerator is not None) + [("park", "disk")]
     options += [("batch_tokens", 1024)] * (batch_tokens > 1024) + [("rounds", 1)] * (rounds > 1)
     for chosen in itertools.chain(*(itertools.combinations(options, n) for n in (1, 2, 3))):
-        given: dict[str, Any] = {"park": park, "batch_tokens": batch_tokens, "rounds": rounds} | dict(chosen)
-        tokens = count(given["rounds"], given["batch_tokens"])
-        plan = init_plan(shapes, replace(config, rounds=given["rounds"]), tokens, given["park"], machine)
+        setting: dict[str, Any] = {"park": park, "batch_tokens": batch_tokens, "rounds": rounds} | dict(chosen)
+        tokens = count(setting["rounds"], setting["batch_tokens"])
+        plan = init_plan(shapes, replace(config, rounds=setting["rounds"]), tokens, setting["park"], machine)
         if plan.fits:
             return " ".join(f"--{option} {value}" for option, value in chosen), plan
     return None
 
 
 def report(plan: Plan) -> list[Table | str]:
-    """What is printed of a plan."""
+    """A plan as lines and a table to print."""
     on_cpu = plan.machine.accelerator is None
     table = Table()
     for column in ("stage", "time", *(() if on_cpu else ("accelerator",)), "CPU"):

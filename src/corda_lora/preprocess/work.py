@@ -1,9 +1,10 @@
-"""Unfinished work on disk: what a run that is killed goes on from."""
+"""Unfinished work on disk, from which a run that was killed goes on."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,20 @@ from safetensors.torch import save_file
 
 from ..config import CordaError
 from ..files import sha256_of, whole_file, write_text
-from .layer import Decomposed
+from .layer import Decomposed, LayerRecord
 
 MANIFEST = "finished.json"
 KEYS = ("rows", "U", "sigma", "energy")
 
 
 def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -> Path:
-    """The folder beside `output` for the unfinished work of this run, new or of a run that was broken off.
+    """The folder beside `output` for the unfinished work of a run. It is new, or was left by the same run broken off.
 
     Args:
-        run: what the work belongs to: model, configuration, data, versions.
-        begun: whether a folder holds anything worth keeping.
+        run: identifies the run: model, configuration, data, versions.
+        begun: tells whether a folder holds anything worth keeping.
 
-    Raises CordaError if it holds another run's.
+    Raises CordaError if the folder holds work of another run.
     """
     folder = output.with_name(output.name + ".work")
     path = folder / "run.json"
@@ -42,23 +43,23 @@ def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool
     return folder
 
 
-def _difference(there: Any, here: Any, name: str = "") -> str:
-    """The first thing in which two runs differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            if there.get(key) != here.get(key):
-                return _difference(there.get(key), here.get(key), f"{name}.{key}".strip("."))
-    return f"{name} was {there!r} there and is {here!r} here"
+def _difference(old: Any, new: Any, name: str = "") -> str:
+    """The first setting in which two runs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+    return f"{name} was {old!r} there and is {new!r} here"
 
 
 class LayerStore:
-    """Decomposed layers on disk, a safetensors file for each block of the model, with checksums. A block that was
-    begun but not finished leaves no trace.
+    """Decomposed layers on disk: a safetensors file for each block of the model, and a manifest with their checksums.
+    A block that was begun but not finished leaves no trace.
 
     Attributes:
         blocks: names of the layers of each finished block, in order.
 
-    Raises (at the beginning) CordaError if what is there is damaged.
+    Raises CordaError, when it is opened, if a file is damaged.
     """
 
     def __init__(self, folder: Path):
@@ -69,8 +70,8 @@ class LayerStore:
         if not self.manifest.is_file():
             return
         try:
-            found = json.loads(self.manifest.read_text())
-            self.files, self.blocks = found["files"], found["blocks"]
+            manifest = json.loads(self.manifest.read_text())
+            self.files, self.blocks = manifest["files"], manifest["blocks"]
         except (ValueError, KeyError, TypeError) as error:
             raise CordaError(f"{self.manifest} is damaged: remove {folder} and start again") from error
         for name, checksum in self.files.items():
@@ -88,7 +89,7 @@ class LayerStore:
             for key in KEYS
             if getattr(decomposed, key) is not None
         }
-        records = json.dumps({layer: decomposed.record for layer, decomposed in layers.items()})
+        records = json.dumps({layer: asdict(decomposed.record) for layer, decomposed in layers.items()})
         with whole_file(self.folder / name) as partial:
             save_file(tensors, partial, metadata={"records": records})
             self.files[name] = sha256_of(partial)
@@ -102,15 +103,18 @@ class LayerStore:
                 names = set(tensors.keys())
                 for layer, record in json.loads(tensors.metadata()["records"]).items():
                     keys = [k for k in (("sigma",) if spectra_only else KEYS) if f"{layer}|{k}" in names]
-                    found = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
-                    rows = found.pop("rows", torch.empty(0, 0))
-                    yield layer, Decomposed(rows, found.get("U"), found["sigma"], found.get("energy"), record)
+                    parts = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
+                    rows = parts.get("rows", torch.empty(0, 0))
+                    yield (
+                        layer,
+                        Decomposed(rows, parts.get("U"), parts["sigma"], parts.get("energy"), LayerRecord(**record)),
+                    )
 
 
 @contextmanager
 def saving(store: LayerStore, device: torch.device) -> Iterator[Callable[[Mapping[str, Decomposed]], None]]:
-    """Yield `store.save`; where a device other than the CPU computes, one that writes a block while the next is
-    computed. At most one block waits, and an error comes up at the next one, or at the end."""
+    """Yield `store.save`. Where a device other than the CPU computes, yield a function that writes a block while the
+    next is computed: at most one block waits, and an error is raised at the next block, or at the end."""
     if device.type == "cpu":
         yield store.save
         return

@@ -19,7 +19,7 @@ def start_table(start: Any) -> Table:
     config, totals = start.config, start.record["totals"]
     kinds = defaultdict(list)
     for name, layer in start.layers.items():
-        kinds[name.rpartition(".")[2]].append(layer.record)
+        kinds[name.rpartition(".")[2]].append(layer.record.as_json())
     rounds = ["rounds"] if config.rounds > 1 else []
     table = Table(
         title=f"{config.preset}, {config.mode}, {config.split}, {totals['parameters']:,} parameters",

@@ -1,0 +1,130 @@
+"""The context: the samples that stand for an ability, as batches of tokens, and the checks before they are run."""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import CordaError
+from ..data.batches import context_batches
+from ..data.samples import Sample
+from ..models.targets import weight_shape
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Batches of samples, and what is known of them.
+
+    Attributes:
+        batches: keyword arguments of the model's forward. Padding is excluded through `attention_mask`.
+        rounds: the round of each batch, counted from 0. Empty: the rounds are not told apart.
+        numbers: what messages call each sample, in the batches' order. Empty: they are counted from 0.
+        skip_tokens: how many real tokens at the beginning of each sample are left out of the covariances.
+    """
+
+    batches: Sequence[Batch] = ()
+    rounds: Sequence[int] = ()
+    numbers: Sequence[Any] = ()
+    skip_tokens: int = 0
+
+
+def read_context(
+    tokenizer: Any, rounds: Sequence[Iterable[Sample]], max_length: int, batch_tokens: int, has_decoder: bool = False
+) -> Context:
+    """The context of samples that were drawn in one or several rounds (see `load_rounds` and `context_batches`).
+
+    Raises CordaError if a round has no token.
+    """
+    batches: list[Batch] = []
+    round_of: list[int] = []
+    numbers: list[Any] = []
+    for i, samples in enumerate(rounds):
+        more, order = context_batches(tokenizer, samples, max_length, batch_tokens, has_decoder)
+        batches += more
+        round_of += [i] * len(more)
+        numbers += order if len(rounds) == 1 else [f"{number} of round {i}" for number in order]
+    return Context(batches, round_of, numbers)
+
+
+def consecutive_rounds(batches: int, rounds: int) -> list[int]:
+    """The round of each batch, where batches that follow one another make a round.
+
+    Raises CordaError if there are fewer batches than rounds.
+    """
+    if 0 < batches < rounds:
+        raise CordaError(f"rounds is {rounds}, but the context has only {batches} batches to make them of")
+    return [i * rounds // batches for i in range(batches)]
+
+
+def token_masks(batch: Batch, has_decoder: bool = False, skip_tokens: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Which tokens of a batch are real: (b, s) bool on the CPU, and the same for the decoder's inputs if there is a
+    decoder. The first `skip_tokens` real tokens of each sample count as padding.
+
+    Padding is read from `attention_mask` and `decoder_attention_mask`. Without the latter, the decoder's padding is
+    where `labels` are -100. Without any mask every token is real. A mask may also cover tokens in a cache: then its end
+    belongs to the batch.
+    """
+    ids = next((batch[k] for k in ("input_ids", "inputs_embeds") if batch.get(k) is not None), None)
+    if ids is None:
+        raise CordaError(f"a batch needs input_ids or inputs_embeds, but has only {', '.join(batch) or 'nothing'}")
+    mask = batch.get("attention_mask")
+    mask = torch.ones(ids.shape[:2]) if mask is None or mask.ndim != 2 else mask[:, -ids.shape[1] :]
+    decoder = None
+    if has_decoder:
+        decoder = batch.get("decoder_attention_mask")
+        if decoder is None and batch.get("labels") is not None:
+            decoder = batch["labels"] != -100
+        if decoder is None:  # BART makes its decoder's inputs of the encoder's
+            decoder_ids = batch.get("decoder_input_ids")
+            decoder = mask if decoder_ids is None else torch.ones(decoder_ids.shape[:2])
+    masks = [None if m is None else m.bool().cpu() for m in (mask, decoder)]
+    mask, decoder = [None if m is None else m & (m.cumsum(1) > skip_tokens) for m in masks]
+    assert mask is not None
+    return mask, decoder
+
+
+def check_context(model: nn.Module, context: Context, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Count the samples and the real tokens of a context, for corda.json. Warn where a round has fewer tokens than the
+    widest layer has inputs: its covariance has low rank.
+
+    Raises CordaError if there is no real token.
+    """
+    if not context.batches:
+        raise CordaError("the context is empty: no batch was given")
+    masks = [token_masks(batch, has_decoder(model), context.skip_tokens)[0] for batch in context.batches]
+    samples, tokens = sum(map(len, masks)), int(sum(mask.sum() for mask in masks))
+    if tokens == 0 and context.skip_tokens:
+        raise CordaError(f"no sample of the context has more than the {context.skip_tokens} tokens that are left out")
+    if tokens == 0:
+        raise CordaError(f"the context holds only padding: the attention masks of its {samples} samples are all zero")
+    width, widest = max((weight_shape(module)[1], name) for name, module in targets.items())
+    counts = {"samples": samples, "tokens": tokens, "widest": width}
+    rounds = context.rounds or [0] * len(masks)
+    by_round = [int(sum(m.sum() for m, r in zip(masks, rounds) if r == i)) for i in sorted(set(rounds))]
+    if min(by_round) == 0:
+        raise CordaError(f"a round of the context holds only padding, of {len(by_round)} rounds")
+    if len(by_round) > 1:
+        counts["rounds"] = len(by_round)
+    if min(by_round) < width:
+        counts["samples_for_full_rank"] = math.ceil(samples / len(by_round) * width / min(by_round))
+        smallest = "the context"
+        if len(by_round) > 1:
+            smallest = f"the smallest of {len(by_round)} rounds of the context"
+        warnings.warn(
+            f"{smallest} has {min(by_round)} real tokens in {samples // len(by_round)} samples, fewer than {widest} is "
+            f"wide ({width}), so its covariance has low rank; about {counts['samples_for_full_rank']} such samples "
+            "would do",
+            stacklevel=3,
+        )
+    return counts
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
