@@ -1,6 +1,8 @@
 """The command, in this process: the four verbs in a row, recipes, broken-off runs, and every kind of bad input."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from corda_lora.cli import main
+from corda_lora.config import CordaError
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(12)]
 LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 33)]
@@ -242,11 +245,13 @@ def test_help_and_exit_codes_of_the_command():
         (["compare", "recipe.yaml"], "corda compare: Subcommand 'compare' does not accept option 'train.max_stepz'"),
         (["compare", "methods.yaml"], "corda compare: methods: Option 'learning_ratez' is not accepted"),
         (["compare", "nothing.yaml"], "corda compare: config: File does not exist:"),
+        (["compare", "twice.yaml"], "corda compare: Problems parsing config: the key 'model' is given twice (line 1"),
     ],
 )
 def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("train: {max_stepz: 5}\n")
+    Path("twice.yaml").write_text("model: one\nmodel: two\n")
     Path("methods.yaml").write_text("methods: {lora: {learning_ratez: [1.0e-3, 2.0e-3]}}\n")
     with pytest.raises(SystemExit) as stopped:
         main(given)
@@ -257,13 +262,80 @@ def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("init --model m --output o --batch_tokens 0", "batch_tokens is 0, but must be a whole number at least 1"),
+        ("init --model m --output o --seed -1", "seed is -1, but must be a whole number at least 0"),
+        ("plan --model m --tflops -1", "tflops is -1.0, but must be a number above 0"),
+        ("train --model m --output o --data d --epochs 0", "epochs is 0.0, but must be a number above 0"),
+        ("export --model m --output o --adapter a --r 0", "r is 0, but must be a whole number at least 1"),
+        ("eval --model m --keep {data:\xa0d,samples:\xa00}", "samples is 0, but must be a whole number at least 1"),
+        ("eval --model m --learn d --exact_match ((", "exact_match '((' is no regular expression"),
+        ("compare --model m --output o --data d --methods [lora] --eval.learn e --jobs -1", "jobs is -1, but must be"),
+        ("compare --model m --output o --data d --methods [lora] --eval.learn e --train.epochs -1", "epochs is -1.0,"),
+        (
+            "compare --model m --output o --data d --methods {lora:\xa0{learning_rates:\xa0[-1.0]}} --eval.learn e",
+            "learning_rates is [-1.0], but must be a list, each item a number above 0",
+        ),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_work(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, *[a.replace("\xa0", " ") for a in arguments.split(" ")])
+    assert line.startswith(f"corda {arguments.split()[0]}: {said}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyError("x"), 1, "corda init: this is a bug of corda-lora: please report it with the lines above"),
+        (PermissionError(13, "Permission denied", "x"), 2, "corda init: [Errno 13] Permission denied: 'x'"),
+        (MemoryError(), 2, "corda init: out of memory (MemoryError)"),
+        (ModuleNotFoundError("no", name="gguf"), 2, "corda init: the package gguf is needed: pip install gguf"),
+        (CordaError("a b\n" * 5000), 2, "corda init: a b a b"),
+    ],
+)
+def test_what_ends_a_command(error, code, said, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("corda_lora.cli.check_output", fail)
+    with pytest.raises(SystemExit) as stopped:
+        run("init", "--model", "m", "--orientation", "identity", "--output", "o")
+    assert stopped.value.code == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(said)
+    assert len(lines[-1]) < 500
+    assert ("Traceback" in lines[0]) == (code == 1)
+
+
+def test_sigterm_keeps_the_work_and_exits_with_143(checkpoint, data, monkeypatch, capsys):
+    from corda_lora.training import train as training
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(training._Steps, "on_step_end", stop)
+    with pytest.raises(SystemExit) as stopped:
+        train(checkpoint, data, "--max_steps", 4, "--checkpoints", 4)
+    assert stopped.value.code == 143
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == "corda train: stopped; finished work is kept, and the same command goes on from it"
+    assert sorted(p.name for p in (data / "work").iterdir()) == ["tuned.work"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--target_modules", "[q_prj]"], "matches no layer of LlamaForCausalLM; nearest names: q_proj"),
         (["--target_modules", "[embed_tokens]"], "CorDA adapts linear layers only"),
         (["--r", "17"], "r is 17, but model.layers.0.self_attn.k_proj (16 × 32) has only 16 components"),
-        (["--r", "0"], "r is 0, but a rank is at least 1"),
-        (["--damping", "0"], "damping is 0.0, but must be above 0"),
+        (["--r", "0"], "r is 0, but must be a whole number at least 1"),
+        (["--damping", "0"], "damping is 0.0, but must be a number above 0"),
         (["--prompt", "{question}"], "no column 'question' for the template '{question}': it has prompt, response"),
         (["--context", "missing.jsonl"], "there is no file missing.jsonl"),
         (["--context", "someone/nothing"], "cannot load data 'someone/nothing'"),
@@ -397,7 +469,7 @@ def test_a_quantized_base_is_refused(form, checkpoint, data, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--as", "gguf"], "--as is 'gguf', but must be one of lora, merged, residual"),
+        (["--as", "gguf"], "Expected a Literal['lora', 'merged', 'residual']. Got value: gguf"),
         (["--as", "merged", "--r", 2], "--r goes with --as lora only"),
         (["--as", "residual"], "there is no residual to export"),
         (["--r", 5], "rank 5 is no compression"),

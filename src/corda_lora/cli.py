@@ -4,27 +4,50 @@
 
 import argparse
 import hashlib
+import inspect
 import multiprocessing
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 from rich.console import Console
+from yaml import YAMLError
 
-from .config import CompareConfig, CordaConfig, CordaError, DataConfig, EvalConfig, LoraStart, ModelConfig, TrainConfig
+from .config import (
+    LARGEST,
+    CompareConfig,
+    CordaConfig,
+    CordaError,
+    Count,
+    CountOrZero,
+    DataConfig,
+    EvalConfig,
+    LoraStart,
+    ModelConfig,
+    Positive,
+    Seed,
+    TrainConfig,
+    check_value,
+)
 from .files import check_output, write_json
 from .progress import console
+from .recipes import load_recipe
 
 T = TypeVar("T")
 out = Console()
+LONGEST_MESSAGE = 480  # characters
 
 SUMMARY = "Fine-tune language models without making them forget: CorDA for Hugging Face models."
 EXAMPLES = """\
@@ -54,24 +77,75 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = lambda message, *_: console.print(f"[yellow]note:[/] {message}", highlight=False)
     try:
-        options = parser.instantiate(options)
-        options[options.verb].given = list(sys.argv[1:] if argv is None else argv)
-        verbs[options.verb](options[options.verb])
-    except CordaError as error:
-        print(f"corda {options.verb}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        print(f"corda {options.verb}: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        with _sigterm_as_interrupt():
+            options = _instantiate(parser, options)
+            options[options.verb].given = list(sys.argv[1:] if argv is None else argv)
+            verbs[options.verb](options[options.verb])
+    except KeyboardInterrupt as interrupt:
+        _say(options.verb, "stopped; finished work is kept, and the same command goes on from it")
+        raise SystemExit(143 if isinstance(interrupt, _Terminated) else 130) from None
     except Exception as error:
-        # How Python and safetensors say it, and how `torch.save` does.
-        if not any(sign in str(error) for sign in ("No space left", "inline_container.cc")):
-            raise
-        print(
-            f"corda {options.verb}: the disk is full or cannot be written ({str(error).splitlines()[0]})",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from error
+        if sentence := _mendable(error):
+            _say(options.verb, sentence)
+            raise SystemExit(2) from error
+        traceback.print_exc()
+        _say(options.verb, "this is a bug of corda-lora: please report it with the lines above")
+        raise SystemExit(1) from error
+
+
+def _instantiate(parser: ArgumentParser, options: Namespace) -> Namespace:
+    """The options with their dataclasses made. Raises CordaError as the dataclasses do."""
+    try:
+        return parser.instantiate(options)
+    except CordaError:
+        raise
+    except ValueError as error:  # jsonargparse lists why each alternative of a union failed; a dataclass's own is ours
+        reasons = re.findall(r"^\s*- (?!Expected a |Does not validate)(.*)", str(error), re.MULTILINE)
+        raise CordaError(reasons[0] if reasons else _sentence(str(error))) from error
+
+
+def _say(verb: str, message: str) -> None:
+    """Print one sentence on stderr: one line, its middle left out if it is longer than three lines of a terminal."""
+    message = " ".join(message.split())
+    message = message if len(message) <= LONGEST_MESSAGE else f"{message[:300]} … {message[-150:]}"
+    print(f"corda {verb}: {message}", file=sys.stderr)
+
+
+def _mendable(error: Exception) -> str | None:
+    """The sentence for an error that the user can mend; None for a bug."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, CordaError):
+        return str(error)
+    # "No space left" is in the messages of Python and safetensors, "inline_container.cc" in that of `torch.save`.
+    if any(sign in str(error) for sign in ("No space left", "inline_container.cc")):
+        return f"the disk is full or cannot be written ({text})"
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+        return f"out of memory ({text})"
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("corda_lora"):
+        return f"the package {error.name} is needed: pip install {error.name}"
+    return text if isinstance(error, OSError) else None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM. It ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Inside this context the first SIGTERM raises `_Terminated`; later ones do not disturb the cleaning up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(ArgumentParser):
@@ -95,11 +169,16 @@ def _sentence(message: str) -> str:
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leaves the examples' lines as they are."""
+    """Leaves the lines of descriptions as they are, and shows a range as "int, at least 1"."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = re.sub(rf"Annotated\[([^\[\]]*?)( and at most {LARGEST:,})?\]", r"\1", super()._expand_help(action))
+        return re.sub(r"Optional\[((?:int|float),[^\[\]]*)\]", r"\1, or null", text)
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None]]]:
     """The parser and the function of each verb."""
+    set_loader("yaml", load_recipe, exceptions=(YAMLError,))
     parser = _Parser(prog="corda", description=SUMMARY, epilog=EXAMPLES, formatter_class=_Help)
     parser._optionals.title = "options"
     subcommands = parser.add_subcommands(required=False, dest="verb", metavar="VERB")
@@ -108,13 +187,19 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     def verb(
         name: str, run: Callable[[Namespace], None], summary: str, *configs: type, skip: set[str] | None = None
     ) -> Any:
-        sub = _Parser(description=run.__doc__)
+        sub = _Parser(description=inspect.getdoc(run), formatter_class=_Help)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML recipe; flags after it win over it")
         for config in configs:
             names = {f.name for f in fields(config)}
             sub.add_class_arguments(config, skip=names & (skip or set()))
         subcommands.add_subcommand(name, sub, help=summary)
-        verbs[name] = run
+
+        def checked(options: Namespace) -> None:
+            for action in (a for a in sub._actions if a.dest in options):
+                check_value(action.dest, options[action.dest], getattr(action, "_typehint", Any))
+            run(options)
+
+        verbs[name] = checked
         return sub
 
     sub = verb("demo", demo, "learn without forgetting, on a small real model, in minutes")
@@ -125,7 +210,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     )
     sub.set_defaults({"samples": 256})
     sub.add_argument("--context", type=str | None, help="DATA that shows the ability to keep (kpm) or to learn (ipm)")
-    sub.add_argument("--batch_tokens", type=int, default=4096, help="tokens of the context a forward")
+    sub.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
     sub.add_argument(
         "--park",
         type=Literal["auto", "device", "cpu", "disk"],
@@ -138,18 +223,18 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub = verb("plan", plan, "what init will take", ModelConfig, CordaConfig, DataConfig, skip={"data"})
     sub.set_defaults({"samples": 256})
     sub.add_argument("--context", type=str | None, help="DATA to count tokens of; else all samples have max_length")
-    sub.add_argument("--batch_tokens", type=int, default=4096, help="tokens of the context a forward")
+    sub.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
     sub.add_argument("--park", type=Literal["auto", "device", "cpu", "disk"], default="auto", help="as of init")
     sub.add_argument("--gpu", type=str | None, help="plan for a card with this memory, such as 24GB; else this machine")
-    sub.add_argument("--tflops", type=float | None, help="of the card, dense in half precision; else an H100's")
-    sub.add_argument("--tflops64", type=float | None, help="of the card, in double precision; else an H100's")
+    sub.add_argument("--tflops", type=Positive | None, help="of the card, dense in half precision; else an H100's")
+    sub.add_argument("--tflops64", type=Positive | None, help="of the card, in double precision; else an H100's")
 
     sub = verb(
         "train", train, "train an adapter", ModelConfig, LoraStart, TrainConfig, DataConfig, skip={"data", "seed"}
     )
     sub.add_argument("--data", type=str, required=True, help="DATA to learn")
     sub.add_argument("--start", type=Path | None, help="directory from `corda init`; without it, a plain LoRA")
-    sub.add_argument("--seed", type=int, default=0, help="of the draw of samples, their order and dropout")
+    sub.add_argument("--seed", type=Seed, default=0, help="the seed of the draw of samples, their order and dropout")
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
 
     sub = verb("eval", evaluate, "measure what was learned and what was kept", ModelConfig, EvalConfig)
@@ -160,13 +245,15 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         "compare", compare, "which method learns how much at what cost in forgetting", ModelConfig, CompareConfig
     )
     sub.add_argument("--output", type=Path, required=True, help="directory of the runs and the report")
-    sub.add_argument("--jobs", type=int, default=1, help="runs at a time, on each GPU; 0: only report")
+    sub.add_argument("--jobs", type=CountOrZero, default=1, help="runs at a time, on each GPU; 0: only report")
     sub.add_argument("--gpus", type=str, default="", help="numbers of the GPUs to use, such as 0,1; else all")
 
     sub = verb("export", export, "turn a tuned adapter into a plain LoRA, a merged or a residual model", ModelConfig)
     sub.add_argument("--adapter", type=Path, required=True, help="directory from `corda train`")
-    sub.add_argument("--as", dest="form", type=str, default="lora", help="lora, merged, or residual")
-    sub.add_argument("--r", type=int | None, help="compress the LoRA to this rank; the error is printed")
+    sub.add_argument(
+        "--as", dest="form", type=Literal["lora", "merged", "residual"], default="lora", help="what to write"
+    )
+    sub.add_argument("--r", type=Count | None, help="compress the LoRA to this rank; the error is printed")
     sub.add_argument("--output", type=Path, required=True, help="directory to write")
     return parser, verbs
 
@@ -330,8 +417,6 @@ def compare(options: Namespace) -> None:
     DIR/report.html: what each method learned, and what it cost of the abilities to keep. A comparison that was broken
     off goes on when the same command is given again; entries, rates and seeds may be added to it."""
     source, config = _take(ModelConfig, options), _take(CompareConfig, options)
-    if options.jobs < 0:
-        raise CordaError(f"jobs is {options.jobs}, but is at least 0")
     if options.jobs and "forkserver" in multiprocessing.get_all_start_methods():
         from multiprocessing import forkserver
 
@@ -355,8 +440,6 @@ def export(options: Namespace) -> None:
     """Turn an adapter into (lora) a plain LoRA on the original model, exact or compressed to a rank; (merged) the whole
     model with it merged in; (residual) the residual model and the rank-r adapter for it."""
     source = _take(ModelConfig, options)
-    if options.form not in ("lora", "merged", "residual"):
-        raise CordaError(f"--as is {options.form!r}, but must be one of lora, merged, residual")
     if options.r is not None and options.form != "lora":
         raise CordaError("--r goes with --as lora only")
     from .adapters.lora import export_lora, export_merged, export_residual, read_record

@@ -1,11 +1,109 @@
-"""Every option of every stage, once: its default and its meaning. (No heavy import: `corda --help` reads this file.)"""
+"""The options of every stage: defaults, ranges and meanings. (`corda --help` reads this file: no heavy imports.)"""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import regex
 
 
 class CordaError(ValueError):
-    """Something the user can mend. The message is one sentence that names what and where; the CLI exits with 2."""
+    """An error that the user can mend. The message is one sentence that names the input and what is wrong with it; the
+    command line prints it and exits with 2."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of a number, written beside a field as `Annotated[int, Range(ge=1)]`. Infinity and NaN are outside."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            -math.inf < value < math.inf  # false for NaN; true for an int that no float can hold
+            and (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __repr__(self) -> str:
+        """The range in words, for messages and for --help."""
+        words = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
+        return " and ".join(f"{word} {bound:,}" for word, bound in words.items() if bound is not None)
+
+
+LARGEST = 2**31 - 1  # the largest whole number that all libraries take
+Count = Annotated[int, Range(ge=1, le=LARGEST)]
+CountOrZero = Annotated[int, Range(ge=0, le=LARGEST)]
+Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]  # NumPy's range
+Positive = Annotated[float, Range(gt=0)]
+Share = Annotated[float, Range(ge=0, lt=1)]
+
+
+def check_fields(config: Any) -> None:
+    """Raises CordaError if a field of a dataclass is outside its `Range` or is none of its `Literal`'s values."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for f in fields(config):
+        check_value(f.name, getattr(config, f.name), hints[f.name])
+
+
+def check_value(name: str, value: Any, hint: Any) -> None:
+    """Raises CordaError if `value` does not fit `hint`. `name` is the option's name in the message."""
+    if not _fits(value, hint):
+        raise CordaError(f"{name} is {short(value)}, but must be {' or '.join(_said(hint))}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value fits a type hint, as far as the hint has ranges and literals; other types are not checked."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if origin is Annotated:
+        kinds = (int,) if arguments[0] is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and value in arguments[1]
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if arguments and origin is not dict:  # a union
+        return any(_fits(value, argument) for argument in arguments)
+    return value is None if hint is type(None) else True
+
+
+def _said(hint: Any) -> Iterator[str]:
+    """The alternatives of a type hint in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        yield f"one of {', '.join(map(str, arguments))}"
+    elif origin is Annotated:
+        yield f"a {'whole ' if arguments[0] is int else ''}number {arguments[1]!r}"
+    elif origin is list:
+        yield f"a list, each item {' or '.join(_said(arguments[0]))}"
+    else:
+        for argument in arguments:
+            yield from _said(argument)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Raises CordaError if `pattern` is no regular expression."""
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise CordaError(f"{name} {short(pattern)} is no regular expression: {error}") from error
+
+
+def short(value: Any, length: int = 80) -> str:
+    """The repr of a value, with its middle left out if it is long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"
+
+
+def _check_targets(target_modules: str | list[str]) -> None:
+    if isinstance(target_modules, str):
+        check_pattern("target_modules", target_modules)
 
 
 @dataclass
@@ -44,18 +142,18 @@ class CordaConfig:
 
     mode: Literal["kpm", "ipm"] = "kpm"
     preset: Literal["corda", "corda+", "corda++"] = "corda"
-    r: int = 16
-    rounds: int | None = None
-    min_rank: int = 1
-    max_rank: int | None = None
-    budget: float | None = None
+    r: Count = 16
+    rounds: Count | None = None
+    min_rank: Count = 1
+    max_rank: Count | None = None
+    budget: Positive | None = None
     split: Literal["anchored", "seeded", "balanced", "paper"] | None = None
     orientation: Literal["covariance", "diagonal", "identity"] = "covariance"
     solver: Literal["auto", "gram", "subspace", "svd"] = "auto"
-    damping: float = 0.01
-    skip_tokens: int = 0
+    damping: Positive = 0.01
+    skip_tokens: CountOrZero = 0
     target_modules: str | list[str] = "all-linear"
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -63,19 +161,9 @@ class CordaConfig:
             self.split = "anchored" if self.mode == "kpm" else "seeded"
         if self.rounds is None:
             self.rounds = 5 if self.preset == "corda++" else 1
-        for name, allowed in {
-            "mode": ("kpm", "ipm"),
-            "preset": ("corda", "corda+", "corda++"),
-            "split": ("anchored", "seeded", "balanced", "paper"),
-            "orientation": ("covariance", "diagonal", "identity"),
-            "solver": ("auto", "gram", "subspace", "svd"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise CordaError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}")
-        if self.r < 1:
-            raise CordaError(f"r is {self.r}, but a rank is at least 1")
-        if self.rounds < 1:
-            raise CordaError(f"rounds is {self.rounds}, but the context is sampled at least once")
+        check_fields(self)
+        _check_targets(self.target_modules)
+        assert self.rounds is not None
         if self.rounds > 1 and self.orientation == "identity":
             raise CordaError("orientation identity needs no context, so there are no rounds of it to choose from")
         if not self.allocates and (self.min_rank != 1 or self.max_rank is not None or self.budget is not None):
@@ -84,16 +172,8 @@ class CordaConfig:
             raise CordaError(
                 "solver subspace finds the components of a fixed rank; to allocate ranks, all are needed: gram"
             )
-        if self.min_rank < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
+        if self.max_rank is not None and self.max_rank < self.min_rank:
             raise CordaError(f"min_rank {self.min_rank} and max_rank {self.max_rank} leave no rank to allocate")
-        if self.budget is not None and not self.budget > 0:
-            raise CordaError(f"budget is {self.budget}, but must be above 0")
-        if self.skip_tokens < 0:
-            raise CordaError(f"skip_tokens is {self.skip_tokens}, but is at least 0")
-        if not self.damping > 0:
-            raise CordaError(f"damping is {self.damping}, but must be above 0")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise CordaError(f"lora_alpha is {self.lora_alpha}, but must be above 0")
 
     @property
     def from_zero(self) -> bool:
@@ -133,9 +213,12 @@ class DataConfig:
     response: str = ""
     rows: str = "train"
     name: str | None = None
-    samples: int | None = None
-    seed: int = 0
-    max_length: int = 512
+    samples: Count | None = None
+    seed: Seed = 0
+    max_length: Count = 512
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass
@@ -161,22 +244,23 @@ class TrainConfig:
         checkpoints: how many are written over the run; a run started again goes on from the last. 0 for none.
     """
 
-    learning_rate: float = 1e-3
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 32
-    micro_batch_size: int | None = None
-    warmup: float = 0.03
+    learning_rate: Positive = 1e-3
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    batch_size: Count = 32
+    micro_batch_size: Count | None = None
+    warmup: Annotated[float, Range(ge=0, le=1)] = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    lora_dropout: float = 0.0
+    weight_decay: Annotated[float, Range(ge=0)] = 0.0
+    lora_dropout: Share = 0.0
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
-    checkpoints: int = 4
+    seed: Seed = 0
+    checkpoints: CountOrZero = 4
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise CordaError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -193,9 +277,13 @@ class LoraStart:
         target_modules: as in PEFT.
     """
 
-    r: int = 16
-    lora_alpha: float | None = None
+    r: Count = 16
+    lora_alpha: Positive | None = None
     target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_targets(self.target_modules)
 
 
 @dataclass
@@ -213,6 +301,9 @@ class ModelConfig:
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass
@@ -235,8 +326,13 @@ class EvalConfig:
     text: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
     choices: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
     exact_match: str = ""
-    max_new_tokens: int = 64
-    batch_tokens: int = 8192
+    max_new_tokens: Count = 64
+    batch_tokens: Count = 8192
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.exact_match != "text":
+            check_pattern("exact_match", self.exact_match)
 
     def data(self, kind: str) -> list[DataConfig]:
         """The data of "keep", "learn", "text" or "choices", however it was given."""
@@ -259,9 +355,12 @@ class MethodConfig:
     """
 
     method: str = ""
-    learning_rates: list[float] = field(default_factory=list)
+    learning_rates: list[Positive] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     all_seeds: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def key(self) -> dict[str, Any]:
         """What makes the results of two entries the same, whatever their rates."""
@@ -294,16 +393,18 @@ class CompareConfig:
     data: str | DataConfig
     eval: EvalConfig
     context: str | DataConfig | None = None
-    context_samples: int = 256
+    context_samples: Count = 256
     train: TrainConfig = field(default_factory=TrainConfig)
-    r: int = 16
-    lora_alpha: float | None = None
+    r: Count = 16
+    lora_alpha: Positive | None = None
     target_modules: str | list[str] = "all-linear"
-    seeds: int = 3
-    curve_points: int = 10
-    curve_samples: int = 128
+    seeds: Count = 3
+    curve_points: Count = 10
+    curve_samples: Count = 128
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        _check_targets(self.target_modules)
         given = dict.fromkeys(self.methods) if isinstance(self.methods, list) else self.methods
         self.entries = {name: entry or MethodConfig() for name, entry in given.items()}
         for name, entry in self.entries.items():
@@ -315,12 +416,8 @@ class CompareConfig:
                     f"{name} has one learning rate ({entry.learning_rates[0]:g}): which method wins depends on the "
                     "rate, so each is compared over several; give at least two, better four"
                 )
-            if any(not rate > 0 for rate in entry.learning_rates):
-                raise CordaError(f"a learning rate of {name} is not above 0")
         if not self.entries:
             raise CordaError("there is no method to compare: name some under `methods`")
-        if self.seeds < 1 or self.curve_points < 1 or self.r < 1 or self.context_samples < 1:
-            raise CordaError("seeds, curve_points, context_samples and r are at least 1")
         if not self.eval.data("learn"):
             raise CordaError(
                 "nothing says how well the task was learned: give held-out samples of it under eval: learn"

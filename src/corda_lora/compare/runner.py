@@ -471,7 +471,7 @@ def _setup(config: CompareConfig, output: Path, job: Job, model: Any, tokenizer:
         targets=find_targets(model, config.target_modules),
         r=config.r,
         lora_alpha=config.lora_alpha or config.r,
-        train=replace(config.train, learning_rate=job.rate or 0.0, seed=job.seed, checkpoints=0),
+        train=replace(config.train, learning_rate=job.rate or config.train.learning_rate, seed=job.seed, checkpoints=0),
         steps=_steps(config),
         folder=output / "starts" / job.entry,
     )
