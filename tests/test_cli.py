@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,6 +155,16 @@ def test_same_command_same_bytes(checkpoint, data):
     assert weights(work / "one") != weights(work / "other")
     train(checkpoint, data, "--start", "one", "--max_steps", 3, "--seed", 1, output="shuffled")
     assert weights(work / "one-tuned") != weights(work / "shuffled")
+
+
+def test_training_that_diverges_leaves_nothing(checkpoint, data, capsys):
+    train_options = ["--max_steps", 4, "--learning_rate", 1e38, "--precision", "fp32"]
+    with pytest.raises(SystemExit) as stopped:
+        train(checkpoint, data, *train_options)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert re.search(r"^corda train: the (loss was|trained parameters were) .* at step [2-4]: ", said, re.MULTILINE)
+    assert nothing_left(data)
 
 
 @pytest.mark.parametrize("split", ["anchored", "seeded", "paper"])

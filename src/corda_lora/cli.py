@@ -353,7 +353,7 @@ def train(options: Namespace) -> None:
     from .devices import accelerator
     from .models.loading import load_model, load_tokenizer
     from .preprocess.work import open_work
-    from .training.train import last_checkpoint, plain_lora
+    from .training.train import DivergedError, last_checkpoint, plain_lora
     from .training.train import train as run_training
 
     check_output(options.output)
@@ -378,6 +378,10 @@ def train(options: Namespace) -> None:
         if last_checkpoint(work) is None:  # nothing was begun
             shutil.rmtree(work)
         raise
+    except DivergedError as error:
+        shutil.rmtree(work)  # to go on from its checkpoints would end the same
+        print(f"corda train: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
     records: dict[str, Any] = {"training.json": {"recipe": recipe, **result}}
     if record is not None:
         records[RECORD] = record

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from corda_lora.config import LoraStart, TrainConfig
 from corda_lora.data.samples import Sample
 from corda_lora.devices import has_bfloat16
 from corda_lora.training.sampler import SimilarLengths
-from corda_lora.training.train import plain_lora, train
+from corda_lora.training.train import DivergedError, _Trainer, mean_loss, plain_lora, train
 
 SAMPLES = [Sample(f"{'x' * (i * 7 % 23)} {i} =", f" {i + i}", {}) for i in range(40)]
 
@@ -44,7 +45,7 @@ class Steps(TrainerCallback):
         return sum(int((mask == 0).sum()) for step in self.steps for _, mask in step)
 
 
-def run(tokenizer, micro=None, steps=8, batch=8, schedule="constant", compiled=False):
+def run(tokenizer, micro=None, steps=8, batch=8, compiled=False, target_modules="all-linear"):
     config = TrainConfig(
         learning_rate=1e-2,
         max_steps=steps,
@@ -52,10 +53,10 @@ def run(tokenizer, micro=None, steps=8, batch=8, schedule="constant", compiled=F
         micro_batch_size=micro,
         precision="fp32",
         seed=3,
-        schedule=schedule,
+        schedule="constant",
         compile=compiled,
     )
-    model = plain_lora(tiny.build("llama"), LoraStart(r=4), config)
+    model = plain_lora(tiny.build("llama"), LoraStart(r=4, target_modules=target_modules), config)
     seen = Steps(model)
     train(model, tokenizer, SAMPLES, config, 64, progress=False, callbacks=[seen])
     assert not any(module._compiled_call_impl for module in model.modules())  # nobody after training pays for it
@@ -72,12 +73,14 @@ def test_micro_batches_hold_samples_of_like_length_and_train_the_same(tokenizer)
         assert torch.allclose(parameter, trained_in_parts[name], atol=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a compiler")
-def test_compiled_blocks_train_the_same(tokenizer):
+def test_compiled_blocks_train_the_same(tokenizer, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # each more is a process that imports torch
     counters["stats"].clear()
-    _, trained = run(tokenizer, steps=3)
+    _, trained = run(tokenizer, steps=3, target_modules=["q_proj"])
     assert not counters["stats"]["unique_graphs"]
-    _, compiled = run(tokenizer, steps=3, compiled=True)
+    _, compiled = run(tokenizer, steps=3, target_modules=["q_proj"], compiled=True)
     assert 1 <= counters["stats"]["unique_graphs"] <= 4  # one for all lengths and blocks, or few
     for name, parameter in trained.items():
         assert torch.allclose(parameter, compiled[name], atol=1e-4), name
@@ -93,6 +96,51 @@ def test_a_processor_without_bfloat16_is_said(precision, has, said, tokenizer, m
     notes = [str(warning.message) for warning in recwarn if "bfloat16" in str(warning.message)]
     assert len(notes) == said
     assert all("--dtype float32 --precision fp32" in note for note in notes)
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(tokenizer, tmp_path):
+    """The step with the bad loss is named; a bad last step, after which no loss is computed, is noticed, too."""
+
+    class Break(TrainerCallback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == self.step:
+                next(p for p in model.parameters() if p.requires_grad).data[0, 0] = torch.nan
+
+    config = TrainConfig(max_steps=4, batch_size=4, precision="fp32")
+    for broken, message in (
+        (2, "the loss was nan at step 3: "),
+        (4, "the trained parameters were not finite at step 4"),
+    ):
+        model = plain_lora(tiny.build("llama"), LoraStart(r=4), config)
+        with pytest.raises(DivergedError, match=message):
+            train(model, tokenizer, SAMPLES, config, 64, progress=False, callbacks=[Break(broken)])
+
+
+def test_the_mean_loss_counts_the_steps_before_a_resume(tokenizer, tmp_path, monkeypatch):
+    """The run resumes at step 195, between steps 194 and 196, at which the loss would be logged without it."""
+    config = TrainConfig(max_steps=200, batch_size=1, precision="fp32", checkpoints=13, learning_rate=1e-2)
+    losses, training_step = {}, _Trainer.training_step
+
+    def noted(self, *args, **kwargs):
+        if self.state.global_step == 198 and 199 not in losses:
+            losses[199] = 0.0
+            raise KeyboardInterrupt
+        loss = training_step(self, *args, **kwargs)
+        losses[self.state.global_step + 1] = float(loss)
+        return loss
+
+    monkeypatch.setattr(_Trainer, "training_step", noted)
+    for ends in (pytest.raises(KeyboardInterrupt), nullcontext()):
+        model = plain_lora(tiny.build("llama"), LoraStart(r=4, target_modules=["q_proj"]), config)
+        with ends:
+            result = train(model, tokenizer, SAMPLES[:4], config, 64, tmp_path, progress=False)
+    assert len(losses) == 200
+    assert result["train_loss"] == pytest.approx(sum(losses.values()) / 200, rel=1e-5)
+    assert [step for step, _ in result["loss"]][-4:] == [195, 196, 198, 200]
+    assert mean_loss([(2, 3.0), (3, 6.0)]) == 4.0
 
 
 def test_each_epoch_has_an_order_of_its_own_and_all_samples(tokenizer):

@@ -48,7 +48,7 @@ from ..methods.registry import METHODS, Setup, check_options, count_parameters
 from ..models.loading import load_model, load_tokenizer
 from ..models.targets import find_targets
 from ..progress import console, progress_bar
-from ..training.train import train, training_steps, warn_without_bfloat16
+from ..training.train import DivergedError, train, training_steps, warn_without_bfloat16
 
 BASE, RESULT, LOG = "base", "result.json", "log.txt"
 PACKAGES = ("torch", "transformers", "peft", "trl")
@@ -389,6 +389,10 @@ def _work(
             result = _do(source, config, output, job, counter)
         except CordaError as error:
             result = {"status": "does not fit", "why": str(error)}
+        except DivergedError as error:
+            result = {"status": "diverged", "why": str(error)}
+            with counter.get_lock():
+                counter.value += _steps(config) - (error.step - 1)  # steps that will not be taken
         except Exception as error:
             traceback.print_exc()
             lines = str(error).strip().splitlines()

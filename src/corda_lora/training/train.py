@@ -27,6 +27,14 @@ from ..progress import progress_bar
 from .sampler import SimilarLengths
 
 
+class DivergedError(RuntimeError):
+    """Training stopped because its loss or its parameters were not finite. `step` is the optimizer step, from 1 on."""
+
+    def __init__(self, what: str, step: int):
+        super().__init__(f"{what} at step {step}: training stopped; a lower learning rate may help")
+        self.step = step
+
+
 def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftModel:
     """The model with a LoRA initialized as in PEFT: A random, B zero."""
     torch.manual_seed(config.seed)
@@ -77,6 +85,7 @@ def train(
 
     Raises:
         CordaError: the model is no causal language model, or no sample has a response.
+        DivergedError: the loss of a step, or a trained parameter at the end, is NaN or infinite.
     """
     require_causal(model)  # SFTTrainer trains the next-token loss of responses; a classifier has no such loss
     encoded = [encode(tokenizer, s, max_length, end=True) for s in samples]
@@ -103,6 +112,7 @@ def train(
         max_length=max_length,
         completion_only_loss=True,
         logging_steps=max(1, steps // 100),
+        logging_nan_inf_filter=False,  # it would replace such losses by the mean of the others
         save_strategy="steps" if work and config.checkpoints else "no",
         save_steps=max(1, steps // max(1, config.checkpoints)),
         save_total_limit=1,
@@ -124,16 +134,25 @@ def train(
     since = time.perf_counter()
     with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
         trainer.add_callback(_Steps(advance))
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        raise DivergedError("the trained parameters were not finite", steps)
+    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
     # Remove the mixed-precision wrapper, so that the tuned model is measured in the same precision as the base model.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return {
         "steps": steps,
         "samples": len(rows),
         "seconds": time.perf_counter() - since,
-        "train_loss": result.training_loss,
-        "loss": [[log["step"], log["loss"]] for log in trainer.state.log_history if "loss" in log],
+        "train_loss": mean_loss(losses),
+        "loss": [list(pair) for pair in losses],
     }
+
+
+def mean_loss(losses: Sequence[tuple[int, float]]) -> float:
+    """The mean over all steps of [(step, mean loss of the steps since the last entry), ...]."""
+    begins = [0, *(step for step, _ in losses)]
+    return sum((step - begin) * loss for begin, (step, loss) in zip(begins, losses)) / begins[-1]
 
 
 @contextmanager
@@ -158,7 +177,13 @@ def training_steps(config: TrainConfig, samples: int) -> int:
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our order of samples."""
+    """TRL's trainer with our order of samples. It stops at a loss that is NaN or infinite."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise DivergedError(f"the loss was {float(loss):g}", self.state.global_step + 1)
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         rows = train_dataset if train_dataset is not None else self.train_dataset
@@ -167,7 +192,10 @@ class _Trainer(SFTTrainer):
 
 
 class _Steps(TrainerCallback):
-    """Advances a progress bar by the trainer's steps. The first call also advances it by the steps before a resume."""
+    """Advances a progress bar by the trainer's steps. The first call also advances it by the steps before a resume.
+
+    It also has the loss logged with every checkpoint and at the end, so that the log covers all steps, also those
+    before a resume."""
 
     def __init__(self, advance: Callable[[], None]):
         self.advance, self.shown = advance, 0
@@ -176,6 +204,7 @@ class _Steps(TrainerCallback):
         for _ in range(state.global_step - self.shown):
             self.advance()
         self.shown = state.global_step
+        control.should_log |= control.should_save or state.global_step == state.max_steps
 
 
 def last_checkpoint(work: Path) -> str | None:
