@@ -3,7 +3,6 @@
 # Options come from config.py's dataclasses. Heavy imports wait for the verb, so that --help is quick.
 
 import argparse
-import hashlib
 import inspect
 import multiprocessing
 import os
@@ -264,51 +263,20 @@ def init(options: Namespace) -> None:
     read from the checkpoint block by block: the whole model is never in memory. A run that was broken off goes on
     after its last finished block when the same command is given again."""
     config, source = _take(CordaConfig, options), _take(ModelConfig, options)
-    data = _take(DataConfig, options, data=options.context or "")
-    if options.context is None and config.orientation != "identity":
+    data = None if options.context is None else _take(DataConfig, options, data=options.context)
+    if data is None and config.orientation != "identity":
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
-    from . import __version__
-    from .adapters.lora import RECORD, TIMING, install, save_adapter
-    from .data.batches import context_batches
-    from .data.samples import load_rounds
-    from .models.loading import load_tokenizer, open_model
-    from .preprocess.context import Context
-    from .preprocess.pipeline import preprocess
-    from .preprocess.plan import check_room, init_plan
-    from .preprocess.work import MANIFEST, open_work
+    from .adapters.prepare import prepare
 
-    check_output(options.output)
-    batches: list[Any] = []
-    numbers: list[Any] = []
-    rounds: list[int] = []
-    assert config.rounds is not None
-    samples = [] if config.orientation == "identity" else load_rounds(data, config.rounds)
-    model, stored = open_model(source)
-    if samples:
-        tokenizer = load_tokenizer(source)
-        has_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        for i, one in enumerate(samples):
-            new, order = context_batches(tokenizer, one, data.max_length, options.batch_tokens, has_decoder)
-            batches, rounds = batches + new, rounds + [i] * len(new)
-            numbers += order if len(samples) == 1 else [f"{number} of round {i}" for number in order]
-    check_room(init_plan(model, config, batches, options.park), options.output)
-    record = {"model": source.model, "revision": source.revision, "data": asdict(data) if samples else None}
-    import torch
-
-    run = {**record, "config": asdict(config), "dtype": source.dtype, "batch_tokens": options.batch_tokens}
-    run["tokens"] = hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in batches)).hexdigest()
-    run |= {"corda-lora": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    work = open_work(options.output, run, lambda folder: (folder / MANIFEST).is_file())
-    try:
-        start = preprocess(model, config, Context(batches, rounds, numbers), True, stored, work, options.park)
-    except CordaError:
-        if not (work / MANIFEST).is_file():  # nothing was finished
-            shutil.rmtree(work)
-        raise
-    spectra = {name: layer.spectrum for name, layer in start.layers.items()}
-    save_adapter(install(model, start), options.output, {RECORD: record | start.record, TIMING: start.took}, spectra)
-    if not options.keep_work:
-        shutil.rmtree(work)
+    start = prepare(
+        source,
+        config,
+        data,
+        options.output,
+        batch_tokens=options.batch_tokens,
+        park=options.park,
+        keep_work=options.keep_work,
+    )
     from .report.terminal import start_cost, start_table
 
     out.print(start_table(start))
@@ -327,19 +295,23 @@ def plan(options: Namespace) -> None:
     from .preprocess.machine import described_machine, this_machine
     from .preprocess.plan import init_plan, planned_model, planned_tokens, report, what_fits
 
-    given = described_machine(options.gpu, options.tflops, options.tflops64) if options.gpu is not None else None
     model: Any = planned_model(source)
-    machine = given or this_machine(compute_device(model, config.device), next(model.parameters()).dtype)
+    if options.gpu is None:
+        machine = this_machine(compute_device(model, config.device), next(model.parameters()).dtype)
+    else:
+        machine = described_machine(options.gpu, options.tflops, options.tflops64)
 
     def count(rounds: int, batch_tokens: int) -> Any:
         return planned_tokens(source, data, rounds, batch_tokens, model.config.is_encoder_decoder)
 
-    found = init_plan(model, config, count(config.rounds or 1, options.batch_tokens), options.park, machine)
-    for line in report(found):
+    planned = init_plan(model, config, count(config.rounds or 1, options.batch_tokens), options.park, machine)
+    for line in report(planned):
         out.print(line, highlight=False)
-    if not found.fits:
-        other = what_fits(model, config, count, options.batch_tokens, options.park, machine)
-        advice = f"; fits with {other[0]}" if other else ", nor with smaller batches, fewer rounds or another --park"
+    if not planned.fits:
+        fitting = what_fits(model, config, count, options.batch_tokens, options.park, machine)
+        advice = (
+            f"; fits with {fitting[0]}" if fitting else ", nor with smaller batches, fewer rounds or another --park"
+        )
         out.print(f"does not fit{advice}", highlight=False)
 
 

@@ -259,7 +259,12 @@ def test_pefts_corda_is_decomposed_once(files, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "work"),
-    [("corda++-kpm-balanced", "preprocess"), ("milora", "preprocess"), ("lora-null", "walk"), ("eva", "_labelled")],
+    [
+        ("corda++-kpm-balanced", "start_adapter"),
+        ("milora", "start_adapter"),
+        ("lora-null", "walk"),
+        ("eva", "_labelled"),
+    ],
 )
 def test_what_a_method_finds_before_training_is_found_once(name, work, files, tokenizer, monkeypatch):
     assert METHODS[name].looks
@@ -273,8 +278,8 @@ def test_what_a_method_finds_before_training_is_found_once(name, work, files, to
 @pytest.mark.parametrize(("mode", "of"), [("kpm", "keep"), ("ipm", "learn")])
 def test_each_mode_looks_at_its_own_samples(mode, of, files, tokenizer, monkeypatch):
     seen = []
-    real = Setup.context
-    monkeypatch.setattr(Setup, "context", lambda self, *a, **k: seen.append(a[0]) or real(self, *a, **k))
+    real = Setup.data
+    monkeypatch.setattr(Setup, "data", lambda self, of: seen.append(of) or real(self, of))
     prepare(f"corda-{mode}-paper", files, tokenizer)
     assert seen == [of]
     if of == "keep":

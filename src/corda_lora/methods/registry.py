@@ -5,6 +5,7 @@ as a `CordaError` means that it does not fit this model. A new method is one fun
 """
 
 import inspect
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -22,7 +23,8 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from .. import peft as peft_
-from ..adapters.lora import RECORD, HeldFactor, install, load_adapter, lora_layers, save_adapter
+from ..adapters.lora import HeldFactor, install, load_adapter, lora_layers
+from ..adapters.prepare import prepare as start_adapter
 from ..config import CordaConfig, CordaError, DataConfig, TrainConfig
 from ..data.batches import context_batches, encode, pad
 from ..data.samples import Sample, load_rounds
@@ -31,7 +33,7 @@ from ..files import whole_file
 from ..models.targets import weight_of, weight_shape
 from ..preprocess.context import Context
 from ..preprocess.layer import LayerStart
-from ..preprocess.pipeline import Start, preprocess
+from ..preprocess.pipeline import Start
 from ..preprocess.walk import Place, walk
 from . import adapterdrop as adapterdrop_
 from . import dylora as dylora_
@@ -434,20 +436,12 @@ def corda(
     folder = setup.folder / "start"
     if not folder.exists():
         config = CordaConfig(r=setup.r, lora_alpha=setup.lora_alpha, target_modules=list(setup.targets), **options)
-        batches: list[Any] = []
-        rounds: list[int] = []
+        data = None
         if config.orientation != "identity":
-            assert config.rounds is not None
-            of = "keep" if config.mode == "kpm" else "learn"
-            if context:
-                setup, of = replace(setup, keep=DataConfig(context)), "keep"
-            for i, one in enumerate(setup.context(of, config.rounds, samples)):
-                new, _ = context_batches(setup.tokenizer, one, setup.data(of).max_length)
-                batches, rounds = batches + new, rounds + [i] * len(new)
-        start = preprocess(model, config, Context(batches, rounds))
-        installed = install(model, start)
-        save_adapter(installed, folder, {RECORD: start.record})
-        model = installed.unload()
+            data = DataConfig(context) if context else setup.data("keep" if config.mode == "kpm" else "learn")
+            data = replace(data, samples=samples or setup.samples)
+        shutil.rmtree(setup.folder / "start.work", ignore_errors=True)  # of a run that was broken off
+        start_adapter(model, config, data, folder, setup.tokenizer)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
     return Prepared(peft_model, None if ratio == 1 else _adam_with_ratio(peft_model, setup, ratio))
 

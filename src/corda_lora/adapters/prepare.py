@@ -1,0 +1,97 @@
+"""A model and samples of an ability → the start of an adapter on disk: what `corda init` runs."""
+
+import hashlib
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
+from ..data.samples import load_rounds
+from ..files import check_output
+from ..models.loading import load_tokenizer, open_model
+from ..preprocess.context import Context, has_decoder, read_context
+from ..preprocess.pipeline import Start, preprocess
+from ..preprocess.plan import check_room, init_plan
+from ..preprocess.work import MANIFEST, open_work
+from .lora import RECORD, TIMING, install, save_adapter
+
+
+def prepare(
+    source: ModelConfig | nn.Module,
+    config: CordaConfig,
+    data: DataConfig | None,
+    output: Path,
+    tokenizer: Any = None,
+    batch_tokens: int = 4096,
+    park: str = "auto",
+    keep_work: bool = False,
+    progress: bool = True,
+) -> Start:
+    """Cut an adapter's start out of a model, and write it as an adapter directory that plain PEFT loads on that model.
+
+        prepare(ModelConfig("HuggingFaceTB/SmolLM2-135M"), CordaConfig(r=32), DataConfig("known.jsonl"), Path("start"))
+
+    Finished blocks are kept in the folder OUTPUT.work until the adapter is written. A run that was broken off goes on
+    from there when it is called again with the same arguments.
+
+    Args:
+        source: a checkpoint, which is read block by block, so that the whole model is never in memory; or a loaded
+            model, which is left as it was.
+        data: samples of the ability to keep (kpm) or to learn (ipm). Not needed with orientation `identity`.
+        output: the directory to write, with corda.json (what was run), timing.json and spectra.safetensors.
+        tokenizer: Default: that of the checkpoint.
+        batch_tokens: tokens of the context a forward.
+        park: see `preprocess`.
+        keep_work: do not remove OUTPUT.work in the end.
+        progress: show a progress bar.
+
+    Raises:
+        CordaError: see `preprocess`, `load_rounds` and `open_model`; something is in the way of the output, or its disk
+            has too little room; OUTPUT.work belongs to another run; a loaded model has no tokenizer.
+    """
+    if config.orientation == "identity":
+        data = None
+    elif data is None:
+        raise CordaError("give a context: samples of the ability to keep (kpm) or to learn (ipm)")
+    check_output(output)
+    assert config.rounds is not None
+    rounds = load_rounds(data, config.rounds) if data else []
+    if isinstance(source, ModelConfig):
+        model, stored = open_model(source)
+        tokenizer = load_tokenizer(source) if data and tokenizer is None else tokenizer
+    else:
+        model, stored = source, {}
+    context = Context()
+    if data:
+        if tokenizer is None:
+            raise CordaError("give the tokenizer of the loaded model, which the context is encoded by")
+        context = read_context(tokenizer, rounds, data.max_length, batch_tokens, has_decoder(model))
+    check_room(init_plan(model, config, context.batches, park), output)
+
+    record: dict[str, Any] = {"data": asdict(data) if data else None}
+    dtype = str(next(model.parameters()).dtype)
+    if isinstance(source, ModelConfig):
+        record, dtype = {"model": source.model, "revision": source.revision, **record}, source.dtype
+    tokens = b"".join(batch["input_ids"].numpy().tobytes() for batch in context.batches)
+    run = {**record, "config": asdict(config), "dtype": dtype, "batch_tokens": batch_tokens}
+    run |= {"tokens": hashlib.sha256(tokens).hexdigest(), "corda-lora": __version__}
+    run |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    work = open_work(output, run, lambda folder: (folder / MANIFEST).is_file())
+    try:
+        start = preprocess(model, config, context, progress, stored, work, park)
+    except CordaError:
+        if not (work / MANIFEST).is_file():  # nothing was finished
+            shutil.rmtree(work)
+        raise
+    adapted = install(model, start)
+    spectra = {name: layer.spectrum for name, layer in start.layers.items()}
+    save_adapter(adapted, output, {RECORD: record | start.record, TIMING: start.took}, spectra)
+    adapted.unload()
+    if not keep_work:
+        shutil.rmtree(work)
+    return start
