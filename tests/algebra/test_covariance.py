@@ -45,6 +45,25 @@ def test_samples_of_any_length_by_their_own_weights(dtype, device):
     assert (total.double() - expected).norm() < 1e-6 * expected.norm()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_the_kernel_sums_half_precision(dtype, monkeypatch):
+    """Fails where Triton is missing, or where another path runs in the kernel's place."""
+    from corda_lora.algebra import kernels
+
+    seen, kernel = [], kernels.add_gram
+    monkeypatch.setattr(kernels, "add_gram", lambda total, x, *rest: seen.append(x.dtype) or kernel(total, x, *rest))
+    x = torch.randn(300, 200, device="cuda").to(dtype)
+    C = mirror(add_gram(None, x))
+    assert seen == [dtype]
+    torch.testing.assert_close(C.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    covariance = Covariance()
+    covariance.add_samples(x, [100, 200])
+    assert seen == [dtype, dtype]
+    add_gram(None, x.float())
+    assert seen == [dtype, dtype], "float32 rows do not go through the kernel"
+
+
 def test_float32_is_real_in_a_run_and_the_users_choice_after_it():
     model, seen = tiny.build("llama"), []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
