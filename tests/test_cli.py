@@ -311,7 +311,7 @@ def test_what_ends_a_command(error, code, said, monkeypatch, capsys):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("corda_lora.cli.check_output", fail)
+    monkeypatch.setattr("corda_lora.adapters.prepare.check_output", fail)
     with pytest.raises(SystemExit) as stopped:
         run("init", "--model", "m", "--orientation", "identity", "--output", "o")
     assert stopped.value.code == code
