@@ -1,20 +1,21 @@
-"""Drift against task loss: methods compared by what they forget where they have learned the same.
+"""Drift against task loss: how much methods forget where they have learned equally much.
 
-One learning rate says little: a higher one learns more and drifts more. So each method is run at several, each rate
-gives a point (task loss, drift), and methods are compared at equal task loss, between the points of each. This file is
-arithmetic on the dictionary that `corda compare` writes (`comparison`, see `report.write_report`): no model, no torch.
+One learning rate says little, because a higher rate learns more and drifts more. So each method is run at several
+rates. Each rate gives a point (task loss, drift), and methods are compared at equal task loss, by interpolation between
+their points. This file is arithmetic on the dictionary that `corda compare` writes (`comparison`, described at
+`report.write_report`). It needs no model and no torch.
 
 Three choices:
 
-- Drift counts in its logarithm: means over seeds, lines between points, intervals. It spans three orders of magnitude,
-  methods are compared by ratios, and a method's log drift is nearer to a line against its task loss than its drift is:
-  predicting a rate of the hull from its two neighbours errs by 10 % so, by 11 % along a line in drift itself; by 29 and
-  39 % where drift more than doubles between these (medians over the 68 and 17 such triples of drift on nq_test in
-  benchmarks/results: keep_and_learn, learn_fast, both also at rank 8, and learn_fast_mbpp).
-- The lower hull joins the points that no other point of the method beats in both. It is not the convex hull, whose
-  chords pass under measured points: LoRA's log drift bends the other way, so a chord would promise a drift that the
-  runs between its ends have refuted, the lower the more extreme the rates that were tried.
-- Nothing is said outside of the losses a method reached, and only runs that are done count.
+- Means over seeds, interpolation and intervals use the logarithm of drift. Drift spans three orders of magnitude,
+  methods are compared by ratios, and log drift is closer to linear in the task loss than drift is. Predicting a point
+  of a hull from its two neighbours has a median error of 10 % by a line in log drift and 11 % by a line in drift. Where
+  drift more than doubles between the neighbours, the errors are 29 % and 39 %. (68 and 17 such triples of drift on
+  nq_test in benchmarks/results: keep_and_learn, learn_fast, both also at rank 8, and learn_fast_mbpp.)
+- The lower hull joins the points that no other point of the method beats in both task loss and drift. It is not the
+  convex hull, whose chords pass below measured points. LoRA's log drift is not convex in the task loss, so a chord
+  would claim a lower drift than the runs between its ends have shown.
+- Nothing is extrapolated beyond the losses that a method reached, and only runs that are done count.
 """
 
 import math
@@ -28,7 +29,7 @@ import numpy as np
 
 from ..evaluation.measures import KEPT, MEASURES
 
-FLOOR = 1e-7  # drift below this is rounding, and has no useful logarithm
+FLOOR = 1e-7  # drift below this is rounding error, and its logarithm means nothing
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees
 
 Ability = tuple[str, str]  # ("keep" or "text", the data's name)
@@ -44,7 +45,7 @@ class Estimate(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A method at one learning rate: means over seeds, and each seed's own (task loss, log drift)."""
+    """A method at one learning rate: means over seeds, and the (task loss, log drift) of each seed."""
 
     rate: float
     loss: float
@@ -55,15 +56,15 @@ class Point(NamedTuple):
 class Best(NamedTuple):
     rate: float
     loss: Estimate
-    note: str  # what to know before trusting it: "" if nothing
+    note: str  # a reason to doubt it, or ""
 
 
 class Ratios(NamedTuple):
     """How many times less one method drifts than another, over the task losses that both reach."""
 
     loss: list[float]  # a uniform grid over that range
-    ratio: list[Estimate]
-    share: float  # of that range, where the ratio is at least the factor asked for
+    ratio: list[Estimate]  # at each loss
+    share: float  # the share of the range where the ratio is at least the requested factor
 
 
 class CurvePoint(NamedTuple):
@@ -73,7 +74,7 @@ class CurvePoint(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """Steps and seconds (with the preparation) to a task loss; `reached` of the `seeds` runs got there."""
+    """Steps and seconds (preparation included) to a task loss, which `reached` of the `seeds` runs reached."""
 
     steps: Estimate | None
     seconds: Estimate | None
@@ -81,16 +82,16 @@ class Reach(NamedTuple):
     seeds: int
 
 
-# --- what the runs say
+# --- reading the runs
 
 
 def task(comparison: dict[str, Any]) -> str:
-    """The name of the data to learn: the first, if there are several."""
+    """The name of the first data to learn, on which the task loss is measured."""
     return next(iter(comparison["base"]["learn"]))
 
 
 def abilities(comparison: dict[str, Any]) -> list[Ability]:
-    """Everything whose drift was measured in some run: data to keep first, then running text."""
+    """All data on which some run's drift was measured: data to keep first, then running text."""
     results = [run["results"] for run in comparison["runs"] if is_done(run)]
     return list(
         dict.fromkeys(
@@ -108,12 +109,12 @@ def is_finite(value: Any) -> bool:
 
 
 def is_done(run: dict[str, Any]) -> bool:
-    """Whether a run counts: it says so, and its task loss is a number."""
+    """Whether a run counts: its status is "done" and its task loss is finite."""
     return run["status"] == "done" and is_finite(task_loss(run))
 
 
 def status(run: dict[str, Any]) -> str:
-    """A run's status; a run that ended with a task loss that is no number has diverged, whatever it says."""
+    """A run's status. A run that is "done" with a task loss that is not finite counts as diverged."""
     return "diverged" if run["status"] == "done" and not is_done(run) else run["status"]
 
 
@@ -122,13 +123,13 @@ def task_loss(run: dict[str, Any]) -> float:
 
 
 def done_runs(comparison: dict[str, Any], method: str, rate: float | None = None) -> list[dict[str, Any]]:
-    """A method's runs that count, at one learning rate or at all."""
+    """A method's runs that count, at one learning rate or at all of them."""
     runs = [run for run in comparison["runs"] if run["method"] == method and is_done(run)]
     return [run for run in runs if rate is None or run["learning_rate"] == rate]
 
 
 def mean_interval(values: Sequence[float], center: float | None = None) -> Estimate:
-    """The mean over seeds and its 95 % interval, t·s/√n on each side (around `center`, if given)."""
+    """The mean over seeds and its 95 % interval, t·s/√n on each side. `center` replaces the mean."""
     n = len(values)
     mean = float(np.mean(values)) if center is None else center
     if n < 2:
@@ -143,7 +144,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def exponential(log: Estimate) -> Estimate:
-    """From the logarithm's interval to the value's."""
+    """The value and interval whose logarithms are given."""
     low, high = (None if x is None else math.exp(x) for x in log[1:3])
     return Estimate(math.exp(log.value), low, high, log.seeds)
 
@@ -152,7 +153,7 @@ def exponential(log: Estimate) -> Estimate:
 
 
 def points(comparison: dict[str, Any], method: str, ability: Ability) -> list[Point]:
-    """A point for each learning rate of a method, rates ascending: mean task loss and mean log drift over seeds."""
+    """One point for each learning rate of a method, in ascending order of the rates."""
     kind, name = ability
     by_rate: dict[float, dict[int, tuple[float, float]]] = {}
     for run in done_runs(comparison, method):
@@ -160,17 +161,18 @@ def points(comparison: dict[str, Any], method: str, ability: Ability) -> list[Po
         if is_finite(drift):
             seeds = by_rate.setdefault(run["learning_rate"], {})
             seeds[run["seed"]] = (task_loss(run), math.log(max(drift, FLOOR)))
-    found = []
+    means = []
     for rate, seeds in sorted(by_rate.items()):
         losses, log_drifts = zip(*seeds.values())
-        found.append(Point(rate, float(np.mean(losses)), float(np.mean(log_drifts)), seeds))
-    return found
+        means.append(Point(rate, float(np.mean(losses)), float(np.mean(log_drifts)), seeds))
+    return means
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both task loss and drift: loss ascending, drift descending.
+    """The points that no other point beats in both task loss and drift: loss ascending, drift descending.
 
-    Straight lines in (task loss, log drift) join neighbours; see the top of the file for why it is not convex.
+    Neighbours are joined by straight lines in (task loss, log drift). See the top of the file for why the hull is not
+    convex.
     """
     hull: list[Point] = []
     for point in sorted(points, key=lambda p: (p.loss, p.log_drift)):
@@ -180,27 +182,28 @@ def lower_hull(points: Sequence[Point]) -> list[Point]:
 
 
 def drift_at(hull: Sequence[Point], loss: float) -> Estimate | None:
-    """A method's drift at a task loss, on its lower hull; None outside of the losses it reached.
+    """A method's drift at a task loss, on its lower hull; None outside the losses that it reached.
 
-    The interval is over seeds. The loss lies between two rates a and b of the hull, at shares 1 − w and w. A seed's
-    points at a and b are off the means' by some loss and some log drift; moved to the means' losses along the line from
-    a to b, they are off by log drift alone, and (1 − w)·(that at a) + w·(that at b) is how far the seed is from the
-    hull at the loss asked for. The 95 % t-interval of these, over the seeds run at both rates (at one, if the loss is
-    just its own), is laid around the hull's log drift. Fewer than two such seeds: no interval. (A hull for each seed
-    would give the same to first order, but at the end of the range, where the losses most asked for lie, half of the
-    seeds would not reach the mean's.) What it leaves out: between rates that lie far apart a line is a guess.
+    The interval is over seeds. The loss lies between two points a and b of the hull, with weights 1 − w and w. At each
+    of the two, a seed deviates from the mean in loss and in log drift. Moving the seed's point along the line from a to
+    b to the mean's loss leaves a deviation in log drift alone. The seed's deviation at the requested loss is
+    (1 − w)·(its deviation at a) + w·(its deviation at b). The 95 % t-interval of these deviations, over the seeds run
+    at both rates, is laid around the hull's log drift. (At a point of the hull only that rate's seeds count.) With
+    fewer than two such seeds there is no interval.
+
+    A hull for each seed would give the same to first order. But half of the seeds would not reach the lowest mean loss,
+    which is the loss asked for most. The interval does not include the error of interpolating between distant rates.
     """
-    found = _on_hull(hull, loss)
-    return None if found is None else exponential(mean_interval(list(found[1].values()), center=found[0]))
+    at = _on_hull(hull, loss)
+    return None if at is None else exponential(mean_interval(list(at[1].values()), center=at[0]))
 
 
 def ratios(ours: Sequence[Point], theirs: Sequence[Point], factor: float = 1.0, grid: int = 101) -> Ratios | None:
-    """How many times less `ours` drifts than `theirs` (two lower hulls) at equal task loss, over the range of losses
-    that both reached, at `grid` losses evenly spaced; None if there is no such range.
+    """How many times less `ours` drifts than `theirs` (two lower hulls) at equal task loss.
 
-    An interval is as in `drift_at`, of the differences seed by seed (a seed means the same samples in the same order
-    for both), for the seeds that both have there. It is a method's own: who compares the best of many should know that
-    the best is partly luck.
+    The ratio is taken at `grid` evenly spaced losses of the range that both reached; None if there is no such range.
+    Intervals are those of `drift_at`, of the differences between the two methods seed by seed: a seed means the same
+    samples in the same order for both. They do not account for choosing the best of many methods, which is partly luck.
     """
     if not ours or not theirs:
         return None
@@ -208,13 +211,12 @@ def ratios(ours: Sequence[Point], theirs: Sequence[Point], factor: float = 1.0, 
     if low > high:
         return None
     losses = [float(x) for x in np.linspace(low, high, grid)]
-    found = [ratio_at(ours, theirs, loss) for loss in losses]
-    ratio = [estimate for estimate in found if estimate is not None]
+    ratio = [estimate for loss in losses if (estimate := ratio_at(ours, theirs, loss)) is not None]
     return Ratios(losses, ratio, sum(r.value >= factor for r in ratio) / grid)
 
 
 def ratio_at(ours: Sequence[Point], theirs: Sequence[Point], loss: float) -> Estimate | None:
-    """`ratios` at one task loss; None if one of the two did not reach it."""
+    """`ratios` at one task loss; None if either method did not reach it."""
     a, b = _on_hull(ours, loss), _on_hull(theirs, loss)
     if a is None or b is None:
         return None
@@ -223,7 +225,7 @@ def ratio_at(ours: Sequence[Point], theirs: Sequence[Point], loss: float) -> Est
 
 
 def _on_hull(hull: Sequence[Point], loss: float) -> tuple[float, dict[int, float]] | None:
-    """Log drift at a task loss, and how far each seed is from it: see `drift_at`."""
+    """Log drift at a task loss, and each seed's deviation from it: see `drift_at`."""
     if not hull or not hull[0].loss <= loss <= hull[-1].loss:
         return None
     if len(hull) == 1:
@@ -247,12 +249,12 @@ def _on_hull(hull: Sequence[Point], loss: float) -> tuple[float, dict[int, float
 
 
 def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
-    """The learning rate of the lowest final task loss, averaged over seeds; None if no run is done.
+    """The learning rate with the lowest mean final task loss over seeds; None if no run is done.
 
-    Of those with the most seeds: other rates were worse with the first one, and that alone says too little.
+    Only the rates with the most seeds compete. The others had one seed each and were worse with it.
 
-    Its note says if the best lies at an end of the rates tried, where a wider sweep may do better; a rate that only
-    diverged was tried, one that failed for another reason was not.
+    The note says whether the best rate is the lowest or highest of the rates tried: then a wider sweep may do better. A
+    rate whose runs all diverged counts as tried; a rate whose runs failed for another reason does not.
     """
     losses: dict[float, list[float]] = {}
     for run in done_runs(comparison, method):
@@ -276,8 +278,8 @@ def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
 
 
 def step_seconds(run: dict[str, Any]) -> float:
-    """A run's pace from the first measured step to the last. What came before does not count: some processes compile
-    the blocks in their first step, and in others that was done for a run before."""
+    """A run's seconds for each step, from the first measured step to the last. Earlier steps do not count, because some
+    processes compile the blocks in them, and others compiled for an earlier run."""
     timed = [(step, seconds) for step, seconds, _ in run.get("curve") or [] if step > 0]
     if len(timed) < 2:
         timed = [(0, 0.0), (run["steps"], run["seconds"])]
@@ -286,13 +288,13 @@ def step_seconds(run: dict[str, Any]) -> float:
 
 
 def training_seconds(run: dict[str, Any]) -> float | None:
-    """How long a run trains, at its pace (see `step_seconds`); None if it did not."""
+    """A run's steps times its `step_seconds`; None if it did not train."""
     return run["steps"] * step_seconds(run) if run.get("steps") else None
 
 
 def learning_curve(comparison: dict[str, Any], run: dict[str, Any]) -> list[CurvePoint]:
-    """A run's held-out task loss while it trained. Seconds (see `step_seconds`) count the preparation, which a user
-    waits for, too; at step 0 stands the base model's loss, if the run has not measured its own."""
+    """A run's held-out task loss while it trained. Seconds include the preparation, which a user waits for, too; see
+    `step_seconds` for the others. If a run did not measure the loss at step 0, the base model's is used."""
     prepare = run.get("prepare_seconds") or 0.0
     measured = [(step, loss) for step, _, loss in run.get("curve") or [] if is_finite(loss)]
     curve = [CurvePoint(step, prepare + step * step_seconds(run), loss) for step, loss in measured]
@@ -302,15 +304,15 @@ def learning_curve(comparison: dict[str, Any], run: dict[str, Any]) -> list[Curv
 
 
 def mean_curve(curves: Sequence[Sequence[CurvePoint]]) -> list[CurvePoint]:
-    """The mean of several learning curves, at the steps that all have."""
+    """The mean of several learning curves, at the steps that all of them have."""
     by_step = [{point.step: point for point in curve} for curve in curves]
     steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
     return [CurvePoint(*map(float, np.mean([curve[step] for curve in by_step], axis=0))) for step in steps]
 
 
 def crossing(curve: Sequence[CurvePoint], loss: float) -> CurvePoint | None:
-    """Where a learning curve first comes down to a loss, on the line between two of its points; None if it never does,
-    or was there already before its first point."""
+    """Where a learning curve first falls to a loss, by linear interpolation between two of its points. None if it never
+    does, or if its first point is already at or below that loss."""
     for a, b in pairwise(curve):
         if b.loss <= loss < a.loss:
             w = (a.loss - loss) / (a.loss - b.loss)
@@ -319,26 +321,27 @@ def crossing(curve: Sequence[CurvePoint], loss: float) -> CurvePoint | None:
 
 
 def reach(comparison: dict[str, Any], method: str, rate: float, loss: float) -> Reach:
-    """Steps and seconds until a method at one learning rate has come down to a held-out task loss.
+    """Steps and seconds until a method at one learning rate has fallen to a held-out task loss.
 
-    Read off the mean of all its seeds' curves; None if that does not reach it. The interval is the t-interval of the
-    seeds' own crossings, laid around it; there is none if some seed did not reach the loss.
+    They are read off the mean of all seeds' curves, and are None if that mean does not reach the loss. The interval is
+    the t-interval of the seeds' own crossings, laid around the mean's. If some seed did not reach the loss, there is no
+    interval.
     """
     curves = [learning_curve(comparison, run) for run in done_runs(comparison, method, rate)]
-    found = [at for curve in curves if (at := crossing(curve, loss)) is not None]
+    crossings = [at for curve in curves if (at := crossing(curve, loss)) is not None]
     mean = crossing(mean_curve(curves), loss)
     if mean is None:
-        return Reach(None, None, len(found), len(curves))
-    if len(found) < len(curves):
-        steps, seconds = (Estimate(x, None, None, len(found)) for x in mean[:2])
+        return Reach(None, None, len(crossings), len(curves))
+    if len(crossings) < len(curves):
+        steps, seconds = (Estimate(x, None, None, len(crossings)) for x in mean[:2])
     else:
-        steps, seconds = (mean_interval([at[i] for at in found], center=mean[i]) for i in (0, 1))
-    return Reach(steps, seconds, len(found), len(curves))
+        steps, seconds = (mean_interval([at[i] for at in crossings], center=mean[i]) for i in (0, 1))
+    return Reach(steps, seconds, len(crossings), len(curves))
 
 
 def milestones(comparison: dict[str, Any]) -> list[float]:
-    """Held-out task losses on the way down: where the reference method's mean learning curve, at its best rate, is
-    after a quarter, half, three quarters and all of its steps."""
+    """The held-out task losses of the reference method's mean learning curve, at its best rate, after a quarter, half,
+    three quarters and all of its steps."""
     reference = reference_method(comparison)
     best = best_rate(comparison, reference) if reference else None
     if not reference or not best:
@@ -354,20 +357,21 @@ def milestones(comparison: dict[str, Any]) -> list[float]:
 
 
 def reference_method(comparison: dict[str, Any]) -> str | None:
-    """Whom the others are compared with: LoRA, if it has a run that is done, else the first method that has."""
+    """The method that the others are compared with: LoRA if one of its runs is done, else the first method with such a
+    run."""
     methods = sorted(comparison["methods"], key=lambda method: method != "lora")
     return next((method for method in methods if done_runs(comparison, method)), None)
 
 
 def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each method, in display order; what it has no value for is None.
+    """One row for each method, in display order. Values that a method does not have are None.
 
     method, title, runs, done, not_done: {status: count};
-    best: `Best`; loss: `Estimate`, final task loss at the best rate; beside: `Estimate`, that less the reference's
-    (`reference_method`) at its own best rate, see `beside`;
+    best: `Best`; loss: `Estimate` of the final task loss at the best rate; beside: `Estimate` of that loss minus the
+    reference's at its own best rate, see `beside` and `reference_method`;
     drift: {ability: `Estimate` at the best rate};
-    equal_loss: the reference's lowest task loss; equal: {ability: `Estimate` there};
-    reach: `Reach`, at its best rate, of the loss where the reference's mean learning curve ends at its own best rate;
+    equal_loss: the reference's lowest task loss; equal: {ability: `Estimate` of the method's drift at that loss};
+    reach: `Reach`, at the best rate, of the loss where the reference's mean learning curve ends at its own best rate;
     seconds, prepare_seconds, peak_bytes, steps, adapter, trainable: means over the seeds at the best rate;
     scores: {(kind, data, measure's name): `Estimate` at the best rate}, for the measures with a title.
     """
@@ -380,8 +384,8 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def beside(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Estimate:
-    """The final task loss of some runs less that of others, of another method. The interval is of the differences seed
-    by seed: a seed means the same samples in the same order for both, which moves both alike."""
+    """The final task loss of one method's runs minus that of another method's. The interval is that of the differences
+    seed by seed: a seed means the same samples in the same order for both methods, and shifts both losses alike."""
     our_losses, their_losses = ({run["seed"]: task_loss(run) for run in runs} for runs in (ours, theirs))
     differences = [our_losses[seed] - their_losses[seed] for seed in our_losses if seed in their_losses]
     if differences:
@@ -428,8 +432,8 @@ def _row(
         "drift": {ability: at_best(ability) for ability in by_ability},
         "equal_loss": equal_loss,
         "equal": {
-            ability: None if equal_loss is None else drift_at(lower_hull(found), equal_loss)
-            for ability, found in by_ability.items()
+            ability: None if equal_loss is None else drift_at(lower_hull(measured), equal_loss)
+            for ability, measured in by_ability.items()
         },
         "reach": reach(comparison, method, best.rate, final) if best and final is not None else None,
         "seconds": mean([training_seconds(run) for run in runs]),
