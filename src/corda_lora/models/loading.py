@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,24 +16,40 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import CordaError, ModelConfig
+from ..config import CordaError, ModelConfig, short
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_model(config: ModelConfig) -> nn.Module:
     """The model, on the CPU, in evaluation mode.
 
-    Raises CordaError if there is none, or it cannot be loaded.
+    Raises CordaError if there is no such model, its weights are a pickle, a weight is missing or has another shape than
+    config.json says, or it cannot be loaded.
     """
     name, options = _source(config)
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        architecture = transformers.AutoConfig.from_pretrained(name, **options).architectures
-        kind = getattr(transformers, (architecture or ["AutoModelForCausalLM"])[0], transformers.AutoModelForCausalLM)
-        if "gguf_file" in options:  # holds a language model; its numbers are expanded to float32
-            kind, dtype = transformers.AutoModelForCausalLM, torch.float32 if dtype == "auto" else dtype
-        model = kind.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise CordaError(f"cannot load the model {config.model!r}: {_first_line(error)}") from error
+    kind: Any = transformers.AutoModelForCausalLM  # a GGUF file holds a language model
+    if "gguf_file" in options:
+        dtype = torch.float32 if dtype == "auto" else dtype  # its numbers are expanded
+    else:
+        kind = class_of(read_settings(config)) or kind
+        options["use_safetensors"] = True
+        if Path(name).is_dir():
+            check_shards(Path(name))
+    with _loading(f"the model {config.model!r}"):
+        # A shape that differs is reported by name, instead of in a table.
+        model, report = kind.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    for weight, stored, expected in report["mismatched_keys"]:
+        raise _other_shape(config.model, weight, stored, expected)
+    parameters = dict(model.named_parameters())
+    if missing := [weight for weight in report["missing_keys"] if weight in parameters]:
+        more = f" and {len(missing) - 1} more of its weights" if len(missing) > 1 else ""
+        raise CordaError(
+            f"the checkpoint {config.model} has no {min(missing)}{more}: it is damaged or of another model"
+        )
     if "gguf_file" in options:
         # The weights are plain tensors now; transformers still believes that it cannot save them.
         model.hf_quantizer = None
@@ -44,12 +61,13 @@ def load_model(config: ModelConfig) -> nn.Module:
 def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[], Tensor]]]:
     """The model without its weights, and for each parameter a function that reads it from the checkpoint's safetensors.
 
-    The parameters have their shapes and dtypes and take no memory: each is one NaN, expanded. Give both to
-    `preprocess`, which reads a block when it is reached and drops it after. A checkpoint that is not safetensors under
-    the model's own names (a GGUF file, a mixture's experts stored one by one, quantized weights) is loaded whole, and
-    said so: then there are no functions.
+    The parameters have their shapes and dtypes and take no memory: each is one NaN, expanded. `preprocess` takes both;
+    it reads a block when it is reached, and drops it afterwards. A checkpoint that is not safetensors under the model's
+    own names (a GGUF file, a mixture's experts stored one by one, quantized weights) is loaded whole, with a warning;
+    then there are no functions.
 
-    Raises CordaError if there is no model, or a shard of it is missing or damaged.
+    Raises CordaError if there is no such model, its weights are a pickle, a shard is missing or damaged, or a weight
+    has another shape than config.json says.
     """
     name, options = _source(config)
     why = "a GGUF file"
@@ -58,21 +76,23 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
         folder = Path(name)
         if not folder.is_dir():
             patterns = ["*.safetensors", "*.safetensors.index.json"]
-            try:
+            with _loading(f"the model {config.model!r}"):
                 folder = Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
-            except (OSError, ValueError) as error:
-                raise CordaError(f"cannot load the model {config.model!r}: {_first_line(error)}") from error
         _shard.cache_clear()
         shards = check_shards(folder)
         if class_of(settings) is not None and getattr(settings, "quantization_config", None) is None:
             model = empty_model(settings, config)
-            names = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in shards}
-            read: dict[Tensor, Callable[[], Tensor]] = {
-                tensor: partial(_read, shards[n], n, tensor.dtype) for n, tensor in names.items()
+            tensors = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in shards}
+            for n, tensor in tensors.items():
+                stored = torch.Size(_shard(shards[n]).get_slice(n).get_shape())
+                if stored != tensor.shape:
+                    raise _other_shape(config.model, n, stored, tensor.shape)
+            readers: dict[Tensor, Callable[[], Tensor]] = {
+                tensor: partial(_read, shards[n], n, tensor.dtype) for n, tensor in tensors.items()
             }
-            missing = [n for n, parameter in model.named_parameters() if parameter not in read]
+            missing = [n for n, parameter in model.named_parameters() if parameter not in readers]
             if not missing:
-                return model.eval(), read
+                return model.eval(), readers
             why = f"it has no {missing[0]}"
         else:
             why = "it is quantized, or its class is not in transformers"
@@ -81,23 +101,35 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
 
 
 def read_settings(config: ModelConfig) -> Any:
-    """What config.json says of a model. Raises CordaError if there is none."""
+    """The model's config.json, as transformers reads it.
+
+    Raises CordaError if there is none, or it names an attention kernel on the hub: a kernel is code. (With
+    `trust_remote_code` it may.)
+    """
     name, options = _source(config)
     if "gguf_file" in options:
         raise CordaError(f"{config.model} has no config.json: name the model it came from")
-    try:
-        return transformers.AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise CordaError(f"cannot load the model {config.model!r}: {_first_line(error)}") from error
+    with _loading(f"the model {config.model!r}"):
+        settings = transformers.AutoConfig.from_pretrained(name, **options)
+        settings_and_parts = [settings, *(getattr(settings, part, None) for part in settings.sub_configs)]
+    for part in settings_and_parts:
+        for key in ("_attn_implementation", "_experts_implementation"):
+            kernel = getattr(part, key, None)
+            if "/" in str(kernel) and not config.trust_remote_code:
+                raise CordaError(
+                    f"config.json of {config.model} names a kernel on the hub ({short(kernel)}), which is code: remove "
+                    f"{key[1:]} from it, or allow it with --trust_remote_code true"
+                )
+    return settings
 
 
 def class_of(settings: Any) -> Any:
-    """The class of transformers that config.json names; None if it names none of them."""
+    """The class in transformers that config.json names; None if it names no such class."""
     return getattr(transformers, (settings.architectures or [""])[0], None)
 
 
 def empty_model(settings: Any, config: ModelConfig) -> nn.Module:
-    """The model without its weights: its parameters take no memory, each is one NaN, expanded to its shape."""
+    """The model without its weights. Its parameters take no memory: each is one NaN, expanded to its shape."""
     dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.float32)
@@ -115,9 +147,10 @@ def empty_model(settings: Any, config: ModelConfig) -> nn.Module:
 
 
 def check_shards(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a safetensors checkpoint; empty if there is none.
+    """The file of each tensor of a safetensors checkpoint; empty if the folder has no weights.
 
-    Raises CordaError if a file is missing or damaged (a header that cannot be read, or another length than it says).
+    Raises CordaError if a file is missing or damaged (its header cannot be read, or its length is not what the header
+    says), the index names a file outside the folder, or the weights are a pickle.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -127,11 +160,18 @@ def check_shards(folder: Path) -> dict[str, Path]:
             raise CordaError(f"{index} is damaged: {error!r}") from error
     elif (folder / "model.safetensors").is_file():
         files = {"": "model.safetensors"}
+    elif pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
+        raise CordaError(
+            f"the weights in {folder} are a pickle ({pickles[0]}), which can run any code when read: convert them "
+            "once where you trust them, by from_pretrained(...) and save_pretrained(...) of transformers"
+        )
     else:
         return {}
     shards: dict[str, Path] = {}
-    for file in sorted(set(files.values())):
+    for file in sorted(set(map(str, files.values()))):
         path = folder / file
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CordaError(f"{index} names a file outside its folder: {short(file)}")
         if not path.is_file():
             raise CordaError(f"the checkpoint {folder} has no {file}, which its index names")
         try:
@@ -157,10 +197,8 @@ def _read(path: Path, name: str, dtype: torch.dtype) -> Tensor:
 def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer, with a padding token (the end-of-text token if it has none of its own)."""
     name, options = _source(config)
-    try:
+    with _loading(f"the tokenizer of {config.model!r}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise CordaError(f"cannot load the tokenizer of {config.model!r}: {_first_line(error)}") from error
     if "gguf_file" in options:
         _set_special_tokens(tokenizer, Path(config.model))
     if tokenizer.pad_token is None:
@@ -184,17 +222,17 @@ def _set_special_tokens(tokenizer: Any, path: Path) -> None:
 
 
 def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes: name, and keyword arguments."""
+    """The arguments of `from_pretrained`: the name, and keyword arguments."""
     path = Path(config.model)
-    looks_local = path.exists() or config.model.startswith((".", "/")) or config.model.count("/") > 1
-    looks_local = looks_local or config.model.endswith("/")
+    local = path.exists() or config.model.startswith((".", "/")) or config.model.count("/") > 1
+    local = local or config.model.endswith("/")
     if config.model.endswith(".gguf"):
         if not path.is_file():
             raise CordaError(f"there is no file {config.model}")
         if find_spec("gguf") is None:
             raise CordaError(f"to read {config.model}, the package gguf is needed: pip install gguf")
         return str(path.parent), {"gguf_file": path.name}
-    if looks_local and not (path / "config.json").is_file():
+    if local and not (path / "config.json").is_file():
         raise CordaError(f"there is no model in {config.model}: it has no config.json")
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision is not None:
@@ -202,5 +240,30 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     return config.model, options
 
 
+@contextmanager
+def _loading(thing: str) -> Iterator[None]:
+    """Turn any error of transformers into one sentence, and silence its tables.
+
+    A damaged file makes it raise errors of many types."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    except (MemoryError, CordaError):
+        raise
+    except ModuleNotFoundError as error:
+        raise CordaError(f"to load {thing}, the package {error.name} is needed: pip install {error.name}") from error
+    except Exception as error:
+        raise CordaError(f"cannot load {thing}: {_first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _other_shape(model: str, weight: str, stored: torch.Size, expected: torch.Size) -> CordaError:
+    return CordaError(
+        f"the checkpoint {model} has {weight} of shape {tuple(stored)}, but its config.json says {tuple(expected)}"
+    )
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
