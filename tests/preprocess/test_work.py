@@ -1,4 +1,4 @@
-"""Larger than memory, and killed at any moment: blocks from the checkpoint, parked states, work that goes on."""
+"""Larger than memory, and killed anywhere: blocks from the checkpoint, parked states, work that goes on."""
 
 import json
 import subprocess
@@ -196,56 +196,91 @@ def command(tmp_path_factory, tokenizer):
     return ["init", "--model", f"{folder}/model", "--context", f"{folder}/context.jsonl", *options]
 
 
+# Where one run after another is killed, each going on from what the last one left: the file, the moment, and how many
+# blocks are finished then. A file is `written` under a partial name and `placed` under its own.
+PLACES = [
+    ("run.json", "before it is placed", 0),
+    ("0000.safetensors", "half written", 0),
+    ("0001.safetensors", "before it is placed", 1),
+    ("0001.safetensors", "after it is placed", 1),
+    ("finished.json", "before it is placed", 1),
+    ("finished.json", "after it is placed", 2),
+    ("corda.json", "half written", 6),
+    ("killed", "before it is placed", 6),
+    ("killed", "after it is placed", 6),
+]
+
+# Forks a process for each run, so that everything is imported once.
 RUNNER = """
-import os, random, signal, sys, time
+import json, os, signal, sys
 from pathlib import Path
-import corda_lora.adapters.lora, corda_lora.models.loading, corda_lora.data.batches
-import corda_lora.preprocess.plan, corda_lora.preprocess.pipeline, datasets, trl
+import corda_lora.adapters.prepare, datasets, trl
 from corda_lora.cli import main
+from corda_lora.preprocess import work
 
-folder, argv = Path(sys.argv[1]), sys.argv[2:]
+folder, places, argv = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
 
-def run(output, kill_after=None):
+def kill_at(file, moment):
+    def die(name, now):
+        if Path(name).name == file and moment == now:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def placing(place):
+        def placed(source, target, **options):
+            die(target, "before it is placed")
+            place(source, target, **options)
+            die(target, "after it is placed")
+        return placed
+
+    def name_of(partial):
+        return Path(partial).name.split(".corda-")[0].removeprefix(".")
+
+    def save_file(tensors, path, **options):
+        save(tensors, path, **options)
+        os.truncate(path, os.path.getsize(path) // 2) if name_of(path) == file else None
+        die(name_of(path), "half written")
+
+    def write_text(path, text, *options, **more):
+        write(path, text[: len(text) // 2] if path.name == file == "corda.json" else text, *options, **more)
+        die(path, "half written")
+
+    save, write = work.save_file, Path.write_text
+    work.save_file, Path.write_text = save_file, write_text
+    os.replace, os.rename = placing(os.replace), placing(os.rename)
+
+def run(output, *place):
     child = os.fork()
     if child == 0:
         try:
+            kill_at(*place) if place else None
             main([*argv, "--output", str(output)])
         finally:
             os._exit(0 if sys.exc_info()[0] is None else 1)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
 
-run(folder / "warm")  # what is done once only (data sets are cached) is done
-began = time.perf_counter()
 assert run(folder / "whole") == 0
-whole = time.perf_counter() - began
-moments = random.Random(0)
-for i in range(10):
-    output = folder / f"killed{i}"
-    finished = 0
-    if run(output, moments.uniform(0, whole)) != 0 and (work := Path(f"{output}.work")).is_dir():
-        finished = len(list(work.glob("*.safetensors")))
-    print("killed with", finished, "blocks finished", flush=True)
-    assert output.exists() or run(output) == 0
+for file, moment, _ in places:
+    status = run(folder / "killed", file, moment)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (file, moment, status)
+    finished = folder / "killed.work" / "finished.json"
+    blocks = len(json.loads(finished.read_text())["blocks"]) if finished.exists() else 0
+    print("killed with", blocks, (folder / "killed").exists(), flush=True)
 """
 
 
 @pytest.mark.filterwarnings("ignore:the smallest of")
-def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(command, tmp_path):
-    arguments = [sys.executable, "-c", RUNNER, str(tmp_path), *command]
+def test_killed_at_every_write_it_goes_on_to_the_same_bytes(command, tmp_path):
+    arguments = [sys.executable, "-c", RUNNER, str(tmp_path), json.dumps(PLACES), *command]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    finished = [int(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("killed with")]
-    assert len(finished) == 10
-    assert len({n for n in finished if n}) > 1  # some were killed with work done
+    states = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("killed with")]
+    last = PLACES[-1]
+    assert states == [[str(blocks), str((file, moment, blocks) == last)] for file, moment, blocks in PLACES]
     expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if p.name != "timing.json"}
     assert set(expected) == {"adapter_config.json", "adapter_model.safetensors", "corda.json", "spectra.safetensors"}
-    for i in range(10):
-        for name, content in expected.items():
-            assert (tmp_path / f"killed{i}" / name).read_bytes() == content, (i, name)
-    assert not list(tmp_path.glob("*.partial"))
+    for name, content in expected.items():
+        assert (tmp_path / "killed" / name).read_bytes() == content, name
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.fixture
