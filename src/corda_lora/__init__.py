@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __version__ = "0.1.0"
-__all__ = ["CordaConfig", "CordaError", "get_corda_model", "load_adapter"]
+__all__ = ["CordaConfig", "CordaError", "HoldCallback", "get_corda_model", "hold", "load_adapter"]
 
 
 def get_corda_model(
@@ -47,4 +47,8 @@ def __getattr__(name: str) -> Any:  # torch and PEFT are imported when first nee
         from .adapters.lora import load_adapter
 
         return load_adapter
+    if name in ("hold", "HoldCallback"):
+        from .adapters import held
+
+        return getattr(held, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

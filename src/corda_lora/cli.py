@@ -253,6 +253,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         "--as", dest="form", type=Literal["lora", "merged", "residual"], default="lora", help="what to write"
     )
     sub.add_argument("--r", type=Count | None, help="compress the LoRA to this rank; the error is printed")
+    sub.add_argument(
+        "--uniform", action="store_true", help="pad the LoRA's layers to one rank with zeros, for llama.cpp"
+    )
     sub.add_argument("--output", type=Path, required=True, help="directory to write")
     return parser, verbs
 
@@ -281,6 +284,12 @@ def init(options: Namespace) -> None:
 
     out.print(start_table(start))
     out.print(start_cost(start))
+    ranks = {len(layer.A) for layer in start.layers.values()}
+    if len(ranks) > 1:
+        out.print(
+            f"ranks differ by layer, up to {max(ranks) * (1 if config.from_zero else 2)} in the adapter: vLLM's "
+            "--max-lora-rank must allow it, and llama.cpp needs `corda export --as lora --uniform`"
+        )
     out.print(f"written to {options.output}")
 
 
@@ -367,14 +376,14 @@ def evaluate(options: Namespace) -> None:
     """Measure the base model and the tuned one in one run: loss, drift (mean KL(base‖tuned) per answer token),
     perplexity, multiple-choice accuracy, exact match."""
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
-    from .adapters.lora import load_adapter, read_record
+    from .adapters.lora import load_adapter, read_marks
     from .devices import accelerator
     from .evaluation.evaluate import evaluate as measure
     from .models.loading import load_model, load_tokenizer
     from .report.terminal import results_table
 
     if options.adapter is not None:
-        read_record(options.adapter)
+        read_marks(options.adapter)
     if options.output is not None and not options.output.absolute().parent.is_dir():
         raise CordaError(f"the output {options.output} cannot be written: there is no folder {options.output.parent}")
     tokenizer = load_tokenizer(source)
@@ -418,14 +427,17 @@ def export(options: Namespace) -> None:
     source = _take(ModelConfig, options)
     if options.r is not None and options.form != "lora":
         raise CordaError("--r goes with --as lora only")
-    from .adapters.lora import export_lora, export_merged, export_residual, read_record
+    if options.uniform and options.form != "lora":
+        raise CordaError("--uniform goes with --as lora only: a merged model has no ranks")
+    from .adapters.export import export_lora, export_merged, export_residual
+    from .adapters.lora import read_marks
     from .models.loading import load_model, load_tokenizer
 
     check_output(options.output)
-    read_record(options.adapter)
+    read_marks(options.adapter)
     model = load_model(source)
     if options.form == "lora":
-        error = export_lora(model, options.adapter, options.output, options.r)
+        error = export_lora(model, options.adapter, options.output, options.r, options.uniform)
         out.print("exact" if options.r is None else f"compressed to rank {options.r}: relative error {error:.3e}")
     else:
         write = export_merged if options.form == "merged" else export_residual

@@ -13,15 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from corda_lora import CordaConfig, CordaError, load_adapter
-from corda_lora.adapters.lora import (
-    compress,
-    export_lora,
-    export_merged,
-    export_residual,
-    install,
-    lora_layers,
-    save_adapter,
-)
+from corda_lora.adapters.export import compress, export_lora, export_merged, export_residual
+from corda_lora.adapters.held import held_size
+from corda_lora.adapters.lora import install, lora_layers, read_record, save_adapter
 from corda_lora.preprocess.pipeline import preprocess
 
 SPLITS = ["paper", "balanced", "anchored", "seeded"]
@@ -87,13 +81,12 @@ def test_training_moves_the_trained_part_alone(family, split, weight_decay):
     model, found = start(family, split)
     weights = tiny.snapshot(model)
     adapted = install(model, found)
-    before = {n: t.clone() for n, t in [*adapted.named_parameters(), *adapted.named_buffers()]}
+    before = {n: t.clone() for n, t in adapted.named_parameters()}
     train(adapted, family=family, weight_decay=weight_decay)
-    for name, tensor in [*adapted.named_parameters(), *adapted.named_buffers()]:
-        plain = {"seeded": "lora_", "anchored": "lora_B"}.get(split, "trained")
-        trained = name.endswith("trained") or plain in name
-        assert tensor.requires_grad is trained, name
-        assert torch.equal(tensor, before[name]) is not trained, name
+    trained = "lora_B" if split == "anchored" else "lora_"
+    for name, tensor in adapted.named_parameters():
+        assert tensor.requires_grad is (trained in name), name
+        assert torch.equal(tensor, before[name]) is not (trained in name), name
     for name, layer in lora_layers(adapted).items():
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         if split == "anchored":
@@ -111,8 +104,7 @@ def test_parameter_count(split):
     shapes = [layer.record.shape for layer in found.layers.values()]
     adapted = install(model, found)
     count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert count == sum(4 * (m if split == "anchored" else m + n) for m, n in shapes)
-    assert adapted.get_nb_trainable_parameters()[0] == count
+    assert count - held_size(adapted) == sum(4 * (m if split == "anchored" else m + n) for m, n in shapes)
 
 
 @pytest.mark.parametrize("split", ["paper", "balanced"])
@@ -122,7 +114,7 @@ def test_is_the_residual_model_with_its_adapter(family, split):
     model, found, adapted, moved = tuned(family, split)
     by_hand = copy.deepcopy(model)
     for name, layer in lora_layers(adapted).items():
-        A, B = layer.lora_A["default"].trained.double(), layer.lora_B["default"].trained.double()
+        A, B = layer.lora_A["default"].weight[:4].double(), layer.lora_B["default"].weight[:, :4].double()
         A0, B0 = found.layers[name].A.double(), found.layers[name].B.double()
         change = 2 * (B @ A - B0 @ A0)
         W = by_hand.get_submodule(name).weight
@@ -162,8 +154,8 @@ def test_gradients_are_those_of_the_trained_factors():
     linear.weight.requires_grad_(True)
     plain(**batch, labels=batch["input_ids"]).loss.backward()
     G = linear.weight.grad
-    torch.testing.assert_close(layer.lora_A["default"].trained.grad, 2 * B.T @ G, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(layer.lora_B["default"].trained.grad, 2 * G @ A.T, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(layer.lora_A["default"].weight.grad[:4], 2 * B.T @ G, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(layer.lora_B["default"].weight.grad[:, :4], 2 * G @ A.T, rtol=1e-4, atol=1e-7)
 
 
 # --- the base is left as it was --------------------------------------------------------------------------------------
@@ -256,9 +248,9 @@ def test_other_families_load_in_plain_peft(family, tmp_path):
     model, found = start(family, r=3)
     adapted = install(copy.deepcopy(model), found).eval()
     with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1.1)
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                (parameter.chunk(2, dim=1)[0] if "lora_B" in name else parameter).mul_(1.1)
     moved = tiny.logits(adapted, family)
     assert (moved - tiny.logits(model, family)).abs().max() > 1e-3
     saved(adapted, found, tmp_path / "adapter")
@@ -295,7 +287,7 @@ def test_training_goes_on_as_if_it_had_not_been_saved(split, tmp_path):
         assert torch.equal(layer.lora_A["default"].weight, expected.lora_A["default"].weight)
         assert torch.equal(layer.lora_B["default"].weight, expected.lora_B["default"].weight)
         if split != "seeded":
-            assert torch.equal(layer.lora_A["default"].held, found.layers[name].A)
+            assert torch.equal(layer.lora_A["default"].weight[-4:], found.layers[name].A)
     counts = [a.get_nb_trainable_parameters()[0] for a in (adapted, loaded)]
     assert counts[0] == counts[1]
 
@@ -309,7 +301,7 @@ def test_a_checkpoint_loaded_into_the_installed_adapter(split):
     peft.set_peft_model_state_dict(fresh, peft.get_peft_model_state_dict(adapted))
     assert torch.equal(tiny.logits(fresh), moved)
     for name, layer in lora_layers(fresh).items() if split != "seeded" else ():
-        assert torch.equal(layer.lora_A["default"].held, found.layers[name].A)
+        assert torch.equal(layer.lora_A["default"].weight[-4:], found.layers[name].A)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -336,7 +328,7 @@ def test_an_adapter_for_other_weights_is_refused(tmp_path):
     folder = saved(adapted, found, tmp_path / "adapter")
     for other in (tiny.build("llama", seed=1), tiny.build("bert")):
         weights = tiny.snapshot(other)
-        with pytest.raises(CordaError, match=r"made for other weights than these .its base was tiny"):
+        with pytest.raises(CordaError, match=r"made for other weights than these .its base was not recorded"):
             load_adapter(other, folder)
         assert all(torch.equal(weights[n], t) for n, t in other.state_dict().items())
     load_adapter(tiny.build("llama", torch.bfloat16), folder)  # the same weights, rounded
@@ -355,8 +347,13 @@ def test_no_adapter_or_a_damaged_record_is_refused(tmp_path):
     with pytest.raises(CordaError, match="not an adapter directory"):
         load_adapter(model, tmp_path)
     folder = saved(install(model, found), found, tmp_path / "adapter")
-    (folder / "corda.json").write_text('{"fingerprint": 3}')
+    (folder / "corda.json").write_text('{"fingerprint": 3')
     with pytest.raises(CordaError, match=r"corda\.json is damaged"):
+        read_record(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["auto_mapping"]["corda"]["held"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CordaError, match=r"adapter_config\.json is damaged"):
         load_adapter(tiny.build("llama"), folder)
 
 
@@ -511,6 +508,6 @@ def test_training_is_that_of_a_residual_in_place(split):
     plain = lora_layers(residual)
     for name, layer in lora_layers(ours).items():
         for factor in ("lora_A", "lora_B"):
-            trained = getattr(layer, factor)["default"].trained
+            trained = getattr(layer, factor)["default"].weight.chunk(2, dim=0 if factor == "lora_A" else 1)[0]
             assert not torch.allclose(trained, getattr(start.layers[name], factor[-1]).double(), atol=1e-3)  # it moved
             torch.testing.assert_close(trained, getattr(plain[name], factor)["default"].weight, atol=1e-6, rtol=1e-6)

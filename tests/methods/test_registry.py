@@ -244,7 +244,7 @@ def test_lora_null_is_the_weight_on_the_least_used_directions(files, tokenizer):
         P = torch.linalg.eigh(C.double()).eigenvectors[:, :4]
         W = weight_of(targets[name]).double()
         layer = lora_layers(prepared.model)[name]
-        A, B = layer.lora_A["default"].trained.double(), layer.lora_B["default"].trained.double()
+        A, B = layer.lora_A["default"].weight[:4].double(), layer.lora_B["default"].weight[:, :4].double()
         assert torch.dist(2 * B @ A, W @ P @ P.T) / torch.linalg.norm(W @ P) < 1e-5  # scale 8 / 4
         assert torch.allclose(A.norm(dim=1), B.norm(dim=0), rtol=1e-4)
 
@@ -292,7 +292,7 @@ def test_milora_is_the_tail_of_the_plain_svd(files, tokenizer):
     for name, layer in lora_layers(prepared.model).items():
         U, sigma, Vh = torch.linalg.svd(base.get_submodule(name).weight.double(), full_matrices=False)
         tail = U[:, -4:] * sigma[-4:] @ Vh[-4:]
-        A, B = layer.lora_A["default"].trained.double(), layer.lora_B["default"].trained.double()
+        A, B = layer.lora_A["default"].weight[:4].double(), layer.lora_B["default"].weight[:, :4].double()
         assert torch.dist(2 * B @ A, tail) / torch.linalg.norm(tail) < 1e-4
 
 
@@ -323,8 +323,8 @@ def test_a_corda_adapter_with_a_faster_b(files, tokenizer):
     prepared, _, _ = prepare("corda-ipm-balanced", files, tokenizer, 1e-3, options={"ratio": 4.0})
     rates = {id(p): group["lr"] for group in prepared.optimizer.param_groups for p in group["params"]}
     for layer in lora_layers(prepared.model).values():
-        assert rates[id(layer.lora_A["default"].trained)] == 1e-3
-        assert rates[id(layer.lora_B["default"].trained)] == 4e-3
+        assert rates[id(layer.lora_A["default"].weight)] == 1e-3
+        assert rates[id(layer.lora_B["default"].weight)] == 4e-3
 
 
 def test_another_context_and_fewer_samples_of_it(files, tokenizer):

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from corda_lora import CordaConfig, CordaError
-from corda_lora.adapters.lora import export_lora, export_merged, export_residual, install, lora_layers, save_adapter
+from corda_lora.adapters.export import export_lora, export_merged, export_residual
+from corda_lora.adapters.lora import install, lora_layers, save_adapter
 from corda_lora.cli import main
 from corda_lora.models.targets import find_targets, weight_shape
 from corda_lora.preprocess.pipeline import preprocess

@@ -1,4 +1,4 @@
-"""The start → an adapter on the model: a PEFT LoRA whose frozen part undoes its start, so the base is never changed.
+"""The start → an adapter on the model: a PEFT LoRA whose held part undoes its start, so the base is never changed.
 
 CorDA trains the components B₀A₀ of W in place, beside a frozen residual:  W' + s·BA  with  W' = W − s·B₀A₀. Writing W'
 over W (as PEFT does for PiSSA, OLoRA and CorDA) leaves a changed base behind: a second adapter on it talks nonsense,
@@ -7,149 +7,79 @@ start. The same function is
 
     W + s·(B A − B₀ A₀) = W + s·[B, −B₀] [A; A₀]
 
-an ordinary LoRA of rank 2r on the original weights, half of it frozen. That is what is installed here, so everything
-PEFT does with a LoRA (save, load, merge, disable, unload, several side by side) is right as it is, a saved directory
-loads in plain PEFT, and at the start the two halves cancel exactly in any dtype. `anchored` (A frozen, B from zero)
-and `seeded` (A trained, too) need no second half: rank r.
+an ordinary LoRA of rank 2r on the original weights, half of which is held still. That is what is installed here, so
+everything PEFT does with a LoRA (save, load, merge, disable, unload, several side by side) is right as it is, a saved
+directory loads in plain PEFT, and at the start the two halves cancel exactly in any dtype. `anchored` (A held, B from
+zero) and `seeded` (A trained, too) need no second half: rank r. How a part is held: see `held`.
+
+What makes the adapter CorDA's (split, scale, fingerprint of the base, a description of the held part) is under "corda"
+in `auto_mapping`, a free field of PEFT's configuration: whatever saves the adapter writes it to adapter_config.json,
+and plain PEFT loads and saves it again without a word.
 """
 
 import json
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import __version__
 from ..config import CordaError
-from ..devices import double_device
 from ..files import whole_folder
 from ..models.targets import fingerprint, layer_digest, task_type
 from ..preprocess.pipeline import Start
+from .held import describe_held, freeze, warn_if_trained
 
 RECORD = "corda.json"
 TIMING = "timing.json"
 SPECTRA = "spectra.safetensors"
 
 
-class HeldFactor(nn.Module):
-    """A factor of a LoRA, in the place of PEFT's `nn.Linear`, that trains one part and holds the other still.
-
-    `lora_A`: weight [trained; held], each (r, d_in). `lora_B`: weight [trained, −held], each (d_out, r). Either part
-    may be missing. `weight` is the whole, also in a state dict; only `trained` is a parameter.
-    """
-
-    def __init__(self, trained: Tensor | None, held: Tensor | None, axis: int):
-        super().__init__()
-        self.trained: nn.Parameter | None
-        self.held: Tensor | None
-        self.register_parameter("trained", None if trained is None else nn.Parameter(trained))
-        self.register_buffer("held", held)
-        self.axis = axis  # 0 for lora_A, 1 for lora_B
-
-    @property
-    def weight(self) -> Tensor:
-        parts = [self.trained, self.held if self.axis == 0 or self.held is None else -self.held]
-        return torch.cat([part for part in parts if part is not None], dim=self.axis)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The halves are multiplied apart, by the same kernel in the same order: equal halves cancel to the last bit.
-        if self.trained is None or self.held is None:
-            return F.linear(x, self.weight)
-        if self.axis == 0:
-            return torch.cat([F.linear(x, self.trained), F.linear(x, self.held)], dim=-1)
-        trained, held = x.chunk(2, dim=-1)
-        return F.linear(trained, self.trained) - F.linear(held, self.held)
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Tensor],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is None:
-            missing_keys.append(f"{prefix}weight")
-        elif weight.shape != self.weight.shape:
-            error_msgs.append(f"{prefix}weight: {tuple(weight.shape)} given, {tuple(self.weight.shape)} expected")
-        else:
-            with torch.no_grad():
-                self.hold(weight)
-
-    def hold(self, weight: Tensor) -> None:
-        """Set both parts from the whole."""
-        trained, held = self.trained, self.held
-        if trained is not None and held is not None:
-            first, second = weight.chunk(2, dim=self.axis)
-            trained.copy_(first)
-            held.copy_(second if self.axis == 0 else -second)
-        elif trained is not None:
-            trained.copy_(weight)
-        elif held is not None:
-            held.copy_(weight)
-
-
 def install(model: nn.Module, start: Start) -> PeftModel:
     """Put the start on the model it was made from: a `PeftModel`, whose output is the model's own to the last bit. The
     start's tensors become the adapter's."""
-    times = 1 if start.config.from_zero else 2
-    ranks = {name: times * layer.A.shape[0] for name, layer in start.layers.items()}
+    halves = 1 if start.config.from_zero else 2
     config = LoraConfig(
         target_modules=list(start.layers),
         task_type=task_type(model),
         fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in start.layers),
     )
-    _set_ranks(config, ranks, start.config.scale)
+    set_ranks(config, {name: halves * layer.A.shape[0] for name, layer in start.layers.items()}, start.config.scale)
     peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, layer in lora_layers(peft_model).items():
         A, B = start.layers[name].A, start.layers[name].B
-        if times == 2:
+        if halves == 2:
             A, B = torch.cat([A, A]), torch.cat([B, -B], dim=1)  # (2r, d_in), (d_out, 2r)
         device, dtype = layer.get_base_layer().weight.device, layer.lora_A["default"].weight.dtype
         layer.lora_A["default"].weight = nn.Parameter(A.to(device, dtype))
         layer.lora_B["default"].weight = nn.Parameter(B.to(device, dtype))
-    hold_start(peft_model, str(start.config.split))
+    split = str(start.config.split)
+    weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    marks = {"split": split, "scale": start.config.scale, "fingerprint": start.record.get("fingerprint")}
+    if split != "seeded":
+        marks["held"] = describe_held(weights, split)
+    peft_model.peft_config["default"].auto_mapping = {"corda": marks}
+    freeze(peft_model, split)
     return peft_model
 
 
-def _set_ranks(config: LoraConfig, ranks: Mapping[str, int], scale: float) -> None:
-    """Write each layer's rank into PEFT's configuration, and the same scale for all; what differs from the most common
-    rank goes into the patterns."""
-    config.r = Counter(ranks.values()).most_common(1)[0][0]
+def set_ranks(config: LoraConfig, ranks: Mapping[str, int], scale: float) -> None:
+    """Write each layer's rank into PEFT's configuration, and the same scale s = lora_alpha / r for all. `r` is the
+    largest rank, which is what servers compare with the largest they allow; layers that differ go into the patterns."""
+    config.r = max(ranks.values())
     config.lora_alpha = scale * config.r
+    config.use_rslora = False
     config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
     config.alpha_pattern = {name: scale * r for name, r in config.rank_pattern.items()}
-
-
-def hold_start(peft_model: PeftModel, split: str) -> None:
-    """Freeze what must stay as it is: A of an `anchored` adapter; nothing of a `seeded` one; else the second half of A
-    and of B."""
-    if split == "seeded":
-        return
-    for layer in lora_layers(peft_model).values():
-        A, B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
-        if split == "anchored":
-            layer.lora_A["default"] = HeldFactor(None, A, axis=0)
-        else:
-            (A, A0), (B, minus_B0) = A.chunk(2, dim=0), B.chunk(2, dim=1)
-            layer.lora_A["default"] = HeldFactor(A.clone(), A0.clone(), axis=0)
-            layer.lora_B["default"] = HeldFactor(B.clone(), -minus_B0, axis=1)
 
 
 def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
@@ -173,7 +103,7 @@ def save_adapter(
     Raises CordaError if the directory exists and holds anything, or the disk is full.
     """
     with whole_folder(directory) as folder:
-        _save_plain(peft_model, folder)
+        save_plain(peft_model, folder)
         versions = {"corda-lora": __version__} | {p: version(p) for p in ("torch", "transformers", "peft")}
         for name, record in records.items():
             (folder / name).write_text(json.dumps({"versions": versions, **record}, indent=1) + "\n")
@@ -181,7 +111,8 @@ def save_adapter(
             save_file({name: sigma.float() for name, sigma in spectra.items()}, folder / SPECTRA)
 
 
-def _save_plain(peft_model: PeftModel, folder: Path) -> None:
+def save_plain(peft_model: PeftModel, folder: Path) -> None:
+    """What PEFT's `save_pretrained` writes, the same bytes for the same adapter."""
     # Embeddings are never adapted; left to itself PEFT asks the hub whether they were resized.
     peft_model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, all blanks
@@ -189,13 +120,15 @@ def _save_plain(peft_model: PeftModel, folder: Path) -> None:
     config = json.loads(path.read_text())
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()  # PEFT holds a set, whose order differs from run to run
+    if marks := peft_model.peft_config["default"].auto_mapping:  # PEFT writes its own where there is no task type
+        config["auto_mapping"] = (config["auto_mapping"] or {}) | marks
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """corda.json of an adapter directory; None for an adapter that is not CorDA's.
+    """corda.json of an adapter directory: how the start was made, to be read and kept, but not needed; None without it.
 
-    Raises CordaError if there is no adapter in it, or the record is damaged.
+    Raises CordaError if there is no adapter in the directory, or the record is damaged.
     """
     if not (Path(directory) / "adapter_config.json").is_file():
         raise CordaError(f"{directory} is not an adapter directory: it has no adapter_config.json")
@@ -203,141 +136,64 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text())
-        return {**record, "config": dict(record["config"]), "fingerprint": str(record["fingerprint"])}
-    except (ValueError, KeyError, TypeError) as error:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error
 
 
+def read_marks(directory: Path) -> dict[str, Any] | None:
+    """What `install` wrote into an adapter's configuration; None for an adapter that is not CorDA's.
+
+    Raises CordaError if there is no adapter in the directory, or its configuration is damaged.
+    """
+    path = Path(directory) / "adapter_config.json"
+    if not path.is_file():
+        raise CordaError(f"{directory} is not an adapter directory: it has no adapter_config.json")
+    try:
+        marks = (json.loads(path.read_text()).get("auto_mapping") or {}).get("corda")
+        if marks is not None and marks["split"] != "seeded":
+            marks["held"]["sha256"], marks["held"]["norm"], marks["held"]["sketch"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CordaError(f"{path} is damaged: {error!r}") from error
+    return marks
+
+
 def load_adapter(
-    model: nn.Module, directory: Path | str, trainable: bool = False, lora_dropout: float = 0.0
+    model: nn.Module, directory: Path | str, trainable: bool = False, lora_dropout: float | None = None
 ) -> PeftModel:
-    """Put a saved adapter, CorDA's or any of PEFT's, on the original model.
+    """Put a saved adapter, CorDA's or any of PEFT's, on the original model. A warning says so if what a CorDA adapter
+    holds still was trained since it was made.
 
     Args:
-        trainable: to train on: what CorDA holds still is frozen again.
-        lora_dropout: while training.
+        trainable: to train on: what CorDA holds still is held again.
+        lora_dropout: while training. Default: as it was saved.
 
     Raises:
-        CordaError: no adapter there, or one that was made for other weights.
+        CordaError: no adapter there, a damaged one, or one that was made for other weights.
     """
     directory = Path(directory)
-    record = read_record(directory)
+    marks = read_marks(directory)
     config = peft.PeftConfig.from_pretrained(str(directory))
-    if record is not None:
-        digests = {n: layer_digest(model.get_submodule(n)) for n in record["layers"] if _has(model, n)}
-        if len(digests) < len(record["layers"]) or fingerprint(digests) != record["fingerprint"]:
+    if marks is not None:
+        weights = load_peft_weights(str(directory), device="cpu")
+        if marks["fingerprint"] and _fingerprint_of(model, weights) != marks["fingerprint"]:
             raise CordaError(
                 f"the adapter in {directory} was made for other weights than these "
-                f"(its base was {record.get('model') or 'not recorded'})"
+                f"(its base was {config.base_model_name_or_path or 'not recorded'})"
             )
-    if trainable:
+        warn_if_trained(weights, marks, str(directory))
+    if trainable and lora_dropout is not None:
         config.lora_dropout = lora_dropout
     peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
-    if trainable and record is not None:
-        hold_start(peft_model, record["config"]["split"])
+    if trainable and marks is not None:
+        freeze(peft_model, marks["split"])
     return peft_model
 
 
-def _has(model: nn.Module, name: str) -> bool:
+def _fingerprint_of(model: nn.Module, names: Iterable[str]) -> str | None:
+    """The fingerprint of the layers that an adapter with these tensors adapts; None if the model lacks one of them."""
+    layers = {n.removeprefix("base_model.model.").partition(".lora_A.")[0] for n in names if ".lora_A." in n}
     try:
-        model.get_submodule(name)
+        return fingerprint({name: layer_digest(model.get_submodule(name)) for name in layers})
     except AttributeError:
-        return False
-    return True
-
-
-# --- to other forms --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def export_lora(model: nn.Module, directory: Path | str, output: Path, r: int | None = None) -> float:
-    """A plain LoRA on the original model: the adapter as it is (exact: rank 2r, or r if B started from zero), or
-    compressed to rank `r`.
-
-    Returns:
-        ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all layers (Frobenius); 0 if not compressed.
-    """
-    peft_model = load_adapter(model, directory)
-    error = total = 0.0
-    if r is not None:
-        layers, config = lora_layers(peft_model), peft_model.peft_config["default"]
-        ranks = {name: layer.r["default"] for name, layer in layers.items()}
-        if r > max(ranks.values()):
-            raise CordaError(f"rank {r} is no compression: the adapter's largest rank is {max(ranks.values())}")
-        for name, layer in layers.items():
-            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            A, B, rest, whole = compress(A, B, min(r, ranks[name]))
-            ranks[name] = A.shape[0]  # never above the layer's own, where 2r may be
-            layer.lora_A["default"].weight = nn.Parameter(A)
-            layer.lora_B["default"].weight = nn.Parameter(B)
-            scale = layer.scaling["default"] ** 2
-            error, total = error + scale * rest, total + scale * whole
-        _set_ranks(config, ranks, config.lora_alpha / config.r)
-    with whole_folder(output) as folder:
-        _save_plain(peft_model, folder)
-    return (error / total) ** 0.5 if total else 0.0
-
-
-def compress(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
-    """Best rank-r factors of B A (Eckart-Young), with ‖BA − B_r A_r‖² and ‖BA‖². A: (k, n), B: (m, k), k ≥ r; the
-    factors have no more than min(m, n) components.
-
-    The SVD is of a (k, k) matrix: B = Q_b R_b, Aᵀ = Q_a R_a, and B A = Q_b (R_b R_aᵀ) Q_aᵀ.
-    """
-    Q_b, R_b = torch.linalg.qr(B.double())  # (m, k), (k, k)
-    Q_a, R_a = torch.linalg.qr(A.double().T)  # (n, k), (k, k)
-    U, sigma, Vh = torch.linalg.svd(R_b @ R_a.T)
-    root = sigma[:r].sqrt()
-    new_A = root[:, None] * (Vh[:r] @ Q_a.T)
-    new_B = (Q_b @ U[:, :r]) * root
-    return new_A.to(A.dtype), new_B.to(B.dtype), float((sigma[r:] ** 2).sum()), float((sigma**2).sum())
-
-
-@torch.no_grad()
-def export_merged(model: nn.Module, directory: Path | str, output: Path, tokenizer: Any = None) -> None:
-    """The whole model with the adapter merged in, in the dtype it was loaded in."""
-    _needs_full_weights(model, "merged")
-    merged = load_adapter(model, directory).merge_and_unload()
-    with whole_folder(output) as folder:
-        merged.save_pretrained(str(folder))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-
-
-@torch.no_grad()
-def export_residual(model: nn.Module, directory: Path | str, output: Path, tokenizer: Any = None) -> None:
-    """The residual model W' = W − s·B₀A₀ in `output`, and in `output/adapter` the rank-r adapter (B, A) for it: half
-    the adapter's work at run time, but the adapter is right on this model only.
-
-    Raises CordaError if the adapter has no residual: B started from zero, or it is a plain LoRA.
-    """
-    record = read_record(Path(directory))
-    if record is None or record["config"]["split"] in ("anchored", "seeded"):
-        raise CordaError(f"the adapter in {directory} is a LoRA on the original model: there is no residual to export")
-    _needs_full_weights(model, "residual")
-    peft_model = load_adapter(model, directory)
-    for layer in lora_layers(peft_model).values():
-        (A, A0), (B, minus_B0) = (
-            layer.lora_A["default"].weight.chunk(2, dim=0),
-            layer.lora_B["default"].weight.chunk(2, dim=1),
-        )
-        W = layer.get_base_layer().weight
-        there = double_device(W.device)
-        removed = layer.scaling["default"] * minus_B0.to(there).double() @ A0.to(there).double()  # (d_out, d_in)
-        W.copy_((W.to(there).double() + (removed.T if layer.fan_in_fan_out else removed)).to(W.dtype))
-        layer.lora_A["default"].weight = nn.Parameter(A.contiguous())
-        layer.lora_B["default"].weight = nn.Parameter(B.contiguous())
-    config = peft_model.peft_config["default"]
-    ranks = {name: layer.r["default"] // 2 for name, layer in lora_layers(peft_model).items()}
-    _set_ranks(config, ranks, config.lora_alpha / config.r)
-    with whole_folder(output) as folder:
-        _save_plain(peft_model, folder / "adapter")
-        peft_model.unload().save_pretrained(str(folder))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-
-
-def _needs_full_weights(model: nn.Module, form: str) -> None:
-    if getattr(model, "is_quantized", False):
-        raise CordaError(f"the base model is quantized, and --as {form} needs its full weights: load it unquantized")
+        return None

@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from .. import peft as peft_
-from ..adapters.lora import HeldFactor, install, load_adapter, lora_layers
+from ..adapters.held import HalvedLinear, held_size
+from ..adapters.lora import install, load_adapter, lora_layers
 from ..adapters.prepare import prepare as start_adapter
 from ..config import CordaConfig, CordaError, DataConfig, TrainConfig
 from ..data.batches import context_batches, encode, pad
@@ -118,11 +119,11 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Of the adapter, Σ (d_in + d_out)·r with the ranks it has (half of a CorDA adapter is the start that is held
     still, and not counted), or all that is trained where there is no low rank; and those trained."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable -= held_size(model)
     adapter = 0
     for layer in lora_layers(model).values() if isinstance(model, peft.PeftModel) else ():
-        A = layer.lora_A["default"]
-        if isinstance(A, HeldFactor):
-            r = len(A.weight) if A.trained is None else len(A.trained)
+        if isinstance(layer.lora_A["default"], HalvedLinear):
+            r = layer.r["default"] // 2
         elif isinstance(layer, AdaLoraLayer):
             r = int((layer.lora_E["default"] != 0).sum())
         else:

@@ -1,0 +1,171 @@
+"""A tuned adapter → a plain LoRA on the original model, the merged model, or the residual model with its adapter."""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..config import CordaError
+from ..devices import double_device
+from ..files import whole_folder
+from .lora import load_adapter, lora_layers, read_marks, save_plain, set_ranks
+
+HALVED = ("paper", "balanced")  # splits whose adapter is W's components as they are now, less as they were
+
+
+@torch.no_grad()
+def export_lora(
+    model: nn.Module, directory: Path | str, output: Path, r: int | None = None, uniform: bool = False
+) -> float:
+    """A plain LoRA on the original model, with the same scale s = lora_alpha / r in every layer.
+
+    Factors that start from zero are written as they are. Those of the splits `paper` and `balanced`, [B, −B₀] and
+    [A; A₀], nearly cancel, and would be rounded apart in half precision: their product is factored anew (to float32's
+    rounding), so that the update cast to bfloat16 is as near as any LoRA's.
+
+    Args:
+        r: compress to this rank.
+        uniform: pad all layers to the largest rank with zeros, which changes nothing: for what reads one rank from the
+            configuration, or takes lora_alpha / rank of each tensor as the scale (llama.cpp).
+
+    Returns:
+        ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all layers (Frobenius); 0 if not compressed.
+
+    Raises:
+        CordaError: r is above the adapter's largest rank, or the adapter is no plain LoRA (DoRA).
+    """
+    marks = read_marks(Path(directory))
+    peft_model = load_adapter(model, directory)
+    layers, config = lora_layers(peft_model), peft_model.peft_config["default"]
+    if config.use_dora:
+        raise CordaError(f"the adapter in {directory} is a DoRA, whose norms no plain LoRA has: --as merged")
+    scale = Counter(layer.scaling["default"] for layer in layers.values()).most_common(1)[0][0]
+    factors = {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers.items()}
+    largest = max(len(A) for A, _ in factors.values())
+    if r is not None and r > largest:
+        raise CordaError(f"rank {r} is no compression: the adapter's largest rank is {largest}")
+    error = total = 0.0
+    for name, layer in layers.items():
+        A, B = factors[name]
+        if layer.scaling["default"] != scale:
+            B = B * (layer.scaling["default"] / scale)
+        if r is not None or (marks is not None and marks["split"] in HALVED):
+            A, B, rest, whole = compress(A, B, min(r or len(A), len(A)))
+            error, total = error + rest, total + whole
+        factors[name] = (A, B)
+    ranks = {name: len(A) for name, (A, _) in factors.items()}  # never above min(d_in, d_out), where 2r may be
+    for name, layer in layers.items():
+        A, B = factors[name]
+        if uniform:
+            zeros = max(ranks.values()) - len(A)
+            A, B = nn.functional.pad(A, (0, 0, 0, zeros)), nn.functional.pad(B, (0, zeros))
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(A), nn.Parameter(B)
+    set_ranks(config, dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks, scale)
+    config.auto_mapping = None  # nothing of it is held still any more
+    with whole_folder(output) as folder:
+        save_plain(peft_model, folder)
+    return (error / total) ** 0.5 if r is not None and total else 0.0
+
+
+def compress(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
+    """Best rank-r factors of B A (Eckart-Young), with ‖BA − B_r A_r‖² and ‖BA‖². A: (k, n), B: (m, k), k ≥ r; the
+    factors have no more than min(m, n) components.
+
+    The SVD is of a (k, k) matrix: B = Q_b R_b, Aᵀ = Q_a R_a, and B A = Q_b (R_b R_aᵀ) Q_aᵀ.
+    """
+    Q_b, R_b = torch.linalg.qr(B.double())  # (m, k), (k, k)
+    Q_a, R_a = torch.linalg.qr(A.double().T)  # (n, k), (k, k)
+    U, sigma, Vh = torch.linalg.svd(R_b @ R_a.T)
+    root = sigma[:r].sqrt()
+    new_A = root[:, None] * (Vh[:r] @ Q_a.T)
+    new_B = (Q_b @ U[:, :r]) * root
+    return new_A.to(A.dtype), new_B.to(B.dtype), float((sigma[r:] ** 2).sum()), float((sigma**2).sum())
+
+
+@torch.no_grad()
+def export_merged(model: nn.Module, directory: Path | str, output: Path, tokenizer: Any = None) -> None:
+    """The whole model with the adapter merged in, in the dtype it was loaded in.
+
+    Raises CordaError if the base is quantized.
+    """
+    _needs_full_weights(model, "merged")
+    peft_model = load_adapter(model, directory)
+    _untie(peft_model)
+    merged = peft_model.merge_and_unload()
+    with whole_folder(output) as folder:
+        _save_model(merged, tokenizer, folder)
+
+
+@torch.no_grad()
+def export_residual(model: nn.Module, directory: Path | str, output: Path, tokenizer: Any = None) -> None:
+    """The residual model W' = W − s·B₀A₀ in `output`, and in `output/adapter` the rank-r adapter (B, A) for it: half
+    the adapter's work at run time, but the adapter is right on this model only.
+
+    Raises CordaError if the adapter has no residual (B started from zero, or it is a plain LoRA), or the base is
+    quantized.
+    """
+    marks = read_marks(Path(directory))
+    if marks is None or marks["split"] not in HALVED:
+        raise CordaError(f"the adapter in {directory} is a LoRA on the original model: there is no residual to export")
+    _needs_full_weights(model, "residual")
+    peft_model = load_adapter(model, directory)
+    _untie(peft_model)
+    layers = lora_layers(peft_model)
+    for layer in layers.values():
+        A, A0 = layer.lora_A["default"].weight.chunk(2, dim=0)
+        B, minus_B0 = layer.lora_B["default"].weight.chunk(2, dim=1)
+        W = layer.get_base_layer().weight
+        device = double_device(W.device)
+        removed = layer.scaling["default"] * minus_B0.to(device).double() @ A0.to(device).double()  # (d_out, d_in)
+        W.copy_((W.to(device).double() + (removed.T if layer.fan_in_fan_out else removed)).to(W.dtype))
+        layer.lora_A["default"].weight = nn.Parameter(A.contiguous())
+        layer.lora_B["default"].weight = nn.Parameter(B.contiguous())
+    config = peft_model.peft_config["default"]
+    set_ranks(config, {name: layer.r["default"] // 2 for name, layer in layers.items()}, marks["scale"])
+    config.auto_mapping = None
+    with whole_folder(output) as folder:
+        save_plain(peft_model, folder / "adapter")
+        _save_model(peft_model.unload(), tokenizer, folder)
+
+
+def _needs_full_weights(model: nn.Module, form: str) -> None:
+    if getattr(model, "is_quantized", False):
+        raise CordaError(f"the base model is quantized, and --as {form} needs its full weights: load it unquantized")
+
+
+def _untie(peft_model: PeftModel) -> None:
+    """Give each adapted layer whose weight is another module's, too (the output head of a tied model), its own."""
+    base = peft_model.get_base_model()
+    owners = Counter(id(p) for m in base.modules() for p in m._parameters.values() if p is not None)
+    for layer in (layer.get_base_layer() for layer in lora_layers(peft_model).values()):
+        if owners[id(layer.weight)] > 1:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+            for config in (base.config, base.config.get_text_config()):
+                config.tie_word_embeddings = False
+
+
+def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and not generation.do_sample:
+        # Sampling options beside greedy decoding, as LLaMA-2-chat and Vicuna have them: transformers ignores them when
+        # it generates, and refuses to save them.
+        defaults = type(generation)()
+        ignored = [
+            k
+            for k in ("temperature", "top_p", "top_k", "min_p", "typical_p")
+            if hasattr(generation, k) and getattr(generation, k) != getattr(defaults, k)
+        ]
+        for key in ignored:
+            setattr(generation, key, getattr(defaults, key))
+        if ignored:
+            warnings.warn(
+                f"left out of generation_config.json: {', '.join(ignored)}, which do nothing without do_sample",
+                stacklevel=4,
+            )
+    model.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
