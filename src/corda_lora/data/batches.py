@@ -1,12 +1,14 @@
 """Samples → tokens → batches of what a model's forward takes."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import CordaError
+from .chats import render_chat, render_question
 from .samples import Sample
 
 
@@ -35,25 +37,79 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> Encoded:
-    """Tokens of the prompt and the response, cut at `max_length`.
+    """Tokens of the prompt and the response, or of a chat, cut at `max_length`.
 
-    The two are tokenized apart, so that the first token of the response is known. `end` adds the end-of-text token to
-    a response.
+    Prompt and response are tokenized apart, so that the first token of the response is known. The tokenizer's
+    begin-of-text token stands once, its end-of-text token only where the text has it; `end` adds it to a response that
+    does not end in it.
+
+    Raises:
+        CordaError: the sample is a chat, and the tokenizer cannot write it: see `render_chat`.
     """
-    prompt = tokenizer(sample.prompt).input_ids if sample.prompt else _prefix(tokenizer)
-    if tokenizer.sep_token_id is not None and prompt[-1:] == [tokenizer.sep_token_id]:
-        prompt = prompt[:-1]  # an encoder's tokenizer closes what it is given
-    response = tokenizer(sample.response, add_special_tokens=False).input_ids if sample.response else []
-    if end and response and tokenizer.eos_token_id is not None:
-        response = [*response, tokenizer.eos_token_id]
-    ids, answer = [*prompt, *response], [False] * len(prompt) + [True] * len(response)
+    if sample.messages:
+        ids, answer, is_open = _encode_chat(tokenizer, sample)
+    else:
+        prompt, response = _begin(tokenizer, sample.prompt), _ids(tokenizer, sample.response)
+        if not sample.prompt and prompt and response[:1] == prompt:
+            prompt = []  # the text brings its own
+        ids, answer = [*prompt, *response], [False] * len(prompt) + [True] * len(response)
+        is_open = bool(response)
+    eos = tokenizer.eos_token_id
+    if end and is_open and eos is not None and ids[-1] != eos:
+        ids, answer = [*ids, eos], [*answer, True]
     return Encoded(ids[:max_length], answer[:max_length], max(0, len(ids) - max_length))
 
 
-def _prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text (a begin-of-text token, or nothing)."""
-    ids = list(tokenizer("").input_ids)
-    return ids[:1] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else []
+def encode_question(tokenizer: Any, sample: Sample) -> list[int]:
+    """Tokens of all that the model sees when it is to give the sample's (last) response."""
+    if sample.messages:
+        return _ids(tokenizer, render_question(tokenizer, sample.question(), sample.row.get("tools") or None))
+    return _begin(tokenizer, sample.prompt)
+
+
+def text_of(tokenizer: Any, sample: Sample) -> str:
+    """The whole text of a sample, without tokens that the tokenizer puts around it."""
+    if sample.messages:
+        return render_chat(tokenizer, sample.messages, len(sample.messages), sample.row.get("tools") or None)[0]
+    return sample.prompt + sample.response
+
+
+def _encode_chat(tokenizer: Any, sample: Sample) -> tuple[list[int], list[bool], bool]:
+    """Token ids; for each whether the loss is there; and whether the chat ends in an assistant's words, with no mark of
+    the template's own that ends its turn, such as <|im_end|>."""
+    text, spans = render_chat(tokenizer, sample.messages, sample.first, sample.row.get("tools") or None)
+    is_open = bool(spans) and text[spans[-1][0] :].rstrip().endswith(sample.response.strip())
+    if tokenizer.is_fast:
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # A token belongs to a turn when its last character does.
+        answer = [any(a < end <= b for a, b in spans) for _, end in tokens.offset_mapping]
+        return list(tokens.input_ids), answer, is_open
+    # A slow tokenizer does not say which characters a token stands for: the turns are tokenized apart.
+    cuts = [0, *(position for span in spans for position in span), len(text)]
+    pieces = [_ids(tokenizer, text[a:b]) for a, b in pairwise(cuts)]
+    answer = [bool(n % 2) for n, piece in enumerate(pieces) for _ in piece]
+    return [i for piece in pieces for i in piece], answer, is_open
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text without those that the tokenizer puts around it."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+
+def _begin(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that others follow: with what the tokenizer puts before it, once, and not what it puts after."""
+    whole, bos = list(tokenizer(text).input_ids), tokenizer.bos_token_id
+    if not text:
+        return whole[:1] if bos is not None and whole[:1] == [bos] else []
+    plain = _ids(tokenizer, text)
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return plain if plain[:1] == [bos] else [*whole[:before], *plain]
+
+
+def _after(tokenizer: Any) -> list[int]:
+    """What the tokenizer of an encoder-decoder puts after a text: </s> in T5's."""
+    around, eos = list(tokenizer("").input_ids), tokenizer.eos_token_id
+    return [eos] if eos is not None and around[-1:] == [eos] else []
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
@@ -93,9 +149,11 @@ def context_batches(
         CordaError: no token in any sample.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    encoded = list(enumerate(encode(tokenizer, s, max_length) for s in samples))
+    filled = [(i, s) for i, s in enumerate(samples) if s.messages or (s.prompt + s.response).strip()]
+    encoded = [(i, encode(tokenizer, s, max_length)) for i, s in filled]
     if has_decoder:
-        inputs = [(i, e.ids[: e.start], e.ids[e.start :]) for i, e in encoded if 0 < e.start < len(e.ids)]
+        after = _after(tokenizer)
+        inputs = [(i, [*e.ids[: e.start], *after], e.ids[e.start :]) for i, e in encoded if 0 < e.start < len(e.ids)]
         if not inputs:
             raise CordaError("an encoder-decoder model needs samples with a prompt and a response; none has both")
     else:

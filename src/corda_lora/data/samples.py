@@ -1,36 +1,54 @@
-"""Samples → token batches: rows of a data set, templates over their columns, tokens."""
+"""Samples: rows of a data set, as prompt and response or as a chat."""
 
 import random
-import string
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..config import CordaError, DataConfig
+from .rows import Row, load_rows
+from .templates import MissingValueError, is_missing, parse_template, render, short
 
-BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
+Message = dict[str, Any]
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 class Sample(NamedTuple):
-    """What is asked, what is answered ("" and the whole text if there is only text), and the row it came from."""
+    """What is asked and what is answered.
+
+    Args:
+        prompt: text before the response; empty in a chat, and where there is only text.
+        response: text of the response, or of the assistant's last turn in a chat. Empty if there is none.
+        row: the row of the data set.
+        messages: the turns of a chat, each with a role and a content; none if the sample is no chat.
+        first: in a chat, the first message that may carry the loss. All turns of the assistant from there on do.
+    """
 
     prompt: str
     response: str
-    row: dict[str, Any]
+    row: Row
+    messages: tuple[Message, ...] = ()
+    first: int = 0
+
+    def answered(self, response: str) -> "Sample":
+        """The same question with another response."""
+        if not self.messages:
+            return Sample(self.prompt, response, {})
+        before = self.question()
+        return Sample("", response, self.row, (*before, {"role": "assistant", "content": response}), len(before))
+
+    def question(self) -> tuple[Message, ...]:
+        """The turns of a chat before the assistant's last."""
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return self.messages[: turns[-1]] if turns else self.messages
 
 
 def load_samples(config: DataConfig) -> list[Sample]:
     """Read, draw and render the samples that `config` names.
 
     Raises:
-        CordaError: no such file or data set, an unknown column in a template, no row.
+        CordaError: there is no such file or data set, a template does not fit the columns or a row, or there is no row.
     """
     return load_rounds(config, 1)[0]
 
@@ -38,78 +56,156 @@ def load_samples(config: DataConfig) -> list[Sample]:
 def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
     """Several independent draws of `config.samples` samples; the first is that of `load_samples`.
 
-    Raises CordaError as `load_samples` does, and if the data has no more rows than one round takes, so that all rounds
-    would be the same.
+    Rows with a missing value are left out with a warning that counts them, and others are drawn in their place.
+
+    Raises:
+        CordaError: as `load_samples` does, and if the data has no more rows than one round takes, so that all rounds
+            would be the same.
     """
-    rows = load_rows(config)
-    columns = list(rows.column_names)
-    prompt, response = _templates(config, columns)
-    for template in (prompt, response):
-        for _, field, _, _ in string.Formatter().parse(template):
-            column = None if field is None else field.split("[")[0].split(".")[0]
-            if column is not None and column not in columns:
-                raise CordaError(
-                    f"{config.data} has no column {column!r} for the template {template!r}: it has {', '.join(columns)}"
-                )
-    indices, draw = list(range(len(rows))), random.Random(config.seed)
-    if not indices:
+    rows, columns = load_rows(config)
+    if not len(rows):
         raise CordaError(f"{config.data} ({config.rows}) has no rows")
-    all_rows = config.samples is None or config.samples >= len(indices)
-    if all_rows and rounds > 1:
+    read = _reader(config, columns)
+    everything = config.samples is None or config.samples >= len(rows)
+    if everything and rounds > 1:
         raise CordaError(
-            f"{rounds} rounds of {config.samples or 'all'} samples would all be the {len(indices)} rows of "
+            f"{rounds} rounds of {config.samples or 'all'} samples would all be the {len(rows)} rows of "
             f"{config.data}: give fewer samples, or one round"
         )
-    drawn = [indices if all_rows else sorted(draw.sample(indices, config.samples)) for _ in range(rounds)]  # type: ignore[arg-type]
-    samples = [[_render(row, prompt, response, config.data) for row in rows.select(indices)] for indices in drawn]
-    for one in samples:
-        if not any((s.prompt + s.response).strip() for s in one):
-            raise CordaError(f"every sample of {config.data} is empty text")
-    return samples
+    generator = random.Random(config.seed)
+    count = len(rows) if config.samples is None else min(config.samples, len(rows))
+    result: list[list[Sample]] = []
+    missing: dict[int, str] = {}  # row: the field without a value
+    for _ in range(rounds):
+        drawn = list(range(len(rows))) if everything else generator.sample(range(len(rows)), count)
+        samples: dict[int, Sample] = {}
+        while True:
+            for i in drawn:
+                try:
+                    samples[i] = read(rows[i])
+                except MissingValueError as error:
+                    missing[i] = str(error)
+                except CordaError as error:
+                    raise CordaError(f"row {i + 1} of {config.data} ({config.rows}): {error}") from error
+            if len(samples) == count:
+                break
+            left = [i for i in range(len(rows)) if i not in samples and i not in missing]
+            drawn = generator.sample(left, min(count - len(samples), len(left)))
+            if not drawn:
+                break
+        result.append([samples[i] for i in sorted(samples)])
+    _report_missing(config, missing, looked_at=len(missing) + sum(map(len, result)))
+    if not any(s.messages or (s.prompt + s.response).strip() for samples in result for s in samples):
+        raise CordaError(f"every sample of {config.data} is empty text")
+    return result
 
 
-def _render(row: dict[str, Any], prompt: str, response: str, data: str) -> Sample:
+def _report_missing(config: DataConfig, missing: dict[int, str], looked_at: int) -> None:
+    if not missing:
+        return
+    fields = ", ".join(f"{count} without {short(name)}" for name, count in Counter(missing.values()).most_common(5))
+    if looked_at == len(missing):
+        raise CordaError(f"no row of {config.data} is complete: of {looked_at:,} rows, {fields}")
+    warnings.warn(f"{config.data}: {len(missing):,} of {looked_at:,} rows left out: {fields}", stacklevel=4)
+
+
+def _reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sample]:
+    """The function from a row to a sample that the options and the columns ask for.
+
+    Raises:
+        CordaError: the columns do not allow any.
+    """
+    if not config.prompt and not config.response:
+        for column in ("messages", "conversations"):
+            if column in columns:
+                return lambda row: _chat(_messages(row.get(column), column), 0, row, config)
+    prompt, response = _templates(config, columns)
     try:
-        return Sample(prompt.format_map(row), response.format_map(row), row)
-    except (IndexError, KeyError, AttributeError, ValueError) as error:
-        raise CordaError(f"a row of {data} does not fit the template: {error!r} in {row}") from error
+        asked, answer = parse_template(prompt, columns), parse_template(response, columns)
+    except CordaError as error:
+        raise CordaError(f"{config.data}: {error}") from error
+    running_text = not prompt and response == "{text}"
+    if config.chat and not (prompt and response):
+        raise CordaError(f"{config.data}: chat needs a prompt and a response: say with templates what they are")
 
+    def read(row: Row) -> Sample:
+        if not config.prompt and isinstance(row.get("prompt"), list) and prompt:
+            return _prompt_and_completion(row, config, response)
+        if running_text and isinstance(row.get("text"), str):
+            return Sample("", row["text"], row)  # an empty line is a part of running text
+        sample = Sample(render(asked, row), render(answer, row), row)
+        if not config.chat:
+            return sample
+        turns = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.response}]
+        return _chat(turns, 0, row, config)
 
-def load_rows(config: DataConfig) -> Any:
-    """The `datasets.Dataset` that `config.data` and `config.rows` name."""
-    import datasets
-
-    suffix = Path(config.data).suffix.lower()
-    is_file = suffix in BUILDERS or Path(config.data).exists()
-    if is_file and not Path(config.data).is_file():
-        raise CordaError(f"there is no file {config.data}")
-    if is_file and suffix not in BUILDERS:
-        raise CordaError(f"cannot tell what kind of file {config.data} is: its name must end in {', '.join(BUILDERS)}")
-    if is_file and not Path(config.data).stat().st_size:
-        raise CordaError(f"{config.data} is empty")
-    options: dict[str, Any] = {"delimiter": "\t"} if suffix == ".tsv" else {}
-    datasets.disable_progress_bars()
-    try:
-        if is_file:
-            return datasets.load_dataset(BUILDERS[suffix], data_files=config.data, split=config.rows, **options)
-        return datasets.load_dataset(config.data, config.name, split=config.rows)
-    except Exception as error:  # `datasets` raises many kinds; all mean that this data cannot be had
-        reason = " ".join(str(error.__cause__ or error).strip().split("\n")[:2])  # the second: what there is instead
-        raise CordaError(f"cannot load data {config.data!r} (rows {config.rows!r}): {reason}") from error
+    return read
 
 
 def _templates(config: DataConfig, columns: Sequence[str]) -> tuple[str, str]:
-    """Prompt and response template, with the defaults that the columns allow."""
+    """The templates of the prompt and the response; what is not given is a column of that name, if there is one."""
     prompt, response = config.prompt, config.response
     if not response:
-        if "response" in columns:
-            response = "{response}"
+        answers = [column for column in ("response", "completion") if column in columns]
+        if answers:
+            response = "{" + answers[0] + "}"
         elif not prompt and "text" in columns:
             return "", "{text}"
         prompt = prompt or ("{prompt}" if "prompt" in columns else "")
     if not prompt + response:
         raise CordaError(
-            f"{config.data} has none of the columns text, prompt, response: say with templates what of a row is used; "
-            f"it has {', '.join(columns)}"
+            f"{config.data} has none of the columns text, prompt, response, completion, messages, conversations: say "
+            f"with the templates --prompt and --response what of a row is used; it has "
+            f"{short(', '.join(columns), 200, quoted=False)}"
         )
     return prompt, response
+
+
+# --- chats -----------------------------------------------------------------------------------------------------------
+
+
+def _prompt_and_completion(row: Row, config: DataConfig, response: str) -> Sample:
+    """A prompt that is a list of messages, with a completion that is one, too, or a text."""
+    prompt = _messages(row["prompt"], "prompt")
+    column = response.strip("{}")
+    completion = row.get(column) if column else []
+    if isinstance(completion, str) and completion.strip():
+        completion = [{"role": "assistant", "content": completion}]
+    return _chat([*prompt, *(_messages(completion, column) if column else [])], len(prompt), row, config)
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    """Messages in the form {"role": ..., "content": ...}, from that form or ShareGPT's {"from": ..., "value": ...}.
+
+    Raises:
+        MissingValueError: there are none, or one without a content.
+        CordaError: they have another form.
+    """
+    if is_missing(value):
+        raise MissingValueError(column)
+    if not isinstance(value, list):
+        raise CordaError(f"{column!r} holds no list of messages: {short(value)}")
+    messages = []
+    for i, message in enumerate(value):
+        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+        if not isinstance(role, str):
+            raise CordaError(f"{column}[{i}] has no role and content (or from and value): {short(message)}")
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        calls = not is_missing(message.get("tool_calls"))
+        if is_missing(content) and not calls:
+            raise MissingValueError(f"{column}[{i}][content]")
+        if not isinstance(content, str) and not calls:
+            raise CordaError(f"the content of {column}[{i}] is no text: {short(content)}")
+        others = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
+        messages.append({"role": ROLES.get(role, role), "content": content or "", **others})
+    return messages
+
+
+def _chat(messages: list[Message], first: int, row: Row, config: DataConfig) -> Sample:
+    """A sample of messages; `first` is the first that may carry the loss."""
+    turns = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+    if config.turns == "last" and turns:
+        first = turns[-1]
+    return Sample("", messages[turns[-1]]["content"] if turns else "", row, tuple(messages), first)

@@ -43,7 +43,7 @@ def read_choices(
 ) -> Iterator[tuple[str, Choices]]:
     """(side, all questions with its scores) for each side."""
     encoded = [
-        encode(tokenizer, Sample(question.prompt, choice, {}), 10**9)
+        encode(tokenizer, question.answered(choice), 10**9)
         for question in questions
         for choice in question.row["choices"]
     ]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import CordaError, EvalConfig
-from ..data.batches import Encoded, encode
+from ..data.batches import Encoded, encode, text_of
 from ..data.samples import Sample, load_samples
 from .answers import TUNED, Sides, read_answers, sides
 from .base_outputs import BaseOutputs, record_base
@@ -147,6 +147,6 @@ def _run(request: Request, measures: Sequence[Measure]) -> dict[str, dict[str, f
 
 def text_windows(tokenizer: Any, samples: Sequence[Sample], length: int) -> list[Sample]:
     """Running text, joined line by line and cut into windows of about `length` tokens."""
-    text = "\n".join(s.prompt + s.response for s in samples)
+    text = "\n".join(text_of(tokenizer, s) for s in samples)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return [Sample("", tokenizer.decode(ids[i : i + length]), {}) for i in range(0, len(ids), length)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..config import EvalConfig
-from ..data.batches import batch_by_length, encode, pad
+from ..data.batches import batch_by_length, encode_question, pad
 from ..data.samples import Sample
 from ..progress import track
 from .answers import Sides
@@ -40,7 +40,7 @@ def read_continuations(
     model: nn.Module, tokenizer: Any, samples: Sequence[Sample], config: EvalConfig, progress: bool, compared: Sides
 ) -> Iterator[tuple[str, Continuations]]:
     """(side, its greedy answers) for each batch of samples."""
-    prompts = [encode(tokenizer, Sample(s.prompt, "", {}), 10**9).ids for s in samples]
+    prompts = [encode_question(tokenizer, s) for s in samples]
     batches = batch_by_length([len(p) + config.max_new_tokens for p in prompts], config.batch_tokens)
     for indices in track(batches, "exact match", progress):
         responses = [samples[i].response for i in indices]

@@ -1,0 +1,86 @@
+"""Chats, rendered by the model's own chat template: the text, and where in it the assistant speaks."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import has_generation_markers
+
+from ..config import CordaError
+
+Message = dict[str, Any]
+Span = tuple[int, int]  # of characters
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Message], first: int = 0, tools: list[Any] | None = None
+) -> tuple[str, list[Span]]:
+    """The chat as the model's template writes it, and the spans of the assistant's turns from message `first` on.
+
+    A span begins after what the template writes to ask for an answer, and ends with the mark that ends the turn. It is
+    marked in the template itself (`{% generation %}`), or found by rendering the chat up to each turn.
+
+    Raises:
+        CordaError: the tokenizer has no chat template, the template refuses the chat, or it writes a turn in another
+            way when others follow, so that the turn cannot be found.
+    """
+    text = _render(tokenizer, messages, tools)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if has_generation_markers(tokenizer.get_chat_template(tools=tools)):
+        rendered, (spans,) = render_jinja_template(
+            [list(messages)],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        if rendered == [text] and len(spans) == len(turns):
+            return text, [(a, b) for turn, (a, b) in zip(turns, spans) if turn >= first]
+    return text, [_find_turn(tokenizer, messages, i, tools, text) for i in turns if i >= first]
+
+
+def render_question(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
+    """The chat as the model sees it when it is to answer."""
+    return _render(tokenizer, messages, tools, add_generation_prompt=True)
+
+
+def _find_turn(tokenizer: Any, messages: Sequence[Message], i: int, tools: list[Any] | None, text: str) -> Span:
+    """The span of the assistant's turn `i` in the text of the whole chat."""
+    content = messages[i]["content"].strip()
+    through = _render(tokenizer, messages[: i + 1], tools)
+    closing = through[through.rfind(content) + len(content) :].rstrip() if content else ""
+    if i:
+        asked = len(_render(tokenizer, messages[:i], tools).rstrip())
+        start = _common_prefix(render_question(tokenizer, messages[:i], tools), text)
+    else:
+        asked, start = 0, text.find(content)
+    if text.startswith(through):
+        end = len(through.rstrip()) if closing else len(through)
+    else:  # a turn that others follow may be written in another way: without its thoughts, say
+        end = text.find(content + closing, max(start, 0)) + len(content + closing)
+    if start < asked or not content or content not in text[start:end]:
+        raise CordaError(
+            f"the model's chat template writes turn {i + 1} of a chat in another way when others follow, so where its "
+            "loss is cannot be told: take the loss of the last turn alone (--turns last)"
+        )
+    return start, end
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> str:
+    if not tokenizer.chat_template:
+        raise CordaError(
+            "the samples are chats, and the model's tokenizer has no chat template to write them with: take an "
+            "instruct model, or say with templates what is used, such as --prompt '{messages[0][content]}'"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        roles = ", ".join(message["role"] for message in messages[:8])
+        raise CordaError(f"the model's chat template refuses a chat with the roles {roles}: {reason}") from error
+
+
+def _common_prefix(a: str, b: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))

@@ -1,0 +1,176 @@
+"""Rows of a data set, as they stand in the file: cells of text files stay text, to the last character."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import CordaError, DataConfig
+
+Row = dict[str, Any]
+
+
+def load_rows(config: DataConfig) -> tuple[Sequence[Row], list[str]]:
+    """The rows that `config.data` and `config.rows` name, and the names of their columns.
+
+    Raises:
+        CordaError: there is no such file, folder or data set, or it cannot be read.
+    """
+    path = Path(config.data)
+    suffix = path.suffix.lower()
+    kinds = (*READERS, ".parquet")
+    if path.is_file() and suffix not in kinds:
+        raise CordaError(f"cannot tell what kind of file {path} is: its name must end in {', '.join(kinds)}")
+    if suffix in kinds and not path.exists():
+        raise CordaError(f"there is no file {path}")
+    if path.is_file() and not path.stat().st_size:
+        raise CordaError(f"{path} is empty")
+    if path.is_file() and suffix in READERS:
+        try:
+            rows = READERS[suffix](path)
+        except OSError as error:
+            raise CordaError(f"cannot read {path}: {error.strerror}") from error
+        return _slice(rows, config), list(dict.fromkeys(column for row in rows for column in row))
+    dataset = _load_dataset(config, path)
+    return dataset, list(dataset.column_names)
+
+
+def _slice(rows: list[Row], config: DataConfig) -> list[Row]:
+    """Rows of a file, which is all "train", by a slice such as "train[:10%]"."""
+    import datasets
+
+    if config.rows == "train":
+        return rows
+    try:
+        parts = datasets.ReadInstruction.from_spec(config.rows).to_absolute({"train": len(rows)})
+    except Exception as error:  # ValueError, AssertionError, ...
+        reason = _first_line(error)
+        raise CordaError(f"cannot load data {config.data!r} (rows {config.rows!r}): {reason}") from error
+    return [row for part in parts for row in rows[slice(part.from_, part.to)]]
+
+
+def _load_dataset(config: DataConfig, path: Path) -> Any:
+    """A `datasets.Dataset`: from Parquet, from a folder that `save_to_disk` wrote, or from the hub."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files=config.data, split=config.rows)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            saved = datasets.load_from_disk(config.data)
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            instruction = datasets.ReadInstruction.from_spec(config.rows)
+            parts = instruction.to_absolute({name: len(split) for name, split in splits.items()})
+            slices = [(splits[part.splitname], part.from_, part.to) for part in parts]
+            return datasets.concatenate_datasets([s.select(range(len(s))[a:b]) for s, a, b in slices])
+        return datasets.load_dataset(config.data, config.name, split=config.rows)
+    except Exception as error:  # `datasets` raises many kinds; all mean that this data cannot be had
+        reason = " ".join(str(error.__cause__ or error).strip().split("\n")[:2])  # the second: what there is instead
+        raise CordaError(f"cannot load data {config.data!r} (rows {config.rows!r}): {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+# --- text files ------------------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        CordaError: it is not UTF-8.
+    """
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise CordaError(f"{path} is UTF-16, and only UTF-8 is read: iconv -f UTF-16 -t UTF-8 {path}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise CordaError(
+            f"{path} is not UTF-8 (line {line} has the byte 0x{content[error.start]:02x}), but Latin-1 or the like: "
+            f"iconv -f LATIN1 -t UTF-8 {path}"
+        ) from error
+
+
+def _parse(text: str, where: str) -> Any:
+    """JSON, with numbers as the text they are written in."""
+    try:
+        value = json.loads(text, parse_float=str, parse_int=str, parse_constant=lambda name: None)
+        if "\\ud" in text.lower():  # half of a surrogate pair is no character: no tokenizer takes it
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except ValueError as error:
+        raise CordaError(f"{where} cannot be read as JSON: {_first_line(error)}") from error
+    except RecursionError as error:
+        raise CordaError(f"{where} is not data: its JSON is nested too deeply") from error
+
+
+def _object(value: Any, where: str) -> Row:
+    if not isinstance(value, dict):
+        raise CordaError(f'{where} is not a row: a row is a JSON object, such as {{"prompt": ..., "response": ...}}')
+    return value
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    lines = _read_text(path).split("\n")
+    numbered = [(f"{path} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_object(_parse(line, where), where) for where, line in numbered]
+
+
+def _read_json(path: Path) -> list[Row]:
+    """A list of objects, or an object on each line."""
+    text = _read_text(path)
+    if text.lstrip()[:1] == "[":
+        rows = _parse(text, str(path))
+        return [_object(row, f"item {number} of {path}") for number, row in enumerate(rows, 1)]
+    try:
+        return [_object(_parse(text, str(path)), str(path))]
+    except CordaError:
+        return _read_jsonl(path)
+
+
+def _read_table(path: Path, delimiter: str) -> list[Row]:
+    """A header, then a row on each line, or on several where quotes say so."""
+    csv.field_size_limit(sys.maxsize)
+    # Ends of lines are kept, so that a new line in a quoted cell stays what it is.
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    start = 1
+    try:
+        header = next(reader, [])
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise CordaError(f"{path} has two columns named {twice[0]!r}")
+        start = reader.line_num + 1
+        for cells in reader:
+            if len(cells) > len(header):
+                raise CordaError(
+                    f"{path} line {start} has {len(cells)} cells for {len(header)} columns: "
+                    f"a cell with {'a tab' if delimiter != ',' else 'a comma'} in it stands in double quotes"
+                )
+            if cells:
+                rows.append(dict(zip(header, cells)))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        kind = "TSV" if delimiter == "\t" else "CSV"
+        raise CordaError(f"{path} line {start} is not {kind}: {_first_line(error)}") from error
+    return rows
+
+
+def _read_lines(path: Path) -> list[Row]:
+    return [{"text": line.removesuffix("\r")} for line in _read_text(path).removesuffix("\n").split("\n")]
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": lambda path: _read_table(path, ","),
+    ".tsv": lambda path: _read_table(path, "\t"),
+    ".txt": _read_lines,
+}
