@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .config import CordaConfig, CordaError
+from .version import __version__
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-__version__ = "0.1.0"
-__all__ = ["CordaConfig", "CordaError", "HoldCallback", "get_corda_model", "hold", "load_adapter"]
+__all__ = ["CordaConfig", "CordaError", "HoldCallback", "__version__", "get_corda_model", "hold", "load_adapter"]
 
 
 def get_corda_model(

@@ -396,7 +396,7 @@ def test_the_last_blocks_error_comes_up_at_the_end_and_one_block_waits_at_most()
 
 
 def test_work_of_another_version_is_refused(unfinished, capsys, monkeypatch):
-    monkeypatch.setattr("corda_lora.__version__", "0.0.9")
+    monkeypatch.setattr("corda_lora.adapters.prepare.__version__", "0.0.9")
     assert "another run (corda-lora was '0.1.0' there and is '0.0.9' here)" in refused(unfinished[0], capsys)
 
 

@@ -32,11 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import __version__
 from ..config import CordaError
 from ..files import whole_folder
 from ..models.targets import fingerprint, layer_digest, task_type
 from ..preprocess.pipeline import Start
+from ..version import __version__
 from .held import describe_held, freeze, warn_if_trained
 
 RECORD = "corda.json"

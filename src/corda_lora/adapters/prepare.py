@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.samples import load_rounds
 from ..files import check_output
@@ -18,6 +17,7 @@ from ..preprocess.context import Context, has_decoder, read_context
 from ..preprocess.pipeline import Start, preprocess
 from ..preprocess.plan import check_room, init_plan
 from ..preprocess.work import MANIFEST, open_work
+from ..version import __version__
 from .lora import RECORD, TIMING, install, save_adapter
 
 

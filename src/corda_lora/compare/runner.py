@@ -35,7 +35,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .. import __version__
 from ..config import CompareConfig, CordaError, DataConfig, MethodConfig, ModelConfig
 from ..data.batches import encode
 from ..data.samples import load_samples
@@ -49,6 +48,7 @@ from ..models.loading import load_model, load_tokenizer
 from ..models.targets import find_targets
 from ..progress import console, progress_bar
 from ..training.train import DivergedError, train, training_steps, warn_without_bfloat16
+from ..version import __version__
 
 BASE, RESULT, LOG = "base", "result.json", "log.txt"
 PACKAGES = ("torch", "transformers", "peft", "trl")
