@@ -158,7 +158,7 @@ def test_a_best_rate_at_the_end_of_its_sweep_says_so():
     falling = [run("a", rate, 0, loss, 0.1) for rate, loss in ((1e-3, 1.2), (2e-3, 1.1), (5e-3, 1.0))]
     best = best_rate(comparison(*falling), "a")
     assert (best.rate, best.loss.value) == (5e-3, 1.0)
-    assert best.note == "at the high end of its sweep: more may be had"
+    assert best.note == "at the high end of its sweep, so other rates may do better"
     beyond = run("a", 1e-2, 0, 0, 0, status="diverged")
     assert best_rate(comparison(*falling, beyond), "a").note == ""  # tried, and worse
     assert "high end" in best_rate(comparison(*falling, {**beyond, "status": "failed"}), "a").note  # not tried

@@ -29,6 +29,7 @@ import numpy as np
 
 from ..evaluation.measures import KEPT, MEASURES
 
+WIDER = ", so other rates may do better"
 FLOOR = 1e-7  # drift below this is rounding error, and its logarithm means nothing
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees
 
@@ -268,10 +269,10 @@ def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
     tried = sorted({*losses, *diverged})
     notes = []
     if len(tried) == 1:
-        notes.append("the only rate tried: more may be had")
+        notes.append(f"the only rate tried{WIDER}")
     elif best in (tried[0], tried[-1]):
         end = "low" if best == tried[0] else "high"
-        notes.append(f"at the {end} end of its sweep: more may be had")
+        notes.append(f"at the {end} end of its sweep{WIDER}")
     if best in diverged:
         notes.append(f"{diverged.count(best)} of {diverged.count(best) + len(losses[best])} runs at it diverged")
     return Best(best, mean_interval(losses[best]), "; ".join(notes))

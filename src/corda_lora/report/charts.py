@@ -8,24 +8,31 @@ from ..compare.frontier import CurvePoint, Point, best_rate, done_runs, learning
 from .text import rate_text
 
 
-def frontier_edge(found: Sequence[list[Point]]) -> float:
-    """The task loss up to which a picture shows points: all lower hulls and a quarter more, and as far above the median
-    as one and a half times what lies below it. One run at a rate far too high would press all others into a corner."""
-    hulls = [p.loss for ps in found for p in lower_hull(ps)] or [0.0]
-    middle, lowest = median([p.loss for ps in found for p in ps] or [0.0]), min(hulls)
+def frontier_edge(methods: Sequence[list[Point]]) -> float:
+    """The highest task loss that the frontier chart shows, given the points of each method.
+
+    The chart shows all lower hulls and a quarter of their range more, and at least as far above the median loss as 1.5
+    times the distance from there to the lowest. Without a limit, one run at a far too high rate would squeeze all other
+    points into a corner."""
+    hulls = [p.loss for points in methods for p in lower_hull(points)] or [0.0]
+    middle, lowest = median([p.loss for points in methods for p in points] or [0.0]), min(hulls)
     return max(max(hulls) + (max(hulls) - lowest) / 4, middle + 1.5 * (middle - lowest))
 
 
 def curves_edge(means: Sequence[list[CurvePoint]]) -> float:
-    """The held-out loss up to which a picture shows learning curves: as far above the median of where they begin as
-    one and a half times what they fall from there. One that begins with a broken model would press all others flat."""
+    """The highest held-out loss that the chart of learning curves shows, given the mean curve of each method.
+
+    It lies above the median loss at the curves' beginning, by 1.5 times the distance from there to the lowest loss.
+    Without a limit, a curve that begins with a broken model would flatten all others."""
     begin = median([mean[0].loss for mean in means if mean] or [0.0])
     return begin + 1.5 * (begin - min((p.loss for mean in means for p in mean), default=0.0))
 
 
 def best_curves(comparison: dict[str, Any], method: str) -> tuple[str, list[CurvePoint], list[list[CurvePoint]]]:
-    """A method's best rate, as text, the mean of its learning curves there, and the seeds' own at the same steps. The
-    base model's step 0 is left out: from there all fall so steeply that no difference would show."""
+    """A method's best rate as text, the mean of its learning curves at that rate, and each seed's curve at the same
+    steps.
+
+    Step 0, the base model, is left out: all curves fall so steeply from it that their differences would not show."""
     best = best_rate(comparison, method)
     if best is None:
         return "", [], []

@@ -41,7 +41,7 @@ from .text import label, number, plural, rate_text, titles_of
 
 
 def html_report(comparison: dict[str, Any]) -> str:
-    """report.html, filled in: a self-contained page."""
+    """The template report.html with its fields filled in."""
     rows = summary(comparison)
     first, *more = headline(comparison, rows)
     titles = titles_of(comparison)
@@ -52,7 +52,7 @@ def html_report(comparison: dict[str, Any]) -> str:
         "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
         "about": escape(f"{plural(len(titles), 'method')} · {run_count(comparison)} · {comparison['machine']}"),
         "methods": html_table("Methods, at their best learning rates", list(titles.values()), columns, base=True),
-        "soon": html_table("How soon it was learned", list(titles.values()), milestone_columns(comparison, rows)),
+        "soon": html_table("How fast losses were reached", list(titles.values()), milestone_columns(comparison, rows)),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes(comparison, rows)),
         "run_count": escape(run_count(comparison)),
         "runs": html_table("All runs", [titles[run["method"]] for run in comparison["runs"]], run_columns(comparison)),
@@ -63,11 +63,11 @@ def html_report(comparison: dict[str, Any]) -> str:
         "data": embedded(chart_data(comparison)),
     }
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda field: parts[field[1]], template)
 
 
 def html_table(caption: str, names: Sequence[str], columns: list[Column], base: bool = False) -> str:
-    """A table that the page's script sorts: each cell carries its key, the best of a column its mark."""
+    """A table that the page's script can sort: each cell carries its sort key. The best cell of a column is marked."""
 
     def cell(column: Column, c: Cell) -> str:
         best = c.key is not None and c.key == best_of(column)
@@ -78,7 +78,7 @@ def html_table(caption: str, names: Sequence[str], columns: list[Column], base: 
 
     heads = [f'<th scope="col" data-better="{c.better}"><button>{escape(c.label)}</button></th>' for c in columns]
     head = f'<th scope="col"><button>method</button></th>{"".join(heads)}'
-    if any(column.group for column in columns):  # two rows: the groups above, the first column through both
+    if any(column.group for column in columns):  # two rows of headings, with the groups in the first
         groups = [(group, len(list(same))) for group, same in groupby(column.group for column in columns)]
         head = '<th scope="col" rowspan="2"><button>method</button></th>'
         head += "".join(f'<th scope="colgroup" colspan="{n}">{escape(group)}</th>' for group, n in groups)
@@ -103,7 +103,7 @@ def html_pairs(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON that may stand inside <script>: no tag can open or close in it, and what is no number is null."""
+    """JSON that is safe inside <script>: it has no "<", and NaN and infinity are null."""
     text = json.dumps(without_nan(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
@@ -117,21 +117,21 @@ def without_nan(value: Any) -> Any:
 
 
 def chart_data(comparison: dict[str, Any]) -> dict[str, Any]:
-    """What the page's charts show, with the text of their tooltips."""
+    """The data of the page's charts, with the texts of their tooltips."""
     base, titles = comparison["base"], titles_of(comparison)
     tabs = []
     for ability in abilities(comparison):
-        found = {method: points(comparison, method, ability) for method in titles}
+        measured = {method: points(comparison, method, ability) for method in titles}
         tables = {}
         for reference, title in titles.items():
             if beside := all_ratios(comparison, ability, reference):
                 names = [titles[method] for method in beside]
-                tables[reference] = html_table(f"Drift beside {title}", names, equal_loss_columns(beside))
+                tables[reference] = html_table(f"Drift compared with {title}", names, equal_loss_columns(beside))
         tabs.append(
             {
                 "label": label(comparison, ability),
-                "methods": {method: frontier_series(comparison, method, ps) for method, ps in found.items() if ps},
-                "edge": frontier_edge(list(found.values())),
+                "methods": {method: frontier_series(comparison, method, ps) for method, ps in measured.items() if ps},
+                "edge": frontier_edge(list(measured.values())),
                 "beside": tables,
             }
         )
@@ -148,11 +148,11 @@ def chart_data(comparison: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def frontier_series(comparison: dict[str, Any], method: str, found: list[Point]) -> dict[str, Any]:
-    """A method's points, with the range of its seeds, and its lower hull."""
+def frontier_series(comparison: dict[str, Any], method: str, measured: list[Point]) -> dict[str, Any]:
+    """A method's points with the ranges of their seeds, and its lower hull."""
     title, data = comparison["methods"][method]["title"], task(comparison)
     shown = []
-    for p in found:
+    for p in measured:
         xs, ys = ([seed[i] for seed in p.seeds.values()] for i in (0, 1))
         loss, drift = loss_cell(mean_interval(xs)), drift_cell(exponential(mean_interval(ys)))
         shown.append(
@@ -167,7 +167,7 @@ def frontier_series(comparison: dict[str, Any], method: str, found: list[Point])
                 ],
             }
         )
-    return {"points": shown, "line": [[p.loss, math.exp(p.log_drift)] for p in lower_hull(found)]}
+    return {"points": shown, "line": [[p.loss, math.exp(p.log_drift)] for p in lower_hull(measured)]}
 
 
 def curve_series(comparison: dict[str, Any], method: str) -> list[dict[str, Any]]:

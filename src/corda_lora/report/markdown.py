@@ -32,13 +32,13 @@ def markdown_report(comparison: dict[str, Any]) -> str:
     lines += ["![Learning curves](curves.png)", "", "## Methods, each at its best learning rate", ""]
     lines += markdown_table("method", [row["title"] for row in rows], summary_columns(comparison, rows), base)
     if rows and milestones(comparison):
-        lines += ["## How soon it was learned", ""]
+        lines += ["## How fast losses were reached", ""]
         lines += markdown_table("method", [row["title"] for row in rows], milestone_columns(comparison, rows))
     for ability in abilities(comparison):
-        if reference and (found := all_ratios(comparison, ability, reference)):
-            heading = f"## Drift on {label(comparison, ability)}, beside {titles[reference]}, at equal task loss"
+        if reference and (ratios := all_ratios(comparison, ability, reference)):
+            heading = f"## Drift on {label(comparison, ability)} at equal task loss, compared with {titles[reference]}"
             lines += [plain(heading), ""]
-            lines += markdown_table("method", [titles[method] for method in found], equal_loss_columns(found))
+            lines += markdown_table("method", [titles[method] for method in ratios], equal_loss_columns(ratios))
     lines += ["## How to read this", "", *(f"- {plain(note)}" for note in notes(comparison, rows)), ""]
     lines += [f"## Runs: {run_count(comparison)}", ""]
     lines += markdown_table("method", [titles[run["method"]] for run in comparison["runs"]], run_columns(comparison))
@@ -47,12 +47,12 @@ def markdown_report(comparison: dict[str, Any]) -> str:
     lines += ["", "## Settings", "", "| | |", "|---|---|"]
     pairs = [*circumstances(comparison), *settings(comparison["recipe"])]
     lines += [f"| {plain(key)} | {plain(value)} |" for key, value in pairs]
-    lines += ["", "## Again", "", "```", comparison["command"], "```"]
+    lines += ["", "## How to run it again", "", "```", comparison["command"], "```"]
     return "\n".join(lines) + "\n"
 
 
 def markdown_table(corner: str, names: Sequence[str], columns: list[Column], base: Sequence[Cell] = ()) -> list[str]:
-    """Rows of a Markdown table and an empty line; the best of each column in bold."""
+    """The lines of a Markdown table, and an empty line. The best cell of each column is bold."""
 
     def text(column: Column, cell: Cell) -> str:
         best = cell.key is not None and cell.key == best_of(column)
@@ -68,12 +68,13 @@ def markdown_table(corner: str, names: Sequence[str], columns: list[Column], bas
 
 
 def plain(text: str) -> str:
-    """Text that means itself in Markdown, and stays in its cell of a table."""
+    """Text that Markdown shows as it is, on one line, so that it fits a cell of a table."""
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def write_csv(path: Path, comparison: dict[str, Any]) -> None:
-    """A row for each run, whatever became of it, with everything measured; a column's name is its path."""
+    """One row for each run, also for those that are not done, with every measured value. A column is named by kind,
+    data and measure."""
     fields = (
         "method",
         "learning_rate",

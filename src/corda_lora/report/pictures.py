@@ -16,7 +16,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def look(i: int) -> dict[str, Any]:
-    """Color, marker and line of the method in place i."""
+    """The color, marker and line of the i-th method."""
     color, hollow = COLORS[i % 8], i % 16 >= 8
     return {
         "color": color,
@@ -28,14 +28,14 @@ def look(i: int) -> dict[str, Any]:
     }
 
 
-def draw_frontier(ax: Any, found: list[Point], edge: float, title: str, style: dict[str, Any]) -> None:
-    """A method's lower hull, its points up to a task loss of `edge`, and the range of their seeds."""
-    if not found:
+def draw_frontier(ax: Any, measured: list[Point], edge: float, title: str, style: dict[str, Any]) -> None:
+    """Draw a method's lower hull, its points up to a task loss of `edge`, and the ranges of their seeds."""
+    if not measured:
         return
-    hull, found = lower_hull(found), [p for p in found if p.loss <= edge]
+    hull, shown = lower_hull(measured), [p for p in measured if p.loss <= edge]
     ax.plot([p.loss for p in hull], [math.exp(p.log_drift) for p in hull], label=title, **style)
-    ax.plot([p.loss for p in found], [math.exp(p.log_drift) for p in found], **style | {"linestyle": ""})
-    for p in found:
+    ax.plot([p.loss for p in shown], [math.exp(p.log_drift) for p in shown], **style | {"linestyle": ""})
+    for p in shown:
         xs, ys = zip(*p.seeds.values())
         middle, x, y = math.exp(p.log_drift), (min(xs), max(xs)), (math.exp(min(ys)), math.exp(max(ys)))
         ax.plot(x, (middle, middle), color=style["color"], linewidth=0.8)
@@ -43,7 +43,7 @@ def draw_frontier(ax: Any, found: list[Point], edge: float, title: str, style: d
 
 
 def draw_curves(ax: Any, comparison: dict[str, Any], method: str, title: str, style: dict[str, Any]) -> None:
-    """A method's mean learning curve at its best rate, and the range of its seeds."""
+    """Draw a method's mean learning curve at its best rate, and the range of its seeds."""
     rate, mean, curves = best_curves(comparison, method)
     if not mean:
         return
@@ -56,7 +56,7 @@ def draw_curves(ax: Any, comparison: dict[str, Any], method: str, title: str, st
 
 
 def draw(folder: Path, comparison: dict[str, Any]) -> None:
-    """The two charts as PNG and SVG, the same bytes every time."""
+    """Write the two charts as PNG and SVG. The same comparison gives the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,11 +72,11 @@ def draw(folder: Path, comparison: dict[str, Any]) -> None:
             size = (4.2 * wide + 2.8, 4.4 * high)
             figure, grid = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")
             for ax, ability in zip(grid.flat, names):
-                found = {title: points(comparison, method, ability) for method, title in methods.items()}
-                edge = frontier_edge(list(found.values()))
-                for i, (title, ps) in enumerate(found.items()):
+                measured = {title: points(comparison, method, ability) for method, title in methods.items()}
+                edge = frontier_edge(list(measured.values()))
+                for i, (title, ps) in enumerate(measured.items()):
                     draw_frontier(ax, ps, edge, title, look(i))
-                say_outside(ax, [title for title, ps in found.items() if any(p.loss > edge for p in ps)])
+                say_outside(ax, [title for title, ps in measured.items() if any(p.loss > edge for p in ps)])
                 ax.set(yscale="log", title=label(comparison, ability), xlabel=f"{data} loss (nats per token)")
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter("{x:g}")
@@ -98,14 +98,14 @@ def draw(folder: Path, comparison: dict[str, Any]) -> None:
 
 
 def say_outside(ax: Any, titles: list[str]) -> None:
-    """Whose points a picture does not show."""
+    """Name the methods with points outside the chart."""
     if titles:
         text = "some points lie outside: " + ", ".join(titles)
         ax.text(0.99, 0.99, text, transform=ax.transAxes, ha="right", va="top", fontsize=8, alpha=0.7)
 
 
 def save_picture(figure: Any, path: Path) -> None:
-    """Legend, PNG and SVG."""
+    """Add the legend, and write PNG and SVG."""
     import matplotlib.pyplot as plt
 
     entries: dict[str, Any] = {}

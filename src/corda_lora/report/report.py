@@ -12,15 +12,15 @@ def write_report(folder: Path, comparison: dict[str, Any]) -> None:
     """Write report.html, report.md, runs.csv, curves.png and .svg, and frontier.png and .svg if drift was measured.
 
     Args:
-        comparison: what was run and what came out (JSON):
+        comparison: the runs and their results (JSON):
             {"name", "command", "recipe": settings, "machine", "versions": {package: version}, "commit" or None,
              "methods": {method: {"title", "source"}} in display order,
              "base": {"learn": {data: {"loss", ...}}, "keep": ..., "text": ..., "choices": ...},
              "runs": [{"method", "learning_rate", "seed", "status", "why", "results": as base, with "drift" and
                        "agreement" in keep and text, "curve": [[step, seconds, held-out task loss], ...], "steps",
                        "seconds", "prepare_seconds", "peak_bytes" or None, "parameters": {"adapter", "trainable"}}]}
-            Statuses are "done", "diverged", "failed", "does not fit" and "not run"; what follows `why` is there for
-            runs that are done. Losses and drift are in nats per token.
+            Statuses are "done", "diverged", "failed", "does not fit" and "not run". Only runs that are done have the
+            keys after "why". Losses and drift are in nats per token.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(html_report(comparison), encoding="utf-8")

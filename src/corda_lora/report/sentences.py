@@ -18,12 +18,13 @@ from ..compare.frontier import (
     task,
 )
 from ..evaluation.measures import MEASURES
-from .tables import Cell, difference_cell, highest_score, loss_cell, over_half, steps_cell
-from .text import counts, label, plural, spread, times_text
+from .tables import Cell, difference_cell, highest_score, loss_cell, median_ratio, steps_cell
+from .text import counts, label, plural, rate_text, spread, times_text
 
 
 def headline(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence each on drift at equal task loss, on task loss and on steps; and what to know before trusting them."""
+    """One sentence each on drift at equal task loss, on task loss and on steps, and on reasons to doubt them. The most
+    important comes first."""
     reference = reference_method(comparison)
     if reference is None:
         return ["No run is done: there is nothing to compare yet."]
@@ -38,17 +39,19 @@ def headline(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str
         fastest = min(arrived, key=lambda row: row["reach"].steps.value)
         steps = f"{text_of(steps_cell(fastest['reach'].steps))} of {fastest['steps']:.0f}"
         if round(fastest["reach"].steps.value) < ref["steps"]:
-            sentences.append(f"{fastest['title']} takes the fewest steps to the loss where {title} ends: {steps}.")
-    for ability in abilities(comparison)[:1]:  # an ability to keep, if there is one: what the comparison is about
-        at_best, there = drift_sentence(comparison, ability, ref, others)
-        over_range, elsewhere = range_sentence(comparison, ability, ref, others)
-        place = 0 if ability[0] == "keep" and (there or elsewhere) else len(sentences)  # nothing found comes last
-        said = [over_range, at_best] if elsewhere > 2 * there else [at_best, over_range]
-        sentences[place:place] = [sentence for sentence in said if sentence]
+            sentences.append(f"{fastest['title']} needs the fewest steps to reach {title}’s final loss: {steps}.")
+    for ability in abilities(comparison)[:1]:  # the first ability to keep, if there is one
+        at_best, ratio_at_best = drift_sentence(comparison, ability, ref, others)
+        over_range, ratio_over_range = range_sentence(comparison, ability, ref, others)
+        both = [over_range, at_best] if ratio_over_range > 2 * ratio_at_best else [at_best, over_range]
+        first_place = ability[0] == "keep" and (ratio_at_best or ratio_over_range)  # no difference is said last
+        place = 0 if first_place else len(sentences)
+        sentences[place:place] = [sentence for sentence in both if sentence]
     first = min([ref, *others], key=lambda row: row["loss"].value)
     for row in [ref] if first is ref else [ref, first]:
         if row["best"].note:
-            sentences.append(f"{row['title']}’s best rate is {row['best'].note}.")
+            best = row["best"]
+            sentences.append(f"{row['title']}’s best learning rate ({rate_text(best.rate)}): {best.note}.")
     return sentences
 
 
@@ -57,7 +60,7 @@ def text_of(cell: Cell) -> str:
 
 
 def loss_sentence(ref: dict[str, Any], others: list[dict[str, Any]]) -> str:
-    """Who learned most, and whether that is more than the seeds' spread."""
+    """Which method learned most, and whether the difference is more than the seeds' spread."""
     first = min([ref, *others], key=lambda row: row["loss"].value)
     sentence = f"{first['title']} ends at the lowest task loss, {text_of(loss_cell(first['loss']))}"
     if first is ref:
@@ -70,22 +73,23 @@ def loss_sentence(ref: dict[str, Any], others: list[dict[str, Any]]) -> str:
 
 
 def claim(times: Estimate) -> float:
-    """What a ratio counts when the largest is looked for: half, if no seeds vouch for it."""
+    """A ratio, halved if it has no interval over seeds: so the largest ratio is not chosen by the luck of one seed."""
     return times.value if times.low is not None else times.value / 2
 
 
 def range_sentence(
     comparison: dict[str, Any], ability: Ability, ref: dict[str, Any], others: list[dict[str, Any]]
 ) -> tuple[str, float]:
-    """Who drifts how many times less over at least half of the task losses that it and the reference both reach;
-    empty if nobody drifts clearly less."""
+    """The method that drifts least over the task losses that it and the reference both reach, and its median ratio.
+
+    ("", 0) if no method drifts clearly less than the reference."""
     hulls = {row["title"]: lower_hull(points(comparison, row["method"], ability)) for row in [ref, *others]}
-    found = {row["title"]: ratios(hulls[row["title"]], hulls[ref["title"]]) for row in others}
-    both = {name: at for name, at in found.items() if at is not None and at.loss[0] < at.loss[-1]}
+    by_title = {row["title"]: ratios(hulls[row["title"]], hulls[ref["title"]]) for row in others}
+    both = {name: at for name, at in by_title.items() if at is not None and at.loss[0] < at.loss[-1]}
     if not both:
         return "", 0.0
-    title = max(both, key=lambda name: claim(over_half(both[name])))
-    half, losses = over_half(both[title]), both[title].loss
+    title = max(both, key=lambda name: claim(median_ratio(both[name])))
+    half, losses = median_ratio(both[title]), both[title].loss
     if half.value < 1.5:
         return "", 0.0
     notes = []
@@ -93,26 +97,26 @@ def range_sentence(
         notes.append(f"95\u00a0% interval over {half.seeds} seeds: {spread(half, times_text)}")
     if unsure := sum(at.low is None for at in both[title].ratio):
         share = unsure / len(both[title].ratio)
-        notes.append(f"{share:.0%} of these losses lie beside rates run with one seed: no interval there")
-    less = f"{title} drifts {times_text(half.value)} times less than {ref['title']} on {label(comparison, ability)}"
-    where = f"over at least half of the task losses that both reach, {losses[0]:.4f} to {losses[-1]:.4f}"
-    return f"{less}, or still less, {where} ({'; '.join(notes)}).", half.value
+        notes.append(f"no interval for {share:.0%} of these losses, as a rate next to them was run with one seed")
+    less = f"{title} drifts at least {times_text(half.value)} times less than {ref['title']}"
+    where = f"over half of the task losses that both reach, {losses[0]:.4f} to {losses[-1]:.4f}"
+    return f"{less} on {label(comparison, ability)} {where} ({'; '.join(notes)}).", half.value
 
 
 def drift_sentence(
     comparison: dict[str, Any], ability: Ability, ref: dict[str, Any], others: list[dict[str, Any]]
 ) -> tuple[str, float]:
-    """Who drifts least where the reference has its lowest task loss, how sure that is, and how many times less."""
+    """The method that drifts least at the reference's lowest task loss, and its ratio: 0 if it is not clearly less."""
     title, where = ref["title"], label(comparison, ability)
     at = f"{title}’s best task loss on {task(comparison)} ({ref['equal_loss']:.4f})"
     theirs = lower_hull(points(comparison, ref["method"], ability))
     hulls = {row["title"]: lower_hull(points(comparison, row["method"], ability)) for row in others}
-    found = {name: ratio_at(hull, theirs, ref["equal_loss"]) for name, hull in hulls.items()}
-    there = {name: ratio for name, ratio in found.items() if ratio is not None}
-    if not there:
+    all_ratios = {name: ratio_at(hull, theirs, ref["equal_loss"]) for name, hull in hulls.items()}
+    by_title = {name: ratio for name, ratio in all_ratios.items() if ratio is not None}
+    if not by_title:
         return f"No other method was measured on both sides of {at}.", 0.0
-    least = max(there, key=lambda name: claim(there[name]))
-    ratio = there[least]
+    least = max(by_title, key=lambda name: claim(by_title[name]))
+    ratio = by_title[least]
     if ratio.value < 1.1:
         return f"At {at}, no other method that reaches it drifts clearly less than {title} on {where}.", 0.0
     sure = "no interval: fewer than two seeds on both sides of that loss"
@@ -124,14 +128,14 @@ def drift_sentence(
 
 
 def run_count(comparison: dict[str, Any]) -> str:
-    """How many runs there are, and what became of those that do not count."""
+    """The number of runs, and of those that do not count by status."""
     states = Counter(status(run) for run in comparison["runs"])
     done = states.pop("done", 0)
     return "; ".join(filter(None, [f"{done} of {plural(len(comparison['runs']), 'run')} done", counts(states)]))
 
 
 def settings(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings, flat: ("train.max_steps", "150")."""
+    """Nested settings as pairs such as ("train.max_steps", "150")."""
     if isinstance(values, dict) and values:
         for key, value in values.items():
             yield from settings(value, f"{name}.{key}" if name else str(key))
@@ -140,7 +144,7 @@ def settings(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def circumstances(comparison: dict[str, Any]) -> list[tuple[str, str]]:
-    """Where and with what it ran."""
+    """The machine, the package versions and the commit."""
     versions = ", ".join(f"{package} {version}" for package, version in comparison["versions"].items())
     return [
         ("machine", comparison["machine"] or "not known"),
@@ -153,31 +157,34 @@ def notes(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """How to read the numbers."""
     reference = reference_method(comparison)
     name = comparison["methods"][reference]["title"] if reference else "the reference"
-    found = [
+    samples = comparison["recipe"].get("curve_samples", "few")
+    lines = [
         "Task loss and drift are in nats per token of held-out answers. Drift is the mean KL divergence of the tuned "
-        "model’s predictions from the base model’s: 0 for the base model itself. Lower is better in both.",
-        "A method’s best rate is the learning rate of its lowest mean task loss. At an end of its sweep, more may be "
-        "had beyond. Only runs that are done count; those that are not are listed with their reasons.",
-        "± and “to” give 95 % t-intervals over seeds, for each method by itself; none where fewer than two seeds ran, "
-        "“not settled” where it spans a factor of more than 100. "
-        f"“less {name}’s”: the difference at the best rates, seed by seed, as a seed is the same samples in the same "
-        "order for all. "
-        "The best of many methods is best partly by luck, which no interval here accounts for.",
-        "Learning curves, and steps and seconds to a loss, are of the first of the task’s held-out samples "
-        f"({comparison['recipe'].get('curve_samples', 'few')}): losses there are not those of the table.",
-        f"Times less drift, half of the range: than {name}, over at least half of the task losses that both reach.",
-        "Drift at equal task loss is read off the line, in log drift, between the two learning rates around that loss; "
-        f"nothing is extrapolated. The loss is {name}’s lowest; “learns more at every rate”: the method was not run at "
-        "a rate low enough to learn so little. Intervals there count the seeds’ spread in task loss, too.",
-        f"Steps and seconds are to the held-out loss where {name} ends at its best rate, on the mean of the seeds’ "
-        "learning curves; those seconds count the preparation. Training is timed from the first measured step on, as "
-        "compiling comes before. Runs that shared a GPU slowed each other.",
+        "model’s predictions from the base model’s, so it is 0 for the base model. Lower is better in both.",
+        "A method’s best learning rate is the one with its lowest mean task loss. If that is the lowest or highest "
+        "rate of its sweep, other rates may do better. Only runs that are done count. The others "
+        "are listed with their reasons.",
+        "± and “to” give 95 % t-intervals over seeds, for each method by itself. There is none where fewer than two "
+        "seeds ran. “Not settled” stands for an interval that spans a factor of more than 100. The best of many "
+        "methods is best partly by luck, which no interval here accounts for.",
+        f"“minus {name}’s” is the difference in task loss at the two best rates, seed by seed: with one seed all "
+        "methods see the same samples in the same order.",
+        "Learning curves, and steps and seconds to a loss, are measured on the first of the task’s held-out samples "
+        f"({samples}). So their losses differ from those of the table.",
+        f"Times less drift than {name}, median: over half of the task losses that both reach, the method drifts "
+        "at least so many times less.",
+        f"Drift at {name}’s task loss is drift at {name}’s lowest task loss, interpolated in log drift between the two "
+        "learning rates around it. Nothing is extrapolated. “Learns more at every rate” means that the method was not "
+        "run at a rate low enough to learn so little. These intervals include the seeds’ spread in task loss.",
+        f"Steps and seconds count until the mean of the seeds’ learning curves reaches the loss where {name} ends at "
+        "its best rate. The seconds include the preparation. Training is timed from the first measured step on, "
+        "because compiling comes before it. Runs that shared a GPU slowed each other.",
     ]
     for key in dict.fromkeys(key for row in rows for key in row["scores"]):
         measure, highest = MEASURES[key[2]], highest_score(comparison, rows, key)
         if highest < measure.floor:
-            found.append(
+            lines.append(
                 f"{measure.label.capitalize()} on {key[1]} is at most {format(highest, measure.form)} for every method "
                 "and the base model: too little to compare. It is in runs.csv."
             )
-    return found
+    return lines

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from ..compare.frontier import (
+    WIDER,
     Ability,
     Estimate,
     Ratios,
@@ -25,15 +26,15 @@ from .text import counts, label, number, plural, rate_text, spread, times_text
 class Cell(NamedTuple):
     text: str = "—"
     extra: str = ""  # an interval or a remark, in small print
-    key: Any = None  # number or text: what a sort compares; None comes last in both directions
+    key: Any = None  # the number or text to sort by; None comes last in both directions
 
 
 class Column(NamedTuple):
     group: str
     label: str
-    better: str  # "low", "high", or "" where neither is
+    better: str  # "low", "high", or "" where neither is better
     cells: list[Cell]
-    base: str = ""  # the base model's
+    base: str = ""  # the base model's value
 
 
 def loss_cell(e: Estimate | None) -> Cell:
@@ -71,27 +72,28 @@ def plain_cell(value: float | None) -> Cell:
 
 
 def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[Column]:
-    """The table of methods, each at its best learning rate; `rows` are `frontier.summary`'s."""
+    """The table of methods, each at its best learning rate. `rows` is what `frontier.summary` returns."""
     base, data, reference = comparison["base"], task(comparison), reference_method(comparison)
     name = comparison["methods"][reference]["title"] if reference else ""
 
     def rate(row: dict[str, Any]) -> Cell:
         best = row["best"]
-        return Cell(rate_text(best.rate), best.note.replace(": more may be had", ""), best.rate) if best else Cell()
+        return Cell(rate_text(best.rate), best.note.replace(WIDER, ""), best.rate) if best else Cell()
 
     def equal(row: dict[str, Any], ability: Ability) -> Cell:
-        found, at = points(comparison, row["method"], ability), row["equal_loss"]
-        if row["equal"][ability] or not found or at is None:
+        measured, at = points(comparison, row["method"], ability), row["equal_loss"]
+        if row["equal"][ability] or not measured or at is None:
             return drift_cell(row["equal"][ability])
-        return Cell("—", "not reached" if min(p.loss for p in found) > at else "learns more at every rate")
+        return Cell("—", "not reached" if min(p.loss for p in measured) > at else "learns more at every rate")
 
     def reach(row: dict[str, Any], which: str) -> Cell:
-        found = row["reach"]
-        cell = steps_cell(getattr(found, which) if found else None)
-        if found and cell.key is None:
+        at = row["reach"]
+        cell = steps_cell(getattr(at, which) if at else None)
+        if at and cell.key is None:
             return Cell("—", "not reached")
-        if found and found.reached < found.seeds and row["method"] != reference:  # some of its own end above their mean
-            return Cell(cell.text, f"{found.reached} of {plural(found.seeds, 'seed')}", cell.key)
+        # Some of the reference's own seeds end above the loss, which is their mean; that is not worth a remark.
+        if at and at.reached < at.seeds and row["method"] != reference:
+            return Cell(cell.text, f"{at.reached} of {plural(at.seeds, 'seed')}", cell.key)
         return cell
 
     def parameters(value: float | None) -> Cell:
@@ -104,20 +106,20 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     columns = [
         Column("", "learning rate", "", [rate(row) for row in rows]),
         Column("task loss", data, "low", [loss_cell(row["loss"]) for row in rows], loss),
-        Column("task loss", f"less {name}’s", "low", [difference_cell(row["beside"]) for row in rows]),
+        Column("task loss", f"minus {name}’s", "low", [difference_cell(row["beside"]) for row in rows]),
     ]
     for a in abilities(comparison):
         cells = [equal(row, a) for row in rows]
         columns.append(Column(f"drift at {name}’s task loss", label(comparison, a), "low", cells))
     for a in abilities(comparison)[:1]:
-        found = all_ratios(comparison, a, reference) if reference else {}
-        cells = [ratio_cell(at and over_half(at)) for at in (found.get(row["method"]) for row in rows)]
-        columns.append(Column("times less drift", f"{label(comparison, a)}, half of the range", "high", cells))
+        by_method = all_ratios(comparison, a, reference) if reference else {}
+        cells = [ratio_cell(at and median_ratio(at)) for at in (by_method.get(row["method"]) for row in rows)]
+        columns.append(Column(f"times less drift than {name}", f"{label(comparison, a)}, median", "high", cells))
     for a in abilities(comparison):
         cells = [drift_cell(row["drift"][a]) for row in rows]
         columns.append(Column("drift at its own task loss", label(comparison, a), "low", cells, "0"))
     for which in ("steps", "seconds"):
-        columns.append(Column(f"to {name}’s last loss", which, "low", [reach(row, which) for row in rows]))
+        columns.append(Column(f"to reach {name}’s final loss", which, "low", [reach(row, which) for row in rows]))
     for key in dict.fromkeys(key for row in rows for key in row["scores"]):
         kind, source, name = key
         measure, before = MEASURES[name], base.get(kind, {}).get(source, {}).get(name)
@@ -144,44 +146,48 @@ def highest_score(comparison: dict[str, Any], rows: list[dict[str, Any]], key: t
 
 
 def milestone_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[Column]:
-    """Steps and seconds of each method, at its best learning rate, to some losses on the way down."""
+    """Steps and seconds that each method needs, at its best learning rate, to reach the losses of `milestones`."""
     columns = []
     for which in ("steps", "seconds"):
         for loss in milestones(comparison):
-            found = [reach(comparison, row["method"], row["best"].rate, loss) if row["best"] else None for row in rows]
-            cells = [steps_cell(getattr(at, which)) if at else Cell() for at in found]
+            reached = [
+                reach(comparison, row["method"], row["best"].rate, loss) if row["best"] else None for row in rows
+            ]
+            cells = [steps_cell(getattr(at, which)) if at else Cell() for at in reached]
             columns.append(Column(f"{which} to a held-out loss of", f"{loss:.4f}", "low", cells))
     return columns
 
 
-def over_half(at: Ratios) -> Estimate:
-    """What the ratio is at least over half of the range: its median."""
+def median_ratio(at: Ratios) -> Estimate:
+    """The median over the shared task losses: over half of them the ratio is at least this."""
     return sorted(at.ratio, key=lambda r: r.value)[len(at.ratio) // 2]
 
 
-def equal_loss_columns(found: dict[str, Ratios]) -> list[Column]:
-    """How many times less each method drifts than one it is compared with, over the task losses that both reach."""
+def equal_loss_columns(by_method: dict[str, Ratios]) -> list[Column]:
+    """How many times less each method drifts than the method that it is compared with, at equal task loss."""
 
-    def at(i: int) -> list[Cell]:
-        return [ratio_cell(both.ratio[i]) for both in found.values()]
+    def loss(i: int) -> list[Cell]:
+        return [Cell(f"{at.loss[i]:.4f}", "", at.loss[i]) for at in by_method.values()]
 
-    shared, less = "task losses of both", "times less drift (below 1: more)"
-    ends = [[Cell(f"{both.loss[i]:.4f}", "", both.loss[i]) for both in found.values()] for i in (0, -1)]
+    def ratio(i: int) -> list[Cell]:
+        return [ratio_cell(at.ratio[i]) for at in by_method.values()]
+
+    shared, less = "task losses that both reach", "times less drift (below 1: more)"
     return [
-        Column(shared, "from", "", ends[0]),
-        Column(shared, "to", "", ends[1]),
-        Column(less, "over half of it at least", "high", [ratio_cell(over_half(both)) for both in found.values()]),
-        Column(less, "at its lowest loss", "high", at(0)),
-        Column(less, "in its middle", "high", at(50)),  # of 101
-        Column(less, "at its highest loss", "high", at(-1)),
+        Column(shared, "from", "", loss(0)),
+        Column(shared, "to", "", loss(-1)),
+        Column(less, "median", "high", [ratio_cell(median_ratio(at)) for at in by_method.values()]),
+        Column(less, "at the lowest loss", "high", ratio(0)),
+        Column(less, "in the middle", "high", ratio(50)),  # of 101
+        Column(less, "at the highest loss", "high", ratio(-1)),
     ]
 
 
 def all_ratios(comparison: dict[str, Any], ability: Ability, reference: str) -> dict[str, Ratios]:
-    """Each method that has task losses in common with the reference, beside it."""
+    """For each method that has task losses in common with the reference, how many times less it drifts."""
     hulls = {method: lower_hull(points(comparison, method, ability)) for method in comparison["methods"]}
-    found = {method: ratios(hull, hulls[reference]) for method, hull in hulls.items() if method != reference}
-    return {method: at for method, at in found.items() if at}
+    by_method = {method: ratios(hull, hulls[reference]) for method, hull in hulls.items() if method != reference}
+    return {method: at for method, at in by_method.items() if at}
 
 
 def run_columns(comparison: dict[str, Any]) -> list[Column]:
@@ -207,7 +213,7 @@ def run_columns(comparison: dict[str, Any]) -> list[Column]:
 
 
 def best_of(column: Column) -> float | None:
-    """The key of the column's best cell, if one is better than another."""
+    """The key of the column's best cell; None if no cell is better than another."""
     keys = [cell.key for cell in column.cells if isinstance(cell.key, (int, float))]
     if not column.better or len(set(keys)) < 2:
         return None

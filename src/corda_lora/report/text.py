@@ -8,7 +8,7 @@ from ..compare.frontier import Ability, Estimate, abilities, is_finite
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """So many significant digits; an exponent only where there is no reading it without."""
+    """The value with `digits` significant digits; with an exponent only if it is below 1e-4 or from 1e6 on."""
     if not is_finite(value):
         return "—"
     if value and not 1e-4 <= abs(value) < 1e6:
@@ -18,18 +18,20 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def rate_text(rate: float) -> str:
-    """5e-4 for 0.0005."""
+    """For example 5e-4 for 0.0005."""
     mantissa, exponent = f"{rate:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def times_text(ratio: float) -> str:
-    """A ratio of drifts: two digits, or three from 100 on."""
+    """A ratio of drifts with two significant digits, or three from 100 on."""
     return number(ratio, 2 if ratio < 100 else 3)
 
 
 def spread(e: Estimate, text: Callable[[float], str]) -> str:
-    """The interval of a drift or of a ratio of two. Where rates of one loss lie close, seeds may leave it open."""
+    """The interval of a drift or of a ratio of drifts, as text.
+
+    An interval over a factor of more than 100 is left out: two rates with nearly the same loss can lead to one."""
     if e.low is None or e.high is None:
         return ""
     return "not settled by its seeds" if e.high > 100 * e.low else f"{text(e.low)} to {text(e.high)}"
@@ -44,7 +46,7 @@ def counts(not_done: dict[str, int]) -> str:
 
 
 def label(comparison: dict[str, Any], ability: Ability) -> str:
-    """An ability's name; with its kind, if there is another of that name."""
+    """An ability's name, with its kind if another ability has the same name."""
     kind, name = ability
     return f"{name} ({kind})" if [other for _, other in abilities(comparison)].count(name) > 1 else name
 
