@@ -18,6 +18,7 @@ import pytest
 
 from corda_lora.cli import main
 
+pytestmark = pytest.mark.slow
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CARD = """\
 ---
