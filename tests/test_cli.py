@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from corda_lora.cli import main
 from corda_lora.config import CordaError
+from corda_lora.files import output_lock
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(12)]
 LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 33)]
@@ -418,6 +419,47 @@ def test_an_output_with_something_in_it(verb, checkpoint, data, capsys):
     said = refused(capsys, verb, "--model", checkpoint, *arguments, "--output", "out")
     assert said == f"corda {verb}: the output out has something in it already: remove it, or choose another"
     assert [p.name for p in (data / "work" / "out").iterdir()] == ["mine"]
+
+
+def test_the_same_command_again_finds_its_output_whole(checkpoint, data, capsys):
+    """A loop that retries until a command succeeds ends."""
+    init(checkpoint, data)
+    train(checkpoint, data, "--start", "start", "--max_steps", 2)
+    before = {path: path.stat().st_mtime_ns for path in (data / "work").rglob("*")}
+    capsys.readouterr()
+    init(checkpoint, data)
+    train(checkpoint, data, "--start", "start", "--max_steps", 2)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{name} is whole already: the same command made it" for name in ("start", "tuned")]
+    assert {path: path.stat().st_mtime_ns for path in (data / "work").rglob("*")} == before
+    for more in (["--r", 5], ["--samples", 3], ["--batch_tokens", 100], ["--dtype", "float32"]):
+        assert "has something in it already" in refused(capsys, *more, call=lambda *a: init(checkpoint, data, *a))
+    other = ["--start", "start", "--max_steps", 3]
+    assert "has something in it already" in refused(capsys, *other, call=lambda *a: train(checkpoint, data, *a))
+
+
+def test_eval_overwrites_its_own_results_only(checkpoint, data, capsys):
+    arguments = ["eval", "--model", checkpoint, "--keep", data / "keep.jsonl", "--output"]
+    mine = (data / "keep.jsonl").read_bytes()
+    assert "holds no results of corda eval" in refused(capsys, *arguments, data / "keep.jsonl")
+    assert (data / "keep.jsonl").read_bytes() == mine
+    run(*arguments, "eval.json")
+    first = (data / "work" / "eval.json").read_text()
+    run(*arguments, "eval.json")
+    assert (data / "work" / "eval.json").read_text() == first
+
+
+@pytest.mark.parametrize("verb", ["init", "train", "export", "compare"])
+def test_two_runs_with_one_output(verb, checkpoint, data, capsys):
+    more = {
+        "init": ["--orientation", "identity"],
+        "train": ["--data", "d"],
+        "export": ["--adapter", "a"],
+        "compare": ["--data", "d", "--methods", "[lora]", "--eval.learn", "e"],
+    }[verb]
+    with output_lock(Path("out")):
+        said = refused(capsys, verb, "--model", checkpoint, "--output", "out", *more)
+    assert said == f"corda {verb}: another run is writing out now: wait for its end, or choose another output"
 
 
 def test_a_solver_that_does_not_converge_is_said_once_a_run(checkpoint, data, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -40,7 +40,7 @@ from .config import (
     TrainConfig,
     check_value,
 )
-from .files import check_output, write_json
+from .files import check_output, check_result, is_made, output_lock, write_json
 from .progress import console
 from .recipes import load_recipe
 
@@ -196,7 +196,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         def checked(options: Namespace) -> None:
             for action in (a for a in sub._actions if a.dest in options):
                 check_value(action.dest, options[action.dest], getattr(action, "_typehint", Any))
-            run(options)
+            alone = name in ("demo", "init", "train", "export") or (name == "compare" and options.jobs > 0)
+            with output_lock(options.output) if alone else nullcontext():
+                run(options)
 
         verbs[name] = checked
         return sub
@@ -269,6 +271,12 @@ def init(options: Namespace) -> None:
     data = None if options.context is None else _take(DataConfig, options, data=options.context)
     if data is None and config.orientation != "identity":
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
+    recipe = {"model": source.model, "revision": source.revision, "dtype": source.dtype, "config": asdict(config)}
+    recipe |= {"batch_tokens": options.batch_tokens}
+    recipe |= {"data": asdict(data) if data and config.orientation != "identity" else None}
+    if is_made(options.output / "corda.json", recipe) and not (options.output / "training.json").is_file():
+        out.print(f"{options.output} is whole already: the same command made it")
+        return
     from .adapters.prepare import prepare
 
     start = prepare(
@@ -329,6 +337,15 @@ def train(options: Namespace) -> None:
     that was broken off goes on from its last checkpoint when the same command is given again."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
     data = _take(DataConfig, options, data=options.data)
+    recipe = {
+        "model": asdict(source),
+        "start": str(options.start) if options.start else asdict(lora),
+        "data": asdict(data),
+        "train": asdict(config),
+    }
+    if is_made(options.output / "training.json", {"recipe": recipe}):
+        out.print(f"{options.output} is whole already: the same command made it")
+        return
     from .adapters.lora import RECORD, load_adapter, read_record, save_adapter
     from .data.samples import load_samples
     from .devices import accelerator
@@ -346,12 +363,6 @@ def train(options: Namespace) -> None:
         peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout)
     else:
         peft_model = plain_lora(model, lora, config)
-    recipe = {
-        "model": asdict(source),
-        "start": str(options.start) if options.start else asdict(lora),
-        "data": asdict(data),
-        "train": asdict(config),
-    }
     work = open_work(options.output, recipe, lambda folder: last_checkpoint(folder) is not None)
     try:
         result = run_training(peft_model, tokenizer, samples, config, data.max_length, work)
@@ -384,8 +395,8 @@ def evaluate(options: Namespace) -> None:
 
     if options.adapter is not None:
         read_marks(options.adapter)
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        raise CordaError(f"the output {options.output} cannot be written: there is no folder {options.output.parent}")
+    if options.output is not None:
+        check_result(options.output)
     tokenizer = load_tokenizer(source)
     model = load_model(source).to(accelerator())
     if options.adapter is not None:

@@ -1,16 +1,17 @@
-"""Every file is written whole or not at all, also where the power fails; no file of the user's is overwritten.
+"""Files are written whole or not at all, also where the power fails; no file of the user's is overwritten.
 
-What is being written has a name of its own beside its place, `.NAME.corda-PID.partial`, and takes its place when it is
-complete and on the disk. A process that was killed leaves such a partial file behind; the next one to write there
-removes it.
+A file that is being written has a name of its own, `.NAME.corda-PID.partial`, beside its place. It takes its place when
+it is complete and on the disk. A process that is killed leaves its partial file behind; the next process that writes
+the same file removes it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from typing import Any
 import psutil
 
 from .config import CordaError
+
+CHECKSUMS = "sha256.json"
+LONGEST_NAME = 255  # bytes, on every common file system
 
 
 @contextmanager
@@ -80,27 +84,135 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises CordaError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CordaError(f"{path} is damaged: it is no whole JSON") from error
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksum of every file in `folder` beside them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    write_json(folder / CHECKSUMS, {str(path.relative_to(folder)): sha256_of(path) for path in paths})
+
+
+def check_checksums(folder: Path, remedy: str) -> None:
+    """Raises CordaError if a file in `folder` is missing or has changed since `write_checksums`.
+
+    Args:
+        remedy: says in the message what to do.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        raise CordaError(f"{folder / CHECKSUMS} is missing: {remedy}")
+    try:
+        checksums = dict(read_json(folder / CHECKSUMS))
+    except (CordaError, ValueError, TypeError) as error:
+        raise CordaError(f"{folder / CHECKSUMS} is damaged: {remedy}") from error
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file():
+            raise CordaError(f"{folder / name} is missing: {remedy}")
+        if sha256_of(folder / name) != checksum:
+            raise CordaError(f"{folder / name} is damaged: {remedy}")
+
+
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Inside this context no other process writes `output`. The lock ends when the process dies.
+
+    Raises CordaError if another process holds the lock.
+    """
+    place = Path(os.path.realpath(output))
+    if not place.name:
+        raise CordaError(f"the output {output} is the root of the file system")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    path = _hidden(place, "corda.lock")
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except BlockingIOError:
+            same = False
+        if not same:  # or the other process has just ended, and removed the file
+            raise CordaError(f"another run is writing {output} now: wait for its end, or choose another output")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def check_name(output: Path) -> None:
+    """Raises CordaError if `output` can be no output's name: it is a symbolic link, `.` or `..`, or too long."""
+    if output.name in ("", ".."):
+        raise CordaError(f"the output {output} is a folder in use: give the name of a new one")
+    if output.is_symlink():
+        raise CordaError(f"the output {output} is a symbolic link: remove it, or name the place it points to")
+    if len(os.fsencode(output.name + ".work")) > LONGEST_NAME:
+        raise CordaError(f"the output's name is too long: {LONGEST_NAME - len('.work')} bytes at most")
+
+
 def check_output(directory: Path) -> None:
-    """Raises CordaError if something is in the way of an output directory. To be called before long work starts."""
+    """Raises CordaError if an output directory cannot be written or holds something. For use before long work."""
+    check_name(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise CordaError(f"the output {directory} has something in it already: remove it, or choose another")
-    parent = next(p for p in directory.absolute().parents if p.exists())
+    _check_writable(directory)
+
+
+def check_result(path: Path) -> None:
+    """Raises CordaError if a file of results cannot be written, or if it is there and holds anything but results."""
+    check_name(path)
+    if not path.absolute().parent.is_dir():
+        raise CordaError(f"the output {path} cannot be written: there is no folder {path.parent}")
+    _check_writable(path)
+    if path.exists():
+        try:
+            earlier = path.is_file() and "results" in dict(read_json(path))
+        except (CordaError, TypeError, ValueError):
+            earlier = False
+        if not earlier:
+            raise CordaError(f"the output {path} is there and holds no results of corda eval: choose another name")
+
+
+def is_made(record: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether an output is whole and was made by this recipe: `record` is its JSON file, which holds the recipe."""
+    if not record.is_file():
+        return False
+    stored = read_json(record)
+    return isinstance(stored, dict) and {key: stored.get(key) for key in recipe} == json.loads(json.dumps(recipe))
+
+
+def _check_writable(path: Path) -> None:
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise CordaError(f"the output {path} cannot be written: {parent} is a file")
     if not os.access(parent, os.W_OK):
-        raise CordaError(f"the output {directory} cannot be written: no permission in {parent}")
+        raise CordaError(f"the output {path} cannot be written: no permission in {parent}")
+
+
+def _hidden(path: Path, ending: str) -> Path:
+    """The hidden path `.NAME.ENDING` beside a path; of a long name the checksum stands for it."""
+    name = path.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.{ending}")
 
 
 def _partial_of(path: Path) -> Path:
-    """The partial name of a path; what dead processes left of theirs is removed."""
+    """The partial name of a path. Partial files that dead processes left are removed."""
+    partial = _hidden(path, f"corda-{os.getpid()}.partial")
+    pattern = re.escape(_hidden(path, "corda-").name) + r"(\d+)\.partial"
     for left in path.absolute().parent.glob(".*.partial"):
-        found = re.fullmatch(re.escape(f".{path.name}.corda-") + r"(\d+)\.partial", left.name)
-        if found and (int(found[1]) == os.getpid() or not psutil.pid_exists(int(found[1]))):
+        match = re.fullmatch(pattern, left.name)
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.corda-{os.getpid()}.partial")
+    return partial
 
 
 @contextmanager
 def _full_disk(path: Path) -> Iterator[None]:
-    """Make one sentence of the error that a full disk gives."""
+    """Turn the error of a full disk into one sentence."""
     try:
         yield
     except Exception as error:  # safetensors has an error type of its own

@@ -76,7 +76,8 @@ def prepare(
     record: dict[str, Any] = {"data": asdict(data) if data else None}
     dtype = str(next(model.parameters()).dtype)
     if isinstance(source, ModelConfig):
-        record, dtype = {"model": source.model, "revision": source.revision, **record}, source.dtype
+        dtype = source.dtype
+        record |= {"model": source.model, "revision": source.revision, "dtype": dtype, "batch_tokens": batch_tokens}
     tokens = b"".join(batch["input_ids"].numpy().tobytes() for batch in context.batches)
     run = {**record, "config": asdict(config), "dtype": dtype, "batch_tokens": batch_tokens}
     run |= {"tokens": hashlib.sha256(tokens).hexdigest(), "corda-lora": __version__}

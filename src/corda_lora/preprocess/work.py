@@ -27,10 +27,15 @@ def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool
         run: identifies the run: model, configuration, data, versions.
         begun: tells whether a folder holds anything worth keeping.
 
-    Raises CordaError if the folder holds work of another run.
+    Raises CordaError if the folder holds work of another run, or files that are none of ours.
     """
     folder = output.with_name(output.name + ".work")
     path = folder / "run.json"
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not path.is_file()):
+        raise CordaError(
+            f"{folder} is needed for unfinished work, but is there and has no run.json of this program: move it away, "
+            "or choose another output"
+        )
     text = json.dumps(run, indent=1, default=str)
     if path.is_file() and path.read_text() != text and begun(folder):
         try:
