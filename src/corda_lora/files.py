@@ -191,6 +191,11 @@ def _check_writable(path: Path) -> None:
         raise CordaError(f"the output {path} cannot be written: no permission in {parent}")
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a path has the name of a partial file of ours."""
+    return re.fullmatch(r"\..+\.corda-\d+\.partial", path.name) is not None
+
+
 def _hidden(path: Path, ending: str) -> Path:
     """The hidden path `.NAME.ENDING` beside a path; of a long name the checksum stands for it."""
     name = path.name

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..config import CordaError
-from ..files import sha256_of, whole_file, write_text
+from ..files import is_partial, sha256_of, whole_file, write_text
 from .layer import Decomposed, LayerRecord
 
 MANIFEST = "finished.json"
@@ -31,7 +31,8 @@ def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool
     """
     folder = output.with_name(output.name + ".work")
     path = folder / "run.json"
-    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not path.is_file()):
+    foreign = folder.is_dir() and any(not is_partial(file) for file in folder.iterdir()) and not path.is_file()
+    if folder.is_symlink() or folder.is_file() or foreign:
         raise CordaError(
             f"{folder} is needed for unfinished work, but is there and has no run.json of this program: move it away, "
             "or choose another output"
