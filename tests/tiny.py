@@ -26,7 +26,16 @@ SIZE = {
 }
 ENCODER = {k: v for k, v in SIZE.items() if k != "num_key_value_heads"} | {"num_labels": 3}
 KINDS = ["sliding_attention", "full_attention"]
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16}
 
+# The families that the README names.
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZE, tie_word_embeddings=False)),
     "llama_tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZE, tie_word_embeddings=True)),
@@ -57,11 +66,100 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 
+# Families with something unusual: fused experts, layers that PEFT does not take, layers called twice.
+MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "deepseek_v2": lambda: t.DeepseekV2ForCausalLM(
+        t.DeepseekV2Config(**SIZE | {"num_key_value_heads": 4}, **LATENT, **EXPERTS, n_shared_experts=1)
+    ),
+    "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(
+        t.DeepseekV3Config(
+            **SIZE | {"num_key_value_heads": 4}, **LATENT, **EXPERTS, n_shared_experts=1, n_group=1, topk_group=1
+        )
+    ),
+    "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(
+        t.Qwen2MoeConfig(
+            **SIZE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=24
+        )
+    ),
+    "gpt_oss": lambda: t.GptOssForCausalLM(
+        t.GptOssConfig(
+            **SIZE, head_dim=8, sliding_window=4, layer_types=KINDS, num_local_experts=4, num_experts_per_tok=2
+        )
+    ),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**SIZE)),
+    "falcon": lambda: t.FalconForCausalLM(
+        t.FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    ),
+    "opt": lambda: t.OPTForCausalLM(
+        t.OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            word_embed_proj_dim=24,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
+    "gpt_neox": lambda: t.GPTNeoXForCausalLM(
+        t.GPTNeoXConfig(**{k: v for k, v in SIZE.items() if k != "num_key_value_heads"})
+    ),
+    "mamba": lambda: t.MambaForCausalLM(
+        t.MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=4,
+            time_step_rank=6,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "lfm2": lambda: t.Lfm2ForCausalLM(
+        t.Lfm2Config(**SIZE, layer_types=["conv", "full_attention"], block_multiple_of=8)
+    ),
+    "distilbert": lambda: t.DistilBertForSequenceClassification(
+        t.DistilBertConfig(
+            vocab_size=VOCABULARY, dim=32, hidden_dim=48, n_layers=2, n_heads=4, num_labels=3, pad_token_id=0
+        )
+    ),
+    "deberta": lambda: t.DebertaForSequenceClassification(t.DebertaConfig(**ENCODER, **RELATIVE)),
+    "deberta_v2": lambda: t.DebertaV2ForSequenceClassification(
+        t.DebertaV2Config(**ENCODER, **RELATIVE, share_att_key=True, position_buckets=4)
+    ),
+    "modernbert": lambda: t.ModernBertForSequenceClassification(
+        t.ModernBertConfig(**ENCODER, local_attention=8, global_attn_every_n_layers=2)
+    ),
+    "bart": lambda: t.BartForConditionalGeneration(
+        t.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+            forced_eos_token_id=2,
+        )
+    ),
+}
+
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A model of random weights and biases."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]()
+    model = (FAMILIES | MORE_FAMILIES)[family]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -81,7 +179,7 @@ def padded(lengths: list[int], longest: int, seed: int, left: bool = False) -> t
 
 
 def batches(family: str = "llama", equal: bool = False) -> list[dict[str, Tensor]]:
-    """Three batches of different shapes, the first two with padding. `equal`: a T5's decoder sees as many tokens as
+    """Three batches of different shapes, the first two with padding. `equal`: a decoder sees as many tokens as
     its encoder."""
     made = []
     for seed, (lengths, longest, answers) in enumerate(
@@ -89,7 +187,7 @@ def batches(family: str = "llama", equal: bool = False) -> list[dict[str, Tensor
     ):
         ids, mask = padded(lengths, longest, seed)
         batch = {"input_ids": ids, "attention_mask": mask}
-        if family == "t5":
+        if family in ("t5", "bart"):
             labels, label_mask = padded(answers, longest if equal else max(answers), 10 + seed)
             batch["labels"] = labels.masked_fill(label_mask == 0, -100)
         made.append(batch)

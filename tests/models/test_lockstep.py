@@ -384,7 +384,10 @@ def test_a_short_context_is_reported_and_works():
     ("options", "message"),
     [
         ({"target_modules": ["q_prj"]}, r"'q_prj'.*matches no layer of LlamaForCausalLM; nearest names: q_proj"),
-        ({"r": 17}, r"r is 17, but model\.layers\.0\.self_attn\.k_proj \(16 × 32\) has only 16 components"),
+        (
+            {"r": 17, "target_modules": ["k_proj"]},
+            r"r is 17, but model\.layers\.0\.self_attn\.k_proj \(16 × 32\) has only 16 components",
+        ),
         ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is a Embedding; CorDA adapts linear layers only"),
     ],
 )

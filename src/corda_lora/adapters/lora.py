@@ -30,11 +30,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import CordaError
 from ..files import whole_folder
-from ..models.targets import fingerprint, layer_digest, task_type
+from ..models.targets import fingerprint, layer_digest, lora_config
 from ..preprocess.pipeline import Start
 from ..version import __version__
 from .held import describe_held, freeze, warn_if_trained
@@ -48,11 +47,7 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     """Put the start on the model it was made from: a `PeftModel`, whose output is the model's own to the last bit. The
     start's tensors become the adapter's."""
     halves = 1 if start.config.from_zero else 2
-    config = LoraConfig(
-        target_modules=list(start.layers),
-        task_type=task_type(model),
-        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in start.layers),
-    )
+    config = lora_config(model, start.layers)
     set_ranks(config, {name: halves * layer.A.shape[0] for name, layer in start.layers.items()}, start.config.scale)
     peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, layer in lora_layers(peft_model).items():

@@ -1,12 +1,16 @@
 """Which layers of a model are adapted: the one module that knows PEFT's rules for naming them."""
 
+import copy
 import difflib
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import peft
 import torch
 from peft import LoraConfig, PeftModel, TaskType
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -34,10 +38,10 @@ HEADS = {
 def task_type(model: nn.Module) -> TaskType | None:
     """PEFT's task type, from the name of the model's class; None if it has none."""
     name = type(model).__name__
-    found = next((task for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
-    if found is TaskType.SEQ_2_SEQ_LM and not getattr(model.config, "is_encoder_decoder", False):
+    task = next((task for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
+    if task is TaskType.SEQ_2_SEQ_LM and not getattr(model.config, "is_encoder_decoder", False):
         return TaskType.CAUSAL_LM  # vision-language decoders are named ForConditionalGeneration, too
-    return found
+    return task
 
 
 def require_causal(model: nn.Module) -> None:
@@ -49,23 +53,71 @@ def require_causal(model: nn.Module) -> None:
         )
 
 
-def find_targets(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Module]:
+def choose_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
+    """The layers that a configuration adapts, by name, in the model's order.
+
+    Raises CordaError as `find_targets` and `check_rank` do.
+    """
+    targets = find_targets(model, config.target_modules, _least_rank(config))
+    check_rank(targets, config, model)
+    return targets
+
+
+def _least_rank(config: CordaConfig) -> int:
+    """The least number of components that a layer needs to be adapted."""
+    return 1 if config.allocates else config.r
+
+
+def find_targets(model: nn.Module, target_modules: str | list[str], r: int = 1) -> dict[str, nn.Module]:
     """The layers that `target_modules` means, as in PEFT, by name, in the model's order.
 
-    `all-linear` leaves the output head, and the head of a classifier, out.
+    `all-linear` leaves out the output head, the head of a classifier, layers that no LoRA of PEFT's can adapt, and
+    layers with fewer than r components (see `left_out`, which names them).
 
     Raises:
-        CordaError: nothing matches (the nearest names are given), something matches that is not a linear layer, or
-            the model carries an adapter already.
+        CordaError: nothing matches (the nearest names are given); a named layer is not linear, or takes no LoRA of
+            PEFT's; the model carries an adapter already, is compiled, or is not in memory.
     """
+    _check_model(model)
+    matched = _matched_layers(model, target_modules)
+    reasons = _refused_by_peft(model, list(matched))
+    refused = next(iter(reasons), None)
+    if refused and (not _is_all_linear(target_modules) or len(reasons) == len(matched)):
+        raise CordaError(f"{refused} of {type(model).__name__} cannot be adapted: {reasons[refused]}")
+    targets = {name: module for name, module in matched.items() if name not in reasons}
+    if not _is_all_linear(target_modules):
+        return targets
+    return {name: module for name, module in targets.items() if min(weight_shape(module)) >= r} or targets
+
+
+def _is_all_linear(target_modules: str | list[str]) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises CordaError if the model is adapted already, compiled, or not in memory."""
     if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise CordaError("the model carries a PEFT adapter already: give the base model, or unload() it first")
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
+        raise CordaError(
+            "the model was compiled by torch.compile, so its layers cannot be listened to: give the model as it was "
+            "before, and compile the adapted one"
+        )
+    if offloaded := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise CordaError(
+            f"{offloaded} is not in memory, as where a device_map puts a block on the disk: load the model without "
+            "device_map, or use `corda init`, which reads a checkpoint block by block"
+        )
+
+
+def _matched_layers(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Module]:
+    """The linear layers outside of a classifier's head that `target_modules` matches by PEFT's rules."""
     config = LoraConfig(target_modules=target_modules, task_type=task_type(model))
     config = _maybe_include_all_linear_layers(config, model)
-    heads = HEADS.get(config.task_type, ())
-    modules = {n: m for n, m in model.named_modules() if n and n.partition(".")[0] not in heads}
-    found = {n: m for n, m in modules.items() if LoraModel._check_target_module_exists(config, n)}
-    if not found:
+    heads = HEADS.get(config.task_type, ())  # PEFT, too, compares endings: DistilBERT's pre_classifier is one
+    modules = {n: m for n, m in model.named_modules() if n and not n.partition(".")[0].endswith(heads)}
+    matched = {n: m for n, m in modules.items() if LoraModel._check_target_module_exists(config, n)}
+    if not matched:
         wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)))
         near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], names, n=3, cutoff=0.3)]
@@ -76,26 +128,100 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> dict[str,
             f"target_modules {target_modules!r} matches no layer of {type(model).__name__}{hint}; "
             f"nearest names: {', '.join(dict.fromkeys(near or names)) or 'none'}"
         )
-    for name, module in found.items():
+    for name, module in matched.items():
         if not is_linear(module):
             raise CordaError(f"target {name} is a {type(module).__name__}; CorDA adapts linear layers only")
-    return found
+    return matched
 
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def left_out(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
-    """Weights that act like linear layers but are one fused parameter (a mixture's experts): PEFT's `all-linear`, and
-    so ours, does not reach them."""
-    return [
+def _refused_by_peft(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """The layers on which a LoRA cannot be put, or would do nothing, with the reason.
+
+    PEFT decides by a layer's own name and class. So where it refuses the whole, layers of one name are tried together.
+    """
+    reasons = dict.fromkeys(
+        [name for name in names if _is_bypassed(model, name)], "the model reads its weight directly"
+    )
+    rest = [name for name in names if name not in reasons]
+    if not rest or _try_peft(model, rest) is None:
+        return reasons
+    by_last_name: dict[str, list[str]] = {}
+    for name in rest:
+        by_last_name.setdefault(name.rpartition(".")[2], []).append(name)
+    for group in by_last_name.values():
+        if (reason := _try_peft(model, group)) is not None:
+            reasons |= dict.fromkeys(group, reason)
+    return reasons
+
+
+def _is_bypassed(model: nn.Module, name: str) -> bool:
+    """Whether the module around a layer uses the layer's weight without calling the layer, so that an adapter on it
+    does nothing: Mamba's x_proj (in its kernels) and dt_proj, torch's attention."""
+    parent_name, _, last = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    return isinstance(parent, nn.MultiheadAttention) or (hasattr(parent, "A_log") and last in ("x_proj", "dt_proj"))
+
+
+def _try_peft(model: nn.Module, names: list[str]) -> str | None:
+    """Install PEFT's configuration on a copy of the model that shares its tensors. Returns what went wrong, or None if
+    each of the layers, and no other, carries a LoRA."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared += [value for value in attributes if not isinstance(value, (nn.Module, dict, list))]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            copied = copy.deepcopy(model, {id(value): value for value in shared})
+            adapted = peft.get_peft_model(copied, lora_config(model, names), low_cpu_mem_usage=True)
+    except Exception as error:  # PEFT and its backends raise all kinds
+        return f"PEFT says: {str(error).strip().split(chr(10))[0]}"
+    finally:
+        for parameter, value in trained.items():
+            parameter.requires_grad_(value)
+    if {name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)} != set(names):
+        return "PEFT takes its name for that of a mixture's fused experts"
+    return None
+
+
+def lora_config(model: nn.Module, names: Iterable[str]) -> LoraConfig:
+    """PEFT's configuration of a LoRA on these layers; its ranks are PEFT's default."""
+    names = list(names)
+    return LoraConfig(
+        target_modules=names,
+        task_type=task_type(model),
+        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in names),
+    )
+
+
+def left_out(model: nn.Module, targets: Mapping[str, nn.Module], config: CordaConfig) -> dict[str, list[str]]:
+    """What `all-linear` does not reach, though it acts like a linear layer: names by the reason.
+
+    These are parameters with the weights of several layers in one (a mixture's experts), layers that no LoRA of PEFT's
+    can adapt, and layers with fewer than r components.
+    """
+    fused = [
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
         if name not in targets and not isinstance(module, nn.modules.conv._ConvNd)
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1
     ]
+    names: dict[str, list[str]] = {"fused parameters that are not linear layers": fused}
+    for name, module in _matched_layers(model, config.target_modules).items():
+        if name not in targets:
+            small = min(weight_shape(module)) < _least_rank(config)
+            reason = (
+                f"layers with fewer than r = {config.r} components"
+                if small
+                else "linear layers that no LoRA of PEFT's can adapt"
+            )
+            names.setdefault(reason, []).append(name)
+    return {reason: members for reason, members in names.items() if members}
 
 
 def budget_of(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module) -> int:
@@ -155,5 +281,5 @@ def layer_digest(module: nn.Module) -> str:
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """Of all layers, by name: tells whether an adapter was made for these weights."""
+    """One sha256 of all layers' digests, which tells whether an adapter was made for these weights."""
     return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()

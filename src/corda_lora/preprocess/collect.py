@@ -2,9 +2,14 @@
 
 This takes more than a hook for three reasons. Layers that are given the same tensor (q, k and v; gate and up) share one
 covariance. Padding is left out of every covariance. Every round of the context has covariances of its own.
+
+A layer may be called twice in one forward: DeBERTa's key projection is given the hidden states, as the value projection
+is, and then the embeddings of the relative positions, as the query projection is. So sums are kept for each call, and a
+layer's covariance is the sum over its calls.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,6 +32,21 @@ class Group(NamedTuple):
 
     members: list[str]
     covariances: list[Tensor]
+
+
+class Tokens(NamedTuple):
+    """The tokens of one batch, on the CPU.
+
+    Attributes:
+        real: (b, s) bool, which are not padding.
+        counted: (b, s) bool, which of these count (see `Context.skip_tokens`).
+    """
+
+    real: Tensor
+    counted: Tensor
+
+
+Call = tuple[str, int]  # a layer, and how often it was called before in the same forward
 
 
 class Collector:
@@ -57,16 +77,17 @@ class Collector:
         self.skip_tokens = context.skip_tokens
         self.numbers = context.numbers
         self.counts: dict[str, int] = {}
-        self.covariances: dict[str, dict[int, Covariance]] = {}  # layer -> round -> sum
-        self.leaders: dict[str, str] = {}  # layer -> the layer whose covariance it shares
-        self.first_batch: dict[str, int] = {}  # layer -> the batch in which it ran first
+        self.covariances: dict[Call, dict[int, Covariance]] = {}  # call -> round -> sum
+        self.leaders: dict[Call, Call] = {}  # call -> the call of another layer whose sum it shares
+        self.first_batch: dict[Call, int] = {}  # call -> the batch in which it was made first
         self.finite: dict[str, list[tuple[int, Tensor]]] = {}  # layer -> (batch, (samples,) or () bool)
         encoder: nn.Module | None = model.get_encoder() if self.has_decoder else None  # type: ignore[operator]
         self.encoder = encoder
         self.in_encoder = set(encoder.modules()) if encoder is not None else set()
         self.encoded: dict[int, weakref.ref[Tensor]] = {}  # batch -> the encoder's output
-        self.masks: list[tuple[Tensor | None, Tensor | None]] = []  # batch -> its masks, see `token_masks`
-        self.rows: dict[int, Tensor] = {}  # identity of a mask -> row numbers of its real tokens, on the device
+        self.tokens: list[tuple[Tokens | None, Tokens | None]] = []  # batch -> the encoder's tokens, the decoder's
+        self.not_flattened: set[int] = set()  # batches of which a layer was given (b, s, d)
+        self.rows: dict[tuple[int, bool], Tensor] = {}  # see `_counted_rows`
         self.first_sample: list[int] = []  # batch -> number of its first sample
         self.rounds: list[int] = []  # batch -> its round
         self.samples = 0
@@ -77,16 +98,23 @@ class Collector:
     def add(self, batch: Batch | None, round: int = 0) -> None:
         """One more batch, which runs next. None stands for calls of which nothing is known: what a layer is given in
         them is one sample without padding, and shared with no other layer."""
-        mask, decoder_mask = (None, None) if batch is None else token_masks(batch, self.has_decoder, self.skip_tokens)
-        self.masks.append((mask, decoder_mask))
+        tokens = decoder_tokens = None
+        if batch is not None:
+            real, decoder_real = token_masks(batch, self.has_decoder)
+            counted, decoder_counted = token_masks(batch, self.has_decoder, self.skip_tokens)
+            tokens = Tokens(real, counted)
+            if decoder_real is not None and decoder_counted is not None:
+                decoder_tokens = Tokens(decoder_real, decoder_counted)
+        self.tokens.append((tokens, decoder_tokens))
         self.first_sample.append(self.samples)
         self.rounds.append(round)
-        self.samples += 0 if mask is None else len(mask)
-        self.start(len(self.masks) - 1)
+        self.samples += 0 if tokens is None else len(tokens.real)
+        self.start(len(self.tokens) - 1)
 
     def start(self, index: int) -> None:
         self.batch = index
-        self.inputs: list[tuple[weakref.ref[Tensor], str]] = []  # inputs seen since, and the layer that got each first
+        self.inputs: list[tuple[weakref.ref[Tensor], Call]] = []  # inputs seen since, and the call that got each first
+        self.calls: Counter[str] = Counter()  # of each layer, since
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -105,53 +133,82 @@ class Collector:
 
     def _on_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach() if args[0].requires_grad else args[0]  # (b, s, d), (b, d) or (b·s, d)
-        name, mask = self.names[module], self._mask_of(module, args[0])
-        if mask is not None and self._shares(name, args[0]):
-            return
-        if name in self.leaders:
-            raise RuntimeError(f"{name} shared its input with {self.leaders[name]} in an earlier batch, but not now")
-        rows = None if mask is None else self._real_tokens(mask, name, x)
+        name, tokens = self.names[module], self._tokens_of(module, args[0])
+        call = (name, 0)
+        if tokens is not None:
+            call = (name, self.calls[name])
+            self.calls[name] += 1
+            if self._shares(call, args[0]):
+                return
+        if call in self.leaders:
+            raise RuntimeError(f"{name} shared its input with {self.leaders[call][0]} in an earlier batch, but not now")
+        if tokens is not None and x.ndim == 3 and x.shape[:2] == tokens.real.shape:
+            self.not_flattened.add(self.batch)
+        is_table = tokens is not None and self._is_table(tokens, x)
+        rows = None if tokens is None or is_table else self._counted_rows(tokens, name, x)
         flat = x.reshape(-1, x.shape[-1])  # (t, d)
         self.finite.setdefault(name, []).append((self.batch, self._finite(x, rows)))
+        lengths = _sample_lengths(tokens, name, x, is_table) if self.per_sample else []
         if rows is not None:
             flat = flat.index_select(0, rows)
-        covariance = self.covariances.setdefault(name, {}).setdefault(self.rounds[self.batch], Covariance())
+        elif tokens is not None and is_table:  # every sample is given it
+            flat = flat.repeat(len(tokens.real), 1)
+        covariance = self.covariances.setdefault(call, {}).setdefault(self.rounds[self.batch], Covariance())
         if self.per_sample:
-            covariance.add_samples(flat, _sample_lengths(mask, name, x))
+            covariance.add_samples(flat, lengths)
         else:
             covariance.add(flat)
 
-    def _shares(self, name: str, x: Tensor) -> bool:
+    def _shares(self, call: Call, x: Tensor) -> bool:
         """Whether another layer was given the same tensor in this batch. That layer accumulates it for both."""
         for ref, leader in self.inputs:
-            if ref() is x and leader != name:
-                if name not in self.covariances and self.first_batch[leader] == self.batch:
-                    self.leaders.setdefault(name, leader)
-                if self.leaders.get(name) == leader:
+            if ref() is x and leader[0] != call[0]:
+                if call not in self.covariances and self.first_batch[leader] == self.batch:
+                    self.leaders.setdefault(call, leader)
+                if self.leaders.get(call) == leader:
                     return True
-        self.first_batch.setdefault(name, self.batch)
-        self.inputs.append((weakref.ref(x), name))
+        self.first_batch.setdefault(call, self.batch)
+        self.inputs.append((weakref.ref(x), call))
         return False
 
-    def _mask_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """(b, s): which tokens of a layer's input are real, in the batch that runs; None if that is not known."""
-        mask, decoder_mask = self.masks[self.batch]
-        if decoder_mask is not None and module not in self.in_encoder:
+    def _tokens_of(self, module: nn.Module, x: Tensor) -> Tokens | None:
+        """The tokens that a layer's input is about, in the batch that runs; None if they are not known."""
+        tokens, decoder_tokens = self.tokens[self.batch]
+        if decoder_tokens is not None and module not in self.in_encoder:
             encoded = self.encoded.get(self.batch, lambda: None)()
-            mask = mask if x is encoded else decoder_mask
-        return mask
+            tokens = tokens if x is encoded else decoder_tokens
+        return tokens
 
-    def _real_tokens(self, mask: Tensor, name: str, x: Tensor) -> Tensor | None:
-        """Numbers of the rows of x.reshape(-1, d) that are not padding, on x's device; None if all are real."""
-        if bool(mask.all()) or x.shape[:-1] == mask.shape[:1]:  # no padding; or one pooled vector a sample
+    def _is_table(self, tokens: Tokens, x: Tensor) -> bool:
+        """Whether x is one table (1, k, d) for all samples, such as the embeddings of relative positions.
+
+        As many rows as tokens may be these, flattened. But not where the model has given a layer (b, s, d).
+        """
+        if x.ndim != 3 or len(x) > 1 or (len(tokens.real) == 1 and not bool(tokens.real.all())):
+            return False
+        sizes = (tokens.real.numel(), int(tokens.real.sum()))
+        return x.shape[1] not in sizes or (len(tokens.real) > 1 and self.batch in self.not_flattened)
+
+    def _counted_rows(self, tokens: Tokens, name: str, x: Tensor) -> Tensor | None:
+        """Numbers of the rows of x.reshape(-1, d) that count, on x's device; None if all do.
+
+        The rows are all tokens of the batch, or the real ones alone (a model that takes padding out), or one pooled
+        vector a sample.
+        """
+        real, counted = tokens
+        rows = x.shape[:-1].numel()
+        if bool(counted.all()) or x.shape[:-1] == counted.shape[:1]:
             return None
-        if x.shape[:-1].numel() != mask.numel():
+        packed = rows != counted.numel()
+        if packed and rows != int(real.sum()):
             raise CordaError(
                 f"{name} is given {tuple(x.shape)}, from which padding cannot be told: give batches without padding"
             )
-        if id(mask) not in self.rows:  # moved once: so large a copy can make the host wait
-            self.rows[id(mask)] = mask.flatten().nonzero().flatten().to(x.device, non_blocking=True)
-        return self.rows[id(mask)]
+        key = (id(counted), packed)
+        if key not in self.rows:  # moved once: so large a copy can make the host wait
+            counts = counted[real] if packed else counted.flatten()
+            self.rows[key] = counts.nonzero().flatten().to(x.device, non_blocking=True)
+        return self.rows[key]
 
     def _finite(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """(b,) whether each sample's numbers are finite; padding does not count. The host does not synchronize."""
@@ -180,47 +237,71 @@ class Collector:
                 if not bool(finite.all()):
                     sample = self._first_not_finite(batch, finite)
                     raise CordaError(f"Invalid value found in input of {name}, {sample}: NaN or Inf")
-        members_of: dict[str, list[str]] = {}
+        members_of: dict[tuple[Call, ...], list[str]] = {}  # the calls that hold a layer's sums -> such layers
         for name in names:
-            leader = self.leaders.get(name, name)
-            if leader in self.covariances:
-                members_of.setdefault(leader, []).append(name)
+            calls = [(name, 0)]
+            while (following := (name, len(calls))) in self.covariances or following in self.leaders:
+                calls.append(following)
+            held = tuple(self.leaders.get(call, call) for call in calls)
+            if held[0] in self.covariances:
+                members_of.setdefault(held, []).append(name)
+        sums = {held: [self.covariances[call] for call in held] for held in members_of}
+        for parts in sums.values():  # before any sum is turned into a mean in its own memory
+            if len(parts) > 1:
+                parts[:] = [_added(parts)]
+        for held in sums:
+            for call in held:
+                self.covariances.pop(call, None)
         groups = []
-        for leader, members in members_of.items():
-            sums = self.covariances.pop(leader)
-            means = [s.mean() for _, s in sorted(sums.items()) if s.count]
-            self.counts |= dict.fromkeys(members, sum(s.count for s in sums.values()))
-            del sums
+        for held, members in members_of.items():
+            [of_rounds] = sums.pop(held)
+            means = [s.mean() for _, s in sorted(of_rounds.items()) if s.count]
+            self.counts |= dict.fromkeys(members, sum(s.count for s in of_rounds.values()))
+            del of_rounds
             if len(means) == len(set(self.rounds)):
                 groups.append(Group(members, means))
             elif means:
-                raise CordaError(f"{leader} got no token in some of the rounds: give fewer rounds or more samples")
+                raise CordaError(f"{members[0]} got no token in some of the rounds: give fewer rounds or more samples")
         return groups
 
     def _first_not_finite(self, batch: int, finite: Tensor) -> str:
         """Names the first sample of a batch that is not finite, or the batch if its samples cannot be told apart."""
-        mask, _ = self.masks[batch]
-        if mask is None or finite.numel() != len(mask):
+        tokens, _ = self.tokens[batch]
+        if tokens is None or finite.numel() != len(tokens.real):
             return f"batch {batch} of the context (counted from 0)"
         sample = self.first_sample[batch] + int((~finite).nonzero()[0])
         return f"sample {self.numbers[sample] if self.numbers else sample} of the context (counted from 0)"
 
 
-def _sample_lengths(mask: Tensor | None, name: str, x: Tensor) -> list[int]:
-    """How many real rows of x.reshape(-1, d) each sample has; samples without any are left out."""
+def _added(parts: Sequence[Mapping[int, Covariance]]) -> dict[int, Covariance]:
+    """The sums of several calls, added up round by round."""
+    added: dict[int, Covariance] = {}
+    for part in parts:
+        for round, covariance in part.items():
+            total = added.setdefault(round, Covariance())
+            if covariance.total is not None:
+                total.total = covariance.total.clone() if total.total is None else total.total + covariance.total
+            total.count += covariance.count
+    return added
+
+
+def _sample_lengths(tokens: Tokens | None, name: str, x: Tensor, is_table: bool) -> list[int]:
+    """How many counted rows of x.reshape(-1, d) each sample has; samples without any are left out."""
     rows = x.shape[:-1].numel()
-    samples = len(mask) if mask is not None else len(x) if x.ndim > 2 else 1
-    if samples == 1 and (mask is None or rows != mask.numel()):
+    samples = len(tokens.real) if tokens is not None else len(x) if x.ndim > 2 else 1
+    if samples == 1 and (tokens is None or rows != tokens.real.numel()):
         return [rows] if rows else []
-    if mask is None:
+    if tokens is None:
         raise CordaError(
             f"{name} is given {samples} samples in a call whose padding is not known: call the model itself with "
             "input_ids and attention_mask, or with one sample at a time"
         )
-    if x.shape[:-1] == mask.shape[:1]:
+    if x.shape[:-1] == tokens.real.shape[:1]:
         return [1] * samples
-    if rows == mask.numel():
-        return [n for n in mask.sum(1).tolist() if n]
+    if is_table:
+        return [rows] * samples
+    if rows in (tokens.real.numel(), int(tokens.real.sum())):
+        return [n for n in tokens.counted.sum(1).tolist() if n]
     if len(x) != samples:
         raise CordaError(f"{name} is given {tuple(x.shape)}, from which samples cannot be told: give one at a time")
     return [rows // samples] * samples

@@ -25,7 +25,7 @@ from ..devices import (
     synchronize,
 )
 from ..models.lockstep import Stored, parking
-from ..models.targets import check_rank, find_targets, fingerprint, layer_digest, left_out, weight_of
+from ..models.targets import choose_targets, fingerprint, layer_digest, left_out, weight_of
 from ..progress import progress_bar
 from .collect import Group
 from .context import Batch, Context, check_context, consecutive_rounds
@@ -92,12 +92,11 @@ def preprocess(
             Inf in the activations. All but the last two before any long work.
     """
     began = time.perf_counter()
-    targets = find_targets(model, config.target_modules)
-    check_rank(targets, config, model)
+    targets = choose_targets(model, config)
     device = compute_device(model, config.device)
     record: dict[str, Any] = {"config": asdict(config)}
-    if omitted := left_out(model, targets):
-        record["left_out"] = omitted
+    if omitted := left_out(model, targets, config):
+        record["left_out"] = [name for names in omitted.values() for name in names]
         _warn_of_left_out(omitted)
     context = _completed(context, config)
     if config.orientation != "identity":
@@ -241,13 +240,13 @@ def _start(
     return layers, totals
 
 
-def _warn_of_left_out(omitted: Sequence[str]) -> None:
-    kinds = sorted({name.rpartition(".")[2] for name in omitted})
-    warnings.warn(
-        f"left out: {len(omitted)} fused parameters that are not linear layers ({', '.join(kinds)}), such as "
-        f"{omitted[0]}; attention and the other linear layers are adapted",
-        stacklevel=3,
-    )
+def _warn_of_left_out(omitted: Mapping[str, Sequence[str]]) -> None:
+    """Say in one line what is left out, by the reason."""
+    parts = []
+    for reason, names in omitted.items():
+        kinds = sorted({name.rpartition(".")[2] for name in names})
+        parts.append(f"{len(names)} {reason} ({', '.join(kinds)}), such as {names[0]}")
+    warnings.warn(f"left out: {'; '.join(parts)}; the other linear layers are adapted", stacklevel=3)
 
 
 def _warn_of_unseen(unseen: Sequence[str]) -> None:

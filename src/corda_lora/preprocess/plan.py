@@ -28,7 +28,7 @@ from ..data.samples import load_rounds
 from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
-from ..models.targets import budget_of, check_rank, find_targets, weight_shape
+from ..models.targets import budget_of, choose_targets, weight_shape
 from .context import read_context, token_masks
 from .layer import keeps_all
 from .machine import Machine, this_machine
@@ -185,9 +185,8 @@ def shared_inputs(model: nn.Module, targets: Iterable[str], blocks: Iterable[str
 
 
 def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
-    """Raises CordaError as `find_targets`, `check_rank` and `find_blocks` do."""
-    targets = find_targets(model, config.target_modules)
-    check_rank(targets, config, model)
+    """Raises CordaError as `choose_targets` and `find_blocks` do."""
+    targets = choose_targets(model, config)
     blocks = find_blocks(model, list(targets))
     leaders = shared_inputs(model, targets, blocks)
     layers = {name: Layer(name, *weight_shape(module), leaders.get(name)) for name, module in targets.items()}
