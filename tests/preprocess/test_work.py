@@ -269,6 +269,7 @@ for file, moment, _ in places:
 
 
 @pytest.mark.filterwarnings("ignore:the smallest of")
+@pytest.mark.slow
 def test_killed_at_every_write_it_goes_on_to_the_same_bytes(command, tmp_path):
     arguments = [sys.executable, "-c", RUNNER, str(tmp_path), json.dumps(PLACES), *command]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
