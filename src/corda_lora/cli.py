@@ -333,8 +333,8 @@ def plan(options: Namespace) -> None:
 
 
 def train(options: Namespace) -> None:
-    """Supervised fine-tuning through TRL, loss on the response alone, from `corda init`'s start or a plain LoRA. A run
-    that was broken off goes on from its last checkpoint when the same command is given again."""
+    """Train an adapter through TRL, from the start that `corda init` wrote or from a plain LoRA. The loss covers only
+    the responses. If a run is interrupted, the same command resumes it from its last checkpoint."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
     data = _take(DataConfig, options, data=options.data)
     recipe = {
@@ -367,11 +367,11 @@ def train(options: Namespace) -> None:
     try:
         result = run_training(peft_model, tokenizer, samples, config, data.max_length, work)
     except CordaError:
-        if last_checkpoint(work) is None:  # nothing was begun
+        if last_checkpoint(work) is None:  # the work folder holds nothing to resume from
             shutil.rmtree(work)
         raise
     except DivergedError as error:
-        shutil.rmtree(work)  # to go on from its checkpoints would end the same
+        shutil.rmtree(work)  # resuming from its checkpoints would end the same way
         print(f"corda train: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     records: dict[str, Any] = {"training.json": {"recipe": recipe, **result}}
@@ -385,7 +385,7 @@ def train(options: Namespace) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Measure the base model and the tuned one in one run: loss, drift (mean KL(base‖tuned) per answer token),
-    perplexity, multiple-choice accuracy, exact match."""
+    perplexity, multiple-choice accuracy, exact match. Results are printed, and written to --output if it is given."""
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
     from .adapters.lora import load_adapter, read_marks
     from .devices import accelerator
@@ -402,10 +402,9 @@ def evaluate(options: Namespace) -> None:
     if options.adapter is not None:
         model = load_adapter(model, options.adapter).eval()
     results = measure(model, tokenizer, config)
-    if options.output is not None:
-        text = {"model": source.model, "adapter": str(options.adapter), "results": results}
-        write_json(options.output, text)
     out.print(results_table(results))
+    if options.output is not None:
+        write_json(options.output, {"model": source.model, "adapter": str(options.adapter), "results": results})
 
 
 def compare(options: Namespace) -> None:

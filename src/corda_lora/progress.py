@@ -1,4 +1,4 @@
-"""Progress on the terminal, with time left. On standard error, so that what a command prints can be piped."""
+"""Progress bars with the time left. They go to standard error, so that a command's output can be piped."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress_bar(label: str, total: int, show: bool = True) -> Iterator[Callable[..., None]]:
-    """A bar; yields the function that moves it on, by one or as told, and may tell another total."""
+    """Show a bar. Yields the function that advances it by `steps`, and can change its `total`."""
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as bar:
         task = bar.add_task(label, total=total)
@@ -21,7 +21,7 @@ def progress_bar(label: str, total: int, show: bool = True) -> Iterator[Callable
 
 
 def track(items: Sequence[T], label: str, show: bool = True) -> Iterable[T]:
-    """Iterate over `items` with a bar."""
+    """Iterate over `items` and show a bar."""
     with progress_bar(label, len(items), show) as advance:
         for item in items:
             yield item

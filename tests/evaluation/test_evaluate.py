@@ -54,29 +54,29 @@ def test_loss_and_drift_are_those_of_a_plain_loop(adapted, tokenizer, batch_toke
         kl += float((p[False].exp() * (p[False] - p[True])).sum())
         agree += int((p[False].argmax(1) == p[True].argmax(1)).sum())
         tokens += len(answer)
-    found = loss_and_drift(adapted, tokenizer, encoded, batch_tokens)
+    results = loss_and_drift(adapted, tokenizer, encoded, batch_tokens)
     for side, on in (("base", False), ("tuned", True)):
-        assert found[side]["tokens"] == tokens
-        assert found[side]["loss"] == pytest.approx(loss[on] / tokens, rel=1e-5)
-        assert found[side]["recall"] == recalled[on] / len(encoded)
-    assert found["tuned"]["drift"] == pytest.approx(kl / tokens, rel=1e-4)
-    assert found["tuned"]["agreement"] == agree / tokens
-    assert found["tuned"]["drift"] > 0.01
-    assert found["tuned"]["agreement"] < 1
+        assert results[side]["tokens"] == tokens
+        assert results[side]["loss"] == pytest.approx(loss[on] / tokens, rel=1e-5)
+        assert results[side]["recall"] == recalled[on] / len(encoded)
+    assert results["tuned"]["drift"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert results["tuned"]["agreement"] == agree / tokens
+    assert results["tuned"]["drift"] > 0.01
+    assert results["tuned"]["agreement"] < 1
 
 
 def test_an_untouched_adapter_has_no_drift(tokenizer):
     for split in ("paper", "balanced", "anchored", "seeded"):
         model = get_corda_model(tiny.build("llama"), CordaConfig(r=4, split=split), tiny.batches(), progress=False)
-        found = loss_and_drift(model.eval(), tokenizer, encoded_samples(tokenizer), 60)
-        assert found["tuned"]["drift"] == 0
-        assert found["tuned"]["agreement"] == 1
-        assert found["tuned"]["loss"] == found["base"]["loss"]
+        results = loss_and_drift(model.eval(), tokenizer, encoded_samples(tokenizer), 60)
+        assert results["tuned"]["drift"] == 0
+        assert results["tuned"]["agreement"] == 1
+        assert results["tuned"]["loss"] == results["base"]["loss"]
 
 
 def test_a_base_model_alone(tokenizer):
-    found = loss_and_drift(tiny.build("llama"), tokenizer, encoded_samples(tokenizer))
-    assert found.keys() == {"base"}
+    results = loss_and_drift(tiny.build("llama"), tokenizer, encoded_samples(tokenizer))
+    assert results.keys() == {"base"}
 
 
 def test_nothing_to_measure(tokenizer):
@@ -111,13 +111,13 @@ def test_choices_are_scored_by_their_summed_log_likelihood(adapted, tokenizer, b
                 p = log_probs(adapted, encoded.ids, encoded.start, on)
                 scores.append(float(p.gather(1, torch.tensor(encoded.ids[encoded.start :])[:, None]).sum()))
             best[on].append(choices[scores.index(max(scores))])
-    # The response is the base model's choice, but for the last question, where it is another one.
+    # The response is the base model's choice, except for the last question.
     answers = [*best[False][:2], next(c for c in questions["Three"] if c not in (best[False][2], best[True][2]))]
     samples = [Sample(q, a, {"choices": c}) for (q, c), a in zip(questions.items(), answers, strict=True)]
-    found = means([accuracy], read_choices(adapted, tokenizer, samples, batch_tokens, False, sides(adapted)))
-    assert found["base"] == {"accuracy": 2 / 3}
+    results = means([accuracy], read_choices(adapted, tokenizer, samples, batch_tokens, False, sides(adapted)))
+    assert results["base"] == {"accuracy": 2 / 3}
     expected = sum(a == b for a, b in zip(best[True], answers, strict=True)) / 3
-    assert found["tuned"]["accuracy"] == pytest.approx(expected)
+    assert results["tuned"]["accuracy"] == pytest.approx(expected)
 
 
 @torch.no_grad()
@@ -138,9 +138,9 @@ def test_exact_match_by_greedy_decoding(adapted, tokenizer, batch_tokens):
     assert said != tuned
     samples = [Sample(p, s, {}) for p, s in zip(prompts, [*said[:3], "other"], strict=True)]
     config = EvalConfig(exact_match="text", max_new_tokens=5, batch_tokens=batch_tokens)
-    found = means([exact_match], read_continuations(adapted, tokenizer, samples, config, False, sides(adapted)))
+    results = means([exact_match], read_continuations(adapted, tokenizer, samples, config, False, sides(adapted)))
     right = sum(t.strip() == s.response.strip() for t, s in zip(tuned, samples, strict=True))
-    assert found == {"base": {"exact_match": 0.75}, "tuned": {"exact_match": right / 4}}
+    assert results == {"base": {"exact_match": 0.75}, "tuned": {"exact_match": right / 4}}
 
 
 @pytest.mark.parametrize(
@@ -182,19 +182,19 @@ def test_evaluate_puts_it_all_together(adapted, tokenizer, tmp_path):
         exact_match="text",
         max_new_tokens=3,
     )
-    found = evaluate(adapted, tokenizer, config, progress=False)
-    assert list(found) == ["keep", "learn", "text", "choices"]
-    assert list(found["keep"]) == [rows_of, f"{rows_of} (train[:2])"]
+    results = evaluate(adapted, tokenizer, config, progress=False)
+    assert list(results) == ["keep", "learn", "text", "choices"]
+    assert list(results["keep"]) == [rows_of, f"{rows_of} (train[:2])"]
     without_end = [encode(tokenizer, s, 512) for s in samples]
-    assert found["keep"][rows_of] == loss_and_drift(adapted, tokenizer, without_end)
+    assert results["keep"][rows_of] == loss_and_drift(adapted, tokenizer, without_end)
     with_end = loss_and_drift(adapted, tokenizer, [encode(tokenizer, s, 99, end=True) for s in samples])["tuned"]
-    learned = found["learn"][rows_of]["tuned"]
+    learned = results["learn"][rows_of]["tuned"]
     assert learned["loss"] == pytest.approx(with_end["loss"])
     assert learned["exact_match"] == 0
-    perplexity = found["text"][str(text)]["base"]
+    perplexity = results["text"][str(text)]["base"]
     assert perplexity["perplexity"] == pytest.approx(math.exp(perplexity["loss"]))
-    assert found["choices"][rows_of]["base"]["samples"] == 4
-    assert json.loads(json.dumps(found)) == found
+    assert results["choices"][rows_of]["base"]["samples"] == 4
+    assert json.loads(json.dumps(results)) == results
 
 
 @pytest.mark.parametrize("row", [{}, {"choices": "4"}, {"choices": ["5", "6"]}])

@@ -180,9 +180,9 @@ def test_the_first_sentence_says_what_the_data_says():
     unsure = "to 0.9410 (no interval for 100% of these losses, as a rate next to them was run with one seed)."
     assert unsure in html_report(compared)
     compared["runs"] = [r for r in comparison()["runs"] if r["method"] != "kpm"]
-    for one in compared["runs"]:
-        if one["method"] == "full" and one["status"] == "done":
-            one["results"]["keep"]["nq"]["drift"] *= 5
+    for entry in compared["runs"]:
+        if entry["method"] == "full" and entry["status"] == "done":
+            entry["results"]["keep"]["nq"]["drift"] *= 5
     assert "Full fine-tuning ends at the lowest task loss" in first_sentence(compared)  # what was not found comes last
     assert "no other method that reaches it drifts clearly less than LoRA on nq" in html_report(compared)
     compared["runs"] = [r for r in comparison()["runs"] if r["method"] == "kpm" and r["learning_rate"] == 2e-3]
@@ -198,10 +198,10 @@ def test_the_first_sentence_says_what_the_data_says():
 def test_without_seeds_it_takes_twice_as_much_to_come_first(less, named):
     compared = comparison()
     compared["methods"]["lucky"] = {"title": "Lucky", "source": ""}
-    for one in comparison()["runs"]:
-        if one["method"] == "kpm" and one["seed"] == 0:
-            one["results"]["keep"]["nq"]["drift"] /= less
-            compared["runs"].append(one | {"method": "lucky"})
+    for entry in comparison()["runs"]:
+        if entry["method"] == "kpm" and entry["seed"] == 0:
+            entry["results"]["keep"]["nq"]["drift"] /= less
+            compared["runs"].append(entry | {"method": "lucky"})
     at, over, *_ = headline(compared, summary(compared))
     assert at.startswith("At LoRA’s best task loss")
     assert "over half of the task losses" in over
@@ -211,16 +211,16 @@ def test_without_seeds_it_takes_twice_as_much_to_come_first(less, named):
 def test_a_difference_that_seeds_could_explain_says_so():
     compared = comparison()
     compared["runs"] = [r for r in compared["runs"] if r["method"] in ("kpm", "lora")]
-    for one in compared["runs"]:
-        if one["method"] == "kpm":
-            one["results"]["keep"]["nq"]["drift"] *= 55 * (1.5, 1.0, 0.5)[one["seed"]]
+    for entry in compared["runs"]:
+        if entry["method"] == "kpm":
+            entry["results"]["keep"]["nq"]["drift"] *= 55 * (1.5, 1.0, 0.5)[entry["seed"]]
     assert "the seeds’ spread could explain it" in first_sentence(compared)
 
 
 def test_what_learns_most_comes_first_where_nothing_is_kept():
     compared = comparison()
-    for one in compared["runs"]:
-        one.get("results", {}).pop("keep", None)
+    for entry in compared["runs"]:
+        entry.get("results", {}).pop("keep", None)
     assert first_sentence(compared) == (
         "Full fine-tuning ends at the lowest task loss, 0.8600 ± 0.0025, against LoRA’s 0.9000 ± 0.0025; "
         "seed by seed the difference is −0.0400 ± 0.0000."
@@ -229,12 +229,12 @@ def test_what_learns_most_comes_first_where_nothing_is_kept():
     compared["runs"] = [r for r in compared["runs"] if r["seed"] == 0]
     assert "(too few seeds to be sure)" in first_sentence(compared)
     compared["runs"] = [r for r in compared["runs"] if r["method"] in ("full", "lora")]
-    for one in (
+    for entry in (
         run("full", 5e-5, 1, 0.9, 1),
         run("full", 5e-5, 2, 0.93, 1),
         *(run("lora", 1e-3, s, 0.9, 1) for s in (1, 2)),
     ):
-        compared["runs"].append({**one, "results": {"learn": one["results"]["learn"]}})
+        compared["runs"].append({**entry, "results": {"learn": entry["results"]["learn"]}})
     difference = "seed by seed the difference is −0.0033 ± 0.0872: the seeds’ spread could explain it."
     assert difference in first_sentence(compared)
 
@@ -247,9 +247,9 @@ def test_recipes_that_measure_less(left, tmp_path):
         compared["runs"] = compared["runs"][-2:]
     if left == "one run":
         compared["runs"] = compared["runs"][:1]
-    for one in compared["runs"] if kinds else []:
-        if "results" in one:
-            one["results"] = {kind: one["results"][kind] for kind in kinds}
+    for entry in compared["runs"] if kinds else []:
+        if "results" in entry:
+            entry["results"] = {kind: entry["results"][kind] for kind in kinds}
     write_report(tmp_path, compared)
     assert (tmp_path / "curves.svg").exists()
     assert (tmp_path / "frontier.svg").exists() == (left not in ("learn only", "nothing done"))
@@ -293,9 +293,9 @@ def test_pictures_leave_out_what_lies_far_outside(folder, tmp_path):
     assert "some points lie outside: Full fine-tuning" in (folder / "frontier.svg").read_text()
     assert "some points lie outside" not in (folder / "curves.svg").read_text()
     compared = comparison()
-    for one in compared["runs"]:
-        if one["method"] == "kpm":
-            one["curve"][0][2] = 8.5
+    for entry in compared["runs"]:
+        if entry["method"] == "kpm":
+            entry["curve"][0][2] = 8.5
     write_report(tmp_path, compared)
     assert "some points lie outside: CorDA KPM" in (tmp_path / "curves.svg").read_text()
 
@@ -397,19 +397,19 @@ def browser(request, folder, tmp_path_factory):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed")
-    there = tmp_path_factory.mktemp("browser")
+    page_folder = tmp_path_factory.mktemp("browser")
     page = (folder / "report.html").read_text(encoding="utf-8")
-    (there / "page.html").write_text(page.replace("</body>", PROBE), encoding="utf-8")
-    (there / "frames.html").write_text(FRAMES)
+    (page_folder / "page.html").write_text(page.replace("</body>", PROBE), encoding="utf-8")
+    (page_folder / "frames.html").write_text(FRAMES)
     command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={there / 'profile'}", "--virtual-time-budget=4000", "--window-size=1400,1800"]
+    command += [f"--user-data-dir={page_folder / 'profile'}", "--virtual-time-budget=4000", "--window-size=1400,1800"]
     command += [f"--blink-settings=preferredColorScheme={0 if request.param == 'dark' else 1}"]
-    command += ["--dump-dom", (there / "frames.html").as_uri()]
+    command += ["--dump-dom", (page_folder / "frames.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
+    printed = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     unescape = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
-    text = re.sub("|".join(unescape), lambda m: unescape[m[0]], found[1] if found else "")
+    text = re.sub("|".join(unescape), lambda m: unescape[m[0]], printed[1] if printed else "")
     pages = sorted((json.loads(line) for line in text.splitlines()), key=lambda page: -page["width"])
     return {"pages": pages, "console": console, "theme": request.param}
 

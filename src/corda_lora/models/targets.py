@@ -49,7 +49,7 @@ def require_causal(model: nn.Module) -> None:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if task_type(base) is not TaskType.CAUSAL_LM:
         raise CordaError(
-            f"{type(base).__name__} is no causal language model, the only kind that is trained and measured"
+            f"{type(base).__name__} is no causal language model: only these can be trained and measured on responses"
         )
 
 
