@@ -1,19 +1,18 @@
 """Run many batches through a model's own forward, one block at a time.
 
-Every batch runs `model(**batch)` in a greenlet (a coroutine that can pause anywhere, also deep inside a call) that
-pauses where a block is entered. The scheduler lets all of them through block i before any enters block i + 1. Nothing
-of the model's forward is rewritten or traced: masks, rotary tables and cross inputs are simply alive in the paused
-frames. So the model is passed over once, only one block's weights need to be there at a time, and the hidden states
-of the batches that wait can be parked elsewhere.
+Every batch runs `model(**batch)` in a greenlet, a coroutine that can pause anywhere, also deep inside a call. It pauses
+where a block is entered. The scheduler lets all batches through block i before any enters block i + 1. Nothing of the
+model's forward is rewritten or traced: masks, rotary tables and cross inputs stay alive in the paused frames. So the
+model is passed over once, only one block's weights are needed at a time, and the hidden states of waiting batches can
+be parked elsewhere.
 
-On a CUDA device moving and reading go on beside computing: hidden states come and go on a stream of their own, one
-batch ahead and one behind, and a thread reads the weights of the next block into pinned memory. The host waits for
-nothing inside a block, so that the order of things is the streams': memory of the device is allocated, used and freed
-by the stream that computes; a copy begins (`beside`) after all that this stream has been given so far, and this stream
-waits for it before it uses what came or frees what went.
+On a CUDA device, moving and reading go on beside computing. Hidden states come and go on a stream of their own, one
+batch ahead and one behind. A thread reads the weights of the next block into pinned memory. Inside a block the host
+never synchronizes; ordering is left to the CUDA streams. The computing stream allocates, uses and frees all memory of
+the device. A copy (`beside`) begins after all that this stream has been given so far. This stream waits for the copy
+before it uses what came or frees what went.
 """
 
-import itertools
 import tempfile
 import weakref
 from collections import ChainMap, deque
@@ -31,9 +30,9 @@ from torch import Tensor, nn
 from ..config import CordaError
 from ..devices import has_streams
 
-Parking = Callable[[Tensor], Tensor]
+Parking = Callable[[Tensor], Tensor]  # copies a tensor to the place where it waits
 Stored = Mapping[Tensor, Callable[[], Tensor]]  # parameters whose values are in a checkpoint, and how they are read
-Wait = Callable[[], None]  # the stream that computes waits for a copy; the host does not
+Wait = Callable[[], None]  # makes the computing stream wait for a copy; the host does not wait
 
 
 class DifferentPathsError(RuntimeError):
@@ -59,102 +58,61 @@ def lockstep(
         blocks: modules that do not contain one another. All batches must enter them in the same order, each once.
         batches: keyword arguments of the model's forward. Tensors are moved by the caller or by `model` itself.
         on_batch: called with a batch's index each time before it runs on.
-        to_end: run the forward to its end after the last block (for hooks on what comes after, such as a
-            classification head); else it is dropped there, and the output head is never computed.
-        park: where a batch's hidden states are while it waits: a function that gives a copy there (see `parking`).
-            They come back when it runs on. Default: they stay where they are.
+        to_end: run the forward to its end after the last block, for hooks on later modules such as a classification
+            head. Else the forward is dropped there, and the output head is never computed.
+        park: copies the hidden states of a batch to the place where they wait (see `parking`). They come back when the
+            batch runs on. Default: they stay where they are.
 
     Raises:
         DifferentPathsError (a RuntimeError): the batches do not run the same blocks in the same order.
         RuntimeError: a block is entered twice (weights shared by blocks).
     """
 
-    def pause(block: nn.Module, args: Any, kwargs: Any) -> None:
-        current = getcurrent()
-        if current not in frames:  # a forward of somebody else's passes through
-            return
-        if park is None:
-            current.parent.switch(block)
-            return
-        given = {id(x): x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()}
-        homes = [(x, x.device) for x in given.values()]
-        # What the last block was given may still be held by the frame (a model keeps its embeddings): park it, too.
-        given |= {id(x): x for ref in last_given.get(current, ()) if (x := ref()) is not None}
-        send(given.values(), park)
-        waiting[current] = homes
-        current.parent.switch(block)
-        last_given[current] = [weakref.ref(x) for x, _ in homes]
-
-    def send(states: Iterable[Tensor], park: Parking) -> None:
-        """Begin to park a batch's hidden states. (A function: what `pause` holds is held while the batch waits.)"""
-        leaving.append([])
-        for x in states:
-            if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
-                memory = x.data
-                with beside(memory.device) as wait:
-                    x.data = park(x)
-                leaving[-1].append((wait, memory))
-
-    def bring(frame: greenlet) -> None:
-        """Begin to copy a batch's parked hidden states back to where they were."""
-        for x, home in waiting.pop(frame, ()):
-            if x.device != home:
-                here = torch.empty_like(x, device=home)
-                with beside(home) as wait:
-                    x.data = here.copy_(x, non_blocking=True)
-                coming.setdefault(frame, []).append(wait)
-
-    def free(all_but: int = 0) -> None:
-        """Give up the device's memory of what has been parked."""
-        while len(leaving) > all_but:
-            for wait, _ in leaving[0]:
-                wait()
-            leaving.popleft()
-
-    def leave(block: nn.Module, *_: Any) -> None:
-        if getcurrent() in frames and len(seen) == len(blocks) and not to_end:
-            raise GreenletExit  # unwinds the model's forward and ends the greenlet: nothing of it is held any longer
-
     def forward(batch: Mapping[str, Any]) -> None:
         model(**batch)
 
+    frames = [greenlet(forward) for _ in batches]
+    states = _WaitingStates(park)
+    seen: set[nn.Module] = set()
+
+    def pause(block: nn.Module, args: Any, kwargs: Any) -> None:
+        current = getcurrent()
+        if current in frames:  # else it is somebody else's forward, which passes through
+            states.leave(current, (*args, *kwargs.values()))
+            current.parent.switch(block)
+
+    def leave(block: nn.Module, *_: Any) -> None:
+        if getcurrent() in frames and len(seen) == len(blocks) and not to_end:
+            raise GreenletExit  # unwinds the model's forward and ends the greenlet, which then holds no tensor
+
     @torch.no_grad()  # here, not on `lockstep`: a generator's decorator is off while the caller runs `run`
     def advance() -> nn.Module | None:
-        """Run every batch to its next pause; the block they all stand at, or None at the end."""
+        """Run every batch to its next pause. Returns the block at which all of them stand, or None at the end."""
         stops = []
         for index, frame in enumerate(frames):
             on_batch(index)
-            bring(frame)
-            for wait in coming.pop(frame, ()):
-                wait()
-            free(all_but=1)
+            states.come_back(frame)
             for following in frames[index + 1 : index + 2]:
-                bring(following)
+                states.start_back(following)
             frame.parent = getcurrent()
             stop = frame.switch() if frame else frame.switch(batches[index])
             stops.append(None if isinstance(stop, GreenletExit) else stop)  # the exception would hold on to the frame
             del stop
-        free()
+        states.free()
         if any(stop is not stops[0] for stop in stops):
             raise DifferentPathsError("the batches do not run the model's blocks in the same order")
         return stops[0]
 
-    frames = [greenlet(forward) for _ in batches]
-    last_given: dict[Any, list[weakref.ref[Tensor]]] = {}
-    waiting: dict[Any, list[tuple[Tensor, torch.device]]] = {}  # the parked states of a batch, and where they were
-    coming: dict[Any, list[Wait]] = {}  # of a batch whose states are on their way back
-    leaving: deque[list[tuple[Wait, Tensor]]] = deque()  # of each batch, memory that is still being copied from
     hooks = [b.register_forward_pre_hook(pause, with_kwargs=True) for b in blocks]
     hooks += [b.register_forward_hook(leave) for b in blocks]
-    seen: set[nn.Module] = set()
-    ahead: list[nn.Module | None] = []  # where the batches stand, once the block yielded last has been run
+    next_block: list[nn.Module | None] = []  # where the batches stand, once the block yielded last has been run
 
     def run() -> None:
-        ahead.append(advance())
+        next_block.append(advance())
 
     try:
         run()
-        while (block := ahead.pop()) is not None:
+        while (block := next_block.pop()) is not None:
             if block in seen:
                 raise RuntimeError("a block is run twice in one forward: weights shared by blocks are not supported")
             seen.add(block)
@@ -162,28 +120,95 @@ def lockstep(
     finally:
         for hook in hooks:
             hook.remove()
-        for wait in itertools.chain(*coming.values()):
-            wait()
-        free()
+        states.settle()
         for frame in frames:
             if frame and not frame.dead:
                 frame.throw(GreenletExit)
 
 
+class _WaitingStates:
+    """The hidden states of batches that wait at a block, parked away from the device.
+
+    A batch's states `leave` when it pauses. Before it runs on they `start_back`, and then `come_back`. Copies in both
+    directions run beside the computation, so the memory that was copied from is freed a batch later.
+
+    Args:
+        park: None leaves the states where they are; then nothing here does anything.
+    """
+
+    def __init__(self, park: Parking | None):
+        self.park = park
+        self.homes: dict[greenlet, list[tuple[Tensor, torch.device]]] = {}  # parked states, and where they were
+        self.arriving: dict[greenlet, list[Wait]] = {}  # copies of a batch's states that are on their way back
+        self.leaving: deque[list[tuple[Wait, Tensor]]] = deque()  # for each batch, memory that is still copied from
+        self.inputs: dict[greenlet, list[weakref.ref[Tensor]]] = {}  # inputs of the block that a batch entered last
+
+    def leave(self, frame: greenlet, inputs: Iterable[Any]) -> None:
+        """Begin to park the states among a block's inputs, and those among the inputs of the block before: the frame
+        may still hold them, as many models hold their embeddings."""
+        if self.park is None:
+            return
+        states = {id(x): x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()}
+        held = {id(x): x for ref in self.inputs.get(frame, ()) if (x := ref()) is not None}
+        self.homes[frame] = [(x, x.device) for x in states.values()]
+        self.inputs[frame] = [weakref.ref(x) for x in states.values()]
+        copies: list[tuple[Wait, Tensor]] = []
+        self.leaving.append(copies)
+        for x in (states | held).values():
+            if x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes:
+                memory = x.data
+                with beside(memory.device) as wait:
+                    x.data = self.park(x)
+                copies.append((wait, memory))
+
+    def start_back(self, frame: greenlet) -> None:
+        """Begin to copy a batch's states back to where they were."""
+        for x, home in self.homes.pop(frame, ()):
+            if x.device != home:
+                memory = torch.empty_like(x, device=home)
+                with beside(home) as wait:
+                    x.data = memory.copy_(x, non_blocking=True)
+                self.arriving.setdefault(frame, []).append(wait)
+
+    def come_back(self, frame: greenlet) -> None:
+        """Make the computing stream wait until a batch's states are back."""
+        self.start_back(frame)
+        for wait in self.arriving.pop(frame, ()):
+            wait()
+        self.free(all_but=1)
+
+    def free(self, all_but: int = 0) -> None:
+        """Free the memory that parked states were copied from, of all batches but the last `all_but`."""
+        while len(self.leaving) > all_but:
+            for wait, _ in self.leaving[0]:
+                wait()
+            self.leaving.popleft()
+
+    def settle(self) -> None:
+        """Make the computing stream wait for all copies."""
+        for waits in self.arriving.values():
+            for wait in waits:
+                wait()
+        self.free()
+
+
 @cache
-def _copying(device: torch.device) -> torch.cuda.Stream:
-    """The device's second stream."""
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which copies run."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[Wait]:
-    """Copies in here run beside what a CUDA device computes from now on; call what is yielded before what they filled
-    is used, or what they read is freed. For any other device this is nothing: copies are made at once."""
+    """Run the copies of this `with` block beside what a CUDA device computes from now on.
+
+    Yields a function to call before the copies' target is used, or their source is freed. On any other device copies
+    are made at once, and the function does nothing.
+    """
     if not has_streams(device):
         yield lambda: None
         return
-    computing, copying, done = torch.cuda.current_stream(device), _copying(device), torch.cuda.Event()
+    computing, copying, done = torch.cuda.current_stream(device), _copying_stream(device), torch.cuda.Event()
     copying.wait_stream(computing)
     with torch.cuda.stream(copying):
         yield lambda: computing.wait_event(done)
@@ -191,8 +216,11 @@ def beside(device: torch.device) -> Iterator[Wait]:
 
 
 def parking(where: str, folder: Path | None = None) -> Parking | None:
-    """A place for waiting hidden states: `device` (None: they stay), `cpu`, or `disk`: memory that is a file in
-    `folder`, which the system writes out when it needs to; the file goes when its tensor does, or the process."""
+    """The function that parks a tensor on the `device` (None: it stays where it is), the `cpu` or the `disk`.
+
+    On the disk a tensor's memory is a file in `folder`, which the system writes out when it needs to. The file is gone
+    when the tensor is freed, or the process ends.
+    """
 
     def to_cpu(x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
@@ -207,10 +235,10 @@ def parking(where: str, folder: Path | None = None) -> Parking | None:
 
 @contextmanager
 def on_device(tensors: Iterable[Tensor], device: torch.device, stored: Stored | None = None) -> Iterator[None]:
-    """Have parameters or buffers on `device`; afterwards they hold the very memory they held before.
+    """Move parameters or buffers to `device` for a `with` block. Afterwards they hold the very memory they held before.
 
     Args:
-        stored: of tensors whose values are in a checkpoint, a function that reads them (see `models.open_model`).
+        stored: tensors whose values are in a checkpoint (see `models.open_model`).
     """
     homes = {tensor: tensor.data for tensor in tensors if tensor.device != device or (stored and tensor in stored)}
     try:
@@ -227,13 +255,14 @@ def on_device(tensors: Iterable[Tensor], device: torch.device, stored: Stored | 
 def visits(
     blocks: Sequence[nn.Module], device: torch.device, stored: Stored | None = None
 ) -> Iterator[Callable[[nn.Module], AbstractContextManager[None]]]:
-    """Yield `on_device` for the parameters and buffers of one block after another, which are expected in this order.
+    """Yield a function that is `on_device` for the parameters and buffers of a block. It is called for the blocks in the
+    given order.
 
-    While a block is on a CUDA device a thread reads the parameters of the next one, from its checkpoint or from memory,
-    into pinned memory, from where they are moved in one quick copy: the device never holds two blocks.
+    While a block is on a CUDA device a thread reads the parameters of the next block, from its checkpoint or from
+    memory, into pinned memory. From there one quick copy moves them, so the device never holds two blocks.
     """
     after = dict(zip([None, *blocks], blocks))
-    ahead: dict[Tensor, Callable[[], Tensor]] = {}  # gives those of the next block, when they have been read
+    ahead: dict[Tensor, Callable[[], Tensor]] = {}  # parameters of the next block; each function waits for its reading
 
     def pinned(tensor: Tensor, home: Tensor) -> Tensor:
         return (stored[tensor]() if stored and tensor in stored else home).pin_memory()
@@ -257,7 +286,7 @@ def visits(
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers of a module and what it holds."""
+    """Parameters and buffers of a module and its submodules."""
     return [*module.parameters(), *module.buffers()]
 
 
