@@ -255,8 +255,8 @@ def on_device(tensors: Iterable[Tensor], device: torch.device, stored: Stored | 
 def visits(
     blocks: Sequence[nn.Module], device: torch.device, stored: Stored | None = None
 ) -> Iterator[Callable[[nn.Module], AbstractContextManager[None]]]:
-    """Yield a function that is `on_device` for the parameters and buffers of a block. It is called for the blocks in the
-    given order.
+    """Yield a function that is `on_device` for the parameters and buffers of a block. It is called for one block after
+    the other, in this order.
 
     While a block is on a CUDA device a thread reads the parameters of the next block, from its checkpoint or from
     memory, into pinned memory. From there one quick copy moves them, so the device never holds two blocks.
