@@ -12,11 +12,11 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
-from corda_lora.config import LoraStart, TrainConfig
+from corda_lora.config import CordaError, LoraStart, TrainConfig
 from corda_lora.data.samples import Sample
 from corda_lora.devices import has_bfloat16
 from corda_lora.training.sampler import SimilarLengths
-from corda_lora.training.train import DivergedError, _Trainer, mean_loss, plain_lora, train
+from corda_lora.training.train import DivergedError, _Trainer, last_checkpoint, mean_loss, plain_lora, train
 
 SAMPLES = [Sample(f"{'x' * (i * 7 % 23)} {i} =", f" {i + i}", {}) for i in range(40)]
 
@@ -141,6 +141,27 @@ def test_the_mean_loss_counts_the_steps_before_a_resume(tokenizer, tmp_path, mon
     assert result["train_loss"] == pytest.approx(sum(losses.values()) / 200, rel=1e-5)
     assert [step for step, _ in result["loss"]][-4:] == [195, 196, 198, 200]
     assert mean_loss([(2, 3.0), (3, 6.0)]) == 4.0
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tokenizer, tmp_path):
+    config = TrainConfig(max_steps=3, batch_size=4, precision="fp32", checkpoints=3)
+    train(plain_lora(tiny.build("llama"), LoraStart(r=2), config), tokenizer, SAMPLES, config, work=tmp_path)
+    newest = tmp_path / "checkpoint-3"
+    assert last_checkpoint(tmp_path) == str(newest)
+    names = {path.name for path in newest.iterdir()}
+    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors", "sha256.json"} <= names
+    for name in sorted(names - {"sha256.json"}):
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CordaError, match=rf"checkpoint-3/{name} is damaged: remove .*checkpoint-3 to go on"):
+            last_checkpoint(tmp_path)
+        (newest / name).unlink()
+        with pytest.raises(CordaError, match=rf"checkpoint-3/{name} is missing: remove .*checkpoint-3 to go on"):
+            last_checkpoint(tmp_path)
+        (newest / name).write_bytes(content)
+    (newest / "sha256.json").unlink()  # killed before it was complete
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not newest.exists()
 
 
 def test_each_epoch_has_an_order_of_its_own_and_all_samples(tokenizer):

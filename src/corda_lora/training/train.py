@@ -1,6 +1,5 @@
 """Supervised fine-tuning on prompts and responses, through TRL's `SFTTrainer`."""
 
-import json
 import math
 import shutil
 import time
@@ -22,6 +21,7 @@ from ..config import CordaError, LoraStart, TrainConfig
 from ..data.batches import encode
 from ..data.samples import Sample
 from ..devices import has_bfloat16
+from ..files import CHECKSUMS, check_checksums, write_checksums
 from ..models.targets import find_targets, require_causal, task_type
 from ..progress import progress_bar
 from .sampler import SimilarLengths
@@ -115,7 +115,7 @@ def train(
         logging_nan_inf_filter=False,  # it would replace such losses by the mean of the others
         save_strategy="steps" if work and config.checkpoints else "no",
         save_steps=max(1, steps // max(1, config.checkpoints)),
-        save_total_limit=1,
+        save_total_limit=2,  # until the newest has its checksums, the one before is the last complete one
         report_to="none",
         disable_tqdm=True,
         use_cpu=next(model.parameters()).device.type == "cpu",
@@ -128,7 +128,7 @@ def train(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         optimizers=(optimizer, None),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, _Checksums()],
     )
     trainer.remove_callback(PrinterCallback)
     since = time.perf_counter()
@@ -207,15 +207,24 @@ class _Steps(TrainerCallback):
         control.should_log |= control.should_save or state.global_step == state.max_steps
 
 
+class _Checksums(TrainerCallback):
+    """Writes the checksums of each checkpoint when the trainer has saved it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
 def last_checkpoint(work: Path) -> str | None:
     """The path of the newest complete checkpoint in `work`, or None; incomplete checkpoints are deleted.
 
-    The trainer writes its state last, so a checkpoint whose state can be read is complete."""
+    The checksums are written last, so a checkpoint that has them is complete.
+
+    Raises CordaError if a file of that checkpoint has changed since.
+    """
     steps = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
     for _, path in sorted(steps.items(), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
+        if (path / CHECKSUMS).is_file():
+            check_checksums(path, f"remove {path} to go on from an earlier checkpoint or from the beginning")
             return str(path)
-        except (OSError, ValueError):
-            shutil.rmtree(path)
+        shutil.rmtree(path)
     return None
