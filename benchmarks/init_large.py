@@ -159,14 +159,14 @@ def driver_memory() -> Iterator[list[int]]:
 
 
 @contextmanager
-def folder(given: Path | None) -> Iterator[Path]:
+def folder(path: Path | None) -> Iterator[Path]:
     """The folder to work in, or a temporary one."""
-    if given is None:
+    if path is None:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
     else:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
 
 
 def size_of(path: Path) -> int:
