@@ -2,15 +2,16 @@
 
     from corda_lora.peft import preprocess_corda   # was: from peft.tuners.lora.corda import preprocess_corda
 
-The same arguments, covariances, files and errors, and on the layers what `get_peft_model` looks for. What differs:
+The arguments, covariances, files and errors are PEFT's, and the layers get the attributes that `get_peft_model` reads.
+These are the differences:
 
-- **One block at a time.** PEFT's interface is a callback that calls the model, as a rule in a loop that ignores what
-  comes back. So its calls only wait; when it has returned, all of them go through the first block, whose layers are
-  then decomposed, and so on: the covariances of one block exist at a time. An output that is looked at is computed
-  there and then; where that happens everything is run as in PEFT, with the covariances of all layers in memory.
-- **Several samples a call**, with padding, count as if given one at a time without it.
-- **No inverse and no full SVD:** see `decomposition`. λ is 0.01: PEFT doubles it while its float32 inverse is
-  inaccurate, and here there is none.
+- **One block at a time.** PEFT's interface is a callback that calls the model, as a rule in a loop that ignores the
+  outputs. So the calls only wait. When the callback has returned, all of them go through the first block, whose layers
+  are then decomposed, and so on: the covariances of one block exist at a time. If the callback reads an output, it is
+  computed at once. Then everything is run as in PEFT, with the covariances of all layers in memory.
+- **Several samples a call**, with padding, count as single samples without padding.
+- **No inverse and no full SVD:** see `decomposition`. λ is 0.01. PEFT doubles it while its float32 inverse is
+  inaccurate; here no inverse is needed.
 - **Files** are read as plain tensors and nothing else, and written whole or not at all.
 """
 
@@ -59,17 +60,17 @@ def preprocess_corda(
 
     Args:
         model: the model to adapt.
-        lora_config: with `init_lora_weights="corda"` and a `corda_config`. Of its options, `use_float16_for_covariance`
-            is about what is kept (in the file, on the layers): that has the dtype of the weights. Covariances are
-            summed and decomposed in float32 all the same.
-        run_model: calls the model on the context, a few hundred samples. Padding is what `attention_mask` says.
+        lora_config: with `init_lora_weights="corda"` and a `corda_config`. Its option `use_float16_for_covariance`
+            gives the covariances in the file and on the layers the dtype of the weights. They are summed and decomposed
+            in float32 all the same.
+        run_model: calls the model on the context, a few hundred samples. Padding is read from `attention_mask`.
             Not needed where one of the files exists.
-        hooked_model: the model that `run_model` calls, if another; its layers have the same names. It is left in
-            evaluation mode, as in PEFT.
+        hooked_model: the model that `run_model` calls, if it is another one; its layers have the same names. It is left
+            in evaluation mode, as in PEFT.
 
     Raises:
         CordaError (a ValueError): where PEFT raises one; a layer that was never run; a file that holds something else.
-            All that can be told before the model runs, is. On an error no layer is given anything.
+            Raised before the model runs wherever possible. After an error no layer has a new attribute.
     """
     options = lora_config.corda_config
     if options is None:
@@ -104,31 +105,32 @@ def preprocess_corda(
     hooked = model if hooked_model is None else hooked_model
     device = compute_device(hooked)
     solving = double_device(device)
-    homes = {name: module.weight.device for name, module in targets.items()}  # while they visit `device`, too
+    homes = {name: module.weight.device for name, module in targets.items()}  # blocks are moved to `device` and back
     from_file = _exists(options.covariance_file)
-    fields: dict[str, dict[str, Any]] = {}  # layer -> what it is given in the end
-    kept: dict[str, Tensor] = {}  # layer -> its covariance, to be written
+    attributes: dict[str, dict[str, Any]] = {}  # layer -> the attributes that it gets in the end
+    to_write: dict[str, Tensor] = {}  # layer -> its covariance
     fallbacks: list[str] = []  # layers that the solver gave up on
 
     def decompose(names: Sequence[str], C: Tensor, samples: int | None = None) -> None:
-        """Layers that share their inputs, with covariance C (n, n): the mean over so many samples."""
+        """Decompose layers that share their inputs, with covariance C (n, n), a mean over `samples`."""
         if not bool(torch.isfinite(C).all()):
             why = (
                 "the file is broken" if from_file else "a sample is divided by its largest number, which must not be 0"
             )
             raise CordaError(f"Invalid value found in covariance of {names[0]}: {why}")
-        times = partial(orient, C=C.to(solving), orientation="covariance")
+        oriented = partial(orient, C=C.to(solving), orientation="covariance")
         C = C.to(targets[names[0]].weight.dtype) if options.use_float16_for_covariance else C
         for name in names:
             W = weight_of(targets[name]).to(solving)  # (m, n)
-            parts = corda_eigens(W, times, method, ranks[name], partial(fallbacks.append, name))
-            fields[name] = {"eigens": CordaEigens(*(part.to(homes[name]) for part in parts))}
+            parts = corda_eigens(W, oriented, method, ranks[name], partial(fallbacks.append, name))
+            layer: dict[str, Any] = {"eigens": CordaEigens(*(part.to(homes[name]) for part in parts))}
             if not options.prune_temporary_fields:
-                fields[name] |= {"covariance_matrix": C.to(homes[name]), "corda_method": method, "rank": ranks[name]}
+                layer |= {"covariance_matrix": C.to(homes[name]), "corda_method": method, "rank": ranks[name]}
                 if samples is not None:
-                    fields[name]["sample_count"] = samples
+                    layer["sample_count"] = samples
+            attributes[name] = layer
             if options.covariance_file is not None and not from_file:
-                kept[name] = C.cpu()
+                to_write[name] = C.cpu()
 
     with float32_products("highest"):
         if from_file:
@@ -145,45 +147,49 @@ def preprocess_corda(
             layers = {name: module for name, module in target_modules(hooked, config) if name in targets}
             collect(hooked, layers, run_model, device, decompose, options.verbose)
     warn_of_fallbacks(fallbacks)
-    if unseen := [name for name in targets if name not in fields]:
+    if unseen := [name for name in targets if name not in attributes]:
         raise CordaError(f"{unseen[0]} ({len(unseen)} of {len(targets)} target layers) was not run by run_model")
-    if kept:
-        _write(options.covariance_file, kept)
+    if to_write:
+        _write(options.covariance_file, to_write)
     if options.cache_file is not None:
-        eigens = {name: given["eigens"] for name, given in fields.items()}
+        eigens = {name: layer["eigens"] for name, layer in attributes.items()}
         _write(
             options.cache_file, {f"{n}.eigens.{part}": getattr(e, part) for n, e in eigens.items() for part in PARTS}
         )
-    for name, given in fields.items():
-        for field, value in given.items():
-            setattr(targets[name], field, value)
+    for name, layer in attributes.items():
+        for attribute, value in layer.items():
+            setattr(targets[name], attribute, value)
 
 
 def corda_eigens(
     W: Tensor,
-    times: Callable[[Tensor], Tensor],
+    oriented: Callable[[Tensor], Tensor],
     method: str,
     r: int,
     fell_back: Callable[[], None] = say_fallback,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The r components that become the adapter: PEFT's S_WC (r,), U_WC (m, r), V_WC (n, r), float32.
 
-    W: (m, n), times: W → W C_λ, see `solvers`. U S Vᵀ is the components' part U Uᵀ W of W, so
-    V = (S⁻¹ Uᵀ W)ᵀ (PEFT: C_λ⁻¹ V); where σ is 0 so is the component, and its column of V.
+    U S Vᵀ is the part U Uᵀ W of the weight, so V = (S⁻¹ Uᵀ W)ᵀ (PEFT computes C_λ⁻¹ V). Where σ is 0, the component and
+    its column of V are 0.
+
+    Args:
+        W: (m, n).
+        oriented: W → W C_λ, see `solvers`.
     """
-    U, sigma = chosen_components(W, times, method, r, fell_back=fell_back)  # (m, r), (r,)
+    U, sigma = chosen_components(W, oriented, method, r, fell_back=fell_back)  # (m, r), (r,)
     rows = U.T @ W.double()  # (r, n)
     V = torch.where(sigma > 0, rows.T / sigma, 0.0)
     return sigma.float(), U.float(), V.float()
 
 
 class _Output:
-    """What the model returns for a call that waits: its output, computed when it is first looked at."""
+    """Stands for the model's output of a call that waits. The output is computed when it is first read."""
 
     def __init__(self, compute: Callable[[], Any]):
         self._compute = cache(compute)
 
-    __class__ = property(lambda self: type(self._compute()))  # `isinstance` looks, too
+    __class__ = property(lambda self: type(self._compute()))  # for `isinstance`
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compute(), name)
@@ -212,12 +218,12 @@ def collect(
     done: Callable[[Sequence[str], Tensor, int], None],
     verbose: bool = False,
 ) -> None:
-    """Covariances as PEFT normalizes them, of the layers' inputs in all calls of the model that `run_model` makes.
+    """Collect the covariances of the layers' inputs, as PEFT normalizes them, in all calls that `run_model` makes.
 
     Args:
         device: where blocks are run, if the calls can wait.
-        done: called with layers that share their inputs, C (n, n), and the number of samples it is the mean over, when
-            all calls have gone through the layers' block.
+        done: called when all calls have gone through a block, with layers that share their inputs, their C (n, n), and
+            the number of samples that C is the mean over.
     """
     forward = model.forward
     signature = inspect.signature(forward)
@@ -250,9 +256,9 @@ def collect(
         run_model()
 
     def hand_over(collector: Collector, groups: list[Group]) -> None:
-        while groups:  # popped: one that is done is not held any longer
+        while groups:  # popped: a group that is done frees its covariance
             names, Cs = groups.pop(0)
-            for C in Cs:  # one; none for a layer that was not run
+            for C in Cs:  # a single round; empty for a layer that was not run
                 done(names, C, collector.counts[names[0]])
                 for _ in names:
                     advance()
@@ -262,7 +268,7 @@ def collect(
         if calls and not at_once.covariances:
             collector = Collector(model, layers, Context(calls), per_sample=True)
             try:
-                visiting = device.type == "cuda" and next(model.parameters()).device != device  # there is little room
+                visiting = device.type == "cuda" and next(model.parameters()).device != device  # its room is small
                 place = Place(device, park=parking("cpu" if visiting else "device"))
                 for _, groups in walk(model, layers, Context(calls), place, collector=collector):
                     hand_over(collector, groups or [])
@@ -276,8 +282,8 @@ def collect(
 
 
 def _can_pause(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether calls of the model can wait, and go through it block by block: it is one of transformers', whose outputs
-    have attributes and items, on one device, and its blocks are layers of their own."""
+    """Whether calls of the model can wait and go through it block by block. The model must be one of transformers',
+    whose outputs have attributes and items, it must be on one device, and its blocks must not share weights."""
     try:
         return (
             isinstance(model, PreTrainedModel)
@@ -289,12 +295,12 @@ def _can_pause(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
 
 
 def _has_tokens(call: Mapping[str, Any]) -> bool:
-    """Whether a call says which of its tokens are real (see `token_masks`); otherwise it is one sample, as in PEFT."""
+    """Whether the real tokens of a call are known (see `token_masks`). Else it counts as one sample, as in PEFT."""
     return any(isinstance(call.get(key), Tensor) for key in ("input_ids", "inputs_embeds"))
 
 
 def _can_wait(call: Mapping[str, Any]) -> bool:
-    """Whether a call gives the same when it is run later: it depends on no cache, nor on autocast."""
+    """Whether a call gives the same output when it is run later: it must depend neither on a cache nor on autocast."""
     plain = all(value is None or isinstance(value, (Tensor, int, float, str)) for value in call.values())
     devices = {value.device.type for value in call.values() if isinstance(value, Tensor)}
     return plain and _has_tokens(call) and not any(torch.is_autocast_enabled(kind) for kind in devices)
@@ -302,7 +308,7 @@ def _can_wait(call: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`forward` in place of the model's own (which accelerate may have replaced, too)."""
+    """Replace the model's `forward` for a `with` block. Accelerate may have replaced it before."""
     own = vars(model).get("forward")
     model.forward = forward
     try:
@@ -321,26 +327,26 @@ def _read(file: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Tensors of these names, on the CPU, read when they are used. Raises CordaError if the file has others."""
     try:
         mapped = zipfile.is_zipfile(file)  # the format before torch 1.6 is not
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
-    except Exception as error:  # a stream of other bytes ends in any
+    except Exception as error:  # other bytes may raise anything
         raise CordaError(f"{file} is not a file of tensors, as preprocess_corda writes it") from error
     for name in names:
-        if not isinstance(found, dict) or not isinstance(found.get(name), Tensor):
+        if not isinstance(tensors, dict) or not isinstance(tensors.get(name), Tensor):
             raise CordaError(f"{file} holds no tensor {name}: it was written for another model or other target_modules")
-    return found
+    return tensors
 
 
 def _check_folder(file: Path) -> None:
-    """Raises CordaError if the file cannot be written, before there is something to write."""
+    """Raises CordaError if the file cannot be written. To be called before the long work."""
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise CordaError(f"{file} cannot be written: {folder} is not a folder that may be written to")
 
 
 def _write(file: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """The whole file or none."""
+    """Write a file whole or not at all."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
