@@ -415,7 +415,7 @@ def compare(options: Namespace) -> None:
     if options.jobs and "forkserver" in multiprocessing.get_all_start_methods():
         from multiprocessing import forkserver
 
-        # Runs are forked from a server that imports what is imported here (see `_run_all`): both at the same time.
+        # Processes are forked from a server with the same imports (see `compare.runner`): it imports them meanwhile.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         multiprocessing.get_context("forkserver").set_forkserver_preload(["corda_lora.compare.runner"])
         forkserver.ensure_running()

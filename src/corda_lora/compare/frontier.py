@@ -21,7 +21,7 @@ Three choices:
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def is_done(run: dict[str, Any]) -> bool:
+def is_done(run: Mapping[str, Any]) -> bool:
     """Whether a run counts: its status is "done" and its task loss is finite."""
     return run["status"] == "done" and is_finite(task_loss(run))
 
@@ -119,7 +119,8 @@ def status(run: dict[str, Any]) -> str:
     return "diverged" if run["status"] == "done" and not is_done(run) else run["status"]
 
 
-def task_loss(run: dict[str, Any]) -> float:
+def task_loss(run: Mapping[str, Any]) -> float:
+    """The final held-out loss of the task: that of the first `learn` data."""
     return next(iter(run["results"]["learn"].values()))["loss"]
 
 
@@ -249,10 +250,16 @@ def _on_hull(hull: Sequence[Point], loss: float) -> tuple[float, dict[int, float
 # --- each method at its best learning rate
 
 
-def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
-    """The learning rate with the lowest mean final task loss over seeds; None if no run is done.
+def lowest_rate(losses: Mapping[float, Sequence[float]]) -> float:
+    """The learning rate with the lowest mean task loss over seeds; the lower one of two equal rates.
 
-    Only the rates with the most seeds compete. The others had one seed each and were worse with it.
+    Only the rates with the most seeds compete. The others had one seed each and were worse with it."""
+    most = max(map(len, losses.values()))
+    return min((rate for rate in losses if len(losses[rate]) == most), key=lambda rate: (np.mean(losses[rate]), rate))
+
+
+def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
+    """The learning rate with the lowest final task loss (see `lowest_rate`); None if no run is done.
 
     The note says whether the best rate is the lowest or highest of the rates tried: then a wider sweep may do better. A
     rate whose runs all diverged counts as tried; a rate whose runs failed for another reason does not.
@@ -262,8 +269,7 @@ def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
         losses.setdefault(run["learning_rate"], []).append(task_loss(run))
     if not losses:
         return None
-    most = max(map(len, losses.values()))
-    best = min((rate for rate in losses if len(losses[rate]) == most), key=lambda rate: (np.mean(losses[rate]), rate))
+    best = lowest_rate(losses)
     runs = [run for run in comparison["runs"] if run["method"] == method]
     diverged = [run["learning_rate"] for run in runs if status(run) == "diverged"]
     tried = sorted({*losses, *diverged})
@@ -357,11 +363,14 @@ def milestones(comparison: dict[str, Any]) -> list[float]:
 # --- a row for each method
 
 
+def reference_order(methods: Iterable[str]) -> list[str]:
+    """LoRA, then the others as they come. The first of them with a run that is done is the reference method."""
+    return sorted(methods, key=lambda method: method != "lora")
+
+
 def reference_method(comparison: dict[str, Any]) -> str | None:
-    """The method that the others are compared with: LoRA if one of its runs is done, else the first method with such a
-    run."""
-    methods = sorted(comparison["methods"], key=lambda method: method != "lora")
-    return next((method for method in methods if done_runs(comparison, method)), None)
+    """The method that the others are compared with (see `reference_order`); None if no run is done."""
+    return next((m for m in reference_order(comparison["methods"]) if done_runs(comparison, m)), None)
 
 
 def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:

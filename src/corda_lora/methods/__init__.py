@@ -1,1 +1,3 @@
-"""Every method that can be compared, by name."""
+"""Every method that can be compared, by name (see `registry`)."""
+
+from . import baselines, corda  # noqa: F401 (each enters its methods into registry.METHODS)

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import datasets
 import peft
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -69,6 +69,7 @@ def train(
     progress: bool = True,
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    penalties: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Train the trainable parameters of `model` in place. The model may carry an adapter.
 
@@ -79,9 +80,12 @@ def train(
         work: folder for checkpoints. If it holds checkpoints already, training resumes from the newest.
         optimizer: used instead of AdamW over all trainable parameters.
         callbacks: added to the trainer.
+        penalties: terms of the loss by name, added once per optimizer step. Each function computes its weighted term, a
+            scalar, from the model's current weights.
 
     Returns:
-        {"loss": [[step, mean training loss since the last entry], ...], "steps", "samples", "seconds", "train_loss"}.
+        {"loss": [[step, mean training loss since the last entry, penalties included], ...], "penalties": {name: [[step,
+        mean penalty since the last entry], ...]}, "steps", "samples", "seconds", "train_loss"}.
 
     Raises:
         CordaError: the model is no causal language model, or no sample has a response.
@@ -130,6 +134,7 @@ def train(
         optimizers=(optimizer, None),
         callbacks=[*callbacks, _Checksums()],
     )
+    trainer.penalties = penalties or {}
     trainer.remove_callback(PrinterCallback)
     since = time.perf_counter()
     with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
@@ -137,7 +142,8 @@ def train(
         trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise DivergedError("the trained parameters were not finite", steps)
-    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    losses = [(log["step"], log["loss"]) for log in logs]
     # Remove the mixed-precision wrapper, so that the tuned model is measured in the same precision as the base model.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return {
@@ -146,6 +152,7 @@ def train(
         "seconds": time.perf_counter() - since,
         "train_loss": mean_loss(losses),
         "loss": [list(pair) for pair in losses],
+        "penalties": {name: [[log["step"], log[f"penalty/{name}"]] for log in logs] for name in trainer.penalties},
     }
 
 
@@ -177,7 +184,22 @@ def training_steps(config: TrainConfig, samples: int) -> int:
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our order of samples. It stops at a loss that is NaN or infinite."""
+    """TRL's trainer with our order of samples, and with penalties in its loss. It stops at a loss that is NaN or
+    infinite."""
+
+    penalties: Mapping[str, Callable[[], Tensor]] = {}
+
+    def compute_loss(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+        """The loss of a micro-batch, with its share of the penalties.
+
+        TRL computes the loss from log-probabilities: whatever a model or a hook adds to `outputs.loss` is ignored."""
+        loss = super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+        values = {name: penalty() for name, penalty in self.penalties.items()}
+        for name, value in values.items():
+            self._metrics["train"][f"penalty/{name}"].append(value.item())
+        # Where the loss counts the tokens of the whole step, transformers adds up the micro-batches; else it averages.
+        adds_up = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return loss + sum(values.values()) / (self.current_gradient_accumulation_steps if adds_up else 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -1,0 +1,137 @@
+"""A comparison and its directory.
+
+OUTPUT/recipe.json                    the settings that all runs share; another recipe is refused
+OUTPUT/base/                          the base model's results and its outputs, computed once
+OUTPUT/starts/ENTRY/                  the cached preparation of an entry, shared by its runs
+OUTPUT/runs/ENTRY/lr0.001_s0/         a run: log.txt, and result.json when it is done
+OUTPUT/comparison.json                all results together
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..config import CompareConfig, CordaError, DataConfig, ModelConfig
+from ..data.samples import load_samples
+from ..files import write_json
+from ..methods.registry import METHODS
+from ..training.train import training_steps
+from .schedule import Entry, Job, Results, possible_jobs, scheduled_jobs
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model, the recipe of what is compared on it, and the directory of the results."""
+
+    source: ModelConfig
+    recipe: CompareConfig
+    output: Path
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The entries with the learning rates that they sweep."""
+        entries = {}
+        for name, entry in self.recipe.entries.items():
+            method = METHODS[entry.method]
+            rates = tuple(sorted(set(entry.learning_rates or method.learning_rates)))
+            entries[name] = Entry(rates, bool(method.prepares_from), entry.all_seeds)
+        return entries
+
+    @property
+    def learn(self) -> DataConfig:
+        """The data of the task."""
+        return _data(self.recipe.data)
+
+    @property
+    def keep(self) -> DataConfig | None:
+        """The data of the ability to keep, if there is any."""
+        return None if self.recipe.context is None else _data(self.recipe.context)
+
+    @cached_property
+    def steps(self) -> int:
+        """How many steps each run takes."""
+        if self.recipe.train.max_steps:
+            return self.recipe.train.max_steps
+        return training_steps(self.recipe.train, sum(bool(sample.response) for sample in load_samples(self.learn)))
+
+    def folder(self, job: Job) -> Path:
+        return self.output / job.folder
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """What a job has written, or None if it is not done."""
+        path = self.folder(job) / RESULT
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def results(self) -> dict[Job, dict[str, Any]]:
+        """The results of all jobs that are done."""
+        results = {job: self.result(job) for job in possible_jobs(self.entries, self.recipe.seeds)}
+        return {job: result for job, result in results.items() if result is not None}
+
+    def write_result(self, job: Job, result: Mapping[str, Any]) -> None:
+        write_json(self.folder(job) / RESULT, result)
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that all runs share. Entries, rates and seeds are not among them: they may be added later."""
+        settings = {key: value for key, value in asdict(self.recipe).items() if key not in ("methods", "seeds")}
+        return json.loads(json.dumps({"model": asdict(self.source), **settings}))
+
+    def open(self) -> None:
+        """Make the directory, or check that it belongs to this comparison.
+
+        Raises CordaError if something else is in it, or runs of another recipe.
+        """
+        path, shared = self.output / "recipe.json", self.shared()
+        if self.output.is_file() or (self.output.is_dir() and any(self.output.iterdir()) and not path.is_file()):
+            raise CordaError(f"the output {self.output} has something else in it already: remove it, or choose another")
+        entries = {name: entry.key() for name, entry in self.recipe.entries.items()}
+        if path.is_file():
+            before = json.loads(path.read_text())
+            differing = [key for key in shared if before["shared"].get(key) != shared[key]]
+            differing += [name for name, key in entries.items() if before["entries"].get(name, key) != key]
+            if differing:
+                raise CordaError(
+                    f"{self.output} holds runs of another recipe (it differs in {', '.join(differing)}): remove it, "
+                    "or choose another output"
+                )
+            entries = before["entries"] | entries
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"shared": shared, "entries": entries})
+
+
+def _data(data: str | DataConfig) -> DataConfig:
+    return DataConfig(data) if isinstance(data, str) else data
+
+
+def gather(comparison: Comparison, results: Results, command: str) -> dict[str, Any]:
+    """The comparison as one dictionary: settings, machine, versions, the base model's results, and every scheduled run
+    with its status ("done", "diverged", "failed", "does not fit" or "not run")."""
+    base = results.get(Job(), {})
+    runs: list[dict[str, Any]] = []
+    for job in scheduled_jobs(comparison.entries, comparison.recipe.seeds, results):
+        if job.is_run:
+            preparation = results.get(Job(job.entry), {"status": "done"})
+            missing = preparation if preparation["status"] != "done" else {"status": "not run", "why": ""}
+            result = results.get(job, missing)
+            runs.append({"method": job.entry, "learning_rate": job.rate, "seed": job.seed, **result})
+    methods = {}
+    for name, entry in comparison.recipe.entries.items():
+        method = METHODS[entry.method]
+        title = method.title if name == entry.method else name
+        methods[name] = {"title": title, "source": method.source, "options": entry.options}
+    entries = {name: entry.key() for name, entry in comparison.recipe.entries.items()}
+    return {
+        "name": comparison.output.name,
+        "command": command,
+        "recipe": comparison.shared() | {"methods": entries},
+        "machine": ", ".join(sorted({run["machine"] for run in [base, *runs] if run.get("machine")})) or None,
+        "versions": base.get("versions", {}),
+        "commit": ", ".join(sorted({run["commit"] for run in runs if run.get("commit")})) or None,
+        "methods": methods,
+        "base": base.get("results", {}),
+        "runs": runs,
+    }

@@ -1,0 +1,176 @@
+"""What one process does for one job of a comparison."""
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..data.batches import encode
+from ..data.samples import load_samples
+from ..devices import accelerator, peak_bytes
+from ..evaluation.answers import TUNED, loss_and_drift
+from ..evaluation.base_outputs import BaseOutputs
+from ..evaluation.evaluate import evaluate
+from ..methods.registry import METHODS, Prepared, Setup, count_parameters
+from ..models.loading import load_model, load_tokenizer
+from ..models.targets import find_targets
+from ..training.train import train
+from ..version import __version__
+from .comparison import Comparison
+from .schedule import Job
+
+PACKAGES = ("torch", "transformers", "peft", "trl")
+
+
+def do_job(comparison: Comparison, job: Job, counter: Any) -> dict[str, Any]:
+    """Measure the base model, prepare an entry, or do a run. Returns the job's result.
+
+    Args:
+        counter: a shared integer with a lock, to which a run adds its steps.
+
+    Raises CordaError if a method does not fit the model.
+    """
+    began = time.perf_counter()
+    model, tokenizer = load_model(comparison.source).to(accelerator()), load_tokenizer(comparison.source)
+    if not job.entry:
+        return _measure_base(comparison, job, model, tokenizer, began)
+    entry = comparison.recipe.entries[job.entry]
+    base = BaseOutputs(comparison.folder(Job()), model) if job.is_run else None
+    setup = _setup(comparison, job, model, tokenizer)
+    torch.manual_seed(job.seed)
+    began = time.perf_counter()
+    prepared = METHODS[entry.method].prepare(model, setup, **entry.options)
+    seconds = time.perf_counter() - began
+    if base is None:
+        return {"status": "done", "seconds": seconds}
+    if shared := comparison.result(Job(job.entry)):
+        seconds = shared["seconds"]
+    return _run(comparison, setup, prepared, seconds, base, counter)
+
+
+def _measure_base(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any, began: float) -> dict[str, Any]:
+    record: dict[str, torch.Tensor] = {}
+    results = evaluate(model, tokenizer, comparison.recipe.eval, progress=False, record=record)
+    BaseOutputs.save(comparison.folder(job), record)
+    return {
+        "status": "done",
+        "results": results_of(results, "base"),
+        "seconds": time.perf_counter() - began,
+        "versions": {"corda-lora": __version__, "python": platform.python_version()}
+        | {package: version(package) for package in PACKAGES},
+    }
+
+
+def _setup(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any) -> Setup:
+    recipe = comparison.recipe
+    return Setup(
+        tokenizer=tokenizer,
+        learn=comparison.learn,
+        keep=comparison.keep,
+        samples=recipe.context_samples,
+        targets=find_targets(model, recipe.target_modules),
+        r=recipe.r,
+        lora_alpha=recipe.lora_alpha or recipe.r,
+        train=replace(recipe.train, learning_rate=job.rate or recipe.train.learning_rate, seed=job.seed, checkpoints=0),
+        steps=comparison.steps,
+        folder=comparison.folder(Job(job.entry)),
+    )
+
+
+def _run(
+    comparison: Comparison, setup: Setup, prepared: Prepared, prepare_seconds: float, base: BaseOutputs, counter: Any
+) -> dict[str, Any]:
+    """Train a prepared model and measure it."""
+    curve = _Curve(comparison, setup.tokenizer, counter)
+    training = train_prepared(prepared, setup, [curve])
+    results = evaluate(prepared.model, setup.tokenizer, comparison.recipe.eval, progress=False, base=base)
+    result = {
+        "status": "done",
+        "why": "",
+        "results": results_of(results, "tuned"),
+        "curve": curve.points,
+        "loss": training["loss"],
+        "steps": training["steps"],
+        "seconds": training["seconds"] - curve.seconds,
+        "prepare_seconds": prepare_seconds,
+        "peak_bytes": peak_bytes(accelerator()),
+        "parameters": count_parameters(prepared.model),
+    }
+    if training["penalties"]:
+        result["penalties"] = training["penalties"]
+    first, last = curve.points[0][-1], curve.points[-1][-1]
+    if not last <= first:  # this holds for NaN, too
+        why = f"the task's held-out loss began at {first:.3g} and ended at {last:.3g}"
+        result |= {"status": "diverged", "why": why}
+    return result
+
+
+def train_prepared(prepared: Prepared, setup: Setup, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Train a prepared model on the task. Returns what `train` returns."""
+    return train(
+        prepared.model,
+        setup.tokenizer,
+        load_samples(setup.learn),
+        replace(setup.train, compile=setup.train.compile and prepared.compiles),
+        setup.learn.max_length,
+        progress=False,
+        optimizer=prepared.optimizer,
+        callbacks=[*prepared.callbacks, *callbacks],
+        penalties=prepared.penalties,
+    )
+
+
+class _Curve(TrainerCallback):
+    """Measures the task's held-out loss at a few steps of a run.
+
+    Attributes:
+        points: [step, seconds of training, loss] of each measurement.
+        seconds: the time that the measurements took.
+    """
+
+    def __init__(self, comparison: Comparison, tokenizer: Any, counter: Any):
+        recipe = comparison.recipe
+        data = recipe.eval.data("learn")[0]
+        samples = load_samples(data)[: recipe.curve_samples]
+        self.encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in samples]
+        self.steps = {round(i * comparison.steps / recipe.curve_points) for i in range(recipe.curve_points + 1)}
+        self.tokenizer, self.batch_tokens, self.counter = tokenizer, recipe.eval.batch_tokens, counter
+        self.points: list[list[float]] = []
+        self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+        self.measure(model, 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with self.counter.get_lock():
+            self.counter.value += 1
+        if state.global_step in self.steps:
+            self.measure(model, state.global_step)
+
+    def measure(self, model: Any, step: int) -> None:
+        now = time.perf_counter()
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks are for training
+            numbers = loss_and_drift(model, self.tokenizer, self.encoded, self.batch_tokens, compared=TUNED)
+        model.train()
+        self.points.append([step, now - self.began - self.seconds, numbers["tuned"]["loss"]])
+        self.seconds += time.perf_counter() - now
+
+
+def results_of(results: dict[str, Any], side: str) -> dict[str, Any]:
+    """The part of `evaluate`'s results about one side, "base" or "tuned". Data is called by the name of its file
+    where that name is unique."""
+    by_kind = {}
+    for kind, datas in results.items():
+        names = [Path(name).stem if Path(name).suffix else name for name in datas]
+        names = names if len(set(names)) == len(names) else list(datas)
+        by_kind[kind] = {name: sides[side] for name, sides in zip(names, datas.values())}
+    return by_kind

@@ -1,0 +1,313 @@
+"""The methods of others, each a few lines over the library that does it best."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import peft
+import peft.optimizers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .. import peft as peft_
+from ..adapters.lora import install, lora_layers
+from ..config import CordaConfig, CordaError
+from ..data.batches import context_batches, encode, pad
+from ..data.samples import Sample
+from ..devices import compute_device, double_device
+from ..files import whole_file
+from ..models.targets import weight_of, weight_shape
+from ..preprocess.context import Context
+from ..preprocess.layer import LayerStart
+from ..preprocess.pipeline import Start
+from ..preprocess.walk import Place, walk
+from . import adapterdrop as adapterdrop_
+from . import dylora as dylora_
+from .registry import SLOW_RATES, Prepared, Setup, count_parameters, method
+
+# --- without low-rank factors ----------------------------------------------------------------------------------------
+
+
+@method("full", "full fine-tuning", "transformers", SLOW_RATES)
+def full(model: nn.Module, setup: Setup) -> Prepared:
+    return Prepared(model.float().requires_grad_(True))
+
+
+@method("bitfit", "BitFit", "Ben Zaken et al., arXiv 2106.10199", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2))
+def bitfit(model: nn.Module, setup: Setup) -> Prepared:
+    model.float()  # bfloat16 would round most steps away
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
+    if not biases:
+        raise CordaError(f"BitFit trains biases, and {type(model).__name__} has none")
+    model.requires_grad_(False)
+    for bias in biases:
+        bias.requires_grad_(True)
+    return Prepared(model)
+
+
+@method("adapterdrop", "AdapterDrop", "Rücklé et al., arXiv 2010.11918; ours", (2e-4, 5e-4, 1e-3, 2e-3, 5e-3))
+def adapterdrop(model: nn.Module, setup: Setup, drop: int | None = None) -> Prepared:
+    """Robust training: each step leaves out the adapters of the lowest n blocks, n uniform in 0 ... `drop`. Default:
+    all blocks but one."""
+    width = adapterdrop_.width_for(model, setup.budget)
+    model, callback = adapterdrop_.install(model, width, drop)
+    return Prepared(model, callbacks=[callback])
+
+
+# --- LoRA and its relatives, through PEFT ----------------------------------------------------------------------------
+
+
+@method("lora", "LoRA", "Hu et al., arXiv 2106.09685; PEFT")
+def lora(model: nn.Module, setup: Setup) -> Prepared:
+    return Prepared(peft.get_peft_model(model, setup.lora()))
+
+
+@method("dora", "DoRA", "Liu et al., arXiv 2402.09353; PEFT")
+def dora(model: nn.Module, setup: Setup) -> Prepared:
+    """It does not compile: PEFT asks for the class of the weights in each forward, which breaks a trace."""
+    return Prepared(peft.get_peft_model(model, setup.lora(use_dora=True)), compiles=False)
+
+
+@method("lora+", "LoRA+", "Hayou et al., arXiv 2402.12354; PEFT", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3))
+def lora_plus(model: nn.Module, setup: Setup, ratio: float = 16.0) -> Prepared:
+    """The learning rate is that of A; the learning rate of B is `ratio` times as high."""
+    model = peft.get_peft_model(model, setup.lora())
+    return Prepared(model, adamw_with_ratio(model, setup, ratio))
+
+
+def adamw_with_ratio(model: nn.Module, setup: Setup, ratio: float) -> torch.optim.Optimizer:
+    """AdamW whose learning rate of every B is `ratio` times that of A."""
+    return peft.optimizers.create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=setup.train.learning_rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=setup.train.weight_decay,
+    )
+
+
+@method("lora-fa", "LoRA-FA", "Zhang et al., arXiv 2308.03303; PEFT", (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2))
+def lora_fa(model: nn.Module, setup: Setup) -> Prepared:
+    model, train = peft.get_peft_model(model, setup.lora()), setup.train
+    optimizer = peft.optimizers.create_lorafa_optimizer(
+        model, setup.r, setup.lora_alpha, train.learning_rate, train.weight_decay
+    )
+    return Prepared(model, optimizer)
+
+
+@method("adalora", "AdaLoRA", "Zhang et al., arXiv 2303.10512; PEFT", (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2))
+def adalora(
+    model: nn.Module,
+    setup: Setup,
+    start: float = 1.5,
+    warmup: float = 0.1,
+    final: float = 0.3,
+    orthogonality: float = 0.5,
+) -> Prepared:
+    """Ranks begin at `start`·r and are pruned to r on average. As for all methods, the budget is of parameters. PEFT's
+    budget is of ranks, and exceeds ours if the ranks go to wide layers, so it is corrected after each pruning.
+
+    Args:
+        warmup: share of the steps before the first pruning.
+        final: share of the steps after the last pruning.
+        orthogonality: weight of the paper's regularization (Eq. 4), as the authors' code and PEFT compute it: the mean
+            of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ (Frobenius) over all layers.
+    """
+    config = setup.lora(
+        peft.AdaLoraConfig,
+        target_r=setup.r,
+        init_r=round(start * setup.r),
+        tinit=round(warmup * setup.steps),
+        tfinal=round(final * setup.steps),
+        deltaT=max(1, setup.steps // 50),
+        total_step=setup.steps,
+        orth_reg_weight=0.0,  # PEFT adds it to the model's own loss, which the trainer does not use
+    )
+    model = peft.get_peft_model(model, config)
+    tuner: Any = model.base_model
+    layers = lora_layers(model).values()
+
+    def allocate(step: int) -> None:
+        tuner.update_and_allocate(step)
+        kept = sum(int((layer.lora_E["default"] != 0).sum()) for layer in layers)
+        if (
+            0 < kept < len(layers) * config.init_r
+        ):  # pruned: the next pruning goes by the cost of the ranks that are left
+            tuner.rankallocator.target_bgt = round(setup.budget * kept / count_parameters(model)["adapter"])
+
+    def regularization() -> Tensor:
+        factors = [x for layer in layers for x in (layer.lora_A["default"], layer.lora_B["default"].T)]
+        identity = torch.eye(config.init_r, device=factors[0].device)
+        distances = [torch.linalg.norm(x @ x.T - identity) for x in factors]
+        return orthogonality * torch.stack(distances).mean()
+
+    return Prepared(model, callbacks=[_AfterStep(allocate)], penalties={"orthogonality": regularization})
+
+
+class _AfterStep(TrainerCallback):
+    """Calls a function with the number of the step while the gradients of the step still exist."""
+
+    def __init__(self, act: Callable[[int], None]):
+        self.act = act
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.act(state.global_step + 1)
+
+
+@method("pissa", "PiSSA", "Meng et al., arXiv 2404.02948; PEFT", (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3))
+def pissa(model: nn.Module, setup: Setup) -> Prepared:
+    return Prepared(peft.get_peft_model(model, setup.lora(init_lora_weights="pissa")))
+
+
+@method("kasa", "KaSA", "Wang et al., arXiv 2412.06071; PEFT")
+def kasa(model: nn.Module, setup: Setup, beta: float = 1e-4, gamma: float = 1e-3) -> Prepared:
+    """`beta` and `gamma` are the weights of the paper's two regularizations (Eq. 9 to 11), which PEFT sums up."""
+    model = peft.get_peft_model(model, setup.lora(kasa_config=peft.KasaConfig(beta=beta, gamma=gamma)))
+    tuner: Any = model.base_model
+    return Prepared(model, penalties={"kasa": tuner._get_kasa_loss})
+
+
+@method("lora-ga", "LoRA-GA", "Wang et al., arXiv 2407.05000; PEFT")
+def lora_ga(model: nn.Module, setup: Setup, samples: int = 64) -> Prepared:
+    """The gradient is that of `samples` samples of the task."""
+    if getattr(model, "is_quantized", False):
+        raise CordaError("LoRA-GA needs the gradient of full weights, and the model is quantized")
+    config = setup.lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+
+    def step() -> None:
+        for batch in _labelled_batches(setup, setup.context("learn", samples), model):
+            model(**batch).loss.backward()
+
+    peft.tuners.lora.preprocess_loraga(model, config, step)
+    return Prepared(peft.get_peft_model(model, config))
+
+
+@method("eva", "EVA", "Paischer et al., arXiv 2410.07170; PEFT", prepares_from="learn")
+def eva(model: nn.Module, setup: Setup, rho: float = 2.0) -> Prepared:
+    """The rank of a layer is at most `rho`·r. As for all methods, the budget is of parameters. PEFT's budget is of
+    ranks, so the ranks are allocated twice: the second time as many as the budget pays for at the first time's mean
+    cost of a rank."""
+    config = setup.lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=rho))
+    model = peft.get_peft_model(model, config)
+
+    def directions() -> dict[str, Tensor]:
+        batches = _labelled_batches(setup, setup.context("learn"), model)
+        first = peft.get_eva_state_dict(model, batches, show_progress_bar=False)
+        ranks = {name: len(rows) for name, rows in first.items()}
+        layers = {name: setup.targets[name.removeprefix("base_model.model.")] for name in ranks}
+        cost = sum(r * sum(weight_shape(layers[name])) for name, r in ranks.items())
+        each, more = divmod(round(sum(ranks.values()) * setup.budget / cost), len(ranks))
+        affordable = replace(config, rank_pattern={name: max(1, each + (i < more)) for i, name in enumerate(ranks)})
+        return peft.get_eva_state_dict(model, batches, affordable, show_progress_bar=False)
+
+    peft.initialize_lora_eva_weights(model, eva_state_dict=_cached(setup, directions))
+    return Prepared(model)
+
+
+@method("dylora", "DyLoRA", "Valipour et al., arXiv 2210.07558; ours", (2e-4, 5e-4, 1e-3, 2e-3, 5e-3))
+def dylora(model: nn.Module, setup: Setup) -> Prepared:
+    model, callback = dylora_.install(model, setup.lora())
+    return Prepared(model, callbacks=[callback])
+
+
+def _cached(setup: Setup, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that a preparation computes, read from the method's folder if they were computed before."""
+    path = setup.folder / "prepared.safetensors"
+    if not path.is_file():
+        # EVA gives layers with the same input views of one tensor, which safetensors refuses: hence the clones.
+        with whole_file(path) as partial_path:
+            save_file({name: tensor.contiguous().clone() for name, tensor in compute().items()}, partial_path)
+    return load_file(path)
+
+
+def _labelled_batches(
+    setup: Setup, samples: Sequence[Sample], model: nn.Module, size: int = 8
+) -> list[dict[str, Tensor]]:
+    """Batches of `size` samples with labels. The prompt is masked as in training."""
+    encoded = [encode(setup.tokenizer, s, setup.learn.max_length, end=True) for s in samples]
+    encoded = [e for e in encoded if e.targets]
+    device, batches = next(model.parameters()).device, []
+    for i in range(0, len(encoded), size):
+        rows = encoded[i : i + size]
+        ids, mask = pad([e.ids for e in rows], setup.tokenizer.pad_token_id or 0)
+        answers, _ = pad([e.answer for e in rows], False)
+        labels = ids.masked_fill(~answers, -100)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batches.append({key: value.to(device) for key, value in batch.items()})
+    return batches
+
+
+# --- CorDA as PEFT ships it, and LoRA-Null ---------------------------------------------------------------------------
+
+
+def peft_corda(model: nn.Module, setup: Setup, mode: str, drop_in: bool = False) -> Prepared:
+    """PEFT's implementation needs batches of one sample. It caches its decompositions in the method's folder.
+
+    Args:
+        drop_in: use `corda_lora.peft.preprocess_corda` instead of PEFT's function.
+    """
+    from peft.tuners.lora.corda import preprocess_corda
+
+    decompose = peft_.preprocess_corda if drop_in else preprocess_corda
+    kind = "keep" if mode == "kpm" else "learn"
+    cache = setup.folder / "corda.pt"
+    corda = peft.tuners.lora.config.CordaConfig(corda_method=mode, cache_file=str(cache))
+    config = setup.lora(init_lora_weights="corda", corda_config=corda)
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def run() -> None:
+        for sample in setup.context(kind):
+            ids = encode(setup.tokenizer, sample, setup.data(kind).max_length).ids
+            model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+
+    decompose(model, config, run_model=run)
+    return Prepared(peft.get_peft_model(model, config))
+
+
+for _mode, _data in (("kpm", "keep"), ("ipm", "learn")):
+    method(
+        f"peft-corda-{_mode}",
+        f"CorDA in PEFT, {_mode}",
+        "Yang et al., arXiv 2406.05223; PEFT",
+        SLOW_RATES,
+        _data,
+    )(partial(peft_corda, mode=_mode))
+
+
+@method("lora-null", "LoRA-Null", "Tang et al., arXiv 2503.02659; ours", prepares_from="keep")
+def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
+    """B A = W P Pᵀ. The columns of P are the r directions of a layer's inputs in which the ability to keep has the
+    least energy: the last eigenvectors of C. The product is split as in PiSSA, and the residual is frozen.
+
+    Args:
+        freeze: freeze A, too (the paper's second version).
+    """
+    s = setup.lora_alpha / setup.r
+
+    def factors() -> dict[str, Tensor]:
+        tensors, device = {}, compute_device(model)
+        batches, _ = context_batches(setup.tokenizer, setup.context("keep"), setup.data("keep").max_length)
+        for _, groups in walk(model, setup.targets, Context(batches), Place(device)):
+            for names, covariances in groups or []:
+                C = covariances[0].to(double_device(device), torch.float64)  # (d_in, d_in)
+                P = torch.linalg.eigh(C).eigenvectors[:, : setup.r]  # (d_in, r)
+                for name in names:
+                    W = weight_of(setup.targets[name]).to(P)  # (d_out, d_in)
+                    U, sigma, Vh = torch.linalg.svd(W @ P, full_matrices=False)  # (d_out, r), (r,), (r, r)
+                    root = (sigma / s).sqrt()
+                    tensors[f"{name}.A"] = (root[:, None] * (Vh @ P.T)).float().cpu()
+                    tensors[f"{name}.B"] = (U * root).float().cpu()
+        return tensors
+
+    start = _cached(setup, factors)
+    layers = {n: LayerStart(start[f"{n}.A"], start[f"{n}.B"], torch.empty(0)) for n in setup.targets}
+    config = CordaConfig(r=setup.r, split="paper", lora_alpha=setup.lora_alpha)
+    peft_model = install(model, Start(config, layers, {}, {}))
+    if freeze:
+        for layer in lora_layers(peft_model).values():
+            layer.lora_A["default"].requires_grad_(False)
+    return Prepared(peft_model)

@@ -1,0 +1,64 @@
+"""CorDA, CorDA+ and CorDA++ in every mode and split, and MiLoRA, which is a case of the same code."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..adapters.lora import load_adapter
+from ..adapters.prepare import prepare
+from ..config import CordaConfig, DataConfig
+from .baselines import adamw_with_ratio
+from .registry import RATES, SLOW_RATES, Prepared, Setup, method
+
+
+def corda(
+    model: nn.Module,
+    setup: Setup,
+    ratio: float = 1.0,
+    samples: int | None = None,
+    context: str = "",
+    **options: Any,
+) -> Prepared:
+    """The adapter's start is cached as an adapter directory.
+
+    Args:
+        ratio: the learning rate of B divided by that of A, as in LoRA+.
+        samples: how many samples of the context are analysed. Default: the comparison's number.
+        context: DATA that is analysed instead of the comparison's.
+        options: any options of `CordaConfig`.
+    """
+    folder = setup.folder / "start"
+    if not folder.exists():
+        config = CordaConfig(r=setup.r, lora_alpha=setup.lora_alpha, target_modules=list(setup.targets), **options)
+        data = None
+        if config.orientation != "identity":
+            data = DataConfig(context) if context else setup.data("keep" if config.mode == "kpm" else "learn")
+            data = replace(data, samples=samples or setup.samples)
+        shutil.rmtree(setup.folder / "start.work", ignore_errors=True)  # left by a run that was broken off
+        prepare(model, config, data, folder, setup.tokenizer)
+    peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
+    return Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))
+
+
+method("milora", "MiLoRA", "Wang et al., arXiv 2406.09044; ours", prepares_from="weights")(
+    partial(corda, orientation="identity", mode="kpm", split="paper")
+)
+LEARNING_RATES = {
+    "paper": SLOW_RATES,
+    "balanced": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    "anchored": (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1),
+    "seeded": RATES,
+}
+for _preset, _title in (("corda", "CorDA"), ("corda+", "CorDA+"), ("corda++", "CorDA++")):
+    for _mode, _data in (("kpm", "keep"), ("ipm", "learn")):
+        for _split, _rates in LEARNING_RATES.items():
+            method(
+                f"{_preset}-{_mode}-{_split}",
+                f"{_title} {_mode}, {_split}",
+                "Yang et al., arXiv 2406.05223, 2506.13187; ours",
+                _rates,
+                _data,
+            )(partial(corda, preset=_preset, mode=_mode, split=_split))

@@ -1,0 +1,105 @@
+"""What a process does for a job, in this process."""
+
+import multiprocessing
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+from corda_lora.adapters.lora import load_adapter
+from corda_lora.cli import main
+from corda_lora.compare.comparison import Comparison
+from corda_lora.compare.job import do_job, results_of
+from corda_lora.compare.schedule import Job
+from corda_lora.config import CompareConfig, EvalConfig, ModelConfig, TrainConfig
+from corda_lora.data.batches import Encoded
+from corda_lora.evaluation.base_outputs import BaseOutputs, record_base
+from corda_lora.evaluation.evaluate import evaluate
+from corda_lora.models.loading import load_model, load_tokenizer
+
+
+@pytest.fixture
+def comparison(checkpoint, folder):
+    train = TrainConfig(max_steps=2, batch_size=8, precision="fp32", compile=True)
+    evaluated = EvalConfig(learn="learn.jsonl")
+    config = CompareConfig(["lora", "kasa"], "learn.jsonl", evaluated, train=train, r=4, curve_points=1)
+    comparison = Comparison(ModelConfig(str(checkpoint)), config, folder / "out")
+    comparison.folder(Job()).mkdir(parents=True)
+    return comparison
+
+
+@pytest.fixture
+def do(comparison):
+    return lambda *job: do_job(comparison, Job(*job), multiprocessing.Value("q", 0))
+
+
+def test_later_runs_of_a_process_use_the_compiled_blocks_of_the_first(do, monkeypatch):
+    """With a backend that compiles nothing: graphs are counted where they are traced."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    do()
+    assert not counters["stats"]["unique_graphs"], "the base model is only measured"
+    graphs = []
+    for rate in (1e-3, 1e-2):
+        assert do("lora", rate)["status"] == "done"
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[0]
+
+
+def test_a_run_tells_its_penalties(do, comparison):
+    comparison.recipe.train.compile = False
+    do()
+    assert [step for step, _ in do("kasa", 1e-3)["penalties"]["kasa"]] == [1, 2]
+    assert "penalties" not in do("lora", 1e-3)
+
+
+def test_drift_is_that_of_eval(checkpoint, folder):
+    """The stored outputs of the base model give the drift that base and tuned model side by side give."""
+    source = ModelConfig(str(checkpoint))
+    config = EvalConfig(keep=["keep.jsonl", "learn.jsonl"], text="keep.jsonl", batch_tokens=256)
+    record = {}
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    base = evaluate(model, tokenizer, config, False, record=record)
+    BaseOutputs.save(folder, record)
+    assert all(" hidden " in name for name in record)
+    train = ["train", "--model", str(checkpoint), "--data", "learn.jsonl", "--precision", "fp32", "--output", "tuned"]
+    main([*train, "--learning_rate", "0.01", "--max_steps", "4"])
+    outputs = BaseOutputs(folder, model)
+    tuned = load_adapter(model, Path("tuned")).eval()
+    beside, stored = evaluate(tuned, tokenizer, config, False), evaluate(tuned, tokenizer, config, False, outputs)
+    for kind in ("keep", "text"):
+        for name, sides in beside[kind].items():
+            assert sides["tuned"]["drift"] > 1e-5
+            assert stored[kind][name]["tuned"] == pytest.approx(sides["tuned"], rel=1e-4)
+            assert base[kind][name]["base"] == pytest.approx(sides["base"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("family", "kept"), [("llama", "hidden"), ("gemma2", "logits"), ("gpt2_conv1d", "hidden")])
+def test_stored_outputs_are_the_predictions(family, kept, folder, tokenizer):
+    """Gemma 2 caps its logits after the output head: the inputs of the head are not enough there."""
+    model = tiny.build(family)
+    encoded = [Encoded(list(range(4, 4 + n)), [i >= n // 2 for i in range(n)]) for n in (5, 9, 12)]
+    record = record_base(model, tokenizer, encoded, 24, False, "keep x")
+    assert {name.split()[2] for name in record} == {kept}
+    BaseOutputs.save(folder, record)
+    base = BaseOutputs(folder, model)
+    with torch.no_grad():
+        for number, ids in enumerate(sorted(e.ids for e in encoded)[:1]):
+            n = len(ids) // 2
+            expected = F.log_softmax(model(torch.tensor([ids])).logits[0, n - 1 : -1], dim=-1)
+            assert torch.allclose(base.log_probs("keep x", number)[: len(expected)], expected, atol=1e-5)
+
+
+def test_data_is_called_by_its_file_where_that_name_is_unique():
+    sides = {"base": {"loss": 1.0}}
+    assert results_of({"keep": {"a/nq.jsonl": sides, "openai/gsm8k": sides}}, "base")["keep"].keys() == {
+        "nq",
+        "openai/gsm8k",
+    }
+    assert len(results_of({"keep": {"a/test.jsonl": sides, "b/test.jsonl": sides}}, "base")["keep"]) == 2
