@@ -371,6 +371,24 @@ def test_an_empty_context_file(content, checkpoint, data, capsys):
     assert nothing_left(data)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_weight_that_is_not_finite_is_named(value, checkpoint, data, capsys):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float(value)
+    model.save_pretrained(data / "damaged")
+    arguments = ["--orientation", "identity", "--r", 4, "--device", "cpu", "--output", "start"]
+    said = refused(capsys, "init", "--model", data / "damaged", *arguments)
+    assert "the weight of model.layers.1.mlp.up_proj holds NaN or infinity: the checkpoint is damaged" in said
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "xpu"])
+def test_a_device_that_is_missing(device, checkpoint, data, capsys):
+    said = refused(capsys, "--device", device, call=lambda *a: init(checkpoint, data, *a))
+    assert said.startswith(f"corda init: there is no device '{device}' on this machine: ")
+    assert nothing_left(data)
+
+
 def test_no_context_is_for_the_plain_svd_only(checkpoint, data, capsys):
     arguments = ["init", "--model", checkpoint, "--r", 4, "--device", "cpu", "--output", "start"]
     assert "give a --context" in refused(capsys, *arguments)

@@ -95,6 +95,24 @@ def check_pattern(name: str, pattern: str) -> None:
         raise CordaError(f"{name} {short(pattern)} is no regular expression: {error}") from error
 
 
+def find_all(name: str, pattern: str, text: str, whole: bool = False) -> list[Any]:
+    """The matches of a regular expression in a text.
+
+    Args:
+        name: the option's name in a message.
+        whole: only a match of the whole text.
+
+    Raises CordaError if they take longer than a second: some expressions take time exponential in the text's length.
+    """
+    try:
+        if whole:
+            match = regex.fullmatch(pattern, text, timeout=1)
+            return [match] if match else []
+        return list(regex.finditer(pattern, text, timeout=1))
+    except TimeoutError as error:
+        raise CordaError(f"{name} {short(pattern)} takes more than a second on the text {short(text)}") from error
+
+
 def short(value: Any, length: int = 80) -> str:
     """The repr of a value, with its middle left out if it is long."""
     text = repr(value)

@@ -12,6 +12,8 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 from torch import nn
 
+from .config import CordaError
+
 # Compute capabilities of NVIDIA GPUs whose float64 rate is half or a third of float32's: P100, V100, A100, H100, B200.
 FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
@@ -24,10 +26,17 @@ def accelerator() -> torch.device:
 
 def compute_device(model: nn.Module, chosen: str | None = None) -> torch.device:
     """Where a model's blocks are run: the `chosen` device, or where the model is, or the accelerator for a model on the
-    CPU."""
+    CPU.
+
+    Raises CordaError if this machine has no such device.
+    """
     home = next(model.parameters()).device
     if chosen is not None:
-        return torch.device(chosen)
+        try:
+            return torch.empty(0, device=chosen).device
+        except Exception as error:  # of many types: no such name, no driver, not compiled for it, no such number
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CordaError(f"there is no device {chosen!r} on this machine: {reason}") from error
     return accelerator() if home.type == "cpu" else home
 
 

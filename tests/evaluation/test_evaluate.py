@@ -160,6 +160,11 @@ def test_matches(answer, response, how, expected):
     assert matches(answer, response, how) is expected
 
 
+def test_a_regular_expression_that_takes_too_long():
+    with pytest.raises(CordaError, match=r"^exact_match .* takes more than a second on the text"):
+        matches("x y q " * 40, "x", r"(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)\1\2\3q")
+
+
 def test_text_windows_hold_all_of_the_text(tokenizer):
     samples = [Sample("", "the first line", {}), Sample("", "and the second", {})]
     windows = text_windows(tokenizer, samples, 10)

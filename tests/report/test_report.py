@@ -12,6 +12,7 @@ import pytest
 from corda_lora.compare.frontier import CurvePoint, Estimate, Point, summary
 from corda_lora.report.charts import curves_edge, frontier_edge
 from corda_lora.report.html import embedded, html_report
+from corda_lora.report.markdown import plain, write_csv
 from corda_lora.report.pictures import look
 from corda_lora.report.report import write_report
 from corda_lora.report.sentences import headline, settings
@@ -464,3 +465,14 @@ def test_browser_charts_follow_their_controls(browser):
         assert page["beside"][0] == ["Full fine-tuning", "CorDA KPM, <anchored>"]
         assert page["beside"][1] == ["Full fine-tuning", "LoRA"]
         assert "No other method" in page["beside"][2]
+
+
+def test_markdown_and_csv_escape_what_came_from_data(tmp_path):
+    harm = "=HYPERLINK(1) <script>x</script> | e"
+    assert plain(harm) == "=HYPERLINK(1) &lt;script>x&lt;/script> \\| e"
+    runs = [{"method": harm, "learning_rate": -1.0, "why": "@x", "results": {"keep": {"-y": {"drift": -0.5}}}}]
+    write_csv(tmp_path / "runs.csv", {"runs": runs})
+    with (tmp_path / "runs.csv").open(newline="", encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    assert (row["method"], row["why"], row["learning_rate"]) == ("'" + harm, "'@x", "-1.0")
+    assert row["keep -y drift"] == "-0.5"

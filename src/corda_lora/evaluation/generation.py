@@ -1,6 +1,5 @@
 """Greedy answers, and whether they match the responses."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import EvalConfig
+from ..config import EvalConfig, find_all
 from ..data.batches import batch_by_length, encode_question, pad
 from ..data.samples import Sample
 from ..progress import track
@@ -71,6 +70,7 @@ def matches(answer: str, response: str, match: str) -> bool:
     if match == "text":
         return answer.strip() == response.strip()
     ours, right = (
-        [m.group(1) if m.re.groups else m.group() for m in re.finditer(match, text)] for text in (answer, response)
+        [m.group(1) if m.re.groups else m.group() for m in find_all("exact_match", match, text)]
+        for text in (answer, response)
     )
-    return bool(ours and right) and ours[-1].strip() == right[-1].strip()
+    return bool(ours and right) and (ours[-1] or "").strip() == (right[-1] or "").strip()

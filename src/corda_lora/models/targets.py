@@ -16,7 +16,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import CordaConfig, CordaError
+from ..config import CordaConfig, CordaError, find_all
 
 TASK_TYPES = {
     "ForCausalLM": TaskType.CAUSAL_LM,
@@ -116,7 +116,11 @@ def _matched_layers(model: nn.Module, target_modules: str | list[str]) -> dict[s
     config = _maybe_include_all_linear_layers(config, model)
     heads = HEADS.get(config.task_type, ())  # PEFT, too, compares endings: DistilBERT's pre_classifier is one
     modules = {n: m for n, m in model.named_modules() if n and not n.partition(".")[0].endswith(heads)}
-    matched = {n: m for n, m in modules.items() if LoraModel._check_target_module_exists(config, n)}
+    if isinstance(config.target_modules, str):  # as PEFT matches it, but with a time limit
+        pattern = config.target_modules
+        matched = {n: m for n, m in modules.items() if find_all("target_modules", pattern, n, whole=True)}
+    else:
+        matched = {n: m for n, m in modules.items() if LoraModel._check_target_module_exists(config, n)}
     if not matched:
         wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)))

@@ -208,6 +208,8 @@ def _decompose(
     extremes = extremes_of(covariances, config, solving) if choose else []
     for name in members:
         W = weight_of(targets[name]).to(solving)
+        if not bool(W.isfinite().all()):
+            raise CordaError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
         choice = choose_covariance(W, covariances, extremes, config) if choose else Choice()
         clock.lap("selection")
         C = covariances[choice.round or 0].to(W.device) if covariances else None

@@ -72,6 +72,11 @@ def plain(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
+def as_text(value: Any) -> Any:
+    """A cell of a CSV. A spreadsheet would run a text that begins like a formula, so an apostrophe goes before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def write_csv(path: Path, comparison: dict[str, Any]) -> None:
     """One row for each run, also for those that are not done, with every measured value. A column is named by kind,
     data and measure."""
@@ -97,6 +102,7 @@ def write_csv(path: Path, comparison: dict[str, Any]) -> None:
                 row |= {f"{kind} {data} {key}": value for key, value in numbers.items()}
         rows.append(row)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys([*fields, *(key for row in rows for key in row)])))
-        writer.writeheader()
-        writer.writerows(rows)
+        names = list(dict.fromkeys([*fields, *(key for row in rows for key in row)]))
+        writer = csv.writer(file)
+        writer.writerow(map(as_text, names))
+        writer.writerows([as_text(row.get(name)) for name in names] for row in rows)
