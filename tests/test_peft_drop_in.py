@@ -78,10 +78,10 @@ def covariances(preprocess, model, run_model, folder, family="llama", **options)
     return torch.load(file, weights_only=True)
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    assert found.keys() == expected.keys()
+def assert_close(actual, expected, tolerance=1e-5):
+    assert actual.keys() == expected.keys()
     for name, C in expected.items():
-        assert (found[name] - C).norm() <= tolerance * C.norm(), name
+        assert (actual[name] - C).norm() <= tolerance * C.norm(), name
 
 
 def exact_product(W, C, method, r):
@@ -128,9 +128,9 @@ def test_covariances_adapter_and_residual_are_pefts(family, method, tmp_path):
 def test_activations_in_half_precision_are_not_rounded_again(tmp_path):
     model = tiny.build("llama", torch.bfloat16)
     run = runner(model, calls("llama"))
-    found = covariances(preprocess_corda, model, run, tmp_path)
-    assert_close(found, covariances(pefts_preprocess, model, run, tmp_path), 1e-6)
-    assert found["model.layers.0.mlp.down_proj"].dtype == torch.float32
+    ours = covariances(preprocess_corda, model, run, tmp_path)
+    assert_close(ours, covariances(pefts_preprocess, model, run, tmp_path), 1e-6)
+    assert ours["model.layers.0.mlp.down_proj"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_conv1d", "bert", "t5"])
@@ -258,17 +258,17 @@ USES = {
 def test_outputs_that_are_used_are_there(use, first_used, tmp_path):
     model, batches = tiny.build("llama"), [{**batch, "use_cache": False} for batch in tiny.batches()]
     expected = [model(**batch).logits for batch in batches]
-    found = []
+    outputs = []
 
     def run():
         for i, batch in enumerate(batches):
-            found.append(USES[use](model, batch) if i >= first_used else model(**batch))
+            outputs.append(USES[use](model, batch) if i >= first_used else model(**batch))
 
     covariance = covariances(preprocess_corda, model, run, tmp_path)
-    for output, logits in list(zip(found, expected))[first_used:]:
+    for output, logits in list(zip(outputs, expected))[first_used:]:
         assert type(output) is torch.Tensor
         assert torch.equal(output, logits)
-    for output, logits in list(zip(found, expected))[:first_used]:  # also when all is done
+    for output, logits in list(zip(outputs, expected))[:first_used]:  # also when all is done
         assert torch.equal(output.logits, logits)
     assert_close(covariance, covariances(preprocess_corda, model, runner(model, batches), tmp_path))
 
@@ -317,10 +317,10 @@ def test_autocast_holds_for_the_calls_in_it(tmp_path):
         with torch.autocast("cpu", torch.bfloat16):
             runner(model, calls("llama"))()
 
-    rounded, found = (covariances(f, model, run, tmp_path) for f in (pefts_preprocess, preprocess_corda))
+    rounded, ours = (covariances(f, model, run, tmp_path) for f in (pefts_preprocess, preprocess_corda))
     assert {C.dtype for C in rounded.values()} == {torch.bfloat16}  # autocast took PEFT's sums, too
-    assert {C.dtype for C in found.values()} == {torch.float32}
-    assert_close(found, rounded, tolerance=1e-2)
+    assert {C.dtype for C in ours.values()} == {torch.float32}
+    assert_close(ours, rounded, tolerance=1e-2)
 
 
 def test_a_part_of_the_model_may_be_called(tmp_path):
@@ -462,9 +462,9 @@ def test_files_are_pefts(writer, reader, tmp_path, monkeypatch):
         again = tiny.build("llama")
         reader(again, config(**{file: files[file]}))
         for name, module in target_modules(again, config()):
-            given, found = ((e.U_WC * e.S_WC) @ e.V_WC.T for e in (eigens[name], module.eigens))
+            expected, actual = ((e.U_WC * e.S_WC) @ e.V_WC.T for e in (eigens[name], module.eigens))
             error = 0 if file == "cache_file" else 1e-2 if name.endswith("v_proj") else 1e-3
-            assert (found - given).norm() <= error * given.norm()
+            assert (actual - expected).norm() <= error * expected.norm()
 
 
 def test_files_of_our_own_give_the_same_again(tmp_path, monkeypatch):
@@ -485,11 +485,11 @@ def test_files_of_our_own_give_the_same_again(tmp_path, monkeypatch):
 
 def test_a_covariance_may_be_kept_in_half_precision(tmp_path):
     model, samples = tiny.build("llama", torch.float16), calls("llama")
-    found = covariances(preprocess_corda, model, runner(model, samples), tmp_path, use_float16_for_covariance=True)
+    ours = covariances(preprocess_corda, model, runner(model, samples), tmp_path, use_float16_for_covariance=True)
     eigens = model.model.layers[1].mlp.up_proj.eigens
     whole = covariances(preprocess_corda, model, runner(model, samples), tmp_path)
-    assert {C.dtype for C in found.values()} == {torch.float16}
-    assert_close({name: C.float() for name, C in found.items()}, whole, 1e-3)
+    assert {C.dtype for C in ours.values()} == {torch.float16}
+    assert_close({name: C.float() for name, C in ours.items()}, whole, 1e-3)
     assert torch.equal(eigens.U_WC, model.model.layers[1].mlp.up_proj.eigens.U_WC)
 
 

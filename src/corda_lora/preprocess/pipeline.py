@@ -124,6 +124,7 @@ def preprocess(
                 save(block)
                 del block
                 clock.lap("state")
+        clock.lap("state")  # where a thread writes, the last block is on the disk only now
         warn_of_fallbacks(fallbacks)
         layers, record["totals"] = _start(store, targets, ranks, config)
         clock.lap("factors")
