@@ -1,8 +1,10 @@
 """Every family of models: covariances to the bit, the start exact, the head left alone."""
 
 import copy
+import threading
 import warnings
 from collections import defaultdict
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -302,10 +304,17 @@ def test_resized_embeddings(family, tmp_path):
 def test_trying_pefts_configuration_changes_nothing():
     model = tiny.build("bert")
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    model.lock, hooks = threading.Lock(), Mock(side_effect=lambda *_: None)  # neither can be copied
+    hooks.lock = model.lock
+    model.bert.register_forward_pre_hook(hooks)
+    model.gradient_checkpointing_enable()  # for which PEFT puts a hook on the embeddings
+    embeddings = model.get_input_embeddings()
     trained = [p.requires_grad for p in model.parameters()]
     modules, random = list(model.modules()), torch.get_rng_state()
     parameters = [p.data_ptr() for p in model.parameters()]
-    find_targets(model, "all-linear")
+    hooks_before = len(embeddings._forward_hooks)
+    assert len(find_targets(model, "all-linear")) == 13
+    assert len(embeddings._forward_hooks) == hooks_before
     assert [p.requires_grad for p in model.parameters()] == trained
     assert list(model.modules()) == modules
     assert [p.data_ptr() for p in model.parameters()] == parameters

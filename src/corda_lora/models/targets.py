@@ -171,17 +171,13 @@ def _is_bypassed(model: nn.Module, name: str) -> bool:
 
 
 def _try_peft(model: nn.Module, names: list[str]) -> str | None:
-    """Install PEFT's configuration on a copy of the model that shares its tensors. Returns what went wrong, or None if
-    each of the layers, and no other, carries a LoRA."""
+    """Install PEFT's configuration on a copy of the model's structure. Returns what went wrong, or None if each of the
+    layers, and no other, carries a LoRA."""
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    shared: list[Any] = [*model.parameters(), *model.buffers()]
-    shared += [value for value in attributes if not isinstance(value, (nn.Module, dict, list))]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            copied = copy.deepcopy(model, {id(value): value for value in shared})
-            adapted = peft.get_peft_model(copied, lora_config(model, names), low_cpu_mem_usage=True)
+            adapted = peft.get_peft_model(_structure_of(model), lora_config(model, names), low_cpu_mem_usage=True)
     except Exception as error:  # PEFT and its backends raise all kinds
         return f"PEFT says: {str(error).strip().split(chr(10))[0]}"
     finally:
@@ -190,6 +186,16 @@ def _try_peft(model: nn.Module, names: list[str]) -> str | None:
     if {name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)} != set(names):
         return "PEFT takes its name for that of a mixture's fused experts"
     return None
+
+
+def _structure_of(model: nn.Module) -> nn.Module:
+    """A copy of the model's modules, which have the very same parameters, buffers, hooks and attributes."""
+    same: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key not in ("_modules", "_parameters", "_buffers") and not isinstance(value, nn.Module):
+                same[id(value)] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    return copy.deepcopy(model, same)
 
 
 def lora_config(model: nn.Module, names: Iterable[str]) -> LoraConfig:
