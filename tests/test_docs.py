@@ -27,20 +27,25 @@ PAGES = [
     if "```" in page.read_text(encoding="utf-8")
 ]
 BLOCK = re.compile(r"(<!-- not run: .*? -->\s*)?^```(\w*)[^\n]*\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+FILES = ("yaml", "json", "jsonl", "csv", "txt")  # languages of blocks that are files
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '$' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 class Block(NamedTuple):
     language: str
     code: str
-    file_name: str  # of a recipe: the last `NAME.yaml` before the block
+    file_name: str  # of a recipe or data: the last `NAME.LANGUAGE` before the block
 
 
 def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text(encoding="utf-8")
     for match in BLOCK.finditer(text):
         if not match[1]:
-            names = re.findall(r"`([\w.]+\.yaml)`", text[: match.start()])
+            names = re.findall(rf"`(\w[\w.]*\.{match[2]})`", text[: match.start()])
             yield Block(match[2], match[3], names[-1] if names else "")
 
 
@@ -63,6 +68,8 @@ def inputs(tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast) -> Path:
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "MODEL")
     tokenizer.save_pretrained(folder / "MODEL")
     shutil.copytree(folder / "MODEL", folder / MODEL_NAME)
+    shutil.copytree(folder / "MODEL", folder / "CHAT_MODEL")
+    (folder / "CHAT_MODEL" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     pairs = [{"prompt": f"What is {i} plus 1?", "response": f" It is {i + 1}."} for i in range(8)]
     for name in ("known", "known_test", "new", "new_test", "unseen_test"):
         write_rows(folder / f"{name}.jsonl", pairs)
@@ -99,7 +106,7 @@ def test_code_blocks_run_as_printed(page, inputs, tmp_path, monkeypatch, capsys)
     for block in blocks(page):
         if block.language == "python":
             exec(compile(block.code, str(page), "exec"), names)
-        elif block.language == "yaml" and block.file_name:
+        elif block.language in FILES and block.file_name:
             Path(block.file_name).write_text(block.code)
         elif block.language == "sh":
             for line in block.code.replace("\\\n", " ").splitlines():

@@ -3,7 +3,7 @@
 `get_corda_model(model, CordaConfig(mode="kpm", r=128), batches)` is a `PeftModel`, to train as ever.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .config import CordaConfig, CordaError
@@ -17,7 +17,11 @@ __all__ = ["CordaConfig", "CordaError", "HoldCallback", "__version__", "get_cord
 
 
 def get_corda_model(
-    model: "nn.Module", config: CordaConfig, batches: Iterable[Mapping[str, Any]] = (), progress: bool = True
+    model: "nn.Module",
+    config: CordaConfig,
+    batches: Iterable[Any] = (),
+    progress: bool = True,
+    tokenizer: Any = None,
 ) -> "PeftModel":
     """Adapt a model to a context: a `PeftModel` to train as ever. (CorDA, arXiv 2406.05223 and 2506.13187.)
 
@@ -31,15 +35,29 @@ def get_corda_model(
         batches: the context: any iterable of dicts of what the model's forward takes, such as a DataLoader. Padding is
             excluded through `attention_mask`. A few hundred samples of the ability to keep (kpm) or to learn (ipm), in
             each of the rounds if there are several (preset corda++): batches that follow one another make a round.
+            Texts, chats (lists of messages) and the rows of a `datasets.Dataset` do, too: see docs/data.md.
         progress: show a progress bar.
+        tokenizer: for a context of texts, chats or rows. Default: that of the model's name.
 
     Raises:
         CordaError: see `preprocess`.
     """
     from .adapters.lora import install
+    from .data.batches import as_batches
+    from .data.overview import check_fit
+    from .models.loading import tokenizer_of
+    from .preprocess.context import Context, has_decoder
     from .preprocess.pipeline import preprocess
 
-    return install(model, preprocess(model, config, batches, progress))
+    assert config.rounds is not None
+    context: Any
+    context, rounds = as_batches(
+        batches, lambda: tokenizer or tokenizer_of(model), config.rounds, has_decoder=has_decoder(model)
+    )
+    if rounds:  # it was no batches
+        check_fit(model, (ids for batch in context for ids in batch["input_ids"].tolist()))
+        context = Context(context, rounds)
+    return install(model, preprocess(model, config, context, progress))
 
 
 def __getattr__(name: str) -> Any:  # torch and PEFT are imported when first needed: `corda --help` does without

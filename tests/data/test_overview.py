@@ -7,14 +7,14 @@ import tiny
 
 from corda_lora import CordaError
 from corda_lora.data.batches import encode
-from corda_lora.data.overview import check_fit, few_tokens, overview
+from corda_lora.data.overview import check_fit, overview
 from corda_lora.data.samples import Sample
 
 SAMPLES = [Sample("a\nb" * n, "cd", {}) for n in (1, 2, 3, 4)]
 
 
 def test_numbers_and_a_sample(tokenizer):
-    lines = overview("new.jsonl", tokenizer, [*SAMPLES, Sample("e", "", {})], 10, end=True).split("\n")
+    lines = overview("new.jsonl", tokenizer, [*SAMPLES, Sample("e", "", {})], 10, end=True).plain.split("\n")
     assert lines == [
         "new.jsonl: 5 samples of 10 tokens (median), the longest 16; 2 cut at --max_length 10, 2 with no token of the "
         "response left",
@@ -28,13 +28,13 @@ def test_numbers_and_a_sample(tokenizer):
 def test_all_responses_cut_away(tokenizer):
     with pytest.raises(CordaError, match=r"within --max_length 4: the samples have 6 to 15 tokens"):
         overview("new.jsonl", tokenizer, SAMPLES, 4)
-    assert "4 with no token of the response left" in overview("new.jsonl", tokenizer, SAMPLES, 4, learned=False)
+    assert "4 with no token of the response left" in overview("new.jsonl", tokenizer, SAMPLES, 4, learned=False).plain
 
 
 def test_questions_alone(tokenizer):
     questions = [Sample("why?", "", {})]
-    assert "questions alone protect" in overview("known.jsonl", tokenizer, questions, 99, learned=False)
-    assert "questions alone" not in overview("known.jsonl", tokenizer, SAMPLES, 99, learned=False)
+    assert "questions alone protect" in overview("known.jsonl", tokenizer, questions, 99, learned=False).plain
+    assert "questions alone" not in overview("known.jsonl", tokenizer, SAMPLES, 99, learned=False).plain
     with pytest.raises(CordaError, match=r"no sample of known\.jsonl has a response"):
         overview("known.jsonl", tokenizer, questions, 99)
 
@@ -42,7 +42,7 @@ def test_questions_alone(tokenizer):
 def test_a_tokenizer_without_an_end(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = None
-    assert "no end-of-text token" in overview("new.jsonl", tokenizer, SAMPLES, 99, end=True)
+    assert "no end-of-text token" in overview("new.jsonl", tokenizer, SAMPLES, 99, end=True).plain
     tokenizer.pad_token = None
     with pytest.raises(CordaError, match="neither an end-of-text token nor one for padding"):
         overview("new.jsonl", tokenizer, SAMPLES, 99, end=True)
@@ -62,8 +62,3 @@ def test_token_ids_and_positions_that_a_model_has(family, tokenizer):
         check_fit(model, [[3] * longest])
         with pytest.raises(CordaError, match=f"has {longest + 1} tokens, .* learned {longest} positions"):
             check_fit(model, [[3] * (longest + 1)])
-
-
-def test_fewer_tokens_than_the_widest_layer():
-    assert few_tokens(48, 48) == ""
-    assert "1,000 tokens, and the widest layer 4,096 inputs" in few_tokens(1000, 4096)

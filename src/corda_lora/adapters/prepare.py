@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
+from ..data.overview import check_fit, overview
 from ..data.samples import load_rounds
 from ..files import check_output
 from ..models.loading import load_tokenizer, open_model
@@ -17,6 +18,7 @@ from ..preprocess.context import Context, has_decoder, read_context
 from ..preprocess.pipeline import Start, preprocess
 from ..preprocess.plan import check_room, init_plan
 from ..preprocess.work import MANIFEST, open_work
+from ..progress import console
 from ..version import __version__
 from .lora import RECORD, TIMING, install, save_adapter
 
@@ -70,7 +72,10 @@ def prepare(
     if data:
         if tokenizer is None:
             raise CordaError("give the tokenizer of the loaded model, which the context is encoded by")
+        if progress:
+            console.print(overview(data.data, tokenizer, rounds[0], data.max_length, learned=False))
         context = read_context(tokenizer, rounds, data.max_length, batch_tokens, has_decoder(model))
+        check_fit(model, (ids for batch in context.batches for ids in batch["input_ids"].tolist()))
     check_room(init_plan(model, config, context.batches, park), output)
 
     record: dict[str, Any] = {"data": asdict(data) if data else None}

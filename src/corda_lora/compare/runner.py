@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..config import CompareConfig, CordaError, ModelConfig
+from ..data.overview import overview
 from ..data.samples import load_samples
 from ..devices import accelerator, machine_name, release_cache, restart_peak, visible_gpus
 from ..files import write_json
@@ -55,8 +56,7 @@ def compare(
     comparison = Comparison(source, recipe, output)
     _check_methods(recipe)
     gpus = _checked_gpus(gpus)
-    load_tokenizer(source)  # fails here, and not in the first process, if there is no such model
-    _check_data(comparison)
+    _check_data(comparison, load_tokenizer(source))
     comparison.open()
     if jobs:
         if not torch.accelerator.is_available():
@@ -86,11 +86,16 @@ def _checked_gpus(gpus: Sequence[str]) -> Sequence[str]:
     return gpus or visible
 
 
-def _check_data(comparison: Comparison) -> None:
-    evaluated = [data for kind in ("keep", "learn", "text", "choices") for data in comparison.recipe.eval.data(kind)]
-    for data in (*evaluated, comparison.learn, comparison.keep):
-        if data is not None:
-            load_samples(data)
+def _check_data(comparison: Comparison, tokenizer: Any) -> None:
+    """Show a sample of each data set. Raises CordaError if one cannot be read, or has nothing to learn or measure."""
+    evaluated = comparison.recipe.eval
+    for data in (*evaluated.data("text"), *evaluated.data("choices")):
+        load_samples(data)
+    shown = [(comparison.learn, True, True)]
+    shown += [] if comparison.keep is None else [(comparison.keep, False, False)]
+    shown += [(data, True, kind == "learn") for kind in ("keep", "learn") for data in evaluated.data(kind)]
+    for data, learned, end in shown:
+        console.print(overview(data.data, tokenizer, load_samples(data), data.max_length, learned, end))
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------

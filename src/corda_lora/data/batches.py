@@ -1,7 +1,7 @@
 """Samples → tokens → batches of what a model's forward takes."""
 
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import CordaError
 from .chats import render_chat, render_question
-from .samples import Sample
+from .samples import Sample, as_samples
 
 
 class Encoded(NamedTuple):
@@ -170,3 +170,56 @@ def context_batches(
         batches.append(batch)
         numbers += [inputs[i][0] for i in indices]
     return batches, numbers
+
+
+def as_batches(
+    items: Iterable[Any],
+    tokenizer: Callable[[], Any],
+    rounds: int = 1,
+    max_length: int = 512,
+    batch_tokens: int = 4096,
+    has_decoder: bool = False,
+) -> tuple[Iterable[Any], list[int]]:
+    """A context from Python as batches, and the round of each: samples that follow one another make a round.
+
+    Args:
+        items: batches of tensors, which are given back as they are, with no rounds; or texts, chats, rows of a
+            `datasets.Dataset` (see `as_samples`), or rows with the lists of token ids `input_ids`.
+        tokenizer: returns the tokenizer; called only where there is text.
+
+    Raises:
+        CordaError: an item is none of these; or as `context_batches` does.
+    """
+    iterator = iter(items)
+    first = next(iterator, None)
+    whole = chain([] if first is None else [first], iterator) if iterator is items else items
+    ids = first.get("input_ids") if isinstance(first, Mapping) else None
+    if first is None or (isinstance(ids, Tensor) and ids.ndim > 1) or (ids is None and _has_tensors(first)):
+        return whole, []
+    batches: list[dict[str, Tensor]] = []
+    round_of: list[int] = []
+    tokenized = ids is not None
+    samples: list[Any] = (
+        [torch.as_tensor(row["input_ids"]).tolist() for row in whole] if tokenized else as_samples(whole)
+    )
+    for i, part in enumerate(_split(samples, rounds)):
+        if tokenized:
+            groups = batch_by_length([min(len(ids), max_length) for ids in part], batch_tokens)
+            padded = [pad([part[j][:max_length] for j in group], 0) for group in groups]
+            more = [{"input_ids": tokens, "attention_mask": mask} for tokens, mask in padded]
+        else:
+            more, _ = context_batches(tokenizer(), part, max_length, batch_tokens, has_decoder)
+        batches += more
+        round_of += [i] * len(more)
+    return batches, round_of
+
+
+def _has_tensors(item: Any) -> bool:
+    return isinstance(item, Mapping) and any(isinstance(value, Tensor) for value in item.values())
+
+
+def _split(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
+    """Consecutive parts of like size. Raises CordaError if there are fewer items than parts."""
+    if len(items) < parts:
+        raise CordaError(f"rounds is {parts}, but the context has only {len(items)} samples to make them of")
+    return [items[i * len(items) // parts : (i + 1) * len(items) // parts] for i in range(parts)]

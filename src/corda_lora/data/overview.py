@@ -5,6 +5,7 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
+from rich.text import Text
 from torch import nn
 
 from ..config import CordaError
@@ -16,7 +17,7 @@ SHOWN = 400  # characters of a prompt or a response
 
 def overview(
     name: str, tokenizer: Any, samples: Sequence[Sample], max_length: int, learned: bool = True, end: bool = False
-) -> str:
+) -> Text:
     """A few lines on the samples, to print before long work.
 
     Args:
@@ -60,7 +61,7 @@ def overview(
         )
     number = next((i for i, e in enumerate(encoded) if e.targets), 0)
     lines.append(f"  sample {number + 1} as the model reads it ({len(encoded[number].ids):,} tokens):")
-    return "\n".join([*lines, *rendered(tokenizer, encoded[number], learned)])
+    return Text("\n".join([*lines, *rendered(tokenizer, encoded[number], learned)]))
 
 
 def rendered(tokenizer: Any, encoded: Encoded, learned: bool = True) -> list[str]:
@@ -112,13 +113,3 @@ def _positions(named: tuple[str, Any]) -> int:
         module.offset if hasattr(module, "offset") else 0 if module.padding_idx is None else module.padding_idx + 1
     )
     return int(module.num_embeddings - reserved)
-
-
-def few_tokens(tokens: int, widest: int) -> str:
-    """A note for contexts with fewer tokens than the widest layer has inputs; else nothing."""
-    if tokens >= widest:
-        return ""
-    return (
-        f"the context has {tokens:,} tokens, and the widest layer {widest:,} inputs: its covariance has at most rank "
-        f"{tokens:,}, and directions that no sample shows count as unused; give more --samples"
-    )

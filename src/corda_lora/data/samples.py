@@ -3,7 +3,7 @@
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..config import CordaError, DataConfig
@@ -98,6 +98,37 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
     if not any(s.messages or (s.prompt + s.response).strip() for samples in result for s in samples):
         raise CordaError(f"every sample of {config.data} is empty text")
     return result
+
+
+def as_samples(items: Iterable[Any]) -> list[Sample]:
+    """Samples from Python: texts, chats (lists of messages), or rows with the columns that files have, such as those of
+    a `datasets.Dataset`.
+
+    Raises:
+        CordaError: an item is none of these, or no row is complete.
+    """
+    rows: list[Row] = []
+    for i, item in enumerate(items):
+        row = {"text": item} if isinstance(item, str) else {"messages": item} if isinstance(item, list) else item
+        if not isinstance(row, Mapping):
+            raise CordaError(
+                f"item {i} of the context is of type {type(item).__name__}: give batches (dicts of tensors), texts, "
+                "chats, or rows with the columns prompt and response, text, or messages"
+            )
+        rows.append(dict(row))
+    config = DataConfig("the context")
+    read = _reader(config, list(dict.fromkeys(column for row in rows for column in row)))
+    samples: list[Sample] = []
+    missing: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        try:
+            samples.append(read(row))
+        except MissingValueError as error:
+            missing[i] = str(error)
+        except CordaError as error:
+            raise CordaError(f"item {i} of the context: {error}") from error
+    _report_missing(config, missing, len(rows))
+    return samples
 
 
 def _report_missing(config: DataConfig, missing: dict[int, str], looked_at: int) -> None:

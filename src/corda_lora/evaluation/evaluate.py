@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..config import CordaError, EvalConfig
 from ..data.batches import Encoded, encode, text_of
+from ..data.overview import check_fit, overview
 from ..data.samples import Sample, load_samples
+from ..progress import console
 from .answers import TUNED, Sides, read_answers, sides
 from .base_outputs import BaseOutputs, record_base
 from .choices import check_choices, read_choices
@@ -106,15 +108,21 @@ def evaluate(
     measures = {kind: measures_of(kind, config, model) for kind in KINDS if loaded[kind]}
     model.eval()
     compared = TUNED if base is not None else sides(model)
-    results: dict[str, Any] = {}
+    requests: dict[tuple[str, str], Request] = {}
     for kind, pairs in loaded.items():
         for data, samples in pairs:
-            by_name = results.setdefault(kind, {})
-            name = data.data if data.data not in by_name else f"{data.data} ({data.rows})"
+            name = data.data if (kind, data.data) not in requests else f"{data.data} ({data.rows})"
             request = Request(model, tokenizer, config, progress, compared, base, kind, name, samples, data.max_length)
-            if record is not None and kind in KEPT:
-                record |= record_base(model, tokenizer, request.encoded, config.batch_tokens, progress, request.label)
-            by_name[name] = _run(request, measures[kind])
+            requests[kind, name] = request
+            if kind != "choices":
+                check_fit(model, (e.ids for e in request.encoded))
+            if progress and kind in ("keep", "learn"):
+                console.print(overview(request.label, tokenizer, samples, data.max_length, end=kind == "learn"))
+    results: dict[str, Any] = {}
+    for (kind, name), request in requests.items():
+        if record is not None and kind in KEPT:
+            record |= record_base(model, tokenizer, request.encoded, config.batch_tokens, progress, request.label)
+        results.setdefault(kind, {})[name] = _run(request, measures[kind])
     return results
 
 

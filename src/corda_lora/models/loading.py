@@ -206,6 +206,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer of a loaded model, by the name that it was loaded from. Raises CordaError if it has none."""
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    if not name:
+        raise CordaError("the model has no name to find its tokenizer by: give the tokenizer")
+    return load_tokenizer(ModelConfig(name))
+
+
 def _set_special_tokens(tokenizer: Any, path: Path) -> None:
     """The special tokens that the file names: transformers (5.17) gives a GGUF's tokenizer its begin-of-text token for
     an end."""

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import CordaError, LoraStart, TrainConfig
 from ..data.batches import encode
+from ..data.overview import check_fit
 from ..data.samples import Sample
 from ..devices import has_bfloat16
 from ..files import CHECKSUMS, check_checksums, write_checksums
@@ -96,6 +97,7 @@ def train(
     rows = [{"input_ids": e.ids, "completion_mask": list(map(int, e.answer))} for e in encoded if e.targets]
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
+    check_fit(model, (row["input_ids"] for row in rows))
     warn_without_bfloat16(config, next(model.parameters()).device)
     micro = config.micro_batch_size or config.batch_size
     steps = training_steps(config, len(rows))
