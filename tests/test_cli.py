@@ -572,7 +572,7 @@ def test_train_refuses(arguments, message, checkpoint, data, capsys):
 
 def test_data_without_responses_is_not_trained_on(checkpoint, data, capsys):
     (data / "learn.jsonl").write_text('{"prompt": "only a prompt"}\n')
-    assert "no sample has a response to learn" in refused(capsys, call=lambda: train(checkpoint, data))
+    assert "has a response: say with the template --response" in refused(capsys, call=lambda: train(checkpoint, data))
     assert nothing_left(data)
 
 
