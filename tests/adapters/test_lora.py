@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from corda_lora import CordaConfig, CordaError, load_adapter
@@ -262,7 +262,7 @@ def test_what_is_in_the_directory(tmp_path):
     model, found = start()
     spectra = {name: layer.spectrum for name, layer in found.layers.items()}
     save_adapter(install(model, found), tmp_path / "a", {"corda.json": {"model": "tiny", **found.record}}, spectra)
-    files = {"adapter_config.json", "adapter_model.safetensors", "corda.json", "spectra.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "corda.json", "sha256.json", "spectra.safetensors"}
     assert {p.name for p in (tmp_path / "a").iterdir()} == files
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     record = json.loads((tmp_path / "a" / "corda.json").read_text())
@@ -340,6 +340,30 @@ def test_a_plain_lora_directory_is_loaded_as_peft_does(tmp_path):
     lora = peft.get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     lora.save_pretrained(tmp_path)
     assert torch.equal(tiny.logits(load_adapter(tiny.build("llama"), tmp_path)), tiny.logits(lora))
+
+
+@pytest.mark.parametrize("change", ["removed", "flipped", "no file", "another rank"])
+def test_an_adapter_whose_tensors_have_changed_is_refused(change, tmp_path):
+    model, found = start()
+    save_adapter(install(copy.deepcopy(model), found), tmp_path / "a", {})
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    if change == "removed":
+        del tensors[name]
+    else:
+        tensors[name].view(torch.int32)[0, 0] ^= 1
+    path.unlink()
+    message = r"a is not an adapter directory: it has no adapter_model\.safetensors"
+    if change != "no file":
+        save_file(tensors, path)
+        message = r"adapter_model\.safetensors is damaged: make the adapter again"
+    if change == "another rank":  # of which there are no checksums
+        save_file(tensors | {name: tensors[name][:1]}, path)
+        (tmp_path / "a" / "sha256.json").unlink()
+        message = "is damaged, or does not fit the model"
+    with pytest.raises(CordaError, match=message):
+        load_adapter(model, tmp_path / "a")
 
 
 def test_no_adapter_or_a_damaged_record_is_refused(tmp_path):

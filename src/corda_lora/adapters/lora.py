@@ -18,7 +18,8 @@ and plain PEFT loads and saves it again without a word.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import CordaError
-from ..files import whole_folder
+from ..files import CHECKSUMS, check_checksums, whole_folder, write_checksums
 from ..models.targets import fingerprint, layer_digest, lora_config
 from ..preprocess.pipeline import Start
 from ..version import __version__
@@ -41,6 +43,7 @@ from .held import describe_held, freeze, warn_if_trained
 RECORD = "corda.json"
 TIMING = "timing.json"
 SPECTRA = "spectra.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def install(model: nn.Module, start: Start) -> PeftModel:
@@ -104,6 +107,7 @@ def save_adapter(
             (folder / name).write_text(json.dumps({"versions": versions, **record}, indent=1) + "\n")
         if spectra:
             save_file({name: sigma.float() for name, sigma in spectra.items()}, folder / SPECTRA)
+        write_checksums(folder, "*.safetensors")
 
 
 def save_plain(peft_model: PeftModel, folder: Path) -> None:
@@ -139,11 +143,15 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def read_marks(directory: Path) -> dict[str, Any] | None:
     """What `install` wrote into an adapter's configuration; None for an adapter that is not CorDA's.
 
-    Raises CordaError if there is no adapter in the directory, or its configuration is damaged.
+    Raises CordaError if there is no adapter in the directory, it has no weights or other ones than were written, or its
+    configuration is damaged.
     """
     path = Path(directory) / "adapter_config.json"
-    if not path.is_file():
-        raise CordaError(f"{directory} is not an adapter directory: it has no adapter_config.json")
+    for name in (path.name, WEIGHTS):  # PEFT would ask the hub for weights that are not there
+        if not (Path(directory) / name).is_file():
+            raise CordaError(f"{directory} is not an adapter directory: it has no {name}")
+    if (Path(directory) / CHECKSUMS).is_file():
+        check_checksums(Path(directory), f"make the adapter again, or remove {CHECKSUMS} if the change is meant")
     try:
         marks = (json.loads(path.read_text()).get("auto_mapping") or {}).get("corda")
         if marks is not None and marks["split"] != "seeded":
@@ -168,21 +176,35 @@ def load_adapter(
     """
     directory = Path(directory)
     marks = read_marks(directory)
-    config = peft.PeftConfig.from_pretrained(str(directory))
+    with _fitting(directory):
+        config = peft.PeftConfig.from_pretrained(str(directory))
     if marks is not None:
-        weights = load_peft_weights(str(directory), device="cpu")
+        with _fitting(directory):
+            weights = load_peft_weights(str(directory), device="cpu")
         if marks["fingerprint"] and _fingerprint_of(model, weights) != marks["fingerprint"]:
             raise CordaError(
                 f"the adapter in {directory} was made for other weights than these "
                 f"(its base was {config.base_model_name_or_path or 'not recorded'})"
             )
-        warn_if_trained(weights, marks, str(directory))
     if trainable and lora_dropout is not None:
         config.lora_dropout = lora_dropout
-    peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
+    with _fitting(directory):
+        peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
+    if marks is not None:
+        warn_if_trained(weights, marks, str(directory))
     if trainable and marks is not None:
         freeze(peft_model, marks["split"])
     return peft_model
+
+
+@contextmanager
+def _fitting(directory: Path) -> Iterator[None]:
+    """Turn PEFT's errors about an adapter into one sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CordaError(f"the adapter in {directory} is damaged, or does not fit the model: {reason}") from error
 
 
 def _fingerprint_of(model: nn.Module, names: Iterable[str]) -> str | None:
