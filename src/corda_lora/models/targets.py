@@ -272,6 +272,8 @@ def weight_of(module: nn.Module) -> Tensor:
     """W (d_out, d_in) of a linear layer; of a quantized one, what its numbers stand for."""
     weight = module.weight
     assert isinstance(weight, Tensor)
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        module.state_dict()  # a forward on a CPU left bitsandbytes' numbers in another order: this puts them back
     if not weight.dtype.is_floating_point or weight.numel() != weight_shape(module)[0] * weight_shape(module)[1]:
         weight = dequantize_module_weight(module)
     elif weight.dtype.itemsize == 1:
