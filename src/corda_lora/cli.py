@@ -362,7 +362,7 @@ def train(options: Namespace) -> None:
     console.print(overview(data.data, tokenizer, samples, data.max_length, end=True))
     model = load_model(source).to(accelerator())
     if options.start:
-        peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout)
+        peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout or None)
     else:
         peft_model = plain_lora(model, lora, config)
     work = open_work(options.output, recipe, lambda folder: last_checkpoint(folder) is not None)

@@ -153,7 +153,11 @@ class CordaConfig:
             activations of the first are far larger than any other's. (Not for what is to be kept: the adapter is then
             free to change what the first token does.)
         target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or `all-linear`.
-        lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: r, so s = 1.
+        lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: so that s = 1.
+        use_rslora: the adapter is scaled by s = lora_alpha / √r, as in PEFT.
+        lora_dropout: of the adapter's input while training.
+        modules_to_save: further modules that are trained whole and saved with the adapter, as in PEFT, such as
+            `lm_head`. (The drift that they cause is not bounded by the context.)
         device: where blocks are run and decomposed. Default: where the model is, or the accelerator if it is on the
             CPU and there is one.
     """
@@ -172,6 +176,9 @@ class CordaConfig:
     skip_tokens: CountOrZero = 0
     target_modules: str | list[str] = "all-linear"
     lora_alpha: Positive | None = None
+    use_rslora: bool = False
+    lora_dropout: Share = 0.0
+    modules_to_save: list[str] | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -206,7 +213,9 @@ class CordaConfig:
     @property
     def scale(self) -> float:
         """s of `W + s·BA`."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+        if self.lora_alpha is None:
+            return 1.0
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
 @dataclass

@@ -226,6 +226,32 @@ def test_a_second_corda_on_an_adapted_model_is_refused():
         preprocess(adapted, CordaConfig(r=4), tiny.batches(), progress=False)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_pefts_options(split, tmp_path):
+    """Rank-stabilized scaling, dropout, and a module that is trained whole: saved, loaded, and the base as it was."""
+    options = {"use_rslora": True, "lora_dropout": 0.25, "modules_to_save": ["lm_head"]}
+    model, found = start(split=split, **options)
+    weights, before = tiny.snapshot(model), tiny.logits(model)
+    adapted = install(copy.deepcopy(model), found)
+    assert torch.equal(tiny.logits(adapted.eval()), before)
+    assert all(layer.scaling["default"] == 8 / 4**0.5 for layer in lora_layers(adapted).values())
+    train(adapted.train()).eval()
+    moved = tiny.logits(adapted)
+    saved(adapted, found, tmp_path / "adapter")
+    loaded = load_adapter(copy.deepcopy(model), tmp_path / "adapter", trainable=True)
+    assert loaded.peft_config["default"].lora_dropout == 0.25
+    same(tiny.logits(loaded.eval()), moved)
+    assert (adapted.get_base_model().lm_head.modules_to_save["default"].weight - weights["lm_head.weight"]).norm() > 0
+    export_merged(model, tmp_path / "adapter", tmp_path / "merged")
+    same(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), moved)
+
+
+@pytest.mark.parametrize(("name", "why"), [("head", "LlamaForCausalLM does not have"), ("q_proj", "is a target, too")])
+def test_modules_to_save_that_cannot_be_are_refused_before_any_work(name, why):
+    with pytest.raises(CordaError, match=f"modules_to_save names '{name}', which {why}"):
+        start(modules_to_save=[name])
+
+
 # --- saved and loaded ------------------------------------------------------------------------------------------------
 
 

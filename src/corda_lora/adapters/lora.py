@@ -51,6 +51,7 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     start's tensors become the adapter's."""
     halves = 1 if start.config.from_zero else 2
     config = lora_config(model, start.layers)
+    config.lora_dropout, config.modules_to_save = start.config.lora_dropout, start.config.modules_to_save
     set_ranks(config, {name: halves * layer.A.shape[0] for name, layer in start.layers.items()}, start.config.scale)
     peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, layer in lora_layers(peft_model).items():

@@ -242,7 +242,13 @@ def budget_of(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.M
 
 
 def check_rank(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module) -> None:
-    """Raises CordaError if a layer has fewer components than are asked for, or the budget cannot be met."""
+    """Raises CordaError if a layer has fewer components than are asked for, the budget cannot be met, or
+    `modules_to_save` names a module that does not exist or is a target."""
+    for wanted in config.modules_to_save or ():
+        modules = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not modules or not targets.keys().isdisjoint(modules):
+            what = "is a target, too" if modules else f"{type(model).__name__} does not have"
+            raise CordaError(f"modules_to_save names {wanted!r}, which {what}")
     shapes = {name: weight_shape(module) for name, module in targets.items()}
     if not config.allocates:
         for name, (m, n) in shapes.items():
