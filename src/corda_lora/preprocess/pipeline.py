@@ -208,9 +208,10 @@ def _decompose(
     choose = bool(covariances) and (config.rounds != 1 or config.allocates)
     extremes = extremes_of(covariances, config, solving) if choose else []
     for name in members:
-        W = weight_of(targets[name]).to(solving)
+        W = weight_of(targets[name])
         if not bool(W.isfinite().all()):
             raise CordaError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
+        W = W.to(solving)
         choice = choose_covariance(W, covariances, extremes, config) if choose else Choice()
         clock.lap("selection")
         C = covariances[choice.round or 0].to(W.device) if covariances else None
