@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config import CompareConfig, CordaError, DataConfig, ModelConfig
 from ..data.samples import load_samples
-from ..files import write_json
+from ..files import check_checksums, read_json, write_checksums, write_json
 from ..methods.registry import METHODS
 from ..training.train import training_steps
 from .schedule import Entry, Job, Results, possible_jobs, scheduled_jobs
@@ -63,9 +63,14 @@ class Comparison:
         return self.output / job.folder
 
     def result(self, job: Job) -> dict[str, Any] | None:
-        """What a job has written, or None if it is not done."""
+        """What a job has written, or None if it is not done. Raises CordaError if it is damaged."""
         path = self.folder(job) / RESULT
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        result = read_json(path)
+        if not isinstance(result, dict) or "status" not in result:
+            raise CordaError(f"{path} is damaged: remove {path.parent}, to have it done again")
+        return result
 
     def results(self) -> dict[Job, dict[str, Any]]:
         """The results of all jobs that are done."""
@@ -73,6 +78,8 @@ class Comparison:
         return {job: result for job, result in results.items() if result is not None}
 
     def write_result(self, job: Job, result: Mapping[str, Any]) -> None:
+        if not job.is_run:  # runs read its tensors
+            write_checksums(self.folder(job), "*.safetensors")
         write_json(self.folder(job) / RESULT, result)
 
     def shared(self) -> dict[str, Any]:
@@ -83,14 +90,16 @@ class Comparison:
     def open(self) -> None:
         """Make the directory, or check that it belongs to this comparison.
 
-        Raises CordaError if something else is in it, or runs of another recipe.
+        Raises CordaError if something else is in it, or runs of another recipe, or a file that runs read is damaged.
         """
         path, shared = self.output / "recipe.json", self.shared()
         if self.output.is_file() or (self.output.is_dir() and any(self.output.iterdir()) and not path.is_file()):
             raise CordaError(f"the output {self.output} has something else in it already: remove it, or choose another")
         entries = {name: entry.key() for name, entry in self.recipe.entries.items()}
         if path.is_file():
-            before = json.loads(path.read_text())
+            before = read_json(path)
+            if not isinstance(before, dict) or not {"shared", "entries"} <= before.keys():
+                raise CordaError(f"{path} is damaged: remove {self.output}, or choose another output")
             differing = [key for key in shared if before["shared"].get(key) != shared[key]]
             differing += [name for name, key in entries.items() if before["entries"].get(name, key) != key]
             if differing:
@@ -99,6 +108,9 @@ class Comparison:
                     "or choose another output"
                 )
             entries = before["entries"] | entries
+            for job in self.results():
+                if not job.is_run:
+                    check_checksums(self.folder(job), f"remove {self.folder(job)}, to have it made again")
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(path, {"shared": shared, "entries": entries})
 

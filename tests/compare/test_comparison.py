@@ -1,0 +1,43 @@
+"""Damage in a comparison's directory is refused by the file's name before anything runs."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from corda_lora.compare.comparison import Comparison
+from corda_lora.compare.schedule import Job
+from corda_lora.config import CompareConfig, CordaError, EvalConfig, ModelConfig
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    """Opened once, with the base model's outputs and the preparation of an entry."""
+    recipe = CompareConfig(["lora", "eva"], "learn.jsonl", EvalConfig(learn="learn.jsonl"))
+    comparison = Comparison(ModelConfig("m"), recipe, tmp_path / "out")
+    comparison.open()
+    for job, name in ((Job(), "base"), (Job("eva"), "prepared"), (Job("lora", 1e-3), "")):
+        comparison.folder(job).mkdir(parents=True)
+        if name:
+            save_file({"x": torch.ones(3)}, comparison.folder(job) / f"{name}.safetensors")
+        comparison.write_result(job, {"status": "done"})
+    comparison.open()
+    return comparison
+
+
+@pytest.mark.parametrize("file", ["base/base.safetensors", "starts/eva/prepared.safetensors"])
+def test_a_changed_tensor(file, comparison):
+    path = comparison.output / file
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CordaError, match=rf"{file} is damaged: remove .*{path.parent.name}, to have it made again"):
+        comparison.open()
+    path.unlink()
+    with pytest.raises(CordaError, match=rf"{file} is missing: remove .*{path.parent.name}, to have it made again"):
+        comparison.open()
+
+
+@pytest.mark.parametrize("file", ["recipe.json", "base/result.json", "starts/eva/result.json"])
+@pytest.mark.parametrize("content", ['{"sta', "[]", "{}"])
+def test_json_that_is_cut_short_or_of_something_else(file, content, comparison):
+    (comparison.output / file).write_text(content)
+    with pytest.raises(CordaError, match=f"{file} is damaged"):
+        comparison.open()
