@@ -180,3 +180,9 @@ def test_the_order_is_the_one_it_always_was(epoch):
     for sampler in (ours, theirs):
         sampler.set_epoch(epoch)
     assert list(ours) == list(theirs)
+
+
+def test_an_adapter_of_the_output_head_is_refused(tokenizer):
+    model = plain_lora(tiny.build("llama"), LoraStart(r=2, target_modules=["lm_head"]), TrainConfig())
+    with pytest.raises(CordaError, match="the output head carries an adapter"):
+        train(model, tokenizer, SAMPLES, TrainConfig(max_steps=1, precision="fp32"))

@@ -1,9 +1,11 @@
 """The processes that do the jobs of a comparison, several at a time.
 
 A job is done when its result.json is there, and is then never done again. A job that was broken off is begun anew, and
-gives the same numbers. A process does jobs of one entry, one after the other, so that imports and compiled blocks serve
-them all: compiling takes as long as training a small model. After a job that failed its process ends, and the next one
-begins in a new process.
+gives the same numbers, on a CPU if it gets as many threads as before (the processes share the cores).
+
+A process does jobs of one entry, one after the other, so that imports and compiled blocks serve them all: compiling
+takes as long as training a small model. After a job that failed its process ends, and the next one begins in a new
+process.
 """
 
 import gc

@@ -13,6 +13,7 @@ import datasets
 import peft
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -89,10 +90,15 @@ def train(
         mean penalty since the last entry], ...]}, "steps", "samples", "seconds", "train_loss"}.
 
     Raises:
-        CordaError: the model is no causal language model, or no sample has a response.
+        CordaError: the model is no causal language model, its output head carries an adapter, or no sample has a
+            response.
         DivergedError: the loss of a step, or a trained parameter at the end, is NaN or infinite.
     """
     require_causal(model)  # SFTTrainer trains the next-token loss of responses; a classifier has no such loss
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+        raise CordaError(
+            "the output head carries an adapter, which cannot be trained: TRL reads the head's weight past the adapter"
+        )
     encoded = [encode(tokenizer, s, max_length, end=True) for s in samples]
     rows = [{"input_ids": e.ids, "completion_mask": list(map(int, e.answer))} for e in encoded if e.targets]
     if not rows:
