@@ -30,6 +30,10 @@ LLAMA2 = (  # brings its own <s>, and no mark at the end of a turn
     "{{ bos_token }}{% for m in messages %}{{ '(' + m['content'] + ') ' if m['role'] == 'user' else m['content'] }}"
     "{% endfor %}"
 )
+PHI3 = (  # the end of the text after the last turn, unless an answer is asked for
+    "{% for m in messages %}{{ '#' + m['role'] + '\\n' + m['content'] + '$\\n' }}{% endfor %}"
+    "{{ '#assistant\\n' if add_generation_prompt else eos_token }}"
+)
 STRICT = "{{ raise_exception('roles must alternate') }}"
 CHAT = [("system", "be brief"), ("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "2")]
 
@@ -123,10 +127,15 @@ def test_a_template_that_rewrites_turns_which_others_follow(tmp_path, tokenizer)
     assert parts(tokenizer, sample)[1::2] == ["1$", "(?)2$"]
     chat = [*CHAT[:2], ("assistant", "(hm)1"), *CHAT[3:]]
     (sample,) = load(tmp_path, {"messages": messages(chat)})
-    with pytest.raises(CordaError, match=r"writes turn 3 of a chat in another way.*--turns last"):
+    with pytest.raises(CordaError, match=r"turn 3 of a chat as it stands, or.*--turns last"):
         encode(tokenizer, sample, 999)
     (sample,) = load(tmp_path, {"messages": messages(chat)}, turns="last")
     assert parts(tokenizer, sample)[1::2] == ["(?)2$"]
+
+
+def test_a_template_that_ends_the_text(tmp_path, tokenizer):
+    (sample,) = load(tmp_path, {"messages": messages()})
+    assert parts(with_template(tokenizer, PHI3), sample)[1::2] == ["1$", "2$\n</s>"]
 
 
 def test_a_template_without_ends_of_turns(tmp_path, tokenizer):

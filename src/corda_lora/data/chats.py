@@ -37,7 +37,10 @@ def render_chat(
             **tokenizer.special_tokens_map,
         )
         if rendered == [text] and len(spans) == len(turns):
-            return text, [(a, b) for turn, (a, b) in zip(turns, spans) if turn >= first]
+            for turn, (a, b) in zip(turns, spans):
+                if messages[turn]["content"].strip() not in text[a:b]:
+                    raise _unclear(turn)
+            return text, [span for turn, span in zip(turns, spans) if turn >= first]
     return text, [_find_turn(tokenizer, messages, i, tools, text) for i in turns if i >= first]
 
 
@@ -52,20 +55,29 @@ def _find_turn(tokenizer: Any, messages: Sequence[Message], i: int, tools: list[
     through = _render(tokenizer, messages[: i + 1], tools)
     closing = through[through.rfind(content) + len(content) :].rstrip() if content else ""
     if i:
-        asked = len(_render(tokenizer, messages[:i], tools).rstrip())
-        start = _common_prefix(render_question(tokenizer, messages[:i], tools), text)
+        question, asked = render_question(tokenizer, messages[:i], tools), messages[i - 1]["content"].strip()
+        start = _common_prefix(question, text)
+        is_found = start >= question.rfind(asked) + len(asked) >= len(asked)
     else:
-        asked, start = 0, text.find(content)
+        start = text.find(content)
+        is_found = start >= 0
     if text.startswith(through):
         end = len(through.rstrip()) if closing else len(through)
-    else:  # a turn that others follow may be written in another way: without its thoughts, say
-        end = text.find(content + closing, max(start, 0)) + len(content + closing)
-    if start < asked or not content or content not in text[start:end]:
-        raise CordaError(
-            f"the model's chat template writes turn {i + 1} of a chat in another way when others follow, so where its "
-            "loss is cannot be told: take the loss of the last turn alone (--turns last)"
-        )
+    else:  # a turn that others follow may be written in another way: without its thoughts, or the end of the text
+        for ending in (closing, closing.removesuffix(tokenizer.eos_token or "").rstrip()):
+            end = text.find(content + ending, max(start, 0)) + len(content + ending)
+            if end >= len(content + ending):
+                break
+    if not is_found or not content or content not in text[start:end]:
+        raise _unclear(i)
     return start, end
+
+
+def _unclear(i: int) -> CordaError:
+    return CordaError(
+        f"the model's chat template does not write turn {i + 1} of a chat as it stands, or writes it in another way "
+        "when others follow, so where its loss is cannot be told: take the loss of the last turn alone (--turns last)"
+    )
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> str:
