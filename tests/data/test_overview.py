@@ -1,11 +1,13 @@
 """What is said of samples before long work, and whether a model can read them."""
 
 import copy
+import warnings
 
 import pytest
 import tiny
 
 from corda_lora import CordaError
+from corda_lora.cli import main
 from corda_lora.data.batches import encode
 from corda_lora.data.overview import check_fit, overview
 from corda_lora.data.samples import Sample
@@ -62,3 +64,23 @@ def test_token_ids_and_positions_that_a_model_has(family, tokenizer):
         check_fit(model, [[3] * longest])
         with pytest.raises(CordaError, match=f"has {longest + 1} tokens, .* learned {longest} positions"):
             check_fit(model, [[3] * (longest + 1)])
+
+
+def test_the_verbs_show_a_sample_before_work(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # `main` replaces it
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new.csv").write_text("question,answer\n" + "What is 1 plus 1?,2\n" * 4 + "And?,\n")
+    data = ["--prompt", r"Q: {question}\nA:", "--response", " {answer}"]
+    main(["init", "--model", str(checkpoint), "--context", "new.csv", *data, "--r", "4", "--output", "start"])
+    tune = ["--precision", "fp32", "--max_steps", "1", "--batch_size", "2", "--output", "tuned"]
+    init = capsys.readouterr().err
+    main(["train", "--model", str(checkpoint), "--start", "start", "--data", "new.csv", *data, *tune])
+    train = capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text(f"learn: {{data: new.csv, prompt: '{data[1]}', response: '{data[3]}'}}\n")
+    main(["eval", "--model", str(checkpoint), "--config", "recipe.yaml"])
+    for said, loss in ((init, ""), (train, ", loss"), (capsys.readouterr().err, ", loss")):
+        lines = [" ".join(line.split()) for line in said.splitlines()]
+        assert "sample 1 as the model reads it" in said
+        assert r"prompt │<s>Q: What is 1 plus 1?\nA:│" in lines
+        assert any(line.startswith(f"response{loss} │ 2") for line in lines)
+        assert "1 of 5 rows left out: 1 without" in " ".join(lines)
