@@ -126,40 +126,45 @@ def _check_targets(target_modules: str | list[str]) -> None:
 
 @dataclass
 class CordaConfig:
-    """How an adapter is cut out of a model's weights. Orientation, mode and split span one grid: `identity` with `ipm`
-    is PiSSA, `identity` with `kpm` is MiLoRA, `diagonal` is ASVD, `covariance` is CorDA.
+    """How an adapter is cut out of a model's weights.
+
+    Orientation, mode and split span one grid of methods: `identity` with `ipm` is PiSSA, `identity` with `kpm` is
+    MiLoRA, `diagonal` is ASVD, `covariance` is CorDA.
 
     Args:
-        mode: `kpm` (knowledge-preserved) adapts the components the context uses least, to learn without forgetting
-            it; `ipm` (instruction-previewed) those it uses most, to learn faster what the context shows.
-        preset: `corda`: rank r everywhere; `corda+`: the same parameters, allocated to the layers by compactness
-            (CorDA++, Alg. 2); `corda++`: also 5 rounds, of which each layer takes its most compact covariance (Alg. 1).
-        r: rank, the number of components adapted in each layer; with allocation their average, in parameters.
-        rounds: independent samplings of the context to choose from. Default: 5 in corda++, else 1.
-        min_rank: least rank that allocation gives a layer.
-        max_rank: largest rank that allocation gives a layer. Default: all a layer has.
-        budget: what allocation shares out, in place of r: parameters Σ (d_in + d_out)·r if above 1, a share of the
-            model's parameters if below.
-        split: how a component is shared between A and B. `anchored`: A frozen on the components, B from zero; `seeded`:
-            the same with A trained, too; `balanced`: each component's row of A as long as its column of B; `paper`:
-            B = UΣ^½, A = Σ^-½UᵀW. Default: `anchored` in kpm, `seeded` in ipm.
-        orientation: what the weight is multiplied by before the SVD: the context's covariance (CorDA), the root of
-            its diagonal (ASVD), or nothing (plain SVD, which needs no context).
-        solver: `gram` (float64 eigendecomposition of small Gram matrices), `subspace` (iteration that finds the
-            components of the adapter alone; for preset corda), `svd` (float64 SVD, the reference), or `auto`: subspace
-            where it can be used and r is small beside the layer, else gram.
-        damping: λ of C + λ·mean(diag C)·I.
-        skip_tokens: leave the first so many tokens of each sample out of the covariances: in many models the
-            activations of the first are far larger than any other's. (Not for what is to be kept: the adapter is then
-            free to change what the first token does.)
-        target_modules: layers to adapt, as in PEFT: name endings, a regular expression, or `all-linear`.
-        lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: so that s = 1.
-        use_rslora: the adapter is scaled by s = lora_alpha / √r, as in PEFT.
-        lora_dropout: of the adapter's input while training.
+        mode: `kpm` (knowledge-preserved) adapts the components that the context uses least, to learn without forgetting
+            the context. `ipm` (instruction-previewed) adapts the components that the context uses most, to learn faster
+            what the context shows.
+        preset: `corda` gives every layer rank r. `corda+` allocates the same number of parameters to the layers by
+            compactness (CorDA++, Alg. 2). `corda++` also draws 5 rounds, and each layer takes its most compact
+            covariance (Alg. 1).
+        r: the rank, that is, the number of components adapted in each layer. With allocation, the rank that would cost
+            as many parameters if every layer had it.
+        rounds: the number of independent samplings of the context to choose from. Default: 5 in corda++, else 1.
+        min_rank: the least rank that allocation gives a layer.
+        max_rank: the largest rank that allocation gives a layer. Default: all components of the layer.
+        budget: the number of parameters to allocate, Σ (d_in + d_out)·r, in place of r. A budget up to 1 is a share of
+            the model's parameters.
+        split: how a component is divided between A and B. `anchored`: A is frozen on the components, B starts from
+            zero. `seeded`: the same, but A is trained, too. `balanced`: each component's row of A is as long as its
+            column of B. `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default: `anchored` in kpm, `seeded` in ipm.
+        orientation: the matrix that the weight is multiplied by before the SVD: the context's `covariance` (CorDA), the
+            root of its `diagonal` (ASVD), or the `identity` (plain SVD, which needs no context).
+        solver: `gram` decomposes small Gram matrices in float64. `subspace` iterates to find the adapter's components
+            alone, for preset corda. `svd` is the float64 SVD, the reference. `auto` takes subspace where it can be used
+            and r is small beside the layer, else gram.
+        damping: λ of the regularized covariance C + λ·mean(diag C)·I.
+        skip_tokens: the number of first tokens of each sample to leave out of the covariances. In many models the
+            activations of the first token are far larger than any other's. Leave it at 0 for a context to keep: the
+            adapter may otherwise change what the first token does.
+        target_modules: the layers to adapt, as in PEFT: endings of names, a regular expression, or `all-linear`.
+        lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: the value for which s = 1.
+        use_rslora: scale the adapter by s = lora_alpha / √r instead, as in PEFT.
+        lora_dropout: the dropout rate of the adapter's input while training.
         modules_to_save: further modules that are trained whole and saved with the adapter, as in PEFT, such as
-            `lm_head`. (The drift that they cause is not bounded by the context.)
-        device: where blocks are run and decomposed. Default: where the model is, or the accelerator if it is on the
-            CPU and there is one.
+            `lm_head`. The context does not bound the drift that they cause.
+        device: the device that runs and decomposes the blocks. Default: the model's device; the accelerator if the
+            model is on the CPU and there is an accelerator.
     """
 
     mode: Literal["kpm", "ipm"] = "kpm"
@@ -237,8 +242,8 @@ class DataConfig:
         rows: split of the data set, or a slice of it: "train", "test", "train[2000:]". A file is all "train".
         name: configuration of a hub data set ("main" of openai/gsm8k).
         samples: take this many, drawn with the seed; all if there are fewer or if not given.
-        seed: of the draw.
-        max_length: in tokens; longer samples are cut.
+        seed: the seed of the draw.
+        max_length: the number of tokens at which a sample is cut.
     """
 
     data: str
@@ -258,25 +263,27 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """The training recipe: AdamW, cosine, 3 % warm-up, no weight decay, one epoch, as CorDA's authors train. The
-    learning rate depends on the split: see the README.
+    """The training recipe.
+
+    The defaults are those of CorDA's authors: AdamW, a cosine schedule, 3 % warm-up, no weight decay, one epoch.
 
     Args:
-        learning_rate: peak of the schedule.
-        epochs: passes over the data.
-        max_steps: stop after this many steps instead, if given.
-        batch_size: samples a step.
-        micro_batch_size: samples a forward; the rest of the batch is accumulated, to the same gradient. A step's
-            samples are dealt out by length, so less memory, and less padding. Default: the batch size.
-        warmup: share of the steps with rising learning rate.
+        learning_rate: the peak of the schedule. The best rate depends on the split: see the README.
+        epochs: the number of passes over the data.
+        max_steps: the number of steps, in place of epochs.
+        batch_size: the number of samples in a step.
+        micro_batch_size: the number of samples in a forward. A step accumulates the gradients of its forwards. Its
+            samples are dealt out by length, which saves memory and padding. Default: the batch size.
+        warmup: the share of the steps in which the learning rate rises.
         schedule: `cosine`, `linear` or `constant`.
-        weight_decay: of AdamW.
-        lora_dropout: of the adapter's input.
-        precision: `bf16` and `fp16` are mixed precision (autocast), `fp32` is none.
-        gradient_checkpointing: less memory, a third more time.
-        compile: each block by `torch.compile`, for samples of any length: a minute at the start, then faster steps.
-        seed: of order and dropout.
-        checkpoints: how many are written over the run; a run started again goes on from the last. 0 for none.
+        weight_decay: the weight decay of AdamW.
+        lora_dropout: the dropout rate of the adapter's input.
+        precision: `bf16` and `fp16` train in mixed precision (autocast), `fp32` does not.
+        gradient_checkpointing: recompute activations in the backward: less memory, a third more time.
+        compile: compile each block by `torch.compile`, for samples of any length. It takes a minute at the start; the
+            steps are faster afterwards.
+        seed: the seed of the samples' order and of dropout.
+        checkpoints: the number of checkpoints in a run; 0 for none. The same command given again goes on from the last.
     """
 
     learning_rate: Positive = 1e-3
@@ -304,12 +311,12 @@ class TrainConfig:
 
 @dataclass
 class LoraStart:
-    """A plain LoRA to start from instead of a `corda init` directory.
+    """A plain LoRA to start from, in place of a directory from `corda init`.
 
     Args:
-        r: rank.
+        r: the rank.
         lora_alpha: the adapter is scaled by lora_alpha / r. Default: r.
-        target_modules: as in PEFT.
+        target_modules: the layers to adapt, as in PEFT.
     """
 
     r: Count = 16
@@ -323,13 +330,13 @@ class LoraStart:
 
 @dataclass
 class ModelConfig:
-    """Which model, and how it is loaded.
+    """The model, and how it is loaded.
 
     Args:
-        model: name on the hub, directory, or .gguf file (its weights are expanded).
-        revision: of a model on the hub.
-        dtype: of the weights: `auto` is the checkpoint's own.
-        trust_remote_code: run code that comes with the model.
+        model: a name on the hub, a directory, or a .gguf file (whose weights are expanded).
+        revision: the branch, tag or commit of a model on the hub.
+        dtype: the type of the weights. `auto` is the type in the checkpoint.
+        trust_remote_code: run code that the model brings, or that its config.json names on the hub.
     """
 
     model: str
@@ -343,17 +350,17 @@ class ModelConfig:
 
 @dataclass
 class EvalConfig:
-    """What is measured. Data is a hub name or file, or a mapping of the options of DataConfig, or a list of either.
+    """What is measured. Data is a name on the hub or a file, a mapping of DataConfig's options, or a list of these.
 
     Args:
-        keep: samples of what should be kept: drift, and the loss of the responses.
-        learn: samples of what was learned: loss, and exact match if `exact_match` is set.
-        text: running text: perplexity, and drift over every token.
-        choices: multiple choice: rows with a list `choices` and, as `response`, the right one.
-        exact_match: decode greedily and compare with the response: "text" compares the whole, anything else is a
-            regular expression whose last match (its first group) is compared, such as "#### (-?[0-9,.]+)".
-        max_new_tokens: of a greedy answer.
-        batch_tokens: tokens a forward.
+        keep: samples of the ability to keep. Measured: drift, and the loss of the responses.
+        learn: samples of the task. Measured: the loss, and exact match if `exact_match` is set.
+        text: running text. Measured: perplexity, and drift over every token.
+        choices: multiple-choice questions: rows with a list `choices` and the right choice as `response`.
+        exact_match: how a greedy answer is compared with the response. `text` compares the whole texts. A regular
+            expression, such as "#### (-?[0-9,.]+)", compares the first group of its last match.
+        max_new_tokens: the number of tokens at which a greedy answer is cut.
+        batch_tokens: the number of tokens in a forward.
     """
 
     keep: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
@@ -371,9 +378,9 @@ class EvalConfig:
 
     def data(self, kind: str) -> list[DataConfig]:
         """The data of "keep", "learn", "text" or "choices", however it was given."""
-        given = getattr(self, kind)
-        given = given if isinstance(given, list) else [given]
-        return [DataConfig(data) if isinstance(data, str) else data for data in given]
+        value = getattr(self, kind)
+        datas = value if isinstance(value, list) else [value]
+        return [DataConfig(data) if isinstance(data, str) else data for data in datas]
 
 
 @dataclass
@@ -381,12 +388,12 @@ class MethodConfig:
     """One entry of a comparison.
 
     Args:
-        method: name of a method (see `corda_lora.methods.METHODS`). Default: the entry's own name.
-        learning_rates: to sweep, at least two. Default: the method's own.
-        options: hyperparameters of the method in place of its defaults, such as {ratio: 4} for lora+, or any options
-            of `corda init` for ours.
-        all_seeds: run every rate with every seed, not only those around the best: for an interval of drift at equal
-            loss all along the frontier.
+        method: the name of a method (see `corda_lora.methods.METHODS`). Default: the name of the entry.
+        learning_rates: the learning rates to sweep, at least two. Default: the method's own.
+        options: hyperparameters of the method that differ from its defaults, such as {ratio: 4} for lora+. Our methods
+            take any options of `corda init`.
+        all_seeds: run every rate with every seed, not only the rates around the best. This gives an interval of drift
+            at equal loss all along the frontier.
     """
 
     method: str = ""
@@ -404,24 +411,25 @@ class MethodConfig:
 
 @dataclass
 class CompareConfig:
-    """What is compared, and on what: everything but the methods is the same for all runs.
+    """What is compared, and on what. Everything but the methods is the same for all runs.
 
     Args:
-        methods: entries to compare: a list of names of methods, or a mapping of names of your choice to
-            MethodConfig's options (nothing for the defaults).
-        data: samples of the task to learn; methods that look at a task before (ipm, EVA, LoRA-GA) look at these.
-        context: samples of the ability to keep, for methods that look at it before (kpm, LoRA-Null).
-        context_samples: how many samples of either such a method looks at.
+        methods: the entries to compare: a list of names of methods, or a mapping of names of your choice to options of
+            MethodConfig (nothing for the defaults).
+        data: samples of the task to learn. Methods that analyse a task before they train (ipm, EVA, LoRA-GA) analyse
+            these.
+        context: samples of the ability to keep, for methods that analyse it before they train (kpm, LoRA-Null).
+        context_samples: the number of samples that such a method analyses.
         eval: what is measured of every run, and once of the base model: see EvalConfig. The first `learn` is the task.
-        train: the training of every run; `learning_rate`, `seed` and `checkpoints` are set by the comparison.
-        r: the adapters' rank; a method without ranks gets as many parameters.
+        train: the training of every run. The comparison sets `learning_rate`, `seed` and `checkpoints`.
+        r: the rank of the adapters. A method without ranks gets as many parameters.
         lora_alpha: adapters are scaled by lora_alpha / r. Default: r.
-        target_modules: as in PEFT.
-        seeds: every learning rate is run with seed 0, and with this many where it counts: each method's best rate and
-            its two neighbours, and the two between which it reaches the best loss of `lora` (of the first, if it is
-            not compared).
-        curve_points: how often the task's held-out loss is measured in each run, the end included.
-        curve_samples: of the first `learn` data, for that.
+        target_modules: the layers to adapt, as in PEFT.
+        seeds: the number of seeds. Every learning rate is run with the first seed. The others are run where they count:
+            for each method's best rate and its two neighbours, and for the two rates between which the method reaches
+            the best loss of `lora` (of the first entry, if `lora` is not compared).
+        curve_points: how often a run measures the task's held-out loss, the end included.
+        curve_samples: the number of samples of the first `learn` data that this takes.
     """
 
     methods: list[str] | dict[str, MethodConfig | None]
