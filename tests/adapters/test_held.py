@@ -12,6 +12,8 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from test_lora import SPLITS, lora_layers, start, train, tuned
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from corda_lora import CordaConfig, CordaError, HoldCallback, get_corda_model, hold, load_adapter
@@ -202,6 +204,38 @@ def test_cast_to_bfloat16_it_generates(split):
     batch = tiny.batches()[0]
     adapted(**batch, labels=batch["input_ids"]).loss.backward()
     assert adapted.eval().generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(adapted):
+    mesh = init_device_mesh("cpu", (1,))
+    for block in adapted.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(adapted, mesh=mesh)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_sharded_it_trains_as_whole(split, one_process, tmp_path):
+    model, adapted, _ = saved_by_peft(split, tmp_path)
+    loaded = sharded(load_adapter(model, tmp_path, trainable=True))
+    hold(loaded)
+    train(adapted)
+    train(loaded)
+    for name, weight in weights_of(loaded).items():
+        torch.testing.assert_close(weight.full_tensor(), weights_of(adapted)[name], rtol=0, atol=1e-6)
+    if split in ("paper", "balanced"):
+        with pytest.raises(CordaError, match="train with weight_decay 0"):
+            train(loaded, weight_decay=0.1)
+        late = sharded(PeftModel.from_pretrained(tiny.build("llama"), tmp_path, is_trainable=True))
+        with pytest.raises(CordaError, match=f"a {split} adapter is to be held before it is sharded"):
+            hold(late)
 
 
 class _Loosen(HoldCallback):

@@ -101,7 +101,7 @@ def hold(peft_model: nn.Module, adapter_name: str = "default") -> None:
     marks = marks_of(peft_model, adapter_name)
     freeze(peft_model, marks["split"], adapter_name)
     weights = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
-    warn_if_trained(weights, marks)
+    warn_if_trained(_whole(weights), marks)
 
 
 def marks_of(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
@@ -126,6 +126,8 @@ def freeze(peft_model: nn.Module, split: str, adapter_name: str = "default") -> 
         else:
             for axis, factors in enumerate((layer.lora_A, layer.lora_B)):
                 if not isinstance(factors[adapter_name], HalvedLinear):
+                    if isinstance(factors[adapter_name].weight, DTensor):
+                        raise CordaError(f"a {split} adapter is to be held before it is sharded: call hold() first")
                     factors[adapter_name] = HalvedLinear(factors[adapter_name].weight, axis)
 
 
@@ -228,15 +230,17 @@ class HoldCallback(TrainerCallback):
 
 
 def _exact(peft_model: nn.Module) -> str:
-    """sha256 of the held part as it is in memory; of a sharded one, of this process's share."""
+    """sha256 of the held part as it is in memory."""
     digest, split = hashlib.sha256(), marks_of(peft_model)["split"]
     weights: dict[str, Tensor] = {n: p for n, p in peft_model.named_parameters() if ".default." in n}
-    if any(isinstance(weight, DTensor) for weight in weights.values()):
-        # The halves of a shard are not the shard of a half; what is gathered is small.
-        weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights.items()}
-    for part in held_parts(weights, split):
+    for part in held_parts(_whole(weights), split):
         digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded weights, gathered: they are small, and half of a shard is not a shard of a half."""
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
