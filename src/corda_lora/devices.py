@@ -33,7 +33,8 @@ def compute_device(model: nn.Module, chosen: str | None = None) -> torch.device:
     home = next(model.parameters()).device
     if chosen is not None:
         try:
-            return torch.empty(0, device=chosen).device
+            torch.empty(0, device=chosen)
+            return torch.device(chosen)
         except Exception as error:  # of many types: no such name, no driver, not compiled for it, no such number
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CordaError(f"there is no device {chosen!r} on this machine: {reason}") from error
