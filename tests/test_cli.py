@@ -345,7 +345,10 @@ def test_sigterm_keeps_the_work_and_exits_with_143(checkpoint, data, monkeypatch
     [
         (["--target_modules", "[q_prj]"], "matches no layer of LlamaForCausalLM; nearest names: q_proj"),
         (["--target_modules", "[embed_tokens]"], "CorDA adapts linear layers only"),
-        (["--r", "17"], "r is 17, but model.layers.0.self_attn.k_proj (16 × 32) has only 16 components"),
+        (
+            ["--r", "17", "--target_modules", "[k_proj]"],
+            "r is 17, but model.layers.0.self_attn.k_proj (16 × 32) has only 16 components",
+        ),
         (["--r", "0"], "r is 0, but must be a whole number at least 1"),
         (["--damping", "0"], "damping is 0.0, but must be a number above 0"),
         (["--prompt", "{question}"], "no column 'question' for the template '{question}': it has prompt, response"),
