@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             options[options.verb].given = list(sys.argv[1:] if argv is None else argv)
             verbs[options.verb](options[options.verb])
     except KeyboardInterrupt as interrupt:
-        _say(options.verb, "stopped; finished work is kept, and the same command goes on from it")
+        resumes = options.verb in ("init", "train", "compare")
+        _say(options.verb, "stopped" + "; finished work is kept, and the same command goes on from it" * resumes)
         raise SystemExit(143 if isinstance(interrupt, _Terminated) else 130) from None
     except Exception as error:
         if sentence := _mendable(error):
