@@ -179,7 +179,7 @@ def goes_on(case: Case) -> None:
     demand(torch.equal(tiny.logits(loaded), tiny.logits(straight)), "not as if it had not been saved")
 
 
-@road("`PeftModel.from_pretrained(is_trainable=True)`, then `hold` (axolotl, LLaMA-Factory, unsloth)")
+@road("`PeftModel.from_pretrained(is_trainable=True)`, then `hold` (as with axolotl, LLaMA-Factory)")
 def held_by_hand(case: Case) -> None:
     loaded = case.plain()
     for name, parameter in loaded.named_parameters():
