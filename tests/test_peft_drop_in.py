@@ -8,11 +8,11 @@ import peft
 import pytest
 import tiny
 import torch
+from helpers import pefts_damping
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig as PeftCorda
 from peft.tuners.lora.corda import preprocess_corda as pefts_preprocess
 from peft.tuners.lora.corda import target_modules
-from test_peft_parity import pefts_damping
 from torch import nn
 from transformers import AlbertConfig, AlbertModel, BartConfig, BartModel, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D

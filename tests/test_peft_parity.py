@@ -6,6 +6,7 @@ import peft
 import pytest
 import tiny
 import torch
+from helpers import pefts_damping
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig as PeftCorda
 from peft.tuners.lora.corda import collect_eigens_for_layer, preprocess_corda
@@ -15,16 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from corda_lora import CordaConfig, get_corda_model
 
 TEXT = ["The capital of France is Paris, and its currency is the euro.", "Water boils at 100 degrees Celsius."]
-
-
-def pefts_damping(C):
-    """The λ that PEFT ends with: doubled until its float32 inverse is good."""
-    damping, eye = 0.01, torch.eye(len(C))
-    while True:
-        regular = C + torch.diag(torch.ones(len(C)) * C.diagonal().mean() * damping)
-        if torch.dist(regular @ torch.linalg.inv(regular), eye) < 0.05:
-            return damping
-        damping *= 2
 
 
 def check(linear, C, r):

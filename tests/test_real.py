@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from test_compactness import literal_allocation, literal_selection
+from helpers import literal_allocation, literal_selection
 from tiny import start_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

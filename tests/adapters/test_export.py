@@ -6,9 +6,9 @@ import json
 import pytest
 import tiny
 import torch
+from helpers import SPLITS, deltas, same, saved, start, train, tuned
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_lora import SPLITS, deltas, same, saved, start, train, tuned
 from transformers import AutoModelForCausalLM
 
 from corda_lora.adapters.export import export_lora, export_merged, export_residual

@@ -9,16 +9,16 @@ import peft
 import pytest
 import tiny
 import torch
+from helpers import SPLITS, start, train, tuned
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
-from test_lora import SPLITS, lora_layers, start, train, tuned
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from corda_lora import CordaConfig, CordaError, HoldCallback, get_corda_model, hold, load_adapter
 from corda_lora.adapters.held import describe_held, held_parts, marks_of, moved
-from corda_lora.adapters.lora import install
+from corda_lora.adapters.lora import install, lora_layers
 
 HELD = [split for split in SPLITS if split != "seeded"]
 

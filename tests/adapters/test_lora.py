@@ -8,6 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
+from helpers import SPLITS, deltas, same, saved, start, train, tuned
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,57 +19,8 @@ from corda_lora.adapters.held import held_size
 from corda_lora.adapters.lora import install, lora_layers, read_record, save_adapter
 from corda_lora.preprocess.pipeline import preprocess
 
-SPLITS = ["paper", "balanced", "anchored", "seeded"]
 # GPT-2's layers are Conv1D. PEFT wants `fan_in_fan_out` for them, and the reverse for the others.
 FAMILIES = ["llama", "qwen2_biased", "gpt2_conv1d"]
-
-
-def start(family="llama", split="balanced", **options):
-    """A model and the start for it, at s = 2."""
-    model = tiny.build(family)
-    config = CordaConfig(split=split, **{"r": 4, "lora_alpha": 8, **options})
-    return model, preprocess(model, config, tiny.batches(family), progress=False)
-
-
-def train(adapted, steps=4, family="llama", weight_decay=0.0):
-    """Plain torch, no Trainer; dropout is off."""
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=weight_decay)
-    for step in range(steps):
-        batch = tiny.batches(family)[step % 3]
-        adapted(**batch, labels=batch["input_ids"]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return adapted
-
-
-def tuned(family="llama", split="balanced", **options):
-    """The original model, a trained adapter on a copy of it, and its logits."""
-    model, found = start(family, split, **options)
-    adapted = train(install(copy.deepcopy(model), copy.deepcopy(found)), family=family)
-    moved = tiny.logits(adapted, family)
-    assert (moved - tiny.logits(model, family)).abs().max() > 0.02  # the training did something
-    return model, found, adapted, moved
-
-
-def saved(adapted, found, folder):
-    save_adapter(adapted, folder, {"corda.json": {"model": "tiny", **found.record}})
-    return folder
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def deltas(adapted):
-    """s·B A of every layer, float64, as W lies in memory for `nn.Linear`."""
-    return {
-        name: layer.scaling["default"]
-        * layer.lora_B["default"].weight.double()
-        @ layer.lora_A["default"].weight.double()
-        for name, layer in lora_layers(adapted).items()
-    }
 
 
 # --- training --------------------------------------------------------------------------------------------------------

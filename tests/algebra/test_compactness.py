@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import literal_allocation, literal_selection
 
 from corda_lora.algebra.compactness import (
     allocate,
@@ -18,47 +19,6 @@ from corda_lora.config import CordaConfig
 from corda_lora.preprocess.layer import choose_covariance, extremes_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-
-
-def literal_selection(W, covariances, damping=0.01):
-    """Algorithm 1 for one layer: the index of the covariance, and every score."""
-    scores = []
-    for C in covariances:
-        C = C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
-        eigenvalues = torch.linalg.eigvalsh(C)
-        pi = math.sqrt(W.shape[0]) * eigenvalues[-1] / eigenvalues[0]
-        sigma = torch.linalg.svdvals(W.double() @ C)
-        scores.append(float(torch.log(pi) * sigma.sum() / sigma[0]))
-    return scores.index(min(scores)), scores
-
-
-def literal_allocation(spectra, log_pis, costs, budget, mode, min_rank=1, max_rank=None):
-    """Algorithm 2: filter one component at a time, always the cheapest of the model; the rank of every layer."""
-    sizes = [len(sigma) for sigma in spectra]
-    least = [min(min_rank, R) for R in sizes]
-    most = [max(low, min(max_rank or R, R)) for low, R in zip(least, sizes)]
-    filtered = list(least) if mode == "kpm" else [R - high for R, high in zip(sizes, most)]
-    end = most if mode == "kpm" else [R - low for R, low in zip(sizes, least)]
-
-    def parameters():
-        return sum((f if mode == "kpm" else R - f) * cost for f, R, cost in zip(filtered, sizes, costs))
-
-    while mode == "kpm" or parameters() > budget:
-        best, cheapest = None, math.inf
-        for layer, sigma in enumerate(spectra):
-            r = filtered[layer] + 1
-            if r <= end[layer]:
-                remaining = float(sigma[: sizes[layer] - r].sum())
-                score = log_pis[layer] * float(sigma[-r]) / remaining if remaining else math.inf
-                if best is None or score < cheapest:
-                    best, cheapest = layer, score
-        if best is None:
-            break
-        filtered[best] += 1
-        if mode == "kpm" and parameters() > budget:
-            filtered[best] -= 1
-            break
-    return filtered if mode == "kpm" else [R - f for f, R in zip(filtered, sizes)]
 
 
 def random_model(seed, layers=7):

@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from helpers import CHAT, CHATML, messages, with_template
 from peft import PeftModel
-from test_chats import CHAT, CHATML, messages, with_template
 
 from corda_lora import CordaConfig, CordaError, get_corda_model
 from corda_lora.data.batches import as_batches, context_batches

@@ -4,16 +4,13 @@ import copy
 import json
 
 import pytest
+from helpers import CHAT, CHATML, messages, with_template
 
 from corda_lora import CordaError
 from corda_lora.config import DataConfig
 from corda_lora.data.batches import encode, encode_question
 from corda_lora.data.samples import Sample, load_samples
 
-CHATML = (
-    "{% for m in messages %}{{ '#' + m['role'] + '\\n' + m['content'] + '$\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '#assistant\\n' }}{% endif %}"
-)
 MARKED = (
     "{{ bos_token }}{% for m in messages %}{{ '#' + m['role'] + '\\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '$' }}{% endgeneration %}"
@@ -35,17 +32,6 @@ PHI3 = (  # the end of the text after the last turn, unless an answer is asked f
     "{{ '#assistant\\n' if add_generation_prompt else eos_token }}"
 )
 STRICT = "{{ raise_exception('roles must alternate') }}"
-CHAT = [("system", "be brief"), ("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "2")]
-
-
-def messages(chat=CHAT, role="role", content="content", **names):
-    return [{role: names.get(r, r), content: text} for r, text in chat]
-
-
-def with_template(tokenizer, template):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def load(tmp_path, *rows, **options):

@@ -4,9 +4,9 @@ import json
 import warnings
 
 import pytest
+from helpers import CHATML, with_template
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_chats import CHATML, with_template
 
 from corda_lora import CordaError
 from corda_lora.config import DataConfig

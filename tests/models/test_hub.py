@@ -176,7 +176,7 @@ WRONG = {
     "Dataset 'org/none' doesn't exist on the Hub": ["--context", "org/none"],
     "'nope' not found. Available: ['main', 'other']": ["--name", "nope"],
     "Should be one of ['train', 'test']": ["--rows", "valid"],
-    "org/sums has no column 'reply'": ["--response", "{reply}"],
+    "org/sums: no column 'reply'": ["--response", "{reply}"],
     "Please pick one among the available configs: ['main', 'other']": [],
 }
 

@@ -278,7 +278,13 @@ def test_killed_at_every_write_it_goes_on_to_the_same_bytes(command, tmp_path):
     last = PLACES[-1]
     assert states == [[str(blocks), str((file, moment, blocks) == last)] for file, moment, blocks in PLACES]
     expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if p.name != "timing.json"}
-    assert set(expected) == {"adapter_config.json", "adapter_model.safetensors", "corda.json", "spectra.safetensors"}
+    assert set(expected) == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "corda.json",
+        "sha256.json",
+        "spectra.safetensors",
+    }
     for name, content in expected.items():
         assert (tmp_path / "killed" / name).read_bytes() == content, name
     assert not list(tmp_path.rglob("*.partial"))

@@ -1,0 +1,132 @@
+"""What several test files share: reference algorithms, small adapters and their training, chats."""
+
+import copy
+import math
+
+import tiny
+import torch
+
+from corda_lora import CordaConfig
+from corda_lora.adapters.lora import install, lora_layers, save_adapter
+from corda_lora.preprocess.pipeline import preprocess
+
+
+def pefts_damping(C):
+    """The λ that PEFT ends with: doubled until its float32 inverse is good."""
+    damping, eye = 0.01, torch.eye(len(C))
+    while True:
+        regular = C + torch.diag(torch.ones(len(C)) * C.diagonal().mean() * damping)
+        if torch.dist(regular @ torch.linalg.inv(regular), eye) < 0.05:
+            return damping
+        damping *= 2
+
+
+def literal_selection(W, covariances, damping=0.01):
+    """Algorithm 1 for one layer: the index of the covariance, and every score."""
+    scores = []
+    for C in covariances:
+        C = C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
+        eigenvalues = torch.linalg.eigvalsh(C)
+        pi = math.sqrt(W.shape[0]) * eigenvalues[-1] / eigenvalues[0]
+        sigma = torch.linalg.svdvals(W.double() @ C)
+        scores.append(float(torch.log(pi) * sigma.sum() / sigma[0]))
+    return scores.index(min(scores)), scores
+
+
+def literal_allocation(spectra, log_pis, costs, budget, mode, min_rank=1, max_rank=None):
+    """Algorithm 2: filter one component at a time, always the cheapest of the model; the rank of every layer."""
+    sizes = [len(sigma) for sigma in spectra]
+    least = [min(min_rank, R) for R in sizes]
+    most = [max(low, min(max_rank or R, R)) for low, R in zip(least, sizes)]
+    filtered = list(least) if mode == "kpm" else [R - high for R, high in zip(sizes, most)]
+    end = most if mode == "kpm" else [R - low for R, low in zip(sizes, least)]
+
+    def parameters():
+        return sum((f if mode == "kpm" else R - f) * cost for f, R, cost in zip(filtered, sizes, costs))
+
+    while mode == "kpm" or parameters() > budget:
+        best, cheapest = None, math.inf
+        for layer, sigma in enumerate(spectra):
+            r = filtered[layer] + 1
+            if r <= end[layer]:
+                remaining = float(sigma[: sizes[layer] - r].sum())
+                score = log_pis[layer] * float(sigma[-r]) / remaining if remaining else math.inf
+                if best is None or score < cheapest:
+                    best, cheapest = layer, score
+        if best is None:
+            break
+        filtered[best] += 1
+        if mode == "kpm" and parameters() > budget:
+            filtered[best] -= 1
+            break
+    return filtered if mode == "kpm" else [R - f for f, R in zip(filtered, sizes)]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '#' + m['role'] + '\\n' + m['content'] + '$\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '#assistant\\n' }}{% endif %}"
+)
+
+
+CHAT = [("system", "be brief"), ("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "2")]
+
+
+def messages(chat=CHAT, role="role", content="content", **names):
+    return [{role: names.get(r, r), content: text} for r, text in chat]
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+SPLITS = ["paper", "balanced", "anchored", "seeded"]
+
+
+def start(family="llama", split="balanced", **options):
+    """A model and the start for it, at s = 2."""
+    model = tiny.build(family)
+    config = CordaConfig(split=split, **{"r": 4, "lora_alpha": 8, **options})
+    return model, preprocess(model, config, tiny.batches(family), progress=False)
+
+
+def train(adapted, steps=4, family="llama", weight_decay=0.0):
+    """Plain torch, no Trainer; dropout is off."""
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=weight_decay)
+    for step in range(steps):
+        batch = tiny.batches(family)[step % 3]
+        adapted(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapted
+
+
+def tuned(family="llama", split="balanced", **options):
+    """The original model, a trained adapter on a copy of it, and its logits."""
+    model, found = start(family, split, **options)
+    adapted = train(install(copy.deepcopy(model), copy.deepcopy(found)), family=family)
+    moved = tiny.logits(adapted, family)
+    assert (moved - tiny.logits(model, family)).abs().max() > 0.02  # the training did something
+    return model, found, adapted, moved
+
+
+def saved(adapted, found, folder):
+    save_adapter(adapted, folder, {"corda.json": {"model": "tiny", **found.record}})
+    return folder
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def deltas(adapted):
+    """s·B A of every layer, float64, as W lies in memory for `nn.Linear`."""
+    return {
+        name: layer.scaling["default"]
+        * layer.lora_B["default"].weight.double()
+        @ layer.lora_A["default"].weight.double()
+        for name, layer in lora_layers(adapted).items()
+    }
