@@ -603,3 +603,35 @@ def test_a_gguf_file_without_the_package_that_reads_it(tmp_path, capsys, monkeyp
         main(f"init --model {tmp_path}/model.gguf --context {tmp_path}/c.jsonl --output {tmp_path}/a".split())
     assert stopped.value.code == 2
     assert "the package gguf is needed: pip install gguf" in capsys.readouterr().err
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The configurations that `corda eval` would measure by."""
+    configs = []
+
+    def evaluate(model, tokenizer, config):
+        configs.append(config)
+        return {}
+
+    monkeypatch.setattr("corda_lora.evaluation.evaluate.evaluate", evaluate)
+    return configs
+
+
+@pytest.mark.parametrize("form", ["apart", "together"])
+def test_evals_templates_are_taken_literally(form, checkpoint, data, measured):
+    """The parser would read `{answer}` as a mapping and `# now` as a comment."""
+    keep, learn = str(data / "keep.jsonl"), str(data / "learn.jsonl")
+    templates = {"prompt": "Q: {prompt}\\nA: # now", "response": "#### {response}"}
+    arguments = ["--keep.data" if form == "apart" else "--keep", keep, "--keep.prompt", templates["prompt"]]
+    arguments += [f"--keep.response={templates['response']}", "--keep.samples", 3]
+    run("eval", "--model", checkpoint, *arguments, "--learn", learn, "--learn.response", "{response}")
+    (kept,), (learned,) = measured[0].data("keep"), measured[0].data("learn")
+    assert (kept.data, kept.prompt, kept.response, kept.samples) == (keep, *templates.values(), 3)
+    assert (learned.data, learned.prompt, learned.response) == (learn, "", "{response}")
+
+
+def test_eval_takes_lists_of_data(checkpoint, data, measured):
+    keep, learn = str(data / "keep.jsonl"), str(data / "learn.jsonl")
+    run("eval", "--model", checkpoint, "--keep", json.dumps([keep, {"data": learn, "samples": 2}]))
+    assert [(config.data, config.samples) for config in measured[0].data("keep")] == [(keep, None), (learn, 2)]

@@ -4,6 +4,7 @@
 
 import argparse
 import inspect
+import json
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 from rich.console import Console
 from yaml import YAMLError
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # One block after another of other sizes: without this the accelerator's memory is cut into pieces nobody can use.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+    if arguments[:1] == ["eval"]:
+        arguments = _with_data(arguments)
     if arguments[:1] == ["compare"] and arguments[1:2] and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")
     parser, verbs = build_parser()
@@ -470,6 +474,36 @@ def _take(kind: type[T], options: Namespace, **given: Any) -> T:
     """The dataclass `kind` out of the parsed options."""
     values = {f.name: options[f.name] for f in fields(kind) if f.name not in given}  # type: ignore[arg-type]
     return kind(**values, **given)
+
+
+def _with_data(arguments: Sequence[str]) -> list[str]:
+    """`--keep FILE --keep.prompt TEMPLATE` as one argument, `--keep {"data": FILE, "prompt": TEMPLATE}`.
+
+    The parser would read each nested value as YAML, and take `{answer}` for a mapping and a `#` for a comment. Numbers
+    and switches are read as YAML here.
+    """
+    kinds = "|".join(f.name for f in fields(EvalConfig) if f.default_factory is list)
+    texts = {"data", "prompt", "response", "rows", "name"}
+    others: list[str] = []
+    data: dict[str, dict[str, Any]] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        option = re.fullmatch(rf"--({kinds})(?:\.(\w+))?(?:=(.*))?", argument, re.DOTALL)
+        if option is None or (option[3] is None and not rest):
+            others.append(argument)
+            continue
+        kind, name, value = option[1], option[2] or "data", option[3] if option[3] is not None else rest.pop(0)
+        if name == "data" and (option[2] is None and value[:1] in "[{"):  # a list or a mapping: the parser reads it
+            others += [f"--{kind}", value]
+        else:
+            data.setdefault(kind, {})[name] = value if name in texts else yaml.safe_load(value)
+    for kind, values in data.items():
+        if "data" in values:
+            others += [f"--{kind}", values["data"] if len(values) == 1 else json.dumps(values)]
+        else:  # a recipe may name the data
+            others += [f"--{kind}.{name}={json.dumps(value)}" for name, value in values.items()]
+    return others
 
 
 def _underscored(argument: str) -> str:

@@ -225,8 +225,7 @@ class CordaConfig:
 
 @dataclass
 class DataConfig:
-    """Which samples, and what of a row is used. (Templates are plain strings: as `str | None` the command line would
-    read them as YAML first, and take a `#` for a comment.)
+    """Which samples, and what of a row is used.
 
     Args:
         data: name of a data set on the Hugging Face hub, a folder that `datasets` saved, or a file: .json, .jsonl,
@@ -247,6 +246,7 @@ class DataConfig:
     """
 
     data: str
+    # Templates are `str`: as `str | None` the command line would read them as YAML, and take a `#` for a comment.
     prompt: str = ""
     response: str = ""
     chat: bool = False

@@ -79,7 +79,7 @@ def numbers(output):
     }
 
 
-def test_killed_half_way_and_resumed(recipe, compare):
+def test_killed_half_way_and_resumed(recipe, compare, monkeypatch):
     file = recipe(TWO, seeds=1)
     process = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
     assert process.returncode == -9
@@ -101,6 +101,7 @@ def test_killed_half_way_and_resumed(recipe, compare):
         assert results("broken")[name].stat().st_mtime_ns == at, "a finished run was run again"
     assert "[3/4]" in text
     assert len(results("broken")) == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     compare(file, "--output", "whole", "--gpus", "8,9")  # there are none of these numbers: it is computed on the CPU
     assert numbers("whole") == numbers("broken")
     assert {json.loads(path.read_text())["gpu"] for path in results("whole").values()} == {"8", "9"}

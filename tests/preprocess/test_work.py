@@ -153,6 +153,7 @@ def test_where_states_wait_is_chosen_by_room_and_said(monkeypatch):
     class Little:
         available = 1000
 
+    monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
     monkeypatch.setattr("corda_lora.preprocess.walk.psutil.virtual_memory", Little)
     with pytest.warns(UserWarning, match=r"hidden states of waiting samples \(0.0 GB\) are parked in files"):
         preprocess(tiny.build("llama"), CordaConfig(r=4), tiny.batches(), progress=False)
