@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with _sigterm_as_interrupt():
             options = _instantiate(parser, options)
-            options[options.verb].given = list(sys.argv[1:] if argv is None else argv)
+            options[options.verb].command = list(sys.argv[1:] if argv is None else argv)
             verbs[options.verb](options[options.verb])
     except KeyboardInterrupt as interrupt:
         resumes = options.verb in ("init", "train", "compare")
@@ -429,7 +429,7 @@ def compare(options: Namespace) -> None:
     from .compare.runner import compare as run_comparison
     from .report.report import write_report
 
-    command = shlex.join(["corda", *options.given])
+    command = shlex.join(["corda", *options.command])
     if not options.jobs:  # a report of what is done: to run it again, it takes the rest
         command = re.sub(r" --jobs[ =]0\b", "", command)
     gpus = [gpu for gpu in options.gpus.split(",") if gpu]
@@ -470,10 +470,10 @@ def demo(options: Namespace) -> None:
     run_demo(options.output)
 
 
-def _take(kind: type[T], options: Namespace, **given: Any) -> T:
+def _take(kind: type[T], options: Namespace, **set_here: Any) -> T:
     """The dataclass `kind` out of the parsed options."""
-    values = {f.name: options[f.name] for f in fields(kind) if f.name not in given}  # type: ignore[arg-type]
-    return kind(**values, **given)
+    values = {f.name: options[f.name] for f in fields(kind) if f.name not in set_here}  # type: ignore[arg-type]
+    return kind(**values, **set_here)
 
 
 def _with_data(arguments: Sequence[str]) -> list[str]:

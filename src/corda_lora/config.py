@@ -448,8 +448,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         _check_targets(self.target_modules)
-        given = dict.fromkeys(self.methods) if isinstance(self.methods, list) else self.methods
-        self.entries = {name: entry or MethodConfig() for name, entry in given.items()}
+        entries = dict.fromkeys(self.methods) if isinstance(self.methods, list) else self.methods
+        self.entries = {name: entry or MethodConfig() for name, entry in entries.items()}
         for name, entry in self.entries.items():
             if "/" in name or name.startswith("."):
                 raise CordaError(f"{name!r} cannot be an entry's name: a directory is called so")

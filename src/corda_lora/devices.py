@@ -20,8 +20,8 @@ FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 def accelerator() -> torch.device:
     """The accelerator of this machine, or the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if found is None else found
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if current is None else current
 
 
 def compute_device(model: nn.Module, chosen: str | None = None) -> torch.device:

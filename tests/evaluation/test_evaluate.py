@@ -11,9 +11,9 @@ from corda_lora import CordaConfig, CordaError, get_corda_model
 from corda_lora.config import DataConfig, EvalConfig
 from corda_lora.data.batches import Encoded, encode
 from corda_lora.data.samples import Sample
-from corda_lora.evaluation.answers import loss_and_drift, sides
+from corda_lora.evaluation.answers import sides
 from corda_lora.evaluation.choices import read_choices
-from corda_lora.evaluation.evaluate import evaluate, text_windows
+from corda_lora.evaluation.evaluate import evaluate, loss_and_drift, text_windows
 from corda_lora.evaluation.generation import matches, read_continuations
 from corda_lora.evaluation.measures import accuracy, exact_match, means
 

@@ -168,7 +168,8 @@ def test_lora_null_is_the_weight_on_the_least_used_directions(prepare, tokenizer
         W = weight_of(targets[name]).double()
         layer = lora_layers(prepared.model)[name]
         A, B = layer.lora_A["default"].weight[:4].double(), layer.lora_B["default"].weight[:, :4].double()
-        assert torch.dist(2 * B @ A, W @ P @ P.T) / torch.linalg.norm(W @ P) < 1e-5  # scale 8 / 4
+        # Scale 8 / 4. A GPU sums C in another order, and the least-used directions magnify the difference.
+        assert torch.dist(2 * B @ A, W @ P @ P.T) / torch.linalg.norm(W @ P) < 1e-4
         assert torch.allclose(A.norm(dim=1), B.norm(dim=0), rtol=1e-4)
 
 

@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from ..data.batches import encode
 from ..data.samples import load_samples
 from ..devices import accelerator, peak_bytes
-from ..evaluation.answers import TUNED, loss_and_drift
+from ..evaluation.answers import TUNED
 from ..evaluation.base_outputs import BaseOutputs
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import evaluate, loss_and_drift
 from ..methods.registry import METHODS, Prepared, Setup, count_parameters
 from ..models.loading import load_model, load_tokenizer
 from ..models.targets import find_targets

@@ -20,7 +20,7 @@ from ..config import CordaConfig, CordaError, LoraStart, ModelConfig, TrainConfi
 from ..data.batches import context_batches, encode
 from ..data.samples import Sample
 from ..devices import has_bfloat16, peak_bytes
-from ..evaluation.answers import loss_and_drift
+from ..evaluation.evaluate import loss_and_drift
 from ..files import check_output, write_json, write_text
 from ..models.loading import load_model, load_tokenizer
 from ..preprocess.pipeline import preprocess

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..config import CordaError
 from ..data.batches import Encoded, batch_by_length, pad
 from ..progress import track
-from .measures import agreement, drift, loss, means, recall, tokens
 
 Sides = Mapping[str, Callable[[], Any]]  # "base" and "tuned": contexts under which a model is the one or the other
 TUNED: Sides = {"tuned": nullcontext}
@@ -91,12 +90,6 @@ def read_answers(
             yield side, Answers(log_probs, targets, rows, len(indices), base)
             if side == "base":
                 base = log_probs
-
-
-def loss_and_drift(*args: Any, **kwargs: Any) -> dict[str, dict[str, float]]:
-    """{side: {"loss", "recall", "tokens"}}, for the tuned side also "drift" and "agreement" where the base model's
-    predictions are known. The arguments are `read_answers`'s."""
-    return means([loss, recall, drift, agreement, tokens], read_answers(*args, **kwargs))
 
 
 def with_answers(encoded: Sequence[Encoded]) -> list[Encoded]:

@@ -21,7 +21,7 @@ from .answers import TUNED, Sides, read_answers, sides
 from .base_outputs import BaseOutputs, record_base
 from .choices import check_choices, read_choices
 from .generation import read_continuations
-from .measures import KEPT, KINDS, MEASURES, Measure, means
+from .measures import KEPT, KINDS, MEASURES, Measure, agreement, drift, loss, means, recall, tokens
 
 
 @dataclass(frozen=True)
@@ -158,3 +158,9 @@ def text_windows(tokenizer: Any, samples: Sequence[Sample], length: int) -> list
     text = "\n".join(text_of(tokenizer, s) for s in samples)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return [Sample("", tokenizer.decode(ids[i : i + length]), {}) for i in range(0, len(ids), length)]
+
+
+def loss_and_drift(*args: Any, **kwargs: Any) -> dict[str, dict[str, float]]:
+    """{side: {"loss", "recall", "tokens"}}, for the tuned side also "drift" and "agreement" where the base model's
+    predictions are known. The arguments are `read_answers`'s."""
+    return means([loss, recall, drift, agreement, tokens], read_answers(*args, **kwargs))

@@ -27,7 +27,7 @@ def start_table(start: Any) -> Table:
         "leak: tr(A C Aᵀ) / tr(W C Wᵀ)" + ("; rounds: layers that chose each" if rounds else ""),
     )
     for column in ("layers", "kind", "shape", "rank", *rounds, "energy", "leak", "‖A‖", "‖B‖"):
-        table.add_column(column, justify="left" if column in ("kind", "shape") else "right")
+        table.add_column(column, justify="left" if column in ("kind", "shape") else "right", no_wrap=column == "kind")
 
     def mean(values: Iterable[float]) -> float:
         values = list(values)
