@@ -352,6 +352,18 @@ def test_work_of_another_run_is_refused_and_kept(unfinished, capsys, change, mes
     assert len(list(work.glob("*.safetensors"))) == 3
 
 
+@pytest.mark.parametrize("run", [None, "{}"])
+def test_a_folder_with_a_file_of_the_users_is_left_alone(run, command, capsys, tmp_path):
+    work = tmp_path / "start.work"
+    work.mkdir()
+    (work / "mine.txt").write_text("mine")
+    if run is not None:
+        (work / "run.json").write_text(run)
+    said = refused([*command, "--output", str(tmp_path / "start")], capsys)
+    assert "holds mine.txt, which is not of this program" in said
+    assert (work / "mine.txt").read_text() == "mine"
+
+
 def test_a_disk_that_is_full_while_the_next_block_computes(command, capsys, tmp_path, monkeypatch):
     """As it is written beside an accelerator: the error comes a block later, and what was written before is kept."""
     from corda_lora.preprocess import work as module

@@ -1,6 +1,7 @@
 """Unfinished work on disk, from which a run that was killed goes on."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from ..files import is_partial, sha256_of, whole_file, write_text
 from .layer import Decomposed, LayerRecord
 
 MANIFEST = "finished.json"
+# What runs leave in a folder of work: settings, finished blocks, parked hidden states, checkpoints, the trainer's page.
+OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|checkpoint-\d+|README\.md|tmp\w+")
 KEYS = ("rows", "U", "sigma", "energy")
 
 
@@ -31,11 +34,13 @@ def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool
     """
     folder = output.with_name(output.name + ".work")
     path = folder / "run.json"
-    foreign = folder.is_dir() and any(not is_partial(file) for file in folder.iterdir()) and not path.is_file()
-    if folder.is_symlink() or folder.is_file() or foreign:
+    files = [file for file in folder.iterdir() if not is_partial(file)] if folder.is_dir() else []
+    foreign = [file for file in files if not OURS.fullmatch(file.name)]
+    if folder.is_symlink() or folder.is_file() or foreign or (files and not path.is_file()):
+        why = f"holds {foreign[0].name}, which is not" if foreign else "has no run.json"
         raise CordaError(
-            f"{folder} is needed for unfinished work, but is there and has no run.json of this program: move it away, "
-            "or choose another output"
+            f"{folder} is needed for unfinished work, but is there and {why} of this program: move it away, or choose "
+            "another output"
         )
     text = json.dumps(run, indent=1, default=str)
     if path.is_file() and path.read_text() != text and begun(folder):
