@@ -159,7 +159,9 @@ def test_eva_shares_out_as_many_ranks_as_the_budget_pays_for(prepare, monkeypatc
     assert count_parameters(prepared.model)["adapter"] == pytest.approx(setup.budget, abs=80)  # 1.16 times as many else
 
 
-def test_lora_null_is_the_weight_on_the_least_used_directions(prepare, tokenizer):
+def test_lora_null_is_the_weight_on_the_least_used_directions(prepare, tokenizer, monkeypatch):
+    # A GPU sums C in another order, which turns eigenvectors of close eigenvalues.
+    monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
     prepared, setup, base = prepare("lora-null")
     batches, _ = context_batches(tokenizer, setup.context("keep"), 512)
     targets = find_targets(base, "all-linear")
@@ -168,8 +170,7 @@ def test_lora_null_is_the_weight_on_the_least_used_directions(prepare, tokenizer
         W = weight_of(targets[name]).double()
         layer = lora_layers(prepared.model)[name]
         A, B = layer.lora_A["default"].weight[:4].double(), layer.lora_B["default"].weight[:, :4].double()
-        # Scale 8 / 4. A GPU sums C in another order, and the least-used directions magnify the difference.
-        assert torch.dist(2 * B @ A, W @ P @ P.T) / torch.linalg.norm(W @ P) < 1e-4
+        assert torch.dist(2 * B @ A, W @ P @ P.T) / torch.linalg.norm(W @ P) < 1e-5  # scale 8 / 4
         assert torch.allclose(A.norm(dim=1), B.norm(dim=0), rtol=1e-4)
 
 
