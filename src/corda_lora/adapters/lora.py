@@ -145,7 +145,7 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
     """What `install` wrote into an adapter's configuration; None for an adapter that is not CorDA's.
 
     Raises CordaError if there is no adapter in the directory, it has no weights or other ones than were written, or its
-    configuration is damaged.
+    configuration or record is damaged.
     """
     path = Path(directory) / "adapter_config.json"
     for name in (path.name, WEIGHTS):  # PEFT would ask the hub for weights that are not there
@@ -153,6 +153,7 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
             raise CordaError(f"{directory} is not an adapter directory: it has no {name}")
     if (Path(directory) / CHECKSUMS).is_file():
         check_checksums(Path(directory), f"make the adapter again, or remove {CHECKSUMS} if the change is meant")
+    read_record(directory)
     try:
         marks = (json.loads(path.read_text()).get("auto_mapping") or {}).get("corda")
         if marks is not None and marks["split"] != "seeded":
