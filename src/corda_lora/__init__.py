@@ -46,9 +46,11 @@ def get_corda_model(
     from .data.batches import as_batches
     from .data.overview import check_fit
     from .models.loading import tokenizer_of
+    from .models.targets import check_bare
     from .preprocess.context import Context, has_decoder
     from .preprocess.pipeline import preprocess
 
+    check_bare(model)
     assert config.rounds is not None
     context: Any
     context, rounds = as_batches(

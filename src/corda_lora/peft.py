@@ -40,7 +40,7 @@ from .config import CordaError
 from .devices import compute_device, double_device
 from .files import whole_file
 from .models.lockstep import DifferentPathsError, find_blocks, parking
-from .models.targets import weight_of, weight_shape
+from .models.targets import check_bare, weight_of, weight_shape
 from .preprocess.collect import Collector, Group
 from .preprocess.context import Context
 from .preprocess.walk import Place, walk
@@ -75,6 +75,9 @@ def preprocess_corda(
     options = lora_config.corda_config
     if options is None:
         raise CordaError("lora_config has no corda_config: give it one, with a corda_method")
+    for given in (model, hooked_model):
+        if given is not None:
+            check_bare(given)
     for file in (options.cache_file, options.covariance_file):
         if file is not None and not _exists(file):
             _check_folder(Path(file))

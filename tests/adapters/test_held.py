@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import datasets
 import peft
@@ -162,6 +166,24 @@ def test_the_held_half_has_no_gradient_and_no_weight_decay(split):
     adapted(**tiny.batches()[0], labels=tiny.batches()[0]["input_ids"]).loss.backward()
     gradients = {name.replace(".default", ""): p.grad for name, p in adapted.named_parameters() if p.requires_grad}
     assert all((part == 0).all() for part in held_parts(gradients, split))
+
+
+def test_optimizers_are_left_alone_until_a_half_is_held():
+    """In a process of its own: this one has held halves already."""
+    code = """
+import tiny, torch
+from torch.optim import optimizer
+from helpers import start
+import corda_lora.adapters.held
+from corda_lora.adapters.lora import install
+counts = []
+for split in ("anchored", "paper", "balanced"):
+    install(*start(split=split))
+    counts.append((len(optimizer._global_optimizer_pre_hooks), len(optimizer._global_optimizer_post_hooks)))
+assert counts == [(0, 0), (1, 1), (1, 1)], counts
+"""
+    path = [str(Path(__file__).parents[1]), *sys.path]
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)})
 
 
 # --- other clients ---------------------------------------------------------------------------------------------------

@@ -11,12 +11,15 @@ import pytest
 import tiny
 import torch
 import transformers
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig as PeftsConfig
 from torch import nn
 
-from corda_lora import CordaConfig, CordaError, get_corda_model
+from corda_lora import CordaConfig, CordaError, get_corda_model, load_adapter
 from corda_lora.adapters.lora import install, lora_layers
 from corda_lora.algebra.covariance import Covariance
 from corda_lora.models.targets import choose_targets, find_targets
+from corda_lora.peft import preprocess_corda
 from corda_lora.preprocess.collect import Collector
 from corda_lora.preprocess.context import Context
 from corda_lora.preprocess.pipeline import preprocess
@@ -288,6 +291,29 @@ def test_a_block_on_the_disk_is_refused(tmp_path):
         preprocess(model, CordaConfig(r=4), tiny.batches(), progress=False)
 
 
+def test_a_model_in_a_wrapper_that_copies_it_is_refused(tmp_path):
+    base = tiny.build("llama")
+    model = nn.DataParallel(base)
+    for give in (
+        lambda: get_corda_model(model, CordaConfig(r=4), ["a text"], progress=False),
+        lambda: load_adapter(model, tmp_path),
+        lambda: preprocess_corda(base, LoraConfig(corda_config=PeftsConfig()), hooked_model=model),
+    ):
+        with pytest.raises(CordaError, match=r"inside a DataParallel, .* give the model itself, `model\.module`"):
+            give()
+
+
+def test_a_model_on_several_devices_is_refused():
+    class Elsewhere(nn.Parameter):
+        device = torch.device("cuda:1")
+
+    model = tiny.build("llama")
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = Elsewhere(layer.weight.data)
+    with pytest.raises(CordaError, match="spread over cpu, cuda:1, as by a device_map"):
+        preprocess(model, CordaConfig(r=4), tiny.batches(), progress=False)
+
+
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_resized_embeddings(family, tmp_path):
     model = tiny.build(family)
@@ -361,8 +387,17 @@ def test_padding_is_told_by_the_number_of_rows(give, skip_tokens):
 
 
 def test_padding_that_cannot_be_told_is_refused():
-    with pytest.raises(CordaError, match="from which padding cannot be told"):
-        covariance_of_given(lambda hidden, mask: torch.cat([hidden, hidden], dim=1), tiny.batches()[0])
+    """Until it is given as the message says."""
+    batch = tiny.batches()[0]
+
+    def twice(hidden, mask):
+        return torch.cat([hidden, hidden], dim=1)
+
+    for rows in (slice(3), slice(1)):  # several samples, and one with padding
+        with pytest.raises(CordaError, match=r"padding cannot be told: give each sample in a batch of its own, cut"):
+            covariance_of_given(twice, {key: x[rows] for key, x in batch.items()})
+    length = int(batch["attention_mask"][0].sum())
+    assert covariance_of_given(twice, {key: x[:1, :length] for key, x in batch.items()}).shape == (8, 8)
 
 
 def test_deberta_calls_two_of_its_projections_twice():

@@ -1,10 +1,14 @@
-"""Regular expressions in `target_modules`."""
+"""Which layers are adapted, and what their weights are."""
+
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
+from torch import nn
 
 from corda_lora.config import CordaError
-from corda_lora.models.targets import find_targets
+from corda_lora.models.targets import find_targets, layer_digest, weight_of
 
 
 def test_a_regular_expression_matches_whole_names():
@@ -18,3 +22,40 @@ def test_a_regular_expression_matches_whole_names():
 def test_a_regular_expression_that_takes_too_long():
     with pytest.raises(CordaError, match=r"^target_modules .* takes more than a second on the text 'model.layers"):
         find_targets(tiny.build("llama"), r"(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)\1\2\3q")
+
+
+class Linear4bit(nn.Linear):
+    """Stands for bitsandbytes' layer on a CPU with AVX512: the first forward leaves its 4-bit numbers in another order,
+    which it says in the quant state, and `state_dict` puts them back."""
+
+    def __init__(self, numbers):
+        super().__init__(*numbers.shape[::-1], bias=False)
+        packed = nn.Parameter((numbers[:, ::2] * 16 + numbers[:, 1::2]).reshape(-1, 1), requires_grad=False)
+        packed.quant_state = SimpleNamespace(packing_format_for_cpu=False)
+        self.weight = packed
+
+    def reorder(self, packing):
+        self.weight.data = self.weight.data.flip(0)
+        self.weight.quant_state.packing_format_for_cpu = packing
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        if self.weight.quant_state.packing_format_for_cpu:
+            self.reorder(packing=False)
+        super()._save_to_state_dict(*args, **kwargs)
+
+
+def dequantized(module):
+    flat = module.weight.flatten()
+    return torch.stack([flat // 16, flat % 16], dim=1).reshape(module.out_features, module.in_features).float()
+
+
+def test_a_quantized_weight_that_a_forward_has_reordered(monkeypatch):
+    monkeypatch.setattr("corda_lora.models.targets.dequantize_module_weight", dequantized)
+    numbers = torch.randint(16, (6, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    layer = Linear4bit(numbers)
+    digest = layer_digest(layer)
+    layer.reorder(packing=True)
+    assert not torch.equal(dequantized(layer), numbers.float())
+    assert torch.equal(weight_of(layer), numbers.float())
+    layer.reorder(packing=True)
+    assert layer_digest(layer) == digest

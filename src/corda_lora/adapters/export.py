@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import CordaError
 from ..devices import double_device
 from ..files import whole_folder
+from ..models.targets import tied_layers
 from .lora import load_adapter, lora_layers, read_marks, save_plain, set_ranks
 
 HALVED = ("paper", "balanced")  # splits whose adapter is W's components as they are now, less as they were
@@ -139,13 +140,12 @@ def _needs_full_weights(model: nn.Module, form: str) -> None:
 
 def _untie(peft_model: PeftModel) -> None:
     """Give each adapted layer whose weight is another module's, too (the output head of a tied model), its own."""
-    base = peft_model.get_base_model()
-    owners = Counter(id(p) for m in base.modules() for p in m._parameters.values() if p is not None)
-    for layer in (layer.get_base_layer() for layer in lora_layers(peft_model).values()):
-        if owners[id(layer.weight)] > 1:
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-            for config in (base.config, base.config.get_text_config()):
-                config.tie_word_embeddings = False
+    base, layers = peft_model.get_base_model(), lora_layers(peft_model)
+    for name in tied_layers(base, layers):
+        layer = layers[name].get_base_layer()
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:

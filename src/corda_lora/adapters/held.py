@@ -12,6 +12,7 @@ this one, and the gradient of its second half is exactly zero.
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -43,11 +44,11 @@ class HalvedLinear(nn.Linear):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = weight
         self.axis = axis
-        _halved.add(self)
+        _hold_through_steps(self)
 
     def __setstate__(self, state: Any) -> None:  # of a copy
         super().__setstate__(state)
-        _halved.add(self)
+        _hold_through_steps(self)
 
     def forward(self, x: Tensor) -> Tensor:
         trained, held = self.weight.chunk(2, dim=self.axis)
@@ -80,8 +81,16 @@ def _put_held_halves_back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         half.copy_(value)
 
 
-register_optimizer_step_pre_hook(_keep_held_halves)
-register_optimizer_step_post_hook(_put_held_halves_back)
+@cache
+def _register_hooks() -> None:
+    """On all optimizers of torch: whoever trains the adapter makes its own. Not before there is anything to hold."""
+    register_optimizer_step_pre_hook(_keep_held_halves)
+    register_optimizer_step_post_hook(_put_held_halves_back)
+
+
+def _hold_through_steps(layer: HalvedLinear) -> None:
+    _halved.add(layer)
+    _register_hooks()
 
 
 # --- to hold ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ and plain PEFT loads and saves it again without a word.
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 from ..config import CordaError
 from ..files import CHECKSUMS, check_checksums, whole_folder, write_checksums
-from ..models.targets import fingerprint, layer_digest, lora_config
+from ..models.targets import check_bare, fingerprint, layer_digest, lora_config
 from ..preprocess.pipeline import Start
 from ..version import __version__
 from .held import describe_held, freeze, warn_if_trained
@@ -53,7 +54,8 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     config = lora_config(model, start.layers)
     config.lora_dropout, config.modules_to_save = start.config.lora_dropout, start.config.modules_to_save
     set_ranks(config, {name: halves * layer.A.shape[0] for name, layer in start.layers.items()}, start.config.scale)
-    peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    with _without_hint_at_ties():
+        peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, layer in lora_layers(peft_model).items():
         A, B = start.layers[name].A, start.layers[name].B
         if halves == 2:
@@ -69,6 +71,14 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     peft_model.peft_config["default"].auto_mapping = {"corda": marks}
     freeze(peft_model, split)
     return peft_model
+
+
+@contextmanager
+def _without_hint_at_ties() -> Iterator[None]:
+    """Without PEFT's warning of "complications" with an adapter on a tied output head: `preprocess` says which."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        yield
 
 
 def set_ranks(config: LoraConfig, ranks: Mapping[str, int], scale: float) -> None:
@@ -176,6 +186,7 @@ def load_adapter(
     Raises:
         CordaError: no adapter there, a damaged one, or one that was made for other weights.
     """
+    check_bare(model)
     directory = Path(directory)
     marks = read_marks(directory)
     with _fitting(directory):
@@ -190,7 +201,7 @@ def load_adapter(
             )
     if trainable and lora_dropout is not None:
         config.lora_dropout = lora_dropout
-    with _fitting(directory):
+    with _fitting(directory), _without_hint_at_ties():
         peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
     if marks is not None:
         warn_if_trained(weights, marks, str(directory))

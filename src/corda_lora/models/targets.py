@@ -4,6 +4,7 @@ import copy
 import difflib
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -95,7 +96,8 @@ def _is_all_linear(target_modules: str | list[str]) -> bool:
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raises CordaError if the model is adapted already, compiled, or not in memory."""
+    """Raises CordaError if the model is wrapped, adapted already, compiled, not in memory, or on several devices."""
+    check_bare(model)
     if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise CordaError("the model carries a PEFT adapter already: give the base model, or unload() it first")
     if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
@@ -107,6 +109,20 @@ def _check_model(model: nn.Module) -> None:
         raise CordaError(
             f"{offloaded} is not in memory, as where a device_map puts a block on the disk: load the model without "
             "device_map, or use `corda init`, which reads a checkpoint block by block"
+        )
+    if len(devices := {str(parameter.device): None for parameter in model.parameters()}) > 1:
+        raise CordaError(
+            f"the model is spread over {', '.join(devices)}, as by a device_map, but its blocks are run on one device: "
+            "load it without device_map (a model on the CPU may be larger than the accelerator's memory)"
+        )
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raises CordaError if the model is inside a wrapper that runs copies of it."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise CordaError(
+            f"the model is inside a {type(model).__name__}, which runs copies of it: give the model itself, "
+            "`model.module`, and wrap the adapted one"
         )
 
 
@@ -232,6 +248,12 @@ def left_out(model: nn.Module, targets: Mapping[str, nn.Module], config: CordaCo
             )
             names.setdefault(reason, []).append(name)
     return {reason: members for reason, members in names.items() if members}
+
+
+def tied_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the named layers whose weight is another module's, too: the output head of a tied model."""
+    owners = Counter(p for m in model.modules() for p in m._parameters.values() if p is not None)
+    return [name for name in names if owners[model.get_submodule(name).weight] > 1]  # type: ignore[index]
 
 
 def budget_of(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module) -> int:

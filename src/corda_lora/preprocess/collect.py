@@ -202,7 +202,8 @@ class Collector:
         packed = rows != counted.numel()
         if packed and rows != int(real.sum()):
             raise CordaError(
-                f"{name} is given {tuple(x.shape)}, from which padding cannot be told: give batches without padding"
+                f"{name} is given {tuple(x.shape)} in a batch of {tuple(real.shape)} tokens, from which padding cannot "
+                "be told: give each sample in a batch of its own, cut to its own tokens"
             )
         key = (id(counted), packed)
         if key not in self.rows:  # moved once: so large a copy can make the host wait

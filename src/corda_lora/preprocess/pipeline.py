@@ -25,7 +25,7 @@ from ..devices import (
     synchronize,
 )
 from ..models.lockstep import Stored, parking
-from ..models.targets import choose_targets, fingerprint, layer_digest, left_out, weight_of
+from ..models.targets import choose_targets, fingerprint, layer_digest, left_out, tied_layers, weight_of
 from ..progress import progress_bar
 from .collect import Group
 from .context import Batch, Context, check_context, consecutive_rounds
@@ -98,6 +98,12 @@ def preprocess(
     if omitted := left_out(model, targets, config):
         record["left_out"] = [name for names in omitted.values() for name in names]
         _warn_of_left_out(omitted)
+    for name in tied_layers(model, targets):
+        warnings.warn(
+            f"{name} shares its weight with the embeddings, which PEFT's merge_and_unload would change, too: merge "
+            "this adapter by `corda export --as merged`",
+            stacklevel=2,
+        )
     context = _completed(context, config)
     if config.orientation != "identity":
         record["context"] = check_context(model, context, targets)
