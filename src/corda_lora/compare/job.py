@@ -21,6 +21,7 @@ from ..evaluation.evaluate import evaluate, loss_and_drift
 from ..methods.registry import METHODS, Prepared, Setup, count_parameters
 from ..models.loading import load_model, load_tokenizer
 from ..models.targets import find_targets
+from ..training.keeping import Keeper
 from ..training.train import train
 from ..version import __version__
 from .comparison import Comparison
@@ -105,6 +106,8 @@ def _run(
     }
     if training["penalties"]:
         result["penalties"] = training["penalties"]
+    for keeper in (callback for callback in prepared.callbacks if isinstance(callback, Keeper)):
+        result["predicted_drift"] = float(keeper.predicted())
     first, last = curve.points[0][-1], curve.points[-1][-1]
     if not last <= first:  # this holds for NaN, too
         why = f"the task's held-out loss began at {first:.3g} and ended at {last:.3g}"

@@ -26,6 +26,7 @@ from ..preprocess.pipeline import Start
 from ..preprocess.walk import Place, walk
 from . import adapterdrop as adapterdrop_
 from . import dylora as dylora_
+from .keeping import context_statistics, with_penalty
 from .registry import SLOW_RATES, Prepared, Setup, count_parameters, method
 
 # --- without low-rank factors ----------------------------------------------------------------------------------------
@@ -61,8 +62,11 @@ def adapterdrop(model: nn.Module, setup: Setup, drop: int | None = None) -> Prep
 
 
 @method("lora", "LoRA", "Hu et al., arXiv 2106.09685; PEFT")
-def lora(model: nn.Module, setup: Setup) -> Prepared:
-    return Prepared(peft.get_peft_model(model, setup.lora()))
+def lora(model: nn.Module, setup: Setup, keep: float = 0.0, samples: int | None = None) -> Prepared:
+    """`keep` is the weight λ of the predicted drift in the loss (see `training.keeping`), `samples` the number of samples
+    of the ability to keep that it is predicted from. Default: the comparison's number."""
+    statistics = context_statistics(model, setup, keep, samples)
+    return with_penalty(Prepared(peft.get_peft_model(model, setup.lora())), setup, statistics, keep)
 
 
 @method("dora", "DoRA", "Liu et al., arXiv 2402.09353; PEFT")

@@ -11,6 +11,7 @@ from ..adapters.lora import load_adapter
 from ..adapters.prepare import prepare
 from ..config import CordaConfig, DataConfig
 from .baselines import adamw_with_ratio
+from .keeping import context_statistics, with_penalty
 from .registry import RATES, SLOW_RATES, Prepared, Setup, method
 
 
@@ -20,6 +21,7 @@ def corda(
     ratio: float = 1.0,
     samples: int | None = None,
     context: str = "",
+    keep: float = 0.0,
     **options: Any,
 ) -> Prepared:
     """The adapter's start is cached as an adapter directory.
@@ -28,6 +30,7 @@ def corda(
         ratio: the learning rate of B divided by that of A, as in LoRA+.
         samples: how many samples of the context are analysed. Default: the comparison's number.
         context: DATA that is analysed instead of the comparison's.
+        keep: weight λ of the predicted drift in the loss (see `training.keeping`).
         options: any options of `CordaConfig`.
     """
     folder = setup.folder / "start"
@@ -39,8 +42,10 @@ def corda(
             data = replace(data, samples=samples or setup.samples)
         shutil.rmtree(setup.folder / "start.work", ignore_errors=True)  # left by a run that was broken off
         prepare(model, config, data, folder, setup.tokenizer)
+    statistics = context_statistics(model, setup, keep, samples)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
-    return Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))
+    prepared = Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))
+    return with_penalty(prepared, setup, statistics, keep)
 
 
 method("milora", "MiLoRA", "Wang et al., arXiv 2406.09044; ours", prepares_from="weights")(

@@ -1,0 +1,67 @@
+"""The drift that a change of a layer's weight causes, to second order, as pure functions on tensors.
+
+A change ΔW of one layer's weight moves log p(y) of an answer token by Σ_t g_tᵀ ΔW x_t, summed over the tokens t of the
+sample: x_t is the layer's input, g_t the gradient of log p(y) at its output. If y is drawn from the model itself, the
+drift KL(base‖tuned) is, to second order, half the mean square of that (the Fisher information). Where x and g are taken
+as independent, of each other and from token to token (K-FAC, Martens & Grosse, arXiv 1503.05671), this is
+
+    predicted drift = ½ · tokens/answers · tr(D ΔW C ΔWᵀ)        in nats per answer token
+    C = E[x xᵀ] (n, n)        D = E[g gᵀ] (m, m)                 means over the context's tokens
+
+The context is not needed for it, only C and D. For an adapter ΔW = s·B A it is s² tr((Bᵀ D B)(A C Aᵀ)): products of r
+rows with C and D. `Low` holds each in the size of a few rows, too.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Low(NamedTuple):
+    """A symmetric positive semidefinite matrix F Fᵀ + diag(d).
+
+    Attributes:
+        factor: F (n, k), or (b, n, k) for b matrices.
+        diagonal: d (n,), or (b, n).
+    """
+
+    factor: Tensor
+    diagonal: Tensor
+
+
+def compact(M: Tensor, k: int) -> Low:
+    """M (n, n) by its k leading eigenvectors and the diagonal of the rest, in float32.
+
+    The trace is M's. With k ≥ n nothing is lost. The eigenvectors are found by subspace iteration (`torch.svd_lowrank`,
+    Halko et al., arXiv 0909.4061), from a start that is the same at each call.
+    """
+    M = M.float()
+    if k >= len(M):
+        values, vectors = torch.linalg.eigh(M.double())
+        vectors = vectors.float()
+    else:
+        with torch.random.fork_rng(devices=[M.device] if M.is_cuda else []):
+            torch.manual_seed(0)
+            vectors, values, _ = torch.svd_lowrank(M, q=min(k + 8, len(M)), niter=2)
+        vectors, values = vectors[:, :k], values[:k]
+    F = vectors * values.clamp_min(0).sqrt().to(vectors)  # (n, k)
+    return Low(F, (M.diagonal() - F.square().sum(1)).clamp_min(0))
+
+
+def quadratic(X: Tensor, M: Low) -> Tensor:
+    """X M Xᵀ (…, r, r) of X (…, r, n)."""
+    projected = X @ M.factor  # (…, r, k)
+    return projected @ projected.mT + (X * M.diagonal.unsqueeze(-2)) @ X.mT
+
+
+def predicted_drift(A: Tensor, B: Tensor, C: Low, D: Low, weight: Tensor | float) -> Tensor:
+    """`weight` · tr(D ΔW C ΔWᵀ) of ΔW = B A, () or (b,): nats per answer token with weight ½ · s² · tokens/answers.
+
+    Args:
+        A: (r, n), or (b, r, n) for b layers.
+        B: (m, r), or (b, m, r).
+        C: of the layer's inputs, (n, n).
+        D: of the gradients at its outputs, (m, m).
+    """
+    return weight * (quadratic(A, C) * quadratic(B.mT, D)).sum((-2, -1))

@@ -1,0 +1,222 @@
+"""Both sides of every layer on a context: C of its inputs, D of the gradients at its outputs; in memory and on disk.
+
+They predict what a change of the weights does to the context (see `algebra.second_order`). Here they are collected of a
+model that fits on its device, with one backward: for one that does not, see `backward`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..algebra.covariance import Covariance
+from ..algebra.second_order import Low, compact
+from ..config import CordaError
+from ..data.batches import Encoded, batch_by_length, pad
+from ..files import whole_file
+from ..models.targets import layer_digest, require_causal
+from ..progress import track
+
+LEAST_SAMPLES = 16  # below this the statistics say nothing of other samples of the same kind
+DIRECTIONS = 128  # of C and of D that are kept
+NAME = "statistics.safetensors"
+
+
+class Sides(NamedTuple):
+    """C (n, n) of a layer's inputs and D (m, m) of the gradients at its outputs."""
+
+    C: Low
+    D: Low
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a context says of a model's layers.
+
+    Attributes:
+        layers: by name. Layers with the same input share the tensors of C.
+        samples, answers, tokens: how many samples, tokens of their answers and tokens in all there were.
+        digests: of each layer's weight (see `models.targets.layer_digest`).
+    """
+
+    layers: dict[str, Sides]
+    samples: int
+    answers: int
+    tokens: int
+    digests: dict[str, str]
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, in bfloat16. Raises CordaError if the disk is full."""
+        tensors: dict[str, Tensor] = {}
+        shared: dict[int, str] = {}  # the name under which a C is stored
+        sharing: dict[str, str] = {}  # layer → that name
+        for name, (C, D) in self.layers.items():
+            if sharing.setdefault(name, shared.setdefault(id(C.factor), name)) == name:
+                tensors |= _named(f"{name}.C", C)
+            tensors |= _named(f"{name}.D", D)
+        about = {"samples": self.samples, "answers": self.answers, "tokens": self.tokens}
+        about |= {"digests": self.digests, "inputs": sharing}
+        with whole_file(path) as partial:
+            save_file(tensors, partial, {"corda": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Raises CordaError if the file is missing or damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["corda"])
+                stored = {key: file.get_tensor(key).float() for key in file.keys()}
+            sides: dict[str, Sides] = {}
+            inputs = {name: _low(f"{name}.C", stored) for name in set(about["inputs"].values())}
+            for name, leader in about["inputs"].items():
+                sides[name] = Sides(inputs[leader], _low(f"{name}.D", stored))
+            return cls(sides, about["samples"], about["answers"], about["tokens"], about["digests"])
+        except FileNotFoundError as error:
+            raise CordaError(f"{path} is missing: it holds the statistics of the context to keep") from error
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CordaError(f"{path} is damaged, or holds no statistics of a context") from error
+
+
+def _named(name: str, M: Low) -> dict[str, Tensor]:
+    return {f"{name}.{part}": x.to("cpu", torch.bfloat16).contiguous() for part, x in M._asdict().items()}
+
+
+def _low(name: str, stored: Mapping[str, Tensor]) -> Low:
+    return Low(*(stored[f"{name}.{part}"] for part in Low._fields))
+
+
+class Answered(NamedTuple):
+    """A batch of samples on a device.
+
+    Attributes:
+        inputs: what the model's forward takes.
+        real: (b, s) bool, which tokens are not padding.
+        answers: (b, s − 1) bool; position i asks for the prediction of token i + 1.
+    """
+
+    inputs: dict[str, Any]
+    real: Tensor
+    answers: Tensor
+
+
+def answered_batches(
+    encoded: Sequence[Encoded], pad_id: int, device: torch.device, batch_tokens: int = 4096
+) -> list[Answered]:
+    """The samples that have an answer, in batches.
+
+    Raises CordaError if there are fewer than `LEAST_SAMPLES`."""
+    encoded = [e for e in encoded if e.targets]
+    if len(encoded) < LEAST_SAMPLES:
+        raise CordaError(
+            f"the context has {len(encoded)} samples with a response, but what it costs to change the model is only "
+            f"known from {LEAST_SAMPLES} on, better some hundreds"
+        )
+    batches = []
+    for indices in batch_by_length([len(e.ids) for e in encoded], batch_tokens):
+        ids, mask = pad([encoded[i].ids for i in indices], pad_id)
+        answers = pad([encoded[i].answer for i in indices], False)[0][:, 1:].bool().to(device)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        batches.append(Answered(inputs, mask.bool().to(device), answers))
+    return batches
+
+
+def drawn_log_likelihood(logits: Tensor, batch: int, seed: int = 0) -> Tensor:
+    """Σ log p(y) of one y drawn from each row of logits (a, vocabulary): a scalar, whose gradients at a layer's outputs
+    have the mean square D. The draw hangs on the seed and the number of the batch alone."""
+    log_probs = logits.float().log_softmax(-1)
+    generator = torch.Generator(device=logits.device).manual_seed(seed + 7919 * batch)
+    y = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)  # (a, 1)
+    return log_probs.gather(1, y).sum()
+
+
+def collect_statistics(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    encoded: Sequence[Encoded],
+    pad_id: int,
+    batch_tokens: int = 4096,
+    directions: int = DIRECTIONS,
+    progress: bool = True,
+) -> Statistics:
+    """C and D of the target layers over samples with answers, of a causal language model as it stands, with one backward
+    a batch. Padding counts on neither side.
+
+    Args:
+        targets: layers by name. Layers that are given the same tensor share C.
+        directions: how many of C and of D are kept (see `compact`).
+
+    Raises CordaError: the model has no causal head; there are too few samples with an answer.
+    """
+    require_causal(model)
+    device = next(model.parameters()).device
+    batches = answered_batches(encoded, pad_id, device, batch_tokens)
+    inputs: dict[str, Covariance] = {}
+    outputs = {name: Covariance() for name in targets}
+    leaders: dict[str, str] = {}  # layer → the layer whose input it shares
+    with _listening(model, targets, inputs, outputs, leaders) as start:
+        for number, batch in enumerate(track(batches, "both sides", progress)):
+            start(batch)
+            columns = batch.answers.any(0).nonzero().flatten()  # only these go through the output head
+            with torch.enable_grad():
+                logits = model(**batch.inputs, logits_to_keep=columns).logits[batch.answers[:, columns]]
+                drawn_log_likelihood(logits, number).backward()
+    shared = {name: compact(C.mean(), directions) for name, C in inputs.items()}
+    layers = {name: Sides(shared[leaders[name]], compact(outputs[name].mean(), directions)) for name in targets}
+    tokens, answers = (sum(int(m.sum()) for m in masks) for masks in zip(*((b.real, b.answers) for b in batches)))
+    digests = {name: layer_digest(module) for name, module in targets.items()}
+    return Statistics(layers, sum(len(b.real) for b in batches), answers, tokens, digests)
+
+
+@contextmanager
+def _listening(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    inputs: dict[str, Covariance],
+    outputs: Mapping[str, Covariance],
+    leaders: dict[str, str],
+) -> Iterator[Any]:
+    """Inside this context the model's forward and backward fill the covariances. Yields the function that says which
+    batch comes next. No parameter gets a gradient."""
+    names = {module: name for name, module in targets.items()}
+    real = torch.empty(0)
+    seen: list[tuple[Tensor, str]] = []  # inputs in this forward, and the layer that was given each first
+
+    def start(batch: Answered) -> None:
+        nonlocal real
+        real = batch.real.flatten()
+        seen.clear()
+
+    def on_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        name, x = names[module], args[0]
+        leader = next((other for tensor, other in seen if tensor is x), name)
+        if leaders.setdefault(name, leader) != leader:
+            raise RuntimeError(f"{name} shared its input with {leaders[name]} in an earlier batch, but not now")
+        if leader == name:
+            seen.append((x, name))
+            inputs.setdefault(name, Covariance()).add(x.detach().reshape(-1, x.shape[-1])[real])
+
+    def on_output(module: nn.Module, args: Any, y: Tensor) -> None:
+        y.register_hook(lambda g: outputs[names[module]].add(g.reshape(-1, g.shape[-1])[real]))
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    hooks = [module.register_forward_pre_hook(on_input) for module in names]
+    hooks += [module.register_forward_hook(on_output) for module in names]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    hooks.append(embeddings.register_forward_hook(lambda module, args, y: y.detach().requires_grad_(True)))
+    model.requires_grad_(False).eval()
+    try:
+        yield start
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(training)

@@ -1,0 +1,194 @@
+"""Keep an ability while another is learned: the predicted drift of the adapter, as a penalty and as a meter.
+
+The *prediction* is ½ · tokens/answers · Σ over layers of tr(D ΔW C ΔWᵀ), from the statistics of the context alone (see
+`algebra.second_order`): nats per answer token, a function of the adapter's weights, cheap enough for every step.
+Multiplied by λ it is a penalty. It is not a measurement: layers pull together, and samples that were shown are kept
+better than others. So the *meter* also measures the drift on samples that the statistics have not seen, at a few steps,
+and shows the prediction multiplied by what the last measurement said.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..adapters.lora import lora_layers
+from ..algebra.second_order import Low, predicted_drift, quadratic
+from ..config import CordaError
+from ..models.targets import layer_digest
+from ..preprocess.statistics import Statistics
+
+
+class _Layers(NamedTuple):
+    """Layers of one shape and rank, whose products are computed together.
+
+    Attributes:
+        names: of the b layers.
+        inner: A C Aᵀ (b, r, r) where A does not train, else C.
+        D: of all layers.
+        weight: ½ · s² · tokens/answers (b,).
+    """
+
+    names: list[str]
+    layers: list[LoraLayer]
+    inner: Tensor | Low
+    D: Low
+    weight: Tensor
+
+
+class PredictedDrift:
+    """The predicted drift of an adapter, in nats per answer token of a context, as a function of its weights.
+
+        predicted = PredictedDrift(peft_model, statistics)
+        loss = loss + 30 * predicted()          # once per optimizer step
+
+    Args:
+        statistics: of the context, from the model without the adapter.
+
+    Raises CordaError as `check_statistics` does.
+    """
+
+    def __init__(self, peft_model: PeftModel, statistics: Statistics, adapter: str = "default"):
+        self.adapter = adapter
+        layers = lora_layers(peft_model)
+        check_statistics(statistics, {name: layer.get_base_layer() for name, layer in layers.items()})
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for name, layer in layers.items():
+            A, B = self._factors(layer)
+            C, D = statistics.layers[name]
+            groups[A.shape, B.shape, C.factor.shape, D.factor.shape, A.requires_grad].append(name)
+        share = 0.5 * statistics.tokens / statistics.answers
+        self.groups = [self._stacked(names, layers, statistics, share) for names in groups.values()]
+
+    def _factors(self, layer: LoraLayer) -> tuple[Tensor, Tensor]:
+        return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+
+    def _stacked(
+        self, names: list[str], layers: Mapping[str, LoraLayer], statistics: Statistics, share: float
+    ) -> _Layers:
+        members = [layers[name] for name in names]
+        A, _ = self._factors(members[0])
+        C, D = (
+            Low(*(torch.stack(parts).to(A.device, torch.float32) for parts in zip(*sides)))
+            for sides in zip(*(statistics.layers[name] for name in names))
+        )
+        inner: Tensor | Low = C
+        if not A.requires_grad:
+            fixed = torch.stack([self._factors(layer)[0].detach() for layer in members]).float()
+            inner = quadratic(fixed, C)
+        scales = [share * layer.scaling[self.adapter] ** 2 for layer in members]
+        return _Layers(names, members, inner, D, torch.tensor(scales, device=A.device))
+
+    def by_layer(self) -> dict[str, Tensor]:
+        """The predicted drift of each layer, a scalar."""
+        drifts: dict[str, Tensor] = {}
+        for names, values in self._of_groups():
+            drifts |= dict(zip(names, values))
+        return drifts
+
+    def __call__(self) -> Tensor:
+        """The predicted drift of all layers together, a scalar with a gradient."""
+        return torch.stack([values.sum() for _, values in self._of_groups()]).sum()
+
+    def _of_groups(self) -> list[tuple[list[str], Tensor]]:
+        result = []
+        for names, layers, inner, D, weight in self.groups:
+            with torch.autocast(weight.device.type, enabled=False):
+                factors = [self._factors(layer) for layer in layers]
+                A, B = (torch.stack(side).float() for side in zip(*factors))  # (b, r, n), (b, m, r)
+                if isinstance(inner, Low):
+                    values = predicted_drift(A, B, inner, D, weight)
+                else:
+                    values = weight * (inner * quadratic(B.mT, D)).sum((-2, -1))
+            result.append((names, values))
+        return result
+
+
+def check_statistics(statistics: Statistics, layers: Mapping[str, nn.Module]) -> None:
+    """Raises CordaError if the statistics were not collected of `layers`, by name, with these very weights."""
+    for name, module in layers.items():
+        if name not in statistics.digests:
+            raise CordaError(f"the statistics of the context lack the layer {name}, which the adapter changes")
+        if layer_digest(module) != statistics.digests[name]:
+            raise CordaError(f"the statistics of the context are of another model: {name} has other weights")
+
+
+class Keeper(TrainerCallback):
+    """The penalty λ · predicted drift, and the meter.
+
+    Attributes:
+        keep: λ, the price of a nat of predicted drift per answer token, in nats of the training loss per answer token.
+        history: [step, predicted drift, measured drift or None, λ] at the beginning, at `points` steps and at the end.
+
+    Args:
+        predicted: see `PredictedDrift`.
+        keep: λ at the beginning.
+        max_drift: steer λ so that the run ends at this drift, in nats per answer token.
+        measure: measures the drift on samples that the statistics have not seen.
+        points: how many measurements are made.
+
+    Raises CordaError if `keep` is negative or not finite, or the adapter to start from is beyond `max_drift` already.
+    """
+
+    def __init__(
+        self,
+        predicted: PredictedDrift,
+        keep: float = 0.0,
+        max_drift: float | None = None,
+        measure: Callable[[], float] | None = None,
+        points: int = 5,
+    ):
+        if not 0 <= keep < math.inf:
+            raise CordaError(f"keep is {keep}, but must be a number at least 0")
+        self.predicted, self.keep, self.max_drift = predicted, keep, max_drift
+        self.measure, self.points = measure, points
+        self.ratio = 1.0  # measured / predicted, at the last measurement
+        self.history: list[list[float | None]] = []
+        self.last = 0.0
+
+    def penalty(self) -> Tensor:
+        """λ · predicted drift, to be added to the loss once per optimizer step."""
+        return self.keep * self.predicted()
+
+    @property
+    def estimate(self) -> float:
+        """The drift as the meter shows it: predicted now, times what was measured for predicted last."""
+        return self.last * self.ratio
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look(state.global_step, measures=True)
+        if self.max_drift is not None and self.estimate > self.max_drift:
+            raise CordaError(
+                f"max_drift is {self.max_drift:g}, but the adapter to start from has a drift of {self.estimate:.3g}"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, end = state.global_step, state.max_steps
+        first = math.ceil(end / self.points / 2)  # the first one early: λ is steered by it
+        due = {first, *(round(end * i / self.points) for i in range(1, self.points + 1))}
+        self._look(step, measures=step in due)
+        if self.max_drift is not None:
+            self._steer(step / end)
+
+    @torch.no_grad()
+    def _look(self, step: int, measures: bool) -> None:
+        self.last = float(self.predicted())
+        if not measures:
+            return
+        measured = self.measure() if self.measure else None
+        if measured is not None and self.last > 0:
+            self.ratio = measured / self.last
+        self.history.append([step, self.last, measured, self.keep])
+
+    def _steer(self, done: float) -> None:
+        """Raise λ while the drift is above what is allowed, lower it while below. A step changes it by a fifth at most;
+        the steps are smaller the nearer the drift is."""
+        assert self.max_drift is not None
+        distance = math.log(max(self.estimate, 1e-12) / self.max_drift)
+        self.keep = min(1e6, max(1e-3, self.keep * math.exp(0.2 * max(-1.0, min(1.0, distance)))))

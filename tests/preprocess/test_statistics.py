@@ -1,0 +1,130 @@
+"""C and D against a float64 reference that takes one sample, one drawn answer and one gradient at a time."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from corda_lora.config import CordaError
+from corda_lora.data.batches import Encoded
+from corda_lora.models.targets import find_targets
+from corda_lora.preprocess.statistics import Statistics, answered_batches, collect_statistics, drawn_log_likelihood
+
+FAMILIES = ["llama", "gpt2_conv1d", "gemma2", "qwen3"]
+
+
+def samples(count=20, seed=0):
+    """Samples of 4 to 11 tokens, of which the last 1 to 4 are the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        length, answers = 4 + i % 8, 1 + i % 4
+        ids = torch.randint(3, tiny.VOCABULARY, (length,), generator=generator).tolist()
+        rows.append(Encoded(ids, [False] * (length - answers) + [True] * answers))
+    return rows
+
+
+def dense(M):
+    return M.factor.double() @ M.factor.double().T + M.diagonal.double().diag()
+
+
+def reference(model, targets, encoded, batch_tokens):
+    """C and D of each layer by name: padded batches for the draw of y, then each sample alone."""
+    sums = {name: [0.0, 0.0] for name in targets}
+    tokens = 0
+    for number, batch in enumerate(answered_batches(encoded, 0, torch.device("cpu"), batch_tokens)):
+        generator = torch.Generator().manual_seed(7919 * number)
+        logits = model(**batch.inputs).logits[:, :-1][batch.answers].float()
+        y = torch.multinomial(logits.softmax(-1), 1, generator=generator).flatten()
+        drawn = torch.zeros(batch.answers.shape, dtype=torch.long)
+        drawn[batch.answers] = y
+        for i, real in enumerate(batch.real):
+            ids = batch.inputs["input_ids"][i][real][None]
+            x, g, hooks = {}, {}, []
+            for name, module in targets.items():
+                hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: x.__setitem__(n, a[0][0].detach())))
+                hooks.append(module.register_full_backward_hook(lambda m, i, o, n=name: g.__setitem__(n, o[0][0])))
+            positions = batch.answers[i].nonzero().flatten()
+            log_probs = model(input_ids=ids).logits[0, positions].log_softmax(-1)
+            log_probs.gather(1, drawn[i, positions][:, None]).sum().backward()
+            for hook in hooks:
+                hook.remove()
+            tokens += len(ids[0])
+            for name in targets:
+                sums[name][0] = sums[name][0] + x[name].T @ x[name]
+                sums[name][1] = sums[name][1] + g[name].T @ g[name]
+    return {name: (C / tokens, D / tokens) for name, (C, D) in sums.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_are_those_of_one_sample_at_a_time(family):
+    model = tiny.build(family).double()
+    targets = find_targets(model, "all-linear")
+    found = collect_statistics(model, targets, samples(), 0, batch_tokens=40, progress=False)
+    assert (found.samples, found.answers) == (20, 50)
+    for name, (C, D) in reference(model, targets, samples(), 40).items():
+        torch.testing.assert_close(dense(found.layers[name].C), C, rtol=1e-4, atol=1e-5 * float(C.diagonal().max()))
+        torch.testing.assert_close(dense(found.layers[name].D), D, rtol=1e-4, atol=1e-5 * float(D.diagonal().max()))
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny.build("llama").train()
+    model.lm_head.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    collect_statistics(model, find_targets(model, "all-linear"), samples(), 0, progress=False)
+    assert model.training
+    assert not model.lm_head.weight.requires_grad
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_answers_are_drawn_from_the_model_and_hang_on_the_seed_alone():
+    logits = torch.tensor([[2.0, 1.0, 0.0]]).repeat(20000, 1).requires_grad_(True)
+    drawn_log_likelihood(logits, 0).backward()
+    # The gradient of log p(y) is 1[y] − p: its mean is zero, where y is drawn from p.
+    assert logits.grad.mean(0).abs().max() < 0.01
+    again = logits.detach().requires_grad_(True)
+    drawn_log_likelihood(again, 0).backward()
+    assert torch.equal(again.grad, logits.grad)
+    other = logits.detach().requires_grad_(True)
+    drawn_log_likelihood(other, 1).backward()
+    assert not torch.equal(other.grad, logits.grad)
+
+
+def test_statistics_are_the_same_after_they_were_on_the_disk(tmp_path):
+    model = tiny.build("llama")
+    found = collect_statistics(model, find_targets(model, "all-linear"), samples(), 0, directions=8, progress=False)
+    found.save(tmp_path / "s.safetensors")
+    read = Statistics.load(tmp_path / "s.safetensors")
+    assert (read.samples, read.answers, read.tokens, read.digests) == (
+        found.samples, found.answers, found.tokens, found.digests,
+    )  # fmt: skip
+    assert list(read.layers) == list(found.layers)
+    for name, sides in found.layers.items():
+        for M, N in zip(sides, read.layers[name]):
+            torch.testing.assert_close(dense(N), dense(M), rtol=0, atol=0.01 * float(dense(M).diagonal().max()))
+    q, k = (read.layers[f"model.layers.0.self_attn.{x}_proj"].C.factor for x in "qk")
+    assert q is k  # stored once
+
+
+def test_bad_statistics_are_a_sentence(tmp_path):
+    model = tiny.build("llama")
+    with pytest.raises(CordaError, match="15 samples with a response.*from 16 on"):
+        collect_statistics(model, find_targets(model, "all-linear"), samples(15), 0, progress=False)
+    with pytest.raises(CordaError, match="no causal language model"):
+        bert = tiny.build("bert")
+        collect_statistics(bert, find_targets(bert, "all-linear"), samples(), 0, progress=False)
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(CordaError, match="is missing"):
+        Statistics.load(path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(CordaError, match="is damaged"):
+        Statistics.load(path)
+    save_file({"x": torch.zeros(1)}, path, {"corda": json.dumps({})})
+    with pytest.raises(CordaError, match="is damaged"):
+        Statistics.load(path)
+    assert load_file(path)
