@@ -1,6 +1,7 @@
 """C and D against a float64 reference that takes one sample, one drawn answer and one gradient at a time."""
 
 import json
+from functools import partial
 
 import pytest
 import tiny
@@ -44,8 +45,10 @@ def reference(model, targets, encoded, batch_tokens):
             ids = batch.inputs["input_ids"][i][real][None]
             x, g, hooks = {}, {}, []
             for name, module in targets.items():
-                hooks.append(module.register_forward_pre_hook(lambda m, a, n=name: x.__setitem__(n, a[0][0].detach())))
-                hooks.append(module.register_full_backward_hook(lambda m, i, o, n=name: g.__setitem__(n, o[0][0])))
+                keep_x = partial(lambda name, x, module, args: x.update({name: args[0][0].detach()}), name, x)
+                keep_g = partial(lambda name, g, module, before, after: g.update({name: after[0][0]}), name, g)
+                hooks.append(module.register_forward_pre_hook(keep_x))
+                hooks.append(module.register_full_backward_hook(keep_g))
             positions = batch.answers[i].nonzero().flatten()
             log_probs = model(input_ids=ids).logits[0, positions].log_softmax(-1)
             log_probs.gather(1, drawn[i, positions][:, None]).sum().backward()
@@ -113,10 +116,10 @@ def test_statistics_are_the_same_after_they_were_on_the_disk(tmp_path):
 
 def test_bad_statistics_are_a_sentence(tmp_path):
     model = tiny.build("llama")
-    with pytest.raises(CordaError, match="15 samples with a response.*from 16 on"):
+    with pytest.raises(CordaError, match=r"15 samples with a response.*from 16 on"):
         collect_statistics(model, find_targets(model, "all-linear"), samples(15), 0, progress=False)
+    bert = tiny.build("bert")
     with pytest.raises(CordaError, match="no causal language model"):
-        bert = tiny.build("bert")
         collect_statistics(bert, find_targets(bert, "all-linear"), samples(), 0, progress=False)
     path = tmp_path / "s.safetensors"
     with pytest.raises(CordaError, match="is missing"):

@@ -63,8 +63,11 @@ def adapterdrop(model: nn.Module, setup: Setup, drop: int | None = None) -> Prep
 
 @method("lora", "LoRA", "Hu et al., arXiv 2106.09685; PEFT")
 def lora(model: nn.Module, setup: Setup, keep: float = 0.0, samples: int | None = None) -> Prepared:
-    """`keep` is the weight λ of the predicted drift in the loss (see `training.keeping`), `samples` the number of samples
-    of the ability to keep that it is predicted from. Default: the comparison's number."""
+    """
+    Args:
+        keep: weight λ of the predicted drift in the loss (see `training.keeping`).
+        samples: how many samples of the ability to keep it is predicted from. Default: the comparison's number.
+    """
     statistics = context_statistics(model, setup, keep, samples)
     return with_penalty(Prepared(peft.get_peft_model(model, setup.lora())), setup, statistics, keep)
 

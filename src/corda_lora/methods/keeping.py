@@ -13,7 +13,7 @@ def with_penalty(prepared: Prepared, setup: Setup, statistics: Statistics | None
     statistics."""
     if statistics is None:
         return prepared
-    keeper = Keeper(PredictedDrift(prepared.model, statistics), keep)  # type: ignore[arg-type]
+    keeper = Keeper(PredictedDrift(prepared.model, statistics), keep)
     return prepared._replace(
         callbacks=[*prepared.callbacks, keeper], penalties={**prepared.penalties, "drift": keeper.penalty}
     )

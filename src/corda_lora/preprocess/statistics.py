@@ -61,7 +61,7 @@ class Statistics:
             if sharing.setdefault(name, shared.setdefault(id(C.factor), name)) == name:
                 tensors |= _named(f"{name}.C", C)
             tensors |= _named(f"{name}.D", D)
-        about = {"samples": self.samples, "answers": self.answers, "tokens": self.tokens}
+        about: dict[str, Any] = {"samples": self.samples, "answers": self.answers, "tokens": self.tokens}
         about |= {"digests": self.digests, "inputs": sharing}
         with whole_file(path) as partial:
             save_file(tensors, partial, {"corda": json.dumps(about)})
@@ -72,7 +72,7 @@ class Statistics:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["corda"])
-                stored = {key: file.get_tensor(key).float() for key in file.keys()}
+                stored = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
             sides: dict[str, Sides] = {}
             inputs = {name: _low(f"{name}.C", stored) for name in set(about["inputs"].values())}
             for name, leader in about["inputs"].items():
@@ -145,8 +145,8 @@ def collect_statistics(
     directions: int = DIRECTIONS,
     progress: bool = True,
 ) -> Statistics:
-    """C and D of the target layers over samples with answers, of a causal language model as it stands, with one backward
-    a batch. Padding counts on neither side.
+    """C and D of a causal language model's target layers over samples with answers, with one backward a batch. Padding
+    counts on neither side.
 
     Args:
         targets: layers by name. Layers that are given the same tensor share C.
