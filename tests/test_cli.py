@@ -95,7 +95,10 @@ def test_the_four_commands(mode, checkpoint, data, capsys):
     learned, kept = results["learn"][str(data / "learn.jsonl")], results["keep"][str(data / "keep.jsonl")]
     assert learned["tuned"]["loss"] < learned["base"]["loss"] - 0.3
     assert kept["tuned"]["drift"] > 0
-    assert "drift" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "drift" in shown
+    assert re.search(r"keep keep.jsonl: (kept well|kept in part|not kept): the probabilities of an answer's", shown)
+    assert "learn learn.jsonl: learned: a token of a right answer is " in shown
 
     before = tiny.logits(peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), "tuned"))
     run("export", *model, "--as", "merged", "--output", "merged")
@@ -629,6 +632,20 @@ def test_evals_templates_are_taken_literally(form, checkpoint, data, measured):
     (kept,), (learned,) = measured[0].data("keep"), measured[0].data("learn")
     assert (kept.data, kept.prompt, kept.response, kept.samples) == (keep, *templates.values(), 3)
     assert (learned.data, learned.prompt, learned.response) == (learn, "", "{response}")
+
+
+def test_evals_templates_for_all_data(checkpoint, data, measured):
+    (data / "words.csv").write_text("q,a\nWhich?,This\n")
+    (data / "text.txt").write_text("running text\n")
+    arguments = ["--learn", data / "words.csv", "--text", data / "text.txt"]
+    arguments += ["--prompt", "Q: {q}\\nA: # now", "--response=#{a}"]
+    run("eval", "--model", checkpoint, *arguments, "--keep", data / "words.csv", "--keep.prompt", "{q}")
+    run("eval", "--model", checkpoint, *arguments, "--keep", json.dumps([str(data / "words.csv")]))
+    for config, asked in zip(measured, ("{q}", "Q: {q}\\nA: # now")):
+        ((kept,), (learned,), (text,)) = (config.data(kind) for kind in ("keep", "learn", "text"))
+        assert (kept.prompt, kept.response) == (asked, "#{a}")
+        assert (learned.prompt, learned.response) == ("Q: {q}\\nA: # now", "#{a}")
+        assert (text.prompt, text.response) == ("", "")
 
 
 def test_eval_takes_lists_of_data(checkpoint, data, measured):

@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 from rich.console import Console
+from rich.markup import escape
 from yaml import YAMLError
 
 from .config import (
@@ -78,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.print_help()
         raise SystemExit(2)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = lambda message, *_: console.print(f"[yellow]note:[/] {message}", highlight=False)
+    warnings.showwarning = lambda message, *_: console.print(
+        f"[yellow]note:[/] {escape(str(message))}", highlight=False
+    )
     try:
         with _sigterm_as_interrupt():
             options = _instantiate(parser, options)
@@ -399,6 +402,7 @@ def evaluate(options: Namespace) -> None:
     from .evaluation.evaluate import evaluate as measure
     from .models.loading import load_model, load_tokenizer
     from .report.terminal import results_table
+    from .report.verdicts import verdicts
 
     if options.adapter is not None:
         read_marks(options.adapter)
@@ -410,6 +414,8 @@ def evaluate(options: Namespace) -> None:
         model = load_adapter(model, options.adapter).eval()
     results = measure(model, tokenizer, config)
     out.print(results_table(results))
+    for sentence in verdicts(results):
+        out.print(sentence, markup=False, highlight=False)
     if options.output is not None:
         write_json(options.output, {"model": source.model, "adapter": str(options.adapter), "results": results})
 

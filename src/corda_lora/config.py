@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import regex
@@ -357,6 +357,9 @@ class EvalConfig:
         learn: samples of the task. Measured: the loss, and exact match if `exact_match` is set.
         text: running text. Measured: perplexity, and drift over every token.
         choices: multiple-choice questions: rows with a list `choices` and the right choice as `response`.
+        prompt: template of the prompt for all of this data but running text, unless the data has its own: keep.prompt,
+            learn.prompt, choices.prompt.
+        response: template of the response, likewise.
         exact_match: how a greedy answer is compared with the response. `text` compares the whole texts. A regular
             expression, such as "#### (-?[0-9,.]+)", compares the first group of its last match.
         max_new_tokens: the number of tokens at which a greedy answer is cut.
@@ -367,6 +370,8 @@ class EvalConfig:
     learn: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
     text: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
     choices: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
+    prompt: str = ""
+    response: str = ""
     exact_match: str = ""
     max_new_tokens: Count = 64
     batch_tokens: Count = 8192
@@ -380,7 +385,10 @@ class EvalConfig:
         """The data of "keep", "learn", "text" or "choices", however it was given."""
         value = getattr(self, kind)
         datas = value if isinstance(value, list) else [value]
-        return [DataConfig(data) if isinstance(data, str) else data for data in datas]
+        configs = [DataConfig(data) if isinstance(data, str) else data for data in datas]
+        if kind == "text":
+            return configs
+        return [replace(c, prompt=c.prompt or self.prompt, response=c.response or self.response) for c in configs]
 
 
 @dataclass

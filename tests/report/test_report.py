@@ -161,6 +161,14 @@ def test_markdown(folder):
     ):
         assert part in text
     assert "| train.max_steps | 150 |" in text
+    below = text[text.index("| LoRA-GA |") : text.index("## How fast")]
+    learned, kept, *_ = below.strip().splitlines()[2:]
+    at = "at each method’s best learning rate"
+    times = "Full fine-tuning (1.77 times), LoRA (1.7 times), CorDA KPM, &lt;anchored> (1.75 times)"
+    assert learned.startswith(f"- gsm8k, {at}: learned by {times}; in brackets how many times as likely")
+    assert kept.replace("\u00a0", " ").startswith(
+        f"- nq, {at}: not kept by Full fine-tuning (84 %), LoRA (77 %); kept well by CorDA KPM, &lt;anchored> (14 %)"
+    )
     assert "LoRA-GA needs full weights" in text
     assert r"the loss was nan at step 12 \| &lt;/script>" in text  # a bar does not break its table
 

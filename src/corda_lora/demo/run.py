@@ -25,6 +25,7 @@ from ..files import check_output, write_json, write_text
 from ..models.loading import load_model, load_tokenizer
 from ..preprocess.pipeline import preprocess
 from ..progress import console
+from ..report.verdicts import kept, learned
 from ..training.train import plain_lora, train
 from .facts import knowledge_questions, word_problems
 
@@ -99,7 +100,8 @@ def run_demo(output: Path) -> dict[str, Any]:
     }
     write_json(output / "results.json", summary)
     rows = table_rows(summary)
-    write_text(output / "table.md", markdown(rows))
+    sentences = "".join(f"- {sentence}\n" for sentence in verdicts(results))
+    write_text(output / "table.md", f"{markdown(rows)}\n{sentences}")
     draw(summary, output / "picture.png")
     show(summary, rows, output)
     return summary
@@ -126,6 +128,16 @@ def table_rows(summary: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """For each method whether it learned the word problems and kept the facts."""
+    sentences = []
+    for name, kinds in results.items():
+        problems, facts = kinds["problems"], kinds["facts"]
+        sentences.append(f"{name}, word problems: {learned(problems['base']['loss'], problems['tuned']['loss'])}.")
+        sentences.append(f"{name}, facts: {kept(facts['tuned']['drift'])}.")
+    return sentences
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]) + "\n"
@@ -138,6 +150,8 @@ def show(summary: dict[str, Any], rows: Sequence[Sequence[str]], output: Path) -
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
+    for sentence in verdicts(summary["results"]):
+        console.print(sentence, highlight=False)
     stages = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
     console.print(f"{stages}; peak memory {summary['peak_memory_gb']:.1f} GB", highlight=False)
     console.print(f"picture: {output / 'picture.png'}   numbers: {output / 'results.json'}", highlight=False)

@@ -24,7 +24,7 @@ from ..compare.frontier import (
     task,
 )
 from .charts import best_curves, curves_edge, frontier_edge
-from .sentences import circumstances, headline, notes, run_count, settings
+from .sentences import circumstances, headline, notes, run_count, settings, verdict_sentences
 from .tables import (
     Cell,
     Column,
@@ -52,6 +52,7 @@ def html_report(comparison: dict[str, Any]) -> str:
         "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
         "about": escape(f"{plural(len(titles), 'method')} · {run_count(comparison)} · {comparison['machine']}"),
         "methods": html_table("Methods, at their best learning rates", list(titles.values()), columns, base=True),
+        "verdicts": "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict_sentences(comparison, rows)),
         "soon": html_table("How fast losses were reached", list(titles.values()), milestone_columns(comparison, rows)),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes(comparison, rows)),
         "run_count": escape(run_count(comparison)),

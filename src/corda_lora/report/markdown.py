@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compare.frontier import abilities, milestones, reference_method, summary, training_seconds
-from .sentences import circumstances, headline, notes, run_count, settings
+from .sentences import circumstances, headline, notes, run_count, settings, verdict_sentences
 from .tables import (
     Cell,
     Column,
@@ -31,6 +31,8 @@ def markdown_report(comparison: dict[str, Any]) -> str:
         lines += ["![Drift against task loss](frontier.png)", ""]
     lines += ["![Learning curves](curves.png)", "", "## Methods, each at its best learning rate", ""]
     lines += markdown_table("method", [row["title"] for row in rows], summary_columns(comparison, rows), base)
+    if verdicts := verdict_sentences(comparison, rows):
+        lines += [*(f"- {plain(sentence)}" for sentence in verdicts), ""]
     if rows and milestones(comparison):
         lines += ["## How fast losses were reached", ""]
         lines += markdown_table("method", [row["title"] for row in rows], milestone_columns(comparison, rows))

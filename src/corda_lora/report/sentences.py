@@ -20,6 +20,7 @@ from ..compare.frontier import (
 from ..evaluation.measures import MEASURES
 from .tables import Cell, difference_cell, highest_score, loss_cell, median_ratio, steps_cell
 from .text import counts, label, plural, rate_text, spread, times_text
+from .verdicts import LEARNED, kept_how, moved, percent, times_as_likely
 
 
 def headline(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -125,6 +126,34 @@ def drift_sentence(
         sure += "; the seeds’ spread could explain it" if ratio.low <= 1 else ""
     times = times_text(ratio.value)
     return f"At {at}, {least} drifts {times} times less than {title} on {where} ({sure}).", ratio.value
+
+
+def verdict_sentences(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """For the task and for each ability, which methods learned or kept it at their best learning rates, by the
+    thresholds of `verdicts`."""
+    before = comparison["base"].get("learn", {}).get(task(comparison), {}).get("loss")
+    done = [row for row in rows if row["best"]]
+    sentences = []
+    if done and before is not None:
+        times = [(row["title"], times_as_likely(before, row["loss"].value)) for row in done]
+        judged = [(f"{'' if t >= LEARNED else 'not '}learned by", f"{title} ({t:.3g} times)") for title, t in times]
+        meaning = "in brackets how many times as likely a token of a right answer is as for the base model"
+        sentences.append(_verdict(task(comparison), judged, meaning))
+    for ability in abilities(comparison):
+        drifts = [(row["title"], row["drift"][ability].value) for row in done if row["drift"][ability]]
+        judged = [(f"{kept_how(drift)} by", f"{title} ({percent(moved(drift))})") for title, drift in drifts]
+        meaning = "in brackets how much of the probability of a token of an answer moved, at most, on average"
+        if judged:
+            sentences.append(_verdict(label(comparison, ability), judged, meaning))
+    return sentences
+
+
+def _verdict(name: str, judged: list[tuple[str, str]], meaning: str) -> str:
+    """One sentence on (verdict, method) pairs. The methods of a verdict stand together."""
+    parts = [
+        f"{how} {', '.join(text for h, text in judged if h == how)}" for how in dict.fromkeys(h for h, _ in judged)
+    ]
+    return f"{name}, at each method’s best learning rate: {'; '.join(parts)}; {meaning}."
 
 
 def run_count(comparison: dict[str, Any]) -> str:

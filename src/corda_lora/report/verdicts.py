@@ -1,0 +1,110 @@
+"""What figures mean: a plain sentence for each, by stated thresholds.
+
+A drift of D nats moved the probabilities of the next token by at most √(D/2) (Pinsker) and √(1 − e^−D) (Bretagnolle and
+Huber), in total variation. Both are concave in D, so they hold for means over tokens, too. In the 1,357 drifts of
+benchmarks/results, models had the base model's first choice at 92 % of the tokens of what they kept well (the median;
+at least 87 %), at 79 % of what they kept in part (at least 71 %), and at 43 % of what they did not keep.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+KEPT_WELL, KEPT_IN_PART = 0.15, 0.30  # shares of probability that moved, at most
+UNCHANGED = 1e-6  # nats: below, a drift is rounding
+LEARNED = 1.05  # times as likely as before, at least
+
+Values = Mapping[str, float]  # {measure: value} of one model on one data set
+
+
+def moved(drift: float) -> float:
+    """The largest share of probability that a drift can have moved from some next tokens to others, on average."""
+    drift = max(drift, 0.0)
+    return min(math.sqrt(drift / 2), math.sqrt(-math.expm1(-drift)))
+
+
+def kept_how(drift: float) -> str:
+    """ "not changed", "kept well", "kept in part" or "not kept"."""
+    if abs(drift) < UNCHANGED:
+        return "not changed"
+    share = moved(drift)
+    return "kept well" if share <= KEPT_WELL else "kept in part" if share <= KEPT_IN_PART else "not kept"
+
+
+def times_as_likely(before: float, after: float) -> float:
+    """How many times as likely a token of a right answer is after training, from the losses (geometric mean)."""
+    return math.exp(min(before - after, 700.0))
+
+
+def verdicts(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for each data set of `evaluate`'s results whose kind has one."""
+    sentences = []
+    for kind, by_data in results.items():
+        for data, by_side in by_data.items():
+            base, tuned = by_side.get("base", {}), by_side.get("tuned", {})
+            parts = [part for part in SENTENCES[kind](base, tuned) if part] if tuned else []
+            if parts:
+                sentences.append(f"{kind} {os.path.basename(data)}: {'; '.join(parts)}.")
+    if not sentences and results:
+        sentences.append("Only the base model was measured: with --adapter, its changes are judged here.")
+    return sentences
+
+
+def _kept(base: Values, tuned: Values) -> Iterator[str]:
+    drift = tuned.get("drift")
+    if drift is not None:
+        yield kept(drift)
+    if base.get("recall") == 0:
+        yield "recall was 0 before, so it cannot show anything here"
+
+
+def kept(drift: float) -> str:
+    """What a drift means."""
+    if not math.isfinite(drift):
+        return f"broken: the drift is {drift}"
+    how = kept_how(drift)
+    if how == "not changed":
+        return f"{how}: the tuned model predicts what the base model does"
+    sentence = f"{how}: the probabilities of an answer's tokens moved by at most {percent(moved(drift))} on average"
+    more = ", and a lower learning rate or more samples of it as context would keep more"
+    return sentence if how == "kept well" else sentence + more
+
+
+def _learned(base: Values, tuned: Values) -> Iterator[str]:
+    if "loss" in base and "loss" in tuned:
+        yield learned(base["loss"], tuned["loss"])
+    for name in ("recall", "exact_match"):
+        if base.get(name) == tuned.get(name) == 0:
+            yield f"{name.replace('_', ' ')} is 0 before and after, so it cannot show anything here"
+
+
+def learned(before: float, after: float) -> str:
+    """What a loss on the task means beside the base model's."""
+    if not math.isfinite(after):
+        return f"broken: the loss is {after}"
+    times = times_as_likely(before, after)
+    sentence = f"a token of a right answer is {times:.3g} times as likely as before, on average"
+    if times >= LEARNED:
+        return f"learned: {sentence}"
+    if times > 1 / LEARNED:
+        return f"hardly learned: {sentence}, and more steps or a higher learning rate may help"
+    return f"worse than before: {sentence}, and a lower learning rate may help"
+
+
+def _chosen(base: Values, tuned: Values) -> Iterator[str]:
+    """The difference of two accuracies beside the 95 % of differences that chance alone would give."""
+    if "accuracy" in base and "accuracy" in tuned:
+        p, n = (base["accuracy"] + tuned["accuracy"]) / 2, base["samples"]
+        difference, chance = tuned["accuracy"] - base["accuracy"], 1.96 * math.sqrt(2 * p * (1 - p) / n)
+        how = "better than before" if difference > chance else "worse than before" if difference < -chance else "kept"
+        points = f"{abs(difference):.1%} more" if difference > 0 else f"{abs(difference):.1%} fewer"
+        yield f"{how}: {points} right answers, where {n:.0f} questions leave up to {percent(chance)} to chance"
+
+
+def percent(share: float) -> str:
+    """A share as "3 %", and a small one as "0.03 %"."""
+    return f"{100 * share:.0f}\u00a0%" if share >= 0.01 else f"{100 * share:.1g}\u00a0%"
+
+
+SENTENCES = {"keep": _kept, "text": lambda base, tuned: _kept({}, tuned), "learn": _learned, "choices": _chosen}
