@@ -184,7 +184,8 @@ def as_batches(
 
     Args:
         items: batches of tensors, which are given back as they are, with no rounds; or texts, chats, rows of a
-            `datasets.Dataset` (see `as_samples`), or rows with the lists of token ids `input_ids`.
+            `datasets.Dataset` (see `as_samples`), or rows with the lists of token ids `input_ids`, without those that
+            their `attention_mask` hides.
         tokenizer: returns the tokenizer; called only where there is text.
 
     Raises:
@@ -199,9 +200,7 @@ def as_batches(
     batches: list[dict[str, Tensor]] = []
     round_of: list[int] = []
     tokenized = ids is not None
-    samples: list[Any] = (
-        [torch.as_tensor(row["input_ids"]).tolist() for row in whole] if tokenized else as_samples(whole)
-    )
+    samples: list[Any] = [_tokens_of(row, i) for i, row in enumerate(whole)] if tokenized else as_samples(whole)
     for i, part in enumerate(_split(samples, rounds)):
         if tokenized:
             groups = batch_by_length([min(len(ids), max_length) for ids in part], batch_tokens)
@@ -212,6 +211,21 @@ def as_batches(
         batches += more
         round_of += [i] * len(more)
     return batches, round_of
+
+
+def _tokens_of(row: Any, i: int) -> list[int]:
+    """The token ids of row `i` that its attention mask, if it has one, does not hide. Raises CordaError if there are
+    none."""
+    try:
+        ids = torch.as_tensor(row["input_ids"])
+        mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids)))
+        if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+            raise ValueError
+        return list(ids[mask.bool()].tolist())
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CordaError(
+            f"item {i} of the context needs input_ids, a list of token ids, and an attention_mask as long, or none"
+        ) from error
 
 
 def _has_tensors(item: Any) -> bool:

@@ -66,18 +66,20 @@ def token_masks(batch: Batch, has_decoder: bool = False, skip_tokens: int = 0) -
     """Which tokens of a batch are real: (b, s) bool on the CPU, and the same for the decoder's inputs if there is a
     decoder. The first `skip_tokens` real tokens of each sample count as padding.
 
-    Padding is read from `attention_mask` and `decoder_attention_mask`. Without the latter, the decoder's padding is
-    where `labels` are -100. Without any mask every token is real. A mask may also cover tokens in a cache: then its end
-    belongs to the batch.
+    Padding is read from `attention_mask` and `decoder_attention_mask`, (b, s) or (b, heads, queries, s). Without the
+    latter, the decoder's padding is where `labels` are -100. Without any mask every token is real. A mask may also
+    cover tokens in a cache: then its end belongs to the batch.
     """
     ids = next((batch[k] for k in ("input_ids", "inputs_embeds") if batch.get(k) is not None), None)
     if ids is None:
         raise CordaError(f"a batch needs input_ids or inputs_embeds, but has only {', '.join(batch) or 'nothing'}")
     mask = batch.get("attention_mask")
-    mask = torch.ones(ids.shape[:2]) if mask is None or mask.ndim != 2 else mask[:, -ids.shape[1] :]
+    mask = torch.ones(ids.shape[:2]) if mask is None else _attended(mask)[:, -ids.shape[1] :]
     decoder = None
     if has_decoder:
         decoder = batch.get("decoder_attention_mask")
+        if decoder is not None:
+            decoder = _attended(decoder)
         if decoder is None and batch.get("labels") is not None:
             decoder = batch["labels"] != -100
         if decoder is None:  # BART makes its decoder's inputs of the encoder's
@@ -89,9 +91,60 @@ def token_masks(batch: Batch, has_decoder: bool = False, skip_tokens: int = 0) -
     return mask, decoder
 
 
+def _attended(mask: Tensor) -> Tensor:
+    """Which tokens a mask does not hide: (b, s), from (b, s) or from what each query attends to, (b, [heads,] queries,
+    s): truth values, or 0 where it attends and a large negative number where it does not.
+
+    Raises CordaError if the mask has another shape.
+    """
+    if mask.ndim == 2:
+        return mask
+    if mask.ndim not in (3, 4):
+        raise CordaError(f"attention_mask has the shape {tuple(mask.shape)}: 2 or 4 dimensions are read")
+    attends = mask > -1000 if mask.is_floating_point() and not bool((mask > 0).any()) else mask.bool()
+    attends = attends.any(1) if mask.ndim == 4 else attends  # (b, queries, s)
+    # The row of a padded query may be full: where softmax gives NaN for a query that attends to nothing, transformers
+    # lets it attend to everything. So a full row tells nothing, but for the last one of a causal mask.
+    tells = ~attends.all(2)
+    tells[:, -1] = True
+    return (attends & tells[:, :, None]).any(1)
+
+
+def padded_samples(batch: Batch, real: Tensor, pad: int, may_end: bool) -> int:
+    """How many samples begin or end in padding tokens that are taken for real.
+
+    Args:
+        real: (b, s), see `token_masks`.
+        pad: the padding token's id.
+        may_end: whether a text may begin or end in that token, too: then it takes two of them in a row.
+    """
+    ids, count = batch.get("input_ids"), 1 + may_end
+    if ids is None:
+        return 0
+    rows = [row[counted] for row, counted in zip(ids.cpu(), real)]
+    return sum(bool((row[:count] == pad).all() or (row[-count:] == pad).all()) for row in rows if len(row) > count)
+
+
+def _warn_of_padding(model: nn.Module, batches: Sequence[Batch], masks: Sequence[Tensor]) -> None:
+    settings = getattr(model, "config", None)
+    ends = [getattr(settings, f"{name}_token_id", None) for name in ("bos", "eos")]
+    ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
+    pad = getattr(settings, "pad_token_id", None)
+    pad = ends[-1] if pad is None and ends else pad  # of a tokenizer without one, the end of the text pads
+    if pad is None:
+        return
+    padded = sum(padded_samples(batch, mask, pad, pad in ends) for batch, mask in zip(batches, masks))
+    if padded:
+        warnings.warn(
+            f"{padded} of {sum(map(len, masks))} samples of the context begin or end in padding tokens (id {pad}) that "
+            "no attention_mask hides, so they count as text: give the attention_mask of each batch",
+            stacklevel=4,
+        )
+
+
 def check_context(model: nn.Module, context: Context, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Count the samples and the real tokens of a context, for corda.json. Warn where a round has fewer tokens than the
-    widest layer has inputs: its covariance has low rank.
+    widest layer has inputs: its covariance has low rank. Warn where padding tokens count as real.
 
     Raises CordaError if there is no real token.
     """
@@ -103,6 +156,7 @@ def check_context(model: nn.Module, context: Context, targets: Mapping[str, nn.M
         raise CordaError(f"no sample of the context has more than the {context.skip_tokens} tokens that are left out")
     if tokens == 0:
         raise CordaError(f"the context holds only padding: the attention masks of its {samples} samples are all zero")
+    _warn_of_padding(model, context.batches, masks)
     width, widest = max((weight_shape(module)[1], name) for name, module in targets.items())
     counts = {"samples": samples, "tokens": tokens, "widest": width}
     rounds = context.rounds or [0] * len(masks)
