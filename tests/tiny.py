@@ -7,6 +7,7 @@ import transformers as t
 from torch import Tensor, nn
 
 from corda_lora.config import CordaConfig
+from corda_lora.data.batches import Encoded
 from corda_lora.preprocess.context import Context
 from corda_lora.preprocess.layer import LayerRecord, LayerStart, decompose_layer, keep_components, start_layer
 from corda_lora.preprocess.walk import Place, Step, walk
@@ -219,3 +220,14 @@ def covariances_of(model: nn.Module, targets: dict[str, nn.Module], batches: lis
     """C of every layer that got any, in one round."""
     walked = steps(model, targets, batches, **context)
     return {n: Cs[0] for _, groups in walked for members, Cs in groups or [] for n in members if Cs}
+
+
+def answered(count=20, seed=0):
+    """Samples of 4 to 11 tokens, of which the last 1 to 4 are the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        length, answers = 4 + i % 8, 1 + i % 4
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append(Encoded(ids, [False] * (length - answers) + [True] * answers))
+    return rows

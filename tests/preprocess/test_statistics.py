@@ -9,22 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from corda_lora.config import CordaError
-from corda_lora.data.batches import Encoded
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess.statistics import Statistics, answered_batches, collect_statistics, drawn_log_likelihood
 
 FAMILIES = ["llama", "gpt2_conv1d", "gemma2", "qwen3"]
-
-
-def samples(count=20, seed=0):
-    """Samples of 4 to 11 tokens, of which the last 1 to 4 are the answer."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i in range(count):
-        length, answers = 4 + i % 8, 1 + i % 4
-        ids = torch.randint(3, tiny.VOCABULARY, (length,), generator=generator).tolist()
-        rows.append(Encoded(ids, [False] * (length - answers) + [True] * answers))
-    return rows
 
 
 def dense(M):
@@ -65,9 +53,9 @@ def reference(model, targets, encoded, batch_tokens):
 def test_both_sides_are_those_of_one_sample_at_a_time(family):
     model = tiny.build(family).double()
     targets = find_targets(model, "all-linear")
-    found = collect_statistics(model, targets, samples(), 0, batch_tokens=40, progress=False)
+    found = collect_statistics(model, targets, tiny.answered(), 0, batch_tokens=40, progress=False)
     assert (found.samples, found.answers) == (20, 50)
-    for name, (C, D) in reference(model, targets, samples(), 40).items():
+    for name, (C, D) in reference(model, targets, tiny.answered(), 40).items():
         torch.testing.assert_close(dense(found.layers[name].C), C, rtol=1e-4, atol=1e-5 * float(C.diagonal().max()))
         torch.testing.assert_close(dense(found.layers[name].D), D, rtol=1e-4, atol=1e-5 * float(D.diagonal().max()))
 
@@ -76,7 +64,7 @@ def test_the_model_is_left_as_it_was():
     model = tiny.build("llama").train()
     model.lm_head.requires_grad_(False)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    collect_statistics(model, find_targets(model, "all-linear"), samples(), 0, progress=False)
+    collect_statistics(model, find_targets(model, "all-linear"), tiny.answered(), 0, progress=False)
     assert model.training
     assert not model.lm_head.weight.requires_grad
     for name, parameter in model.named_parameters():
@@ -100,7 +88,9 @@ def test_the_answers_are_drawn_from_the_model_and_hang_on_the_seed_alone():
 
 def test_statistics_are_the_same_after_they_were_on_the_disk(tmp_path):
     model = tiny.build("llama")
-    found = collect_statistics(model, find_targets(model, "all-linear"), samples(), 0, directions=8, progress=False)
+    found = collect_statistics(
+        model, find_targets(model, "all-linear"), tiny.answered(), 0, directions=8, progress=False
+    )
     found.save(tmp_path / "s.safetensors")
     read = Statistics.load(tmp_path / "s.safetensors")
     assert (read.samples, read.answers, read.tokens, read.digests) == (
@@ -117,10 +107,10 @@ def test_statistics_are_the_same_after_they_were_on_the_disk(tmp_path):
 def test_bad_statistics_are_a_sentence(tmp_path):
     model = tiny.build("llama")
     with pytest.raises(CordaError, match=r"15 samples with a response.*from 16 on"):
-        collect_statistics(model, find_targets(model, "all-linear"), samples(15), 0, progress=False)
+        collect_statistics(model, find_targets(model, "all-linear"), tiny.answered(15), 0, progress=False)
     bert = tiny.build("bert")
     with pytest.raises(CordaError, match="no causal language model"):
-        collect_statistics(bert, find_targets(bert, "all-linear"), samples(), 0, progress=False)
+        collect_statistics(bert, find_targets(bert, "all-linear"), tiny.answered(), 0, progress=False)
     path = tmp_path / "s.safetensors"
     with pytest.raises(CordaError, match="is missing"):
         Statistics.load(path)

@@ -10,6 +10,7 @@ and shows the prediction multiplied by what the last measurement said.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,12 @@ from transformers import TrainerCallback
 from ..adapters.lora import lora_layers
 from ..algebra.second_order import Low, predicted_drift, quadratic
 from ..config import CordaError
+from ..files import read_json, write_json
 from ..models.targets import layer_digest
 from ..preprocess.statistics import Statistics
+
+
+STATE = "keeping.json"
 
 
 class _Layers(NamedTuple):
@@ -55,7 +60,7 @@ class PredictedDrift:
     """
 
     def __init__(self, peft_model: PeftModel, statistics: Statistics, adapter: str = "default"):
-        self.adapter = adapter
+        self.model, self.adapter = peft_model, adapter
         layers = lora_layers(peft_model)
         check_statistics(statistics, {name: layer.get_base_layer() for name, layer in layers.items()})
         groups: dict[Any, list[str]] = defaultdict(list)
@@ -120,7 +125,8 @@ def check_statistics(statistics: Statistics, layers: Mapping[str, nn.Module]) ->
 
 
 class Keeper(TrainerCallback):
-    """The penalty λ · predicted drift, and the meter.
+    """The penalty λ · predicted drift, and the meter. Its state is saved with each checkpoint, and read when training
+    resumes.
 
     Attributes:
         keep: λ, the price of a nat of predicted drift per answer token, in nats of the training loss per answer token.
@@ -130,7 +136,7 @@ class Keeper(TrainerCallback):
         predicted: see `PredictedDrift`.
         keep: λ at the beginning.
         max_drift: steer λ so that the run ends at this drift, in nats per answer token.
-        measure: measures the drift on samples that the statistics have not seen.
+        measure: measures the drift on samples that the statistics have not seen; it may leave the model in evaluation mode.
         points: how many measurements are made.
 
     Raises CordaError if `keep` is negative or not finite, or the adapter to start from is beyond `max_drift` already.
@@ -156,12 +162,20 @@ class Keeper(TrainerCallback):
         """λ · predicted drift, to be added to the loss once per optimizer step."""
         return self.keep * self.predicted()
 
+    def note(self) -> str:
+        """For the progress bar."""
+        return f"drift ≈ {self.estimate:.2g}"
+
     @property
     def estimate(self) -> float:
         """The drift as the meter shows it: predicted now, times what was measured for predicted last."""
         return self.last * self.ratio
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE)
+        if state.global_step and saved.is_file():
+            vars(self).update(read_json(saved))
+            return
         self._look(state.global_step, measures=True)
         if self.max_drift is not None and self.estimate > self.max_drift:
             raise CordaError(
@@ -176,12 +190,18 @@ class Keeper(TrainerCallback):
         if self.max_drift is not None:
             self._steer(step / end)
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = {name: getattr(self, name) for name in ("keep", "ratio", "last", "history")}
+        write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", STATE), kept)
+
     @torch.no_grad()
     def _look(self, step: int, measures: bool) -> None:
         self.last = float(self.predicted())
         if not measures:
             return
+        training = self.predicted.model.training
         measured = self.measure() if self.measure else None
+        self.predicted.model.train(training)
         if measured is not None and self.last > 0:
             self.ratio = measured / self.last
         self.history.append([step, self.last, measured, self.keep])

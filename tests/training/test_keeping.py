@@ -1,0 +1,132 @@
+"""The penalty is trained with, and the meter tells the drift: through `train()`, on a tiny model."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from corda_lora.adapters.lora import install, lora_layers
+from corda_lora.config import CordaConfig, CordaError, LoraStart, TrainConfig
+from corda_lora.data.samples import Sample
+from corda_lora.evaluation.evaluate import loss_and_drift
+from corda_lora.models.targets import find_targets
+from corda_lora.preprocess.pipeline import preprocess
+from corda_lora.preprocess.statistics import Statistics, answered_batches, collect_statistics
+from corda_lora.training.keeping import Keeper, PredictedDrift
+from corda_lora.training.train import plain_lora, train
+
+TASK = [Sample(f"{i} + {i} =", f" {i + i}", {}) for i in range(40)]
+CONTEXT, HELD_OUT = tiny.answered(48, seed=1), tiny.answered(32, seed=2)
+SPLITS = ["anchored", "paper", "balanced", "seeded", "lora"]
+
+
+@pytest.fixture(scope="module")
+def statistics() -> Statistics:
+    model = tiny.build("llama")
+    return collect_statistics(model, find_targets(model, "all-linear"), CONTEXT, 0, progress=False)
+
+
+def recipe(**options) -> TrainConfig:
+    settings = {"learning_rate": 3e-2, "max_steps": 24, "batch_size": 8, "precision": "fp32", "schedule": "constant"}
+    return TrainConfig(**settings | {"warmup": 0.0} | options)
+
+
+def adapted(split, config):
+    model = tiny.build("llama")
+    if split == "lora":
+        return plain_lora(model, LoraStart(r=4), config)
+    batches = [{"input_ids": b.inputs["input_ids"], "attention_mask": b.inputs["attention_mask"]} for b in
+               answered_batches(CONTEXT, 0, torch.device("cpu"))]  # fmt: skip
+    mode = "ipm" if split == "seeded" else "kpm"
+    return install(model, preprocess(model, CordaConfig(mode=mode, r=4, split=split), batches, progress=False))
+
+
+def drift(model, tokenizer, encoded=HELD_OUT):
+    return loss_and_drift(model, tokenizer, encoded)["tuned"]["drift"]
+
+
+def run(split, tokenizer, statistics, keep=0.0, max_drift=None, work=None, **options):
+    config = recipe(**options)
+    model = adapted(split, config)
+    keeper = Keeper(PredictedDrift(model, statistics), keep, max_drift, lambda: drift(model.eval(), tokenizer))
+    record = train(
+        model, tokenizer, TASK, config, 64, work, progress=False, callbacks=[keeper],
+        penalties={"drift": keeper.penalty},
+    )  # fmt: skip
+    return model.eval(), keeper, record
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_prediction_is_the_sum_of_the_formula_over_the_layers(split, tokenizer, statistics):
+    model, _, _ = run(split, tokenizer, statistics, max_steps=3)
+    expected = {}
+    for name, layer in lora_layers(model).items():
+        delta = (
+            layer.scaling["default"] * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        )
+        C, D = (M.factor.double() @ M.factor.double().T + M.diagonal.double().diag() for M in statistics.layers[name])
+        expected[name] = (
+            0.5 * statistics.tokens / statistics.answers * float((D @ delta @ C @ delta.T).trace().detach())
+        )
+    predicted = PredictedDrift(model, statistics)
+    found = predicted.by_layer()
+    # float32 of two halves that nearly cancel
+    assert {name: float(v) for name, v in found.items()} == pytest.approx(expected, rel=1e-2, abs=1e-7)
+    assert float(predicted()) == pytest.approx(sum(expected.values()), rel=1e-2)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_penalty_lowers_the_drift_on_samples_it_has_not_seen(split, tokenizer, statistics):
+    free, _, before = run(split, tokenizer, statistics)
+    kept, _, after = run(split, tokenizer, statistics, keep=100.0)
+    assert drift(kept, tokenizer) < 0.5 * drift(free, tokenizer)
+    assert after["loss"][-1][1] < before["loss"][0][1]  # it learned all the same
+    assert after["penalties"]["drift"][0][1] == 0  # nothing has moved yet
+
+
+def test_max_drift_is_where_the_run_ends(tokenizer, statistics):
+    free, _, _ = run("lora", tokenizer, statistics, max_steps=60)
+    aim = drift(free, tokenizer) / 4
+    model, keeper, _ = run("lora", tokenizer, statistics, keep=1.0, max_drift=aim, max_steps=60)
+    assert drift(model, tokenizer) == pytest.approx(aim, rel=0.3)
+    assert keeper.history[-1][2] == pytest.approx(drift(model, tokenizer), rel=1e-3)
+    assert keeper.history[-1][3] != 1.0
+
+
+def test_a_bound_below_what_the_start_has_is_refused_before_training(tokenizer, statistics):
+    model, _, _ = run("lora", tokenizer, statistics)
+    keeper = Keeper(PredictedDrift(model, statistics), 1.0, 1e-6, lambda: drift(model, tokenizer))
+    with pytest.raises(CordaError, match="max_drift is 1e-06, but the adapter to start from has a drift of"):
+        train(model, tokenizer, TASK, recipe(), 64, progress=False, callbacks=[keeper])
+
+
+@pytest.mark.parametrize("keep", [-1.0, float("nan"), float("inf")])
+def test_a_price_that_is_no_price_is_refused(keep, statistics):
+    with pytest.raises(CordaError, match="keep is"):
+        Keeper(PredictedDrift(adapted("lora", recipe()), statistics), keep)
+
+
+def test_statistics_of_another_model_are_refused(statistics):
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(CordaError, match=r"of another model: model\.layers\.0\.mlp\.up_proj has other weights"):
+        PredictedDrift(plain_lora(model, LoraStart(r=4), recipe()), statistics)
+    model = tiny.build("llama")
+    few = collect_statistics(model, find_targets(model, ["q_proj"]), CONTEXT, 0, progress=False)
+    with pytest.raises(CordaError, match="lack the layer"):
+        PredictedDrift(adapted("lora", recipe()), few)
+
+
+def test_a_run_that_was_broken_off_goes_on_with_the_same_price(tokenizer, statistics, tmp_path):
+    whole, keeper, _ = run("lora", tokenizer, statistics, 1.0, 0.01, tmp_path / "whole", checkpoints=4)
+    saved = json.loads((tmp_path / "whole/checkpoint-18/keeping.json").read_text())
+    assert saved["keep"] != 1.0
+    for path in (tmp_path / "whole").glob("checkpoint-24"):
+        path.rename(tmp_path / "away")
+    again, resumed, _ = run("lora", tokenizer, statistics, 1.0, 0.01, tmp_path / "whole", checkpoints=4)
+    assert resumed.keep == pytest.approx(keeper.keep, rel=1e-6)
+    assert [row[0] for row in resumed.history] == [row[0] for row in keeper.history]
+    for a, b in zip(whole.parameters(), again.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
