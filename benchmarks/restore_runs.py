@@ -9,12 +9,16 @@ import json
 import sys
 from pathlib import Path
 
+from corda_lora.compare.frontier import setting_of
+from corda_lora.compare.schedule import Job
+
 
 def main(source: Path, output: Path) -> None:
     comparison = json.loads(source.read_text())
     for run in comparison["runs"]:
         if run["status"] in ("done", "diverged"):
-            folder = output / "runs" / run["method"] / f"lr{run['learning_rate']:g}_s{run['seed']}"
+            setting = setting_of(run)
+            folder = output / Job(run["method"], setting.rate, run["seed"], setting.swept).folder
             folder.mkdir(parents=True)
             run.setdefault("machine", comparison["machine"])  # earlier versions did not note it for each run
             (folder / "result.json").write_text(json.dumps(run, indent=1) + "\n")

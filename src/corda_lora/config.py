@@ -397,24 +397,52 @@ class MethodConfig:
 
     Args:
         method: the name of a method (see `corda_lora.methods.METHODS`). Default: the name of the entry.
-        learning_rates: the learning rates to sweep, at least two. Default: the method's own.
+        learning_rates: the learning rates to sweep, at least two (one is enough with a `sweep`). Default: the method's
+            own.
         options: hyperparameters of the method that differ from its defaults, such as {ratio: 4} for lora+. Our methods
             take any options of `corda init`.
-        all_seeds: run every rate with every seed, not only the rates around the best. This gives an interval of drift
-            at equal loss all along the frontier.
+        sweep: one of the method's options with the values to run, such as {keep: [3, 10, 30]}. Every value is run at
+            every learning rate, and the frontier is over both.
+        all_seeds: run every rate (and value) with every seed, not only those around the best. This gives an interval of
+            drift at equal loss all along the frontier.
     """
 
     method: str = ""
     learning_rates: list[Positive] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
     all_seeds: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def swept_option(self) -> str:
+        """The option that `sweep` names; "" without one."""
+        return next(iter(self.sweep), "")
+
+    @property
+    def swept_values(self) -> list[Any]:
+        """Its values in ascending order, each once."""
+        return sorted({value for values in self.sweep.values() for value in values})
+
     def key(self) -> dict[str, Any]:
-        """What makes the results of two entries the same, whatever their rates."""
+        """What makes the results of two entries the same, whatever their rates and swept values."""
         return {"method": self.method, "options": self.options}
+
+
+def _check_sweep(name: str, entry: MethodConfig) -> None:
+    """Raises CordaError if an entry's sweep is none of one option over several values."""
+    if len(entry.sweep) > 1:
+        raise CordaError(f"{name} sweeps {', '.join(entry.sweep)}: beside the learning rate, one option can be swept")
+    for option, values in entry.sweep.items():
+        if option in entry.options:
+            raise CordaError(f"{name} gives {option} under options and under sweep: leave one of them out")
+        numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+        if not numbers and not all(isinstance(value, str) and "/" not in value for value in values):
+            raise CordaError(f"{name} sweeps {option} over {short(values)}, but must over numbers, or over words")
+        if len(set(values)) < 2:
+            raise CordaError(f"{name} sweeps {option} over one value: give at least two, or set it under options")
 
 
 @dataclass
@@ -462,7 +490,8 @@ class CompareConfig:
             if "/" in name or name.startswith("."):
                 raise CordaError(f"{name!r} cannot be an entry's name: a directory is called so")
             entry.method = entry.method or name
-            if len(set(entry.learning_rates)) == 1:
+            _check_sweep(name, entry)
+            if len(set(entry.learning_rates)) == 1 and not entry.sweep:
                 raise CordaError(
                     f"{name} has one learning rate ({entry.learning_rates[0]:g}): which method wins depends on the "
                     "rate, so each is compared over several; give at least two, better four"

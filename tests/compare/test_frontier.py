@@ -6,8 +6,9 @@ import pytest
 
 from corda_lora.compare.frontier import (
     Point,
+    Setting,
     abilities,
-    best_rate,
+    best_setting,
     crossing,
     drift_at,
     learning_curve,
@@ -53,15 +54,15 @@ def comparison(*runs):
 
 
 def point(loss, drift, rate=1.0):
-    return Point(rate, loss, math.log(drift), {0: (loss, math.log(drift))})
+    return Point(Setting(rate), loss, math.log(drift), {0: (loss, math.log(drift))})
 
 
 def test_a_point_is_the_mean_of_its_seeds_and_of_their_log_drift():
     compared = comparison(run("a", 2e-3, 0, 0.9, 0.01), run("a", 2e-3, 1, 1.1, 0.04), run("a", 1e-3, 0, 1.2, 0.005))
     low, high = points(compared, "a", NQ)
-    assert (low.rate, low.loss) == (1e-3, 1.2)
+    assert (low.setting.rate, low.loss) == (1e-3, 1.2)
     assert math.exp(low.log_drift) == pytest.approx(0.005)
-    assert (high.rate, high.loss) == (2e-3, pytest.approx(1.0))
+    assert (high.setting.rate, high.loss) == (2e-3, pytest.approx(1.0))
     assert math.exp(high.log_drift) == pytest.approx(0.02)  # √(0.01·0.04)
     assert abilities(compared) == [NQ]
 
@@ -74,7 +75,7 @@ def test_a_run_that_is_not_done_is_never_averaged_but_counted(lost):
     compared = comparison(run("a", 1e-3, 0, 1.0, 0.1), lost)
     (only,) = points(compared, "a", NQ)
     assert list(only.seeds) == [0]
-    assert best_rate(compared, "a").loss == (1.0, None, None, 1)
+    assert best_setting(compared, "a").loss == (1.0, None, None, 1)
     (row,) = summary(compared)
     assert (row["runs"], row["done"]) == (2, 1)
     assert row["not_done"] == {"diverged" if lost["status"] == "done" else lost["status"]: 1}
@@ -156,29 +157,29 @@ def test_the_interval_of_a_ratio_pairs_seeds():
 
 def test_a_best_rate_at_the_end_of_its_sweep_says_so():
     falling = [run("a", rate, 0, loss, 0.1) for rate, loss in ((1e-3, 1.2), (2e-3, 1.1), (5e-3, 1.0))]
-    best = best_rate(comparison(*falling), "a")
-    assert (best.rate, best.loss.value) == (5e-3, 1.0)
+    best = best_setting(comparison(*falling), "a")
+    assert (best.setting.rate, best.loss.value) == (5e-3, 1.0)
     assert best.note == "at the high end of its sweep, so other rates may do better"
     beyond = run("a", 1e-2, 0, 0, 0, status="diverged")
-    assert best_rate(comparison(*falling, beyond), "a").note == ""  # tried, and worse
-    assert "high end" in best_rate(comparison(*falling, {**beyond, "status": "failed"}), "a").note  # not tried
-    assert "low end" in best_rate(comparison(*falling[::2], run("a", 1e-4, 0, 0.9, 1.0)), "a").note
-    assert "only rate" in best_rate(comparison(falling[0]), "a").note
+    assert best_setting(comparison(*falling, beyond), "a").note == ""  # tried, and worse
+    assert "high end" in best_setting(comparison(*falling, {**beyond, "status": "failed"}), "a").note  # not tried
+    assert "low end" in best_setting(comparison(*falling[::2], run("a", 1e-4, 0, 0.9, 1.0)), "a").note
+    assert "only rate" in best_setting(comparison(falling[0]), "a").note
     again = {**beyond, "learning_rate": 5e-3, "seed": 1}
-    assert "1 of 2 runs at it diverged" in best_rate(comparison(*falling, again), "a").note
-    assert best_rate(comparison(beyond), "a") is None
+    assert "1 of 2 runs at it diverged" in best_setting(comparison(*falling, again), "a").note
+    assert best_setting(comparison(beyond), "a") is None
 
 
 def test_the_best_rate_is_one_of_those_with_the_most_seeds():
     """Seed 0 is a lucky one: 5e-3 was worse with it, but is below the mean of the three at 2e-3."""
     runs = [run("a", 2e-3, seed, loss, 0.1) for seed, loss in enumerate((1.0, 1.1, 1.2))]
-    assert best_rate(comparison(*runs, run("a", 5e-3, 0, 1.05, 0.1)), "a").rate == 2e-3
+    assert best_setting(comparison(*runs, run("a", 5e-3, 0, 1.05, 0.1)), "a").setting.rate == 2e-3
 
 
 def test_the_best_rate_is_that_of_the_mean_not_of_the_luckiest_seed():
     lucky = [run("a", 1e-3, 0, 0.9, 0.1), run("a", 1e-3, 1, 1.3, 0.1)]
     steady = [run("a", 2e-3, 0, 1.0, 0.1), run("a", 2e-3, 1, 1.0, 0.1)]
-    assert best_rate(comparison(*lucky, *steady), "a").rate == 2e-3
+    assert best_setting(comparison(*lucky, *steady), "a").setting.rate == 2e-3
 
 
 def test_steps_and_seconds_to_a_loss():
@@ -189,22 +190,22 @@ def test_steps_and_seconds_to_a_loss():
     assert crossing(curve, 1.0) == (100, 12.0, 1.0)
     assert crossing(curve, 0.99) is None
     assert crossing([*curve, (150, 17.0, 1.6), (200, 22.0, 1.0)], 1.5) == (50, 7.0, 1.5)  # the first time
-    found = reach(compared, "a", 1e-3, 1.25)
+    found = reach(compared, "a", Setting(1e-3), 1.25)
     assert found == ((75, None, None, 1), (9.5, None, None, 1), 1, 1)
-    assert reach(compared, "a", 1e-3, 0.5) == (None, None, 0, 1)
+    assert reach(compared, "a", Setting(1e-3), 0.5) == (None, None, 0, 1)
 
 
 def test_steps_over_seeds_and_those_that_did_not_get_there():
     compared = comparison(*(run("a", 1e-3, s, loss, 0.1) for s, loss in enumerate((0.9, 1.0, 1.1))))
-    steps, _, reached, seeds = reach(compared, "a", 1e-3, 1.2)
+    steps, _, reached, seeds = reach(compared, "a", Setting(1e-3), 1.2)
     assert (reached, seeds, steps.seeds) == (3, 3, 3)
     assert steps.value == pytest.approx(80)  # the mean curve falls by 1 in 100 steps
     assert steps.low < 80 / 1.1 < 80 / 0.9 < steps.high
-    steps, seconds, reached, seeds = reach(compared, "a", 1e-3, 1.0)
+    steps, seconds, reached, seeds = reach(compared, "a", Setting(1e-3), 1.0)
     assert (reached, seeds) == (2, 3)
     assert steps == (pytest.approx(100), None, None, 2)
     assert seconds.value == pytest.approx(12)
-    assert reach(compared, "a", 1e-3, 0.95) == (None, None, 1, 3)
+    assert reach(compared, "a", Setting(1e-3), 0.95) == (None, None, 1, 3)
 
 
 def test_compiling_is_not_counted_as_training():
@@ -258,7 +259,7 @@ def test_the_summary_compares_at_loras_loss():
     assert (rows["ours"]["trainable"], rows["ours"]["seconds"], rows["ours"]["peak_bytes"]) == (50, 10, None)
 
 
-def test_scores_are_taken_at_the_best_rate():
+def test_scores_are_taken_at_the_best_setting():
     runs = [run("a", rate, 0, loss, 0.1) for rate, loss in ((1, 1.2), (2, 1.0))]
     for one, share in zip(runs, (0.9, 0.4)):
         one["results"]["learn"]["math"]["exact_match"] = share

@@ -1,5 +1,6 @@
 """`corda compare` on a tiny model, as a user runs it: killed and resumed, with runs that fail, and bad input."""
 
+import csv
 import json
 import multiprocessing
 import re
@@ -14,6 +15,7 @@ import torch
 
 from corda_lora.cli import _take, build_parser, main
 from corda_lora.compare.comparison import Comparison
+from corda_lora.compare.frontier import task_loss
 from corda_lora.compare.runner import _Session, _Worker
 from corda_lora.compare.runner import compare as run_comparison
 from corda_lora.compare.schedule import Job
@@ -162,6 +164,43 @@ def test_a_run_that_fails_leaves_the_others_alone(recipe, compare):
     assert len(results("out")) == 6 + 3
 
 
+def test_a_second_option_is_swept_beside_the_rate(recipe, compare):
+    """`ratio` is of the training alone, so its values share a preparation; `samples` is not."""
+    file = recipe({"lora": "[1.0e-3, 1.0e-2]"}, seeds=2)
+    with open(file, "a") as more:
+        more.write("  B faster: {method: corda-ipm-seeded, learning_rates: [1.0e-3, 5.0e-3], sweep: {ratio: [8, 2]}}\n")
+        more.write("  more samples: {method: corda-ipm-seeded, learning_rates: [1.0e-3], sweep: {samples: [12, 3]}}\n")
+    compare(file, "--output", "out")
+    starts = {path.parent.name for path in Path("out/starts").glob("*/result.json")}
+    assert starts == {"B faster", "more samples, samples 3", "more samples, samples 12"}
+    runs = json.loads(Path("out/comparison.json").read_text())["runs"]
+    assert {run["status"] for run in runs} == {"done"}
+    first = [(run["method"], run["learning_rate"], run.get("swept")) for run in runs if run["seed"] == 0]
+    assert first == [
+        *(("lora", rate, None) for rate in (1e-3, 1e-2)),
+        *(("B faster", rate, {"ratio": ratio}) for ratio in (2, 8) for rate in (1e-3, 5e-3)),
+        *(("more samples", 1e-3, {"samples": samples}) for samples in (3, 12)),
+    ]
+    losses = {task_loss(run) for run in runs if run["seed"] == 0}
+    assert len(losses) == len(first), "two values gave the same run"
+    assert any(run["seed"] == 1 and run["method"] == "B faster" for run in runs)
+    written = {name: path.stat().st_mtime_ns for name, path in results("out").items()}
+    assert "runs/B faster/lr0.001_ratio_2_s0" in written
+    page, table = Path("out/report.md").read_text(), csv.DictReader(Path("out/runs.csv").read_text().splitlines())
+    assert re.search(r"\| B faster \| [0-9.e-]+, ratio [28]", page)
+    assert {row["ratio"] for row in table if row["method"] == "B faster"} == {"2", "8"}
+
+    # The same command runs nothing again, and a value may be added.
+    Path(file).write_text(Path(file).read_text().replace("[12, 3]", "[12, 3, 6]"))
+    compare(file, "--output", "out")
+    again = {name: path.stat().st_mtime_ns for name, path in results("out").items()}
+    assert again.items() >= written.items()
+    assert "runs/more samples/lr0.001_samples_6_s0" in again
+    restored = [sys.executable, RECIPES.parent / "restore_runs.py", "out/comparison.json", "restored"]
+    subprocess.run(restored, check=True)
+    assert results("restored").keys() == results("out").keys()
+
+
 def test_a_process_serves_an_entrys_runs_until_it_dies(recipe, compare, monkeypatch):
     """It dies as one that the system kills for its memory. Its run is reported, and tried again the next time."""
     processes, start, begin = [], _Session.start, _Worker.begin
@@ -210,6 +249,27 @@ def test_bad_input_before_anything_runs(refused):
     Path("out").mkdir()
     Path("out/mine.txt").write_text("")
     assert "something else in it" in refused(TWO)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("method: lora+, sweep: {ratio: [2, 8], beta: [1, 2]}", "beside the learning rate, one option can be swept"),
+        ("method: lora+, sweep: {ratio: [2, 2]}", "sweeps ratio over one value: give at least two"),
+        ("method: lora+, sweep: {ratio: [2, fast]}", r"over \[2, .*\], but must over numbers, or over words"),
+        ("method: lora+, sweep: {ratio: [[2], [4]]}", "must over numbers, or over words"),
+        ("method: lora+, sweep: {ratio: [2, 8]}, options: {ratio: 2}", "gives ratio under options and under sweep"),
+        ("method: lora+, sweep: {ratoi: [2, 8]}", "method lora\\+ has no option 'ratoi'"),
+        ("method: corda-kpm-anchored, sweep: {damping: [0.01, -1]}", "damping is -1, but must be a number above 0"),
+    ],
+)
+def test_a_sweep_that_cannot_be(entry, said, recipe, capsys):
+    with open(recipe({"lora": "[1.0e-3, 1.0e-2]"}), "a") as more:
+        more.write(f"  swept: {{{entry}}}\n")
+    with pytest.raises(SystemExit):
+        main(["compare", "recipe.yaml", "--output", "out"])
+    assert re.search(said, capsys.readouterr().err.strip().splitlines()[-1])
+    assert not Path("out").exists()
 
 
 def test_another_recipe_is_refused(refused):

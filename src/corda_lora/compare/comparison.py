@@ -3,7 +3,9 @@
 OUTPUT/recipe.json                    the settings that all runs share; another recipe is refused
 OUTPUT/base/                          the base model's results and its outputs, computed once
 OUTPUT/starts/ENTRY/                  the cached preparation of an entry, shared by its runs
+OUTPUT/starts/ENTRY, samples 64/      the same for one value of a swept option that changes the preparation
 OUTPUT/runs/ENTRY/lr0.001_s0/         a run: log.txt, and result.json when it is done
+OUTPUT/runs/ENTRY/lr0.001_keep_10_s0/ the same of an entry that sweeps an option
 OUTPUT/comparison.json                all results together
 """
 
@@ -19,7 +21,8 @@ from ..data.samples import load_samples
 from ..files import check_checksums, read_json, write_checksums, write_json
 from ..methods.registry import METHODS
 from ..training.train import training_steps
-from .schedule import Entry, Job, Results, possible_jobs, scheduled_jobs
+from .frontier import as_options
+from .schedule import Entry, Job, Results, possible_jobs, scheduled_jobs, start_of
 
 RESULT = "result.json"
 
@@ -39,7 +42,10 @@ class Comparison:
         for name, entry in self.recipe.entries.items():
             method = METHODS[entry.method]
             rates = tuple(sorted(set(entry.learning_rates or method.learning_rates)))
-            entries[name] = Entry(rates, bool(method.prepares_from), entry.all_seeds)
+            option = entry.swept_option
+            swept = tuple((option, value) for value in entry.swept_values)
+            shares = not option or option in method.after
+            entries[name] = Entry(rates, bool(method.prepares_from), entry.all_seeds, swept, shares)
         return entries
 
     @property
@@ -61,6 +67,15 @@ class Comparison:
 
     def folder(self, job: Job) -> Path:
         return self.output / job.folder
+
+    def start_folder(self, job: Job) -> Path:
+        """Where the preparation that a job makes or uses is cached."""
+        return self.folder(start_of(self.entries[job.entry], job))
+
+    def options(self, job: Job) -> dict[str, Any]:
+        """The method's options in a job. A preparation that a sweep shares is made with the highest value."""
+        swept = self.entries[job.entry].swept
+        return self.recipe.entries[job.entry].options | as_options(job.swept or (swept[-1] if swept else ()))
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """What a job has written, or None if it is not done. Raises CordaError if it is damaged."""
@@ -126,10 +141,11 @@ def gather(comparison: Comparison, results: Results, command: str) -> dict[str, 
     runs: list[dict[str, Any]] = []
     for job in scheduled_jobs(comparison.entries, comparison.recipe.seeds, results):
         if job.is_run:
-            preparation = results.get(Job(job.entry), {"status": "done"})
+            preparation = results.get(start_of(comparison.entries[job.entry], job), {"status": "done"})
             missing = preparation if preparation["status"] != "done" else {"status": "not run", "why": ""}
             result = results.get(job, missing)
-            runs.append({"method": job.entry, "learning_rate": job.rate, "seed": job.seed, **result})
+            swept = {"swept": as_options(job.swept)} if job.swept else {}
+            runs.append({"method": job.entry, "learning_rate": job.rate, "seed": job.seed, **swept, **result})
     methods = {}
     for name, entry in comparison.recipe.entries.items():
         method = METHODS[entry.method]

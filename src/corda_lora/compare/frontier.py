@@ -2,10 +2,11 @@
 
 One learning rate says little, because a higher rate learns more and drifts more. So each method is run at several
 rates. Each rate gives a point (task loss, drift), and methods are compared at equal task loss, by interpolation between
-their points. This file is arithmetic on the dictionary that `corda compare` writes (`comparison`, described at
-`report.write_report`). It needs no model and no torch.
+their points. An entry that sweeps an option beside the rate gives a point for each value and rate. This file is
+arithmetic on the dictionary that `corda compare` writes (`comparison`, described at `report.write_report`). It needs no
+model and no torch.
 
-Three choices:
+Four choices:
 
 - Means over seeds, interpolation and intervals use the logarithm of drift. Drift spans three orders of magnitude,
   methods are compared by ratios, and log drift is closer to linear in the task loss than drift is. Predicting a point
@@ -15,6 +16,10 @@ Three choices:
 - The lower hull joins the points that no other point of the method beats in both task loss and drift. It is not the
   convex hull, whose chords pass below measured points. LoRA's log drift is not convex in the task loss, so a chord
   would claim a lower drift than the runs between its ends have shown.
+- The points of all values of a swept option make one hull: its user may choose either. So the line between two
+  neighbours of the hull may lie between two values, two rates, or both. A run between them was not made, but the ends
+  are near, as a sweep over two options has many points. More points also find a lower hull by luck: a point with one
+  seed may be a lucky one, and the intervals do not account for having been the lowest of many.
 - Nothing is extrapolated beyond the losses that a method reached, and only runs that are done count.
 """
 
@@ -33,7 +38,17 @@ WIDER = ", so other rates may do better"
 FLOOR = 1e-7  # drift below this is rounding error, and its logarithm means nothing
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees
 
+NEAR = 0.005  # a task loss so little above the reference's best (nats per token) is near it
+
 Ability = tuple[str, str]  # ("keep" or "text", the data's name)
+Swept = tuple[()] | tuple[str, Any]  # an option and its value; () without a swept option
+
+
+class Setting(NamedTuple):
+    """The learning rate of a run, and the value of the option that its entry sweeps."""
+
+    rate: float
+    swept: Swept = ()
 
 
 class Estimate(NamedTuple):
@@ -46,16 +61,16 @@ class Estimate(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A method at one learning rate: means over seeds, and the (task loss, log drift) of each seed."""
+    """A method at one setting: means over seeds, and the (task loss, log drift) of each seed."""
 
-    rate: float
+    setting: Setting
     loss: float
     log_drift: float
     seeds: dict[int, tuple[float, float]]
 
 
 class Best(NamedTuple):
-    rate: float
+    setting: Setting
     loss: Estimate
     note: str  # a reason to doubt it, or ""
 
@@ -124,10 +139,35 @@ def task_loss(run: Mapping[str, Any]) -> float:
     return next(iter(run["results"]["learn"].values()))["loss"]
 
 
-def done_runs(comparison: dict[str, Any], method: str, rate: float | None = None) -> list[dict[str, Any]]:
-    """A method's runs that count, at one learning rate or at all of them."""
+def setting_of(run: Mapping[str, Any]) -> Setting:
+    """A run's learning rate and swept value."""
+    return Setting(run["learning_rate"], next(iter(run.get("swept", {}).items()), ()))
+
+
+def as_options(swept: Swept) -> dict[str, Any]:
+    """A swept option and its value as options of a method."""
+    return {swept[0]: swept[1]} if swept else {}
+
+
+def swept_text(swept: Swept) -> str:
+    """For example "keep 10"; "" without a swept option."""
+    return " ".join(f"{part:g}" if isinstance(part, (int, float)) else part for part in swept)
+
+
+def done_runs(comparison: dict[str, Any], method: str, setting: Setting | None = None) -> list[dict[str, Any]]:
+    """A method's runs that count, at one setting or at all of them."""
     runs = [run for run in comparison["runs"] if run["method"] == method and is_done(run)]
-    return [run for run in runs if rate is None or run["learning_rate"] == rate]
+    return [run for run in runs if setting is None or setting_of(run) == setting]
+
+
+def first_drift(run: Mapping[str, Any]) -> float | None:
+    """A run's drift on the first data on which it was measured: the ability to keep, or running text."""
+    drifts = [numbers.get("drift") for kind in KEPT for numbers in run["results"].get(kind, {}).values()]
+    return next((drift for drift in drifts if is_finite(drift)), None)
+
+
+def log_drift(drift: float) -> float:
+    return math.log(max(drift, FLOOR))
 
 
 def mean_interval(values: Sequence[float], center: float | None = None) -> Estimate:
@@ -155,18 +195,18 @@ def exponential(log: Estimate) -> Estimate:
 
 
 def points(comparison: dict[str, Any], method: str, ability: Ability) -> list[Point]:
-    """One point for each learning rate of a method, in ascending order of the rates."""
+    """One point for each setting of a method, in ascending order of the rates, then of the swept values."""
     kind, name = ability
-    by_rate: dict[float, dict[int, tuple[float, float]]] = {}
+    by_setting: dict[Setting, dict[int, tuple[float, float]]] = {}
     for run in done_runs(comparison, method):
         drift = run["results"].get(kind, {}).get(name, {}).get("drift")
         if is_finite(drift):
-            seeds = by_rate.setdefault(run["learning_rate"], {})
-            seeds[run["seed"]] = (task_loss(run), math.log(max(drift, FLOOR)))
+            seeds = by_setting.setdefault(setting_of(run), {})
+            seeds[run["seed"]] = (task_loss(run), log_drift(drift))
     means = []
-    for rate, seeds in sorted(by_rate.items()):
+    for setting, seeds in sorted(by_setting.items()):
         losses, log_drifts = zip(*seeds.values())
-        means.append(Point(rate, float(np.mean(losses)), float(np.mean(log_drifts)), seeds))
+        means.append(Point(setting, float(np.mean(losses)), float(np.mean(log_drifts)), seeds))
     return means
 
 
@@ -250,34 +290,34 @@ def _on_hull(hull: Sequence[Point], loss: float) -> tuple[float, dict[int, float
 # --- each method at its best learning rate
 
 
-def lowest_rate(losses: Mapping[float, Sequence[float]]) -> float:
-    """The learning rate with the lowest mean task loss over seeds; the lower one of two equal rates.
+def lowest_setting(losses: Mapping[Setting, Sequence[float]]) -> Setting:
+    """The setting with the lowest mean task loss over seeds; the one with the lower rate of two that are equal.
 
-    Only the rates with the most seeds compete. The others had one seed each and were worse with it."""
+    Only the settings with the most seeds compete. The others had one seed each and were worse with it."""
     most = max(map(len, losses.values()))
-    return min((rate for rate in losses if len(losses[rate]) == most), key=lambda rate: (np.mean(losses[rate]), rate))
+    return min((at for at in losses if len(losses[at]) == most), key=lambda at: (np.mean(losses[at]), at))
 
 
-def best_rate(comparison: dict[str, Any], method: str) -> Best | None:
-    """The learning rate with the lowest final task loss (see `lowest_rate`); None if no run is done.
+def best_setting(comparison: dict[str, Any], method: str) -> Best | None:
+    """The setting with the lowest final task loss (see `lowest_setting`); None if no run is done.
 
     The note says whether the best rate is the lowest or highest of the rates tried: then a wider sweep may do better. A
     rate whose runs all diverged counts as tried; a rate whose runs failed for another reason does not.
     """
-    losses: dict[float, list[float]] = {}
+    losses: dict[Setting, list[float]] = {}
     for run in done_runs(comparison, method):
-        losses.setdefault(run["learning_rate"], []).append(task_loss(run))
+        losses.setdefault(setting_of(run), []).append(task_loss(run))
     if not losses:
         return None
-    best = lowest_rate(losses)
+    best = lowest_setting(losses)
     runs = [run for run in comparison["runs"] if run["method"] == method]
-    diverged = [run["learning_rate"] for run in runs if status(run) == "diverged"]
-    tried = sorted({*losses, *diverged})
+    diverged = [setting_of(run) for run in runs if status(run) == "diverged"]
+    tried = sorted({setting.rate for setting in [*losses, *diverged]})
     notes = []
     if len(tried) == 1:
         notes.append(f"the only rate tried{WIDER}")
-    elif best in (tried[0], tried[-1]):
-        end = "low" if best == tried[0] else "high"
+    elif best.rate in (tried[0], tried[-1]):
+        end = "low" if best.rate == tried[0] else "high"
         notes.append(f"at the {end} end of its sweep{WIDER}")
     if best in diverged:
         notes.append(f"{diverged.count(best)} of {diverged.count(best) + len(losses[best])} runs at it diverged")
@@ -327,14 +367,14 @@ def crossing(curve: Sequence[CurvePoint], loss: float) -> CurvePoint | None:
     return None
 
 
-def reach(comparison: dict[str, Any], method: str, rate: float, loss: float) -> Reach:
-    """Steps and seconds until a method at one learning rate has fallen to a held-out task loss.
+def reach(comparison: dict[str, Any], method: str, setting: Setting, loss: float) -> Reach:
+    """Steps and seconds until a method at one setting has fallen to a held-out task loss.
 
     They are read off the mean of all seeds' curves, and are None if that mean does not reach the loss. The interval is
     the t-interval of the seeds' own crossings, laid around the mean's. If some seed did not reach the loss, there is no
     interval.
     """
-    curves = [learning_curve(comparison, run) for run in done_runs(comparison, method, rate)]
+    curves = [learning_curve(comparison, run) for run in done_runs(comparison, method, setting)]
     crossings = [at for curve in curves if (at := crossing(curve, loss)) is not None]
     mean = crossing(mean_curve(curves), loss)
     if mean is None:
@@ -350,10 +390,10 @@ def milestones(comparison: dict[str, Any]) -> list[float]:
     """The held-out task losses of the reference method's mean learning curve, at its best rate, after a quarter, half,
     three quarters and all of its steps."""
     reference = reference_method(comparison)
-    best = best_rate(comparison, reference) if reference else None
+    best = best_setting(comparison, reference) if reference else None
     if not reference or not best:
         return []
-    curve = mean_curve([learning_curve(comparison, run) for run in done_runs(comparison, reference, best.rate)])
+    curve = mean_curve([learning_curve(comparison, run) for run in done_runs(comparison, reference, best.setting)])
     if not curve:
         return []
     steps, losses = [point.step for point in curve], [point.loss for point in curve]
@@ -386,8 +426,8 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     scores: {(kind, data, measure's name): `Estimate` at the best rate}, for the measures with a title.
     """
     reference = reference_method(comparison)
-    at = best_rate(comparison, reference) if reference else None
-    lowest = done_runs(comparison, reference, at.rate) if reference and at else []
+    at = best_setting(comparison, reference) if reference else None
+    lowest = done_runs(comparison, reference, at.setting) if reference and at else []
     curve = mean_curve([learning_curve(comparison, run) for run in lowest])
     final = curve[-1].loss if curve else None
     return [_row(comparison, method, lowest, final) for method in comparison["methods"]]
@@ -408,11 +448,11 @@ def _row(
     comparison: dict[str, Any], method: str, lowest: Sequence[dict[str, Any]], final: float | None
 ) -> dict[str, Any]:
     """`lowest`: the reference's runs at its best rate; `final`: where their mean learning curve ends."""
-    best = best_rate(comparison, method)
+    best = best_setting(comparison, method)
     equal_loss = float(np.mean([task_loss(run) for run in lowest])) if lowest else None
     everything = [run for run in comparison["runs"] if run["method"] == method]
     counted = done_runs(comparison, method)
-    runs = done_runs(comparison, method, best.rate) if best else []
+    runs = done_runs(comparison, method, best.setting) if best else []
     by_ability = {ability: points(comparison, method, ability) for ability in abilities(comparison)}
 
     def mean(values: list[Any]) -> float | None:
@@ -420,7 +460,7 @@ def _row(
         return float(np.mean(finite)) if finite else None
 
     def at_best(ability: Ability) -> Estimate | None:
-        point = next((p for p in by_ability[ability] if best and p.rate == best.rate), None)
+        point = next((p for p in by_ability[ability] if best and p.setting == best.setting), None)
         return point and exponential(mean_interval([y for _, y in point.seeds.values()]))
 
     scores: dict[tuple[str, str, str], list[float]] = {}
@@ -445,7 +485,7 @@ def _row(
             ability: None if equal_loss is None else drift_at(lower_hull(measured), equal_loss)
             for ability, measured in by_ability.items()
         },
-        "reach": reach(comparison, method, best.rate, final) if best and final is not None else None,
+        "reach": reach(comparison, method, best.setting, final) if best and final is not None else None,
         "seconds": mean([training_seconds(run) for run in runs]),
         "prepare_seconds": mean([run.get("prepare_seconds") for run in runs]),
         "peak_bytes": mean([run.get("peak_bytes") for run in runs]),

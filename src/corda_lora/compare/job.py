@@ -25,7 +25,7 @@ from ..training.keeping import Keeper
 from ..training.train import train
 from ..version import __version__
 from .comparison import Comparison
-from .schedule import Job
+from .schedule import Job, start_of
 
 PACKAGES = ("torch", "transformers", "peft", "trl")
 
@@ -47,11 +47,11 @@ def do_job(comparison: Comparison, job: Job, counter: Any) -> dict[str, Any]:
     setup = _setup(comparison, job, model, tokenizer)
     torch.manual_seed(job.seed)
     began = time.perf_counter()
-    prepared = METHODS[entry.method].prepare(model, setup, **entry.options)
+    prepared = METHODS[entry.method].prepare(model, setup, **comparison.options(job))
     seconds = time.perf_counter() - began
     if base is None:
         return {"status": "done", "seconds": seconds}
-    if shared := comparison.result(Job(job.entry)):
+    if shared := comparison.result(start_of(comparison.entries[job.entry], job)):
         seconds = shared["seconds"]
     return _run(comparison, setup, prepared, seconds, base, counter)
 
@@ -81,7 +81,7 @@ def _setup(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any) -
         lora_alpha=recipe.lora_alpha or recipe.r,
         train=replace(recipe.train, learning_rate=job.rate or recipe.train.learning_rate, seed=job.seed, checkpoints=0),
         steps=comparison.steps,
-        folder=comparison.folder(Job(job.entry)),
+        folder=comparison.start_folder(job),
     )
 
 

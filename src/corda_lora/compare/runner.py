@@ -76,7 +76,8 @@ def _check_methods(recipe: CompareConfig) -> None:
     for name, entry in recipe.entries.items():
         if entry.method not in METHODS:
             raise CordaError(f"there is no method {entry.method!r}: there are {', '.join(METHODS)}")
-        check_options(entry.method, entry.options)
+        for value in entry.swept_values or [None]:
+            check_options(entry.method, entry.options | ({entry.swept_option: value} if entry.sweep else {}))
         if METHODS[entry.method].prepares_from == "keep" and recipe.context is None:
             raise CordaError(f"{name} analyses the ability to keep before it trains: give samples of it as `context`")
 

@@ -66,4 +66,5 @@ for _preset, _title in (("corda", "CorDA"), ("corda+", "CorDA+"), ("corda++", "C
                 "Yang et al., arXiv 2406.05223, 2506.13187; ours",
                 _rates,
                 _data,
+                after=("ratio", "keep"),
             )(partial(corda, preset=_preset, mode=_mode, split=_split))

@@ -117,6 +117,8 @@ class Method(NamedTuple):
         learning_rates: swept by default.
         prepares_from: the data that a slow preparation analyses ("keep", "learn", or the "weights" alone); its result
             is cached in `Setup.folder`. Empty if the preparation is quick.
+        after: the options that change the training alone. A sweep over one of them shares one preparation, which is
+            made with its highest value.
     """
 
     title: str
@@ -124,18 +126,24 @@ class Method(NamedTuple):
     prepare: Callable[..., Prepared]
     learning_rates: tuple[float, ...]
     prepares_from: str = ""
+    after: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, title: str, source: str, learning_rates: tuple[float, ...] = RATES, prepares_from: str = ""
+    name: str,
+    title: str,
+    source: str,
+    learning_rates: tuple[float, ...] = RATES,
+    prepares_from: str = "",
+    after: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Prepared]], Callable[..., Prepared]]:
     """Enter a function into the table under a name."""
 
     def enter(prepare: Callable[..., Prepared]) -> Callable[..., Prepared]:
-        METHODS[name] = Method(title, source, prepare, learning_rates, prepares_from)
+        METHODS[name] = Method(title, source, prepare, learning_rates, prepares_from, after)
         return prepare
 
     return enter

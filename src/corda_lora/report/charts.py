@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from ..compare.frontier import CurvePoint, Point, best_rate, done_runs, learning_curve, lower_hull, mean_curve
-from .text import rate_text
+from ..compare.frontier import CurvePoint, Point, best_setting, done_runs, learning_curve, lower_hull, mean_curve
+from .text import setting_text
 
 
 def frontier_edge(methods: Sequence[list[Point]]) -> float:
@@ -29,14 +29,14 @@ def curves_edge(means: Sequence[list[CurvePoint]]) -> float:
 
 
 def best_curves(comparison: dict[str, Any], method: str) -> tuple[str, list[CurvePoint], list[list[CurvePoint]]]:
-    """A method's best rate as text, the mean of its learning curves at that rate, and each seed's curve at the same
+    """A method's best setting as text, the mean of its learning curves there, and each seed's curve at the same
     steps.
 
     Step 0, the base model, is left out: all curves fall so steeply from it that their differences would not show."""
-    best = best_rate(comparison, method)
+    best = best_setting(comparison, method)
     if best is None:
         return "", [], []
-    curves = [learning_curve(comparison, run) for run in done_runs(comparison, method, best.rate)]
+    curves = [learning_curve(comparison, run) for run in done_runs(comparison, method, best.setting)]
     mean = [point for point in mean_curve(curves) if point.step > 0]
     steps = {point.step for point in mean}
-    return rate_text(best.rate), mean, [[point for point in curve if point.step in steps] for curve in curves]
+    return setting_text(best.setting), mean, [[point for point in curve if point.step in steps] for curve in curves]

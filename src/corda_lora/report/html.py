@@ -37,7 +37,7 @@ from .tables import (
     run_columns,
     summary_columns,
 )
-from .text import label, number, plural, rate_text, titles_of
+from .text import label, number, plural, setting_text, titles_of
 
 
 def html_report(comparison: dict[str, Any]) -> str:
@@ -162,7 +162,7 @@ def frontier_series(comparison: dict[str, Any], method: str, measured: list[Poin
                 "y": [math.exp(y) for y in (p.log_drift, min(ys), max(ys))],
                 "tip": [
                     title,
-                    f"learning rate {rate_text(p.rate)}, {plural(len(p.seeds), 'seed')}",
+                    f"learning rate {setting_text(p.setting)}, {plural(len(p.seeds), 'seed')}",
                     f"{data} loss {loss.text} {loss.extra}",
                     f"drift {drift.text}" + (f" ({drift.extra})" if drift.extra else ""),
                 ],

@@ -97,7 +97,7 @@ def write_csv(path: Path, comparison: dict[str, Any]) -> None:
     )
     rows = []
     for run in comparison["runs"]:
-        row = {key: run.get(key) for key in fields} | {"seconds": training_seconds(run)}
+        row = {key: run.get(key) for key in fields} | {"seconds": training_seconds(run)} | run.get("swept", {})
         row |= {f"{key} parameters": value for key, value in (run.get("parameters") or {}).items()}
         for kind, datas in (run.get("results") or {}).items():
             for data, numbers in datas.items():

@@ -19,7 +19,7 @@ from ..compare.frontier import (
 )
 from ..evaluation.measures import MEASURES
 from .tables import Cell, difference_cell, highest_score, loss_cell, median_ratio, steps_cell
-from .text import counts, label, plural, rate_text, spread, times_text
+from .text import counts, label, plural, setting_text, spread, times_text
 from .verdicts import LEARNED, kept_how, moved, percent, times_as_likely
 
 
@@ -52,7 +52,7 @@ def headline(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str
     for row in [ref] if first is ref else [ref, first]:
         if row["best"].note:
             best = row["best"]
-            sentences.append(f"{row['title']}’s best learning rate ({rate_text(best.rate)}): {best.note}.")
+            sentences.append(f"{row['title']}’s best learning rate ({setting_text(best.setting)}): {best.note}.")
     return sentences
 
 

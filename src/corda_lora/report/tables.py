@@ -15,12 +15,13 @@ from ..compare.frontier import (
     ratios,
     reach,
     reference_method,
+    setting_of,
     status,
     task,
     training_seconds,
 )
 from ..evaluation.measures import MEASURES
-from .text import counts, label, number, plural, rate_text, spread, times_text
+from .text import counts, label, number, plural, setting_text, spread, times_text
 
 
 class Cell(NamedTuple):
@@ -78,7 +79,7 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
 
     def rate(row: dict[str, Any]) -> Cell:
         best = row["best"]
-        return Cell(rate_text(best.rate), best.note.replace(WIDER, ""), best.rate) if best else Cell()
+        return Cell(setting_text(best.setting), best.note.replace(WIDER, ""), best.setting.rate) if best else Cell()
 
     def equal(row: dict[str, Any], ability: Ability) -> Cell:
         measured, at = points(comparison, row["method"], ability), row["equal_loss"]
@@ -151,7 +152,7 @@ def milestone_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) ->
     for which in ("steps", "seconds"):
         for loss in milestones(comparison):
             reached = [
-                reach(comparison, row["method"], row["best"].rate, loss) if row["best"] else None for row in rows
+                reach(comparison, row["method"], row["best"].setting, loss) if row["best"] else None for row in rows
             ]
             cells = [steps_cell(getattr(at, which)) if at else Cell() for at in reached]
             columns.append(Column(f"{which} to a held-out loss of", f"{loss:.4f}", "low", cells))
@@ -199,7 +200,7 @@ def run_columns(comparison: dict[str, Any]) -> list[Column]:
         return [value if is_finite(value) else None for value in values]
 
     data = task(comparison)
-    rates = [Cell(rate_text(run["learning_rate"]), "", run["learning_rate"]) for run in runs]
+    rates = [Cell(setting_text(setting_of(run)), "", run["learning_rate"]) for run in runs]
     losses = [Cell() if x is None else Cell(f"{x:.4f}", "", x) for x in measured("learn", data, "loss")]
     drifts = {a: [plain_cell(x) for x in measured(*a, "drift")] for a in abilities(comparison)}
     return [

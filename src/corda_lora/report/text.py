@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..compare.frontier import Ability, Estimate, abilities, is_finite
+from ..compare.frontier import Ability, Estimate, Setting, abilities, is_finite, swept_text
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -21,6 +21,11 @@ def rate_text(rate: float) -> str:
     """For example 5e-4 for 0.0005."""
     mantissa, exponent = f"{rate:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def setting_text(setting: Setting) -> str:
+    """For example 5e-4, or "5e-4, keep 10" with a swept option."""
+    return ", ".join(filter(None, [rate_text(setting.rate), swept_text(setting.swept)]))
 
 
 def times_text(ratio: float) -> str:
