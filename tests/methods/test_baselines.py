@@ -10,7 +10,7 @@ from corda_lora.adapters.lora import lora_layers
 from corda_lora.compare.job import train_prepared
 from corda_lora.config import CordaError, TrainConfig
 from corda_lora.data.batches import context_batches
-from corda_lora.methods.baselines import _cached, _labelled_batches
+from corda_lora.methods.baselines import _labelled_batches
 from corda_lora.methods.registry import METHODS, count_parameters
 from corda_lora.models.targets import find_targets, weight_of
 
@@ -81,8 +81,8 @@ def test_peft_corda_with_the_drop_in(prepare, files):
 def test_cached_tensors_come_back_as_they_were(setup_of):
     setup, whole = setup_of(tiny.build("llama")), torch.arange(12.0).reshape(4, 3)
     tensors = {"q": whole[:2], "k": whole[:3], "v": whole.T}  # views, as EVA gives layers with the same input
-    _cached(setup, lambda: tensors)
-    read = _cached(setup, dict)  # this function is not called
+    setup.cached(lambda: tensors)
+    read = setup.cached(dict)  # this function is not called
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 

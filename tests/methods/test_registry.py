@@ -19,14 +19,15 @@ BASE = {"bitfit": "qwen2_biased"}  # the others: llama
 
 
 class Seen(TrainerCallback):
-    """The samples of every step, in their order."""
+    """The task's samples of every step, in their order. (Some methods run samples of the context, too.)"""
 
     def __init__(self, model):
         self.ids = []
         self.handle = model.register_forward_pre_hook(self.note, with_kwargs=True)
 
     def note(self, module, args, kwargs):
-        self.ids.append(kwargs["input_ids"].tolist())
+        if "labels" in kwargs:
+            self.ids.append(kwargs["input_ids"].tolist())
 
     def on_train_end(self, *args, **kwargs):
         self.handle.remove()
@@ -72,6 +73,7 @@ def test_starts_as_the_base_with_the_budget_and_learns(name, prepare, orders):
         ("milora", "corda_lora.methods.corda.prepare"),
         ("lora-null", "corda_lora.methods.baselines.walk"),
         ("eva", "corda_lora.methods.baselines._labelled_batches"),
+        ("ewc", "corda_lora.methods.rivals._fisher"),
         ("peft-corda-kpm", "peft.tuners.lora.corda.calib_cov_distribution"),
     ],
 )
@@ -91,6 +93,10 @@ def test_options_are_checked_before_anything_runs():
         check_options("lora", {"ratio": 4})
     with pytest.raises(CordaError, match="method peft-corda-kpm has no option 'mode'"):
         check_options("peft-corda-kpm", {"mode": "ipm"})
+    with pytest.raises(CordaError, match="weight is -1, but must be a number at least 0"):
+        check_options("distill", {"weight": -1})
+    with pytest.raises(CordaError, match="size is 0, but must be a whole number at least 1"):
+        check_options("replay", {"size": 0})
     with pytest.raises(CordaError, match="no option 'rank'"):
         check_options("corda-ipm-balanced", {"rank": 4})
     with pytest.raises(CordaError, match="min_rank"):

@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import peft.optimizers
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -18,7 +17,6 @@ from ..config import CordaConfig, CordaError
 from ..data.batches import context_batches, encode, pad
 from ..data.samples import Sample
 from ..devices import compute_device, double_device
-from ..files import whole_file
 from ..models.targets import weight_of, weight_shape
 from ..preprocess.context import Context
 from ..preprocess.layer import LayerStart
@@ -210,7 +208,7 @@ def eva(model: nn.Module, setup: Setup, rho: float = 2.0) -> Prepared:
         affordable = replace(config, rank_pattern={name: max(1, each + (i < more)) for i, name in enumerate(ranks)})
         return peft.get_eva_state_dict(model, batches, affordable, show_progress_bar=False)
 
-    peft.initialize_lora_eva_weights(model, eva_state_dict=_cached(setup, directions))
+    peft.initialize_lora_eva_weights(model, eva_state_dict=setup.cached(directions))
     return Prepared(model)
 
 
@@ -218,16 +216,6 @@ def eva(model: nn.Module, setup: Setup, rho: float = 2.0) -> Prepared:
 def dylora(model: nn.Module, setup: Setup) -> Prepared:
     model, callback = dylora_.install(model, setup.lora())
     return Prepared(model, callbacks=[callback])
-
-
-def _cached(setup: Setup, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that a preparation computes, read from the method's folder if they were computed before."""
-    path = setup.folder / "prepared.safetensors"
-    if not path.is_file():
-        # EVA gives layers with the same input views of one tensor, which safetensors refuses: hence the clones.
-        with whole_file(path) as partial_path:
-            save_file({name: tensor.contiguous().clone() for name, tensor in compute().items()}, partial_path)
-    return load_file(path)
 
 
 def _labelled_batches(
@@ -310,7 +298,7 @@ def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
                     tensors[f"{name}.B"] = (U * root).float().cpu()
         return tensors
 
-    start = _cached(setup, factors)
+    start = setup.cached(factors)
     layers = {n: LayerStart(start[f"{n}.A"], start[f"{n}.B"], torch.empty(0)) for n in setup.targets}
     config = CordaConfig(r=setup.r, split="paper", lora_alpha=setup.lora_alpha)
     peft_model = install(model, Start(config, layers, {}, {}))

@@ -2,27 +2,29 @@
 
 A method is a function (model, setup, its own options) → `Prepared`: the model, ready to train. It raises `CordaError`
 if it does not fit the model. A new method is one function with the decorator `@method(...)`: in `corda.py` if it is
-ours, in `baselines.py` if it is another's.
+ours, in `baselines.py` or `rivals.py` if it is another's.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import peft
 import torch
 from peft import LoraConfig
 from peft.tuners.adalora import AdaLoraLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.held import HalvedLinear, held_size
 from ..adapters.lora import lora_layers
-from ..config import CordaConfig, CordaError, DataConfig, TrainConfig
+from ..config import CordaConfig, CordaError, DataConfig, TrainConfig, check_value
 from ..data.samples import Sample, load_samples
+from ..files import whole_file
 from ..models.targets import weight_shape
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
@@ -36,8 +38,8 @@ class Prepared(NamedTuple):
         model: with exactly the parameters that require a gradient trained.
         optimizer: used instead of AdamW over the trainable parameters.
         callbacks: for the trainer.
-        penalties: terms that are added to the loss once per optimizer step, by name. Each is a function that computes
-            the weighted term, a scalar, from the model's current weights.
+        penalties: terms that are added to the loss, by name. Each is a function that is called in every micro-batch and
+            gives the weighted term, a scalar: the mean of its values over a step's micro-batches is added once.
         compiles: False if `torch.compile` cannot trace the model's blocks.
     """
 
@@ -101,6 +103,15 @@ class Setup:
         }
         return kind(**(common | options))
 
+    def cached(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that a preparation computes, on the CPU, read from `folder` if they were computed before."""
+        path = self.folder / "prepared.safetensors"
+        if not path.is_file():
+            # EVA gives layers with the same input views of one tensor, which safetensors refuses: hence the clones.
+            with whole_file(path) as partial_path:
+                save_file({name: tensor.contiguous().clone() for name, tensor in compute().items()}, partial_path)
+        return load_file(path)
+
     @property
     def budget(self) -> int:
         """The number of parameters of a LoRA of rank r on every target: Σ (d_in + d_out)·r."""
@@ -159,6 +170,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     known = own | (corda if "options" in parameters else set())
     if unknown := [key for key in options if key not in known]:
         raise CordaError(f"method {name} has no option {unknown[0]!r}: it has {', '.join(sorted(known)) or 'none'}")
+    hints = get_type_hints(getattr(prepare, "func", prepare), include_extras=True)
+    for key in options.keys() & own:
+        check_value(key, options[key], hints[key])
     if "options" in parameters:
         CordaConfig(**{key: value for key, value in (fixed | dict(options)).items() if key not in own})
 
