@@ -10,7 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from corda_lora.config import CordaError
 from corda_lora.models.targets import find_targets
-from corda_lora.preprocess.statistics import Statistics, answered_batches, collect_statistics, drawn_log_likelihood
+from corda_lora.preprocess.statistics import (
+    Statistics,
+    answered_batches,
+    collect_statistics,
+    drawn_log_likelihood,
+    uniform,
+)
 
 FAMILIES = ["llama", "gpt2_conv1d", "gemma2", "qwen3"]
 
@@ -24,9 +30,9 @@ def reference(model, targets, encoded, batch_tokens):
     sums = {name: [0.0, 0.0] for name in targets}
     tokens = 0
     for number, batch in enumerate(answered_batches(encoded, 0, torch.device("cpu"), batch_tokens)):
-        generator = torch.Generator().manual_seed(7919 * number)
         logits = model(**batch.inputs).logits[:, :-1][batch.answers].float()
-        y = torch.multinomial(logits.softmax(-1), 1, generator=generator).flatten()
+        u = uniform(len(logits), number)
+        y = (logits.softmax(-1).cumsum(-1) <= u[:, None]).sum(-1)  # the first token that brings the sum above u
         drawn = torch.zeros(batch.answers.shape, dtype=torch.long)
         drawn[batch.answers] = y
         for i, real in enumerate(batch.real):
@@ -75,14 +81,16 @@ def test_the_model_is_left_as_it_was():
 
 def test_the_answers_are_drawn_from_the_model_and_hang_on_the_seed_alone():
     logits = torch.tensor([[2.0, 1.0, 0.0]]).repeat(20000, 1).requires_grad_(True)
-    drawn_log_likelihood(logits, 0).backward()
+    u = uniform(len(logits), batch=0)
+    drawn_log_likelihood(logits, u).backward()
     # The gradient of log p(y) is 1[y] − p: its mean is zero, where y is drawn from p.
     assert logits.grad.mean(0).abs().max() < 0.01
     again = logits.detach().requires_grad_(True)
-    drawn_log_likelihood(again, 0).backward()
+    for rows, numbers in zip(again.split(7000), uniform(len(logits), batch=0).split(7000)):
+        drawn_log_likelihood(rows, numbers).backward()
     assert torch.equal(again.grad, logits.grad)
     other = logits.detach().requires_grad_(True)
-    drawn_log_likelihood(other, 1).backward()
+    drawn_log_likelihood(other, uniform(len(logits), batch=1)).backward()
     assert not torch.equal(other.grad, logits.grad)
 
 

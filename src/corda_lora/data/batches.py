@@ -142,8 +142,8 @@ def context_batches(
 ) -> tuple[list[dict[str, Tensor]], list[int]]:
     """Batches of what the model's forward takes, of samples of like length, and the samples' numbers in that order.
 
-    A decoder-only model or an encoder gets prompt and response as one text; an encoder-decoder (`has_decoder`) gets
-    the prompt, and the response as labels.
+    A decoder-only model or an encoder gets prompt and response as one text, with labels at the tokens of responses; an
+    encoder-decoder (`has_decoder`) gets the prompt, and the response as labels.
 
     Raises:
         CordaError: no token in any sample.
@@ -157,17 +157,14 @@ def context_batches(
         if not inputs:
             raise CordaError("an encoder-decoder model needs samples with a prompt and a response; none has both")
     else:
-        inputs = [(i, e.ids, []) for i, e in encoded if e.ids]
+        inputs = [(i, e.ids, [t if a else -100 for t, a in zip(e.ids, e.answer)]) for i, e in encoded if e.ids]
         if not inputs:
             raise CordaError("the context is empty: no sample has a token")
     batches, numbers = [], []
     for indices in batch_by_length([len(ids) for _, ids, _ in inputs], batch_tokens):
         ids, mask = pad([inputs[i][1] for i in indices], pad_id)
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if has_decoder:
-            labels, label_mask = pad([inputs[i][2] for i in indices], pad_id)
-            batch["labels"] = labels.masked_fill(label_mask == 0, -100)
-        batches.append(batch)
+        labels, _ = pad([inputs[i][2] for i in indices], -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
         numbers += [inputs[i][0] for i in indices]
     return batches, numbers
 

@@ -189,6 +189,14 @@ class Collector:
         sizes = (tokens.real.numel(), int(tokens.real.sum()))
         return x.shape[1] not in sizes or (len(tokens.real) > 1 and self.batch in self.not_flattened)
 
+    def rows_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Numbers of the rows of x.reshape(-1, d) that count in the input x of a layer, on x's device; None if all do.
+        Padding and skipped tokens do not count."""
+        tokens = self._tokens_of(module, x)
+        if tokens is None or self._is_table(tokens, x):
+            return None
+        return self._counted_rows(tokens, self.names[module], x)
+
     def _counted_rows(self, tokens: Tokens, name: str, x: Tensor) -> Tensor | None:
         """Numbers of the rows of x.reshape(-1, d) that count, on x's device; None if all do.
 

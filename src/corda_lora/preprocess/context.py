@@ -142,6 +142,14 @@ def _warn_of_padding(model: nn.Module, batches: Sequence[Batch], masks: Sequence
         )
 
 
+def answer_mask(batch: Batch) -> Tensor:
+    """(b, s − 1) bool on the CPU: whether token i + 1 belongs to an answer, and is predicted at token i. These are the
+    tokens with a label; without `labels`, all real tokens."""
+    real, labels = token_masks(batch)[0], batch.get("labels")
+    answers = real if labels is None else real & (labels != -100).cpu()
+    return real[:, :-1] & answers[:, 1:]
+
+
 def check_context(model: nn.Module, context: Context, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Count the samples and the real tokens of a context, for corda.json. Warn where a round has fewer tokens than the
     widest layer has inputs: its covariance has low rank. Warn where padding tokens count as real.

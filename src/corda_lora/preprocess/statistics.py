@@ -127,13 +127,23 @@ def answered_batches(
     return batches
 
 
-def drawn_log_likelihood(logits: Tensor, batch: int, seed: int = 0) -> Tensor:
+def uniform(count: int, batch: int, seed: int = 0) -> Tensor:
+    """The random numbers (count,) in [0, 1) by which the answers of a batch are drawn: one for each, in order."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed + 7919 * batch))
+
+
+def drawn_log_likelihood(logits: Tensor, u: Tensor) -> Tensor:
     """Σ log p(y) of one y drawn from each row of logits (a, vocabulary): a scalar, whose gradients at a layer's outputs
-    have the mean square D. The draw hangs on the seed and the number of the batch alone."""
+    have the mean square D.
+
+    Args:
+        u: (a,) in [0, 1). y is the first token up to which the probabilities add up to more than u. So the same u gives
+            the same y on any device, whether the rows are drawn together or a part at a time.
+    """
     log_probs = logits.float().log_softmax(-1)
-    generator = torch.Generator(device=logits.device).manual_seed(seed + 7919 * batch)
-    y = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)  # (a, 1)
-    return log_probs.gather(1, y).sum()
+    sums = log_probs.detach().exp().cumsum(-1)  # (a, vocabulary)
+    y = torch.searchsorted(sums, u[:, None].to(sums) * sums[:, -1:], right=True)  # (a, 1)
+    return log_probs.gather(1, y.clamp(max=sums.shape[-1] - 1)).sum()
 
 
 def collect_statistics(
@@ -166,7 +176,7 @@ def collect_statistics(
             columns = batch.answers.any(0).nonzero().flatten()  # only these go through the output head
             with torch.enable_grad():
                 logits = model(**batch.inputs, logits_to_keep=columns).logits[batch.answers[:, columns]]
-                drawn_log_likelihood(logits, number).backward()
+                drawn_log_likelihood(logits, uniform(len(logits), number)).backward()
     shared = {name: compact(C.mean(), directions) for name, C in inputs.items()}
     layers = {name: Sides(shared[leaders[name]], compact(outputs[name].mean(), directions)) for name in targets}
     tokens, answers = (sum(int(m.sum()) for m in masks) for masks in zip(*((b.real, b.answers) for b in batches)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..devices import free_bytes, synchronize
 from ..models.lockstep import Parking, Stored, find_blocks, lockstep, on_device, tensors_of, visits
 from .collect import Collector, Group
-from .context import Batch, Context, token_masks
+from .context import Batch, Context, has_decoder, token_masks
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def walk(
     late = [name for name in targets if name not in in_blocks]  # layers of the last step
     finished = set(finished)
     to_end = bool(late) or not blocks
-    always = _tensors_beside(model, blocks.values(), to_end)  # on the device throughout
+    always = tensors_beside(model, blocks.values(), to_end)  # on the device throughout
 
     def unseen(names: Sequence[str]) -> list[Group] | None:
         return None if finished.issuperset(names) else [Group([name], []) for name in names]
@@ -85,7 +85,7 @@ def walk(
 
     if collector is None:
         collector = Collector(model, {n: m for n, m in targets.items() if n not in finished}, context)
-    batches, order = _inputs(model, context.batches, place.device), list(inside)
+    batches, order = inputs_of(model, context.batches, place.device), list(inside)
     training = model.training
     model.eval()
     try:
@@ -122,7 +122,7 @@ def walk(
         model.train(training)
 
 
-def _tensors_beside(model: nn.Module, blocks: Collection[nn.Module], to_end: bool) -> list[Tensor]:
+def tensors_beside(model: nn.Module, blocks: Collection[nn.Module], to_end: bool) -> list[Tensor]:
     """Parameters and buffers that are in no block. The output head is left out where the forward ends after the last
     block, unless it is tied to the embeddings."""
     unused = {tensor for block in blocks for tensor in tensors_of(block)}
@@ -131,9 +131,14 @@ def _tensors_beside(model: nn.Module, blocks: Collection[nn.Module], to_end: boo
     return [tensor for tensor in tensors_of(model) if tensor not in unused]
 
 
-def _inputs(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> list[Batch]:
-    """The batches on the device, and without a cache: else every paused batch would hold its keys and values."""
-    inputs = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+def inputs_of(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> list[Batch]:
+    """The batches on the device, and without a cache: else every paused batch would hold its keys and values. Only a
+    decoder gets labels, which its inputs are made of: no loss is needed."""
+    left_out = set() if has_decoder(model) else {"labels"}
+    inputs = [
+        {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k not in left_out}
+        for batch in batches
+    ]
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs = [{**batch, "use_cache": False} for batch in inputs]
     return inputs  # type: ignore[return-value]
