@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from corda_lora import CordaConfig, CordaError, HoldCallback, get_corda_model, hold, load_adapter
-from corda_lora.adapters.held import describe_held, held_parts, marks_of, moved
+from corda_lora.adapters.held import HalvedLinear, describe_held, held_parts, marks_of, moved
 from corda_lora.adapters.lora import install, lora_layers
 
 HELD = [split for split in SPLITS if split != "seeded"]
@@ -168,6 +168,20 @@ def test_the_held_half_has_no_gradient_and_no_weight_decay(split):
     assert all((part == 0).all() for part in held_parts(gradients, split))
 
 
+@pytest.mark.parametrize("split", ["paper", "balanced"])
+def test_a_kernel_that_reads_the_weight_does_not_move_the_held_half(split, monkeypatch):
+    """axolotl and unsloth multiply by `lora_A.weight` and `lora_B.weight` in functions of their own."""
+    model, found = start(split=split)
+    adapted = train(install(model, found), steps=1)
+    ours = train(copy.deepcopy(adapted), steps=2)
+    monkeypatch.setattr(HalvedLinear, "forward", torch.nn.Linear.forward)
+    before = held(adapted, split)
+    train(adapted, steps=2)
+    assert equal(held(adapted, split), before)
+    for theirs, expected in zip(weights_of(adapted).values(), weights_of(ours).values()):
+        torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
+
+
 def test_optimizers_are_left_alone_until_a_half_is_held():
     """In a process of its own: this one has held halves already."""
     code = """
@@ -281,6 +295,9 @@ def trained_by_trainer(adapted, folder, callback, resume=False, steps=2):
         disable_tqdm=True,
     )
     trainer = Trainer(adapted, arguments, train_dataset=datasets.Dataset.from_list(rows), callbacks=[callback])
+    # The trainer has wrapped nothing yet: DDP would wait for the gradient of what is frozen after it was wrapped.
+    layers = lora_layers(adapted).values()
+    assert all(not p.requires_grad for x in layers for p in x.lora_A.parameters() if x.frozen_peft_weight_names)
     trainer.train(resume_from_checkpoint=resume)
     return adapted
 

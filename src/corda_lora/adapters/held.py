@@ -37,7 +37,8 @@ class HalvedLinear(nn.Linear):
 
     The halves are multiplied one after the other, by the same kernel in the same order: halves that are each other's
     negative cancel to the last bit. The gradient of `weight` is zero in the held half, so an optimizer does not move
-    it; where the optimizer has a weight decay, the held half is put back after each step.
+    it; where the optimizer has a weight decay, the held half is put back after each step. Kernels that read `weight`
+    and pass by this forward (axolotl's, unsloth's) give the held half a gradient, which is dropped before each step.
     """
 
     def __init__(self, weight: nn.Parameter, axis: int):
@@ -60,19 +61,22 @@ class HalvedLinear(nn.Linear):
         return F.linear(x_trained, trained) + F.linear(x_held, held)
 
 
-# --- weight decay ----------------------------------------------------------------------------------------------------
+# --- through an optimizer's step -------------------------------------------------------------------------------------
 
 _halved: WeakSet[HalvedLinear] = WeakSet()
 _before: WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 def _keep_held_halves(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    decayed = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
-    layers = [layer for layer in _halved if id(layer.weight) in decayed] if decayed else []
-    if any(isinstance(layer.weight, DTensor) for layer in layers):
+    decay = {id(p): group.get("weight_decay") for group in optimizer.param_groups for p in group["params"]}
+    layers = [layer for layer in _halved if id(layer.weight) in decay]
+    for layer in layers:
+        if isinstance(layer.weight.grad, Tensor) and not isinstance(layer.weight.grad, DTensor):
+            layer.weight.grad.chunk(2, dim=layer.axis)[1].zero_()
+    decayed = [layer for layer in layers if decay[id(layer.weight)]]
+    if any(isinstance(layer.weight, DTensor) for layer in decayed):
         raise CordaError("weight decay would shrink the held half of a sharded adapter: train with weight_decay 0")
-    halves = [layer.weight.detach().chunk(2, dim=layer.axis)[1] for layer in layers]
-    if halves:
+    if halves := [layer.weight.detach().chunk(2, dim=layer.axis)[1] for layer in decayed]:
         _before[optimizer] = [(half, half.clone()) for half in halves]
 
 
@@ -223,10 +227,12 @@ class HoldCallback(TrainerCallback):
     """For the Trainer of transformers, and all of TRL's: holds what a CorDA adapter holds, from before the first step,
     and raises a CordaError at a save, or at the end, if something has moved it all the same."""
 
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        hold(_unwrapped(model))  # before the trainer wraps the model: DDP waits for the gradient of what was not frozen
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        model = _unwrapped(model)
-        hold(model)
-        self.before = _exact(model)
+        self.on_init_end(args, state, control, model)  # nobody called it of a callback that was added later
+        self.before = _exact(_unwrapped(model))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if _exact(_unwrapped(model)) != self.before:

@@ -85,10 +85,15 @@ def set_ranks(config: LoraConfig, ranks: Mapping[str, int], scale: float) -> Non
     """Write each layer's rank into PEFT's configuration, and the same scale s = lora_alpha / r for all. `r` is the
     largest rank, which is what servers compare with the largest they allow; layers that differ go into the patterns."""
     config.r = max(ranks.values())
-    config.lora_alpha = scale * config.r
+    config.lora_alpha = _whole(scale * config.r)
     config.use_rslora = False
     config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
-    config.alpha_pattern = {name: scale * r for name, r in config.rank_pattern.items()}
+    config.alpha_pattern = {name: _whole(scale * r) for name, r in config.rank_pattern.items()}
+
+
+def _whole(alpha: float) -> float:
+    """An int where it is whole: Ollama reads `lora_alpha` as one, and refuses 16.0."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
