@@ -62,7 +62,7 @@ def test_starts_as_the_base_with_the_budget_and_learns(name, prepare, orders):
     if name not in ("full", "bitfit", "adapterdrop"):  # the last rounds its width: here by more than 1 %
         component = 96 if "+-" in name else 0  # allocation stops at most one component short of the budget
         # Both allocate by the cost of a rank the time before, and this tiny model has few ranks.
-        rel = {"eva": 0.04, "adalora": 0.04}.get(name, 0.01)
+        rel = {"eva": 0.04, "adalora": 0.04, "osf": 0.02}.get(name, 0.01)  # OSF trains singular values, too
         assert count_parameters(model)["adapter"] == pytest.approx(setup.budget, rel=rel, abs=component)
 
 
@@ -74,6 +74,8 @@ def test_starts_as_the_base_with_the_budget_and_learns(name, prepare, orders):
         ("lora-null", "corda_lora.methods.baselines.walk"),
         ("eva", "corda_lora.methods.baselines._labelled_batches"),
         ("ewc", "corda_lora.methods.rivals._fisher"),
+        ("oplora", "torch.linalg.svd"),
+        ("sc-lora", "corda_lora.methods.rivals.walk"),
         ("peft-corda-kpm", "peft.tuners.lora.corda.calib_cov_distribution"),
     ],
 )

@@ -2,16 +2,22 @@
 
 import json
 
+import peft
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from peft.tuners.osf.layer import OSFLayer
+from safetensors.torch import load_file
 
 from corda_lora.adapters.lora import lora_layers
 from corda_lora.compare.job import train_prepared
 from corda_lora.config import CordaError, DataConfig, TrainConfig
+from corda_lora.data.batches import context_batches
 from corda_lora.evaluation.answers import answer_log_probs, padded
+from corda_lora.methods.registry import METHODS, check_options
 from corda_lora.methods.rivals import _encoded_context, _shares
+from corda_lora.models.targets import find_targets, weight_of
 
 ON_CONTEXT = {"distill": "distillation", "replay": "replay"}
 
@@ -145,3 +151,101 @@ def test_ewcs_term_is_the_drift_that_the_diagonal_predicts(family, prepare, file
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
         term += (found.double() * layer.get_delta_weight("default").double().square()).sum()  # weight 2, times ½
     assert prepared.penalties["ewc"]().item() == pytest.approx(term.item(), rel=1e-4)
+
+
+# --- directions of the update ----------------------------------------------------------------------------------------
+
+
+def reloaded(model, base, folder):
+    """The logits of a saved adapter on the base model, in plain PEFT."""
+    model.save_pretrained(folder)
+    return tiny.logits(peft.PeftModel.from_pretrained(base, folder).eval())
+
+
+@pytest.mark.parametrize("name", ["osf", "deft", "mica", "oplora", "sc-lora"])
+def test_a_trained_adapter_is_saved_and_loaded_in_plain_peft(name, prepare, tmp_path):
+    prepared, setup, base = prepare(name, max(METHODS[name].learning_rates))
+    train_prepared(prepared, setup)
+    moved, start = tiny.logits(prepared.model.eval()), tiny.logits(base)
+    assert (moved - start).abs().max() > 0.02
+    torch.testing.assert_close(reloaded(prepared.model, base, tmp_path), moved, rtol=0, atol=1e-4)
+    if name in ("mica", "oplora", "sc-lora"):
+        keys = load_file(tmp_path / "adapter_model.safetensors")
+        assert {key.rpartition(".lora_")[2] for key in keys} == {"A.weight", "B.weight"}
+
+
+@pytest.mark.parametrize(("family", "k"), [("llama", None), ("gpt2_conv1d", 9)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_oplora_leaves_the_leading_triples_as_they_are(family, k, precision, prepare):
+    recipe = TrainConfig(learning_rate=1e-2, max_steps=4, batch_size=8, precision=precision)
+    prepared, setup, base = prepare("oplora", family=family, options={"k": k}, train=recipe)
+    train_prepared(prepared, setup)
+    for name, layer in lora_layers(prepared.model).items():
+        W = weight_of(base.get_submodule(name)).double()
+        A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+        delta = 2 * B @ A  # scale 8 / 4
+        U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+        assert delta.norm() > 1e-3
+        assert (U[:, : k or 4].T @ delta).norm() < 1e-5 * delta.norm()
+        assert (delta @ Vh[: k or 4].T).norm() < 1e-5 * delta.norm()
+        torch.testing.assert_close((W + delta) @ Vh[: k or 4].T, U[:, : k or 4] * sigma[: k or 4], rtol=0, atol=1e-5)
+
+
+def test_osf_trains_the_last_triples_of_every_layer(prepare):
+    prepared, setup, base = prepare("osf", 1e-3)
+    train_prepared(prepared, setup)
+    for name, module in prepared.model.get_base_model().named_modules():
+        if isinstance(module, OSFLayer):
+            W = weight_of(base.get_submodule(name)).double()
+            U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+            last = U[:, -4:] * sigma[-4:] @ Vh[-4:]
+            factors = module.osf_svd_params["default"]
+            assert {tuple(x.shape) for x in factors.values()} == {(W.shape[0], 4), (4,), (4, W.shape[1])}
+            assert (
+                0 < torch.dist(factors["U_low"] * factors["S_low"] @ factors["V_low"], last.float()) < 0.2 * last.norm()
+            )
+
+
+def test_mica_trains_a_alone_beside_the_last_left_vectors(prepare):
+    prepared, setup, base = prepare("mica", 1e-2)
+    train_prepared(prepared, setup)
+    for name, layer in lora_layers(prepared.model).items():
+        U = torch.linalg.svd(weight_of(base.get_submodule(name)).double(), full_matrices=False).U[:, -4:]
+        B = layer.lora_B["default"].weight.double()
+        assert torch.dist(B @ B.T, U @ U.T) < 1e-4  # the same subspace
+        assert layer.lora_A["default"].weight.any()
+
+
+def test_deft_passes_its_option_on(prepare):
+    prepared, _, _ = prepare("deft", options={"decomposition": "qr"})
+    assert prepared.model.peft_config["default"].decomposition_method == "qr"
+    with pytest.raises(CordaError, match="decomposition is 'svd', but must be one of relu, qr"):
+        check_options("deft", {"decomposition": "svd"})
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.8])
+def test_sc_lora_starts_on_what_the_task_uses_and_the_ability_does_not(beta, prepare, tokenizer, monkeypatch):
+    # A GPU sums C in another order, which turns eigenvectors of close eigenvalues.
+    monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+    prepared, setup, base = prepare("sc-lora", options={"beta": beta})
+    targets = find_targets(base, "all-linear")
+    plus, minus = (
+        tiny.covariances_of(base, targets, context_batches(tokenizer, setup.context(kind), 512)[0])
+        for kind in ("learn", "keep")
+    )
+    assert torch.equal(tiny.logits(prepared.model.eval()), tiny.logits(base))
+    for name, layer in lora_layers(prepared.model).items():
+        W = weight_of(targets[name]).double()
+        outputs = [W @ C[name].double() @ W.T for C in (plus, minus)]  # E[h hᵀ], h = W x
+        Q = torch.linalg.eigh((1 - beta) * outputs[0] - beta * outputs[1]).eigenvectors[:, -4:]
+        A, B = layer.lora_A["default"].weight[:4].double(), layer.lora_B["default"].weight[:, :4].double()
+        assert torch.dist(2 * B @ A, Q @ Q.T @ W) < 1e-4 * (Q.T @ W).norm()  # scale 8 / 4
+
+
+def test_directions_that_there_are_not_are_refused(prepare):
+    with pytest.raises(CordaError, match="k is 16, but must be below 16, the singular directions of the narrowest"):
+        prepare("oplora", options={"k": 16})
+    with pytest.raises(CordaError, match="r is 16, but must be below 16"):
+        prepare("osf", r=16)
+    with pytest.raises(CordaError, match="the model has Conv1D"):
+        prepare("osf", family="gpt2_conv1d")

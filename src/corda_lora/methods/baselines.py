@@ -273,6 +273,14 @@ for _mode, _data in (("kpm", "keep"), ("ipm", "learn")):
     )(partial(peft_corda, mode=_mode))
 
 
+def from_start(model: nn.Module, setup: Setup, factors: dict[str, Tensor]) -> peft.PeftModel:
+    """The model with A and B of each layer ("LAYER.A", "LAYER.B") trained beside the frozen residual W − s·B A."""
+    layers = {n: LayerStart(factors[f"{n}.A"], factors[f"{n}.B"], torch.empty(0)) for n in setup.targets}
+    dropout = setup.train.lora_dropout
+    config = CordaConfig(r=setup.r, split="paper", lora_alpha=setup.lora_alpha, lora_dropout=dropout)
+    return install(model, Start(config, layers, {}, {}))
+
+
 @method("lora-null", "LoRA-Null", "Tang et al., arXiv 2503.02659; ours", prepares_from="keep")
 def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
     """B A = W P Pᵀ. The columns of P are the r directions of a layer's inputs in which the ability to keep has the
@@ -298,10 +306,7 @@ def lora_null(model: nn.Module, setup: Setup, freeze: bool = False) -> Prepared:
                     tensors[f"{name}.B"] = (U * root).float().cpu()
         return tensors
 
-    start = setup.cached(factors)
-    layers = {n: LayerStart(start[f"{n}.A"], start[f"{n}.B"], torch.empty(0)) for n in setup.targets}
-    config = CordaConfig(r=setup.r, split="paper", lora_alpha=setup.lora_alpha)
-    peft_model = install(model, Start(config, layers, {}, {}))
+    peft_model = from_start(model, setup, setup.cached(factors))
     if freeze:
         for layer in lora_layers(peft_model).values():
             layer.lora_A["default"].requires_grad_(False)
