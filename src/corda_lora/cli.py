@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -43,7 +42,7 @@ from .config import (
     TrainConfig,
     check_value,
 )
-from .files import check_output, check_result, is_made, output_lock, write_json
+from .files import check_output, check_result, is_made, output_lock, remove_folder, remove_work, write_json
 from .progress import console
 from .recipes import load_recipe
 
@@ -283,6 +282,8 @@ def init(options: Namespace) -> None:
     recipe |= {"batch_tokens": options.batch_tokens}
     recipe |= {"data": asdict(data) if data and config.orientation != "identity" else None}
     if is_made(options.output / "corda.json", recipe) and not (options.output / "training.json").is_file():
+        if not options.keep_work:
+            remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
         return
     from .adapters.prepare import prepare
@@ -352,6 +353,7 @@ def train(options: Namespace) -> None:
         "train": asdict(config),
     }
     if is_made(options.output / "training.json", {"recipe": recipe}):
+        remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
         return
     from .adapters.lora import RECORD, load_adapter, read_record, save_adapter
@@ -378,17 +380,17 @@ def train(options: Namespace) -> None:
         result = run_training(peft_model, tokenizer, samples, config, data.max_length, work)
     except CordaError:
         if last_checkpoint(work) is None:  # the work folder holds nothing to resume from
-            shutil.rmtree(work)
+            remove_folder(work)
         raise
     except DivergedError as error:
-        shutil.rmtree(work)  # resuming from its checkpoints would end the same way
+        remove_folder(work)  # resuming from its checkpoints would end the same way
         print(f"corda train: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     records: dict[str, Any] = {"training.json": {"recipe": recipe, **result}}
     if record is not None:
         records[RECORD] = record
     save_adapter(peft_model, options.output, records)
-    shutil.rmtree(work, ignore_errors=True)
+    remove_folder(work)
     out.print(f"loss {result['train_loss']:.4f} over {result['steps']} steps, {result['seconds']:.0f} s")
     out.print(f"written to {options.output}")
 

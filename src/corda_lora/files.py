@@ -67,6 +67,30 @@ def whole_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_folder(directory: Path) -> None:
+    """Remove a folder whole or not at all: what a killed process left of it under a partial name is removed, too."""
+    partial = _partial_of(directory)
+    if directory.is_dir():
+        directory.rename(partial)
+        shutil.rmtree(partial)
+
+
+def remove_work(output: Path, run: Mapping[str, Any]) -> None:
+    """Remove the unfinished work of a run whose output is whole: the run was killed before it did so itself.
+
+    Args:
+        run: settings of the run; the work of another one is left alone.
+    """
+    work = work_folder(output)
+    if is_made(work / "run.json", run) or not work.exists():  # then only a part of it, under a partial name
+        remove_folder(work)
+
+
+def work_folder(output: Path) -> Path:
+    """The place for the unfinished work of a run (see `preprocess.work`)."""
+    return output.with_name(output.name + ".work")
+
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

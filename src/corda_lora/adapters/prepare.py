@@ -1,7 +1,6 @@
 """A model and samples of an ability → the start of an adapter on disk: what `corda init` runs."""
 
 import hashlib
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.overview import check_fit, overview
 from ..data.samples import load_rounds
-from ..files import check_output
+from ..files import check_output, remove_folder
 from ..models.loading import load_tokenizer, open_model
 from ..preprocess.context import Context, has_decoder, read_context
 from ..preprocess.pipeline import Start, preprocess
@@ -92,12 +91,12 @@ def prepare(
         start = preprocess(model, config, context, progress, stored, work, park)
     except CordaError:
         if not (work / MANIFEST).is_file():  # nothing was finished
-            shutil.rmtree(work)
+            remove_folder(work)
         raise
     adapted = install(model, start)
     spectra = {name: layer.spectrum for name, layer in start.layers.items()}
     save_adapter(adapted, output, {RECORD: record | start.record, TIMING: start.took}, spectra)
     adapted.unload()
     if not keep_work:
-        shutil.rmtree(work)
+        remove_folder(work)
     return start

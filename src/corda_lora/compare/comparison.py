@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import CompareConfig, CordaError, DataConfig, ModelConfig
 from ..data.samples import load_samples
-from ..files import check_checksums, read_json, write_checksums, write_json
+from ..files import check_checksums, is_partial, read_json, write_checksums, write_json
 from ..methods.registry import METHODS
 from ..training.train import training_steps
 from .frontier import as_options
@@ -108,7 +108,8 @@ class Comparison:
         Raises CordaError if something else is in it, or runs of another recipe, or a file that runs read is damaged.
         """
         path, shared = self.output / "recipe.json", self.shared()
-        if self.output.is_file() or (self.output.is_dir() and any(self.output.iterdir()) and not path.is_file()):
+        others = [p for p in self.output.iterdir() if not is_partial(p)] if self.output.is_dir() else []
+        if self.output.is_file() or (others and not path.is_file()):
             raise CordaError(f"the output {self.output} has something else in it already: remove it, or choose another")
         entries = {name: entry.key() for name, entry in self.recipe.entries.items()}
         if path.is_file():

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..config import CordaError
-from ..files import is_partial, sha256_of, whole_file, write_text
+from ..files import is_partial, sha256_of, whole_file, work_folder, write_text
 from .layer import Decomposed, LayerRecord
 
 MANIFEST = "finished.json"
@@ -32,7 +32,7 @@ def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool
 
     Raises CordaError if the folder holds work of another run, or files that are none of ours.
     """
-    folder = output.with_name(output.name + ".work")
+    folder = work_folder(output)
     path = folder / "run.json"
     files = [file for file in folder.iterdir() if not is_partial(file)] if folder.is_dir() else []
     foreign = [file for file in files if not OURS.fullmatch(file.name)]

@@ -1,0 +1,180 @@
+"""Killed at any place where it writes, a command given again comes to the same end."""
+
+import functools
+import gc
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import types
+from multiprocessing.connection import Connection
+
+import pytest
+import tiny
+import torch
+import transformers
+from crashes import crashes
+
+from corda_lora import cli
+from corda_lora.compare import runner
+
+KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(4)]
+LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 5)]
+TIMES = {"seconds", "prepare_seconds", "peak_bytes", "name", "took"}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, tokenizer):
+    """A model of one block, and data."""
+    folder = tmp_path_factory.mktemp("given")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.SIZE | {"num_hidden_layers": 1}))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, rows in (("keep", KEEP), ("learn", LEARN)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(cli, "build_parser", functools.cache(cli.build_parser))  # it takes as long as the rest
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ends(folder):
+    """What a command has made: each file's content, JSON without what is measured by a clock."""
+    made = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        content = path.read_bytes()
+        if path.name == "timing.json":
+            content = b""
+        elif path.suffix == ".json":
+            content = without_times(json.loads(content))
+        made[str(path.relative_to(folder))] = content
+    return made
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def same_end_from_every_place(here, arguments, prepare=lambda: None):
+    """Run a command, and again from every state in which a kill can leave its folder. Returns the number of states."""
+    arguments = [str(a) for a in arguments]
+    work = here / "work"
+    work.mkdir()
+    os.chdir(work)
+    prepare()
+    with crashes(work, here / "copies") as found:
+        cli.main(arguments)
+    whole = ends(work)
+    gc.freeze()  # every training ends with a garbage collection
+    differing = []
+    for state in sorted((here / "copies").iterdir()):
+        left = sorted(str(p.relative_to(state)) for p in state.rglob("*"))
+        os.chdir(state)
+        try:
+            cli.main(arguments)
+        except SystemExit as stopped:
+            differing.append(f"{state.name}: exit {stopped.code} from {left}")
+        os.chdir(here)
+        again = ends(state)
+        if names := sorted(name for name in {**whole, **again} if again.get(name) != whole.get(name)):
+            differing.append(f"{state.name}: {names} from {left}")
+        shutil.rmtree(state)
+    assert not differing, "\n".join(differing)
+    return found.count
+
+
+@pytest.mark.slow
+def test_init(given, here):
+    context = ["--context", given / "keep.jsonl", "--preset", "corda+", "--r", 2]
+    assert same_end_from_every_place(here, ["init", "--model", given / "model", *context, "--output", "start"]) > 30
+
+
+@pytest.mark.slow
+def test_train(given, here):
+    recipe = ["--max_steps", 2, "--checkpoints", 2, "--batch_size", 2, "--precision", "fp32", "--lora_dropout", 0.1]
+    model = ["--model", given / "model"]
+
+    def start():
+        cli.main([str(a) for a in ["init", *model, "--context", given / "keep.jsonl", "--r", 2, "--output", "start"]])
+
+    arguments = ["train", *model, "--data", given / "learn.jsonl", "--start", "start", *recipe, "--output", "tuned"]
+    assert same_end_from_every_place(here, arguments, start) > 40
+
+
+def test_eval(given, here):
+    arguments = ["eval", "--model", given / "model", "--keep", given / "keep.jsonl", "--output", "eval.json"]
+    assert same_end_from_every_place(here, arguments) > 2
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """The jobs of a comparison run in threads, so that their writes are seen in this process, and are remembered."""
+    monkeypatch.setattr(runner, "do_job", remembered(runner.do_job))
+    context = types.SimpleNamespace(Pipe=multiprocessing.Pipe, Value=multiprocessing.Value, Process=Thread)
+    context.set_forkserver_preload = lambda names: None
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", lambda: None)
+    monkeypatch.setattr("corda_lora.report.report.write_report", lambda output, comparison: None)
+    monkeypatch.setattr(runner, "_redirect_output", lambda path: path.touch())
+
+
+def remembered(do_job):
+    """A job's result and files follow from the job and the tensors that are there: for each of these it is done once."""
+    known = {}
+
+    def do(comparison, job, counter):
+        tensors = frozenset((str(p), p.read_bytes()) for p in comparison.output.rglob("*.safetensors"))
+        key = job, tensors
+        folder = comparison.folder(job)
+        if key in known:
+            result, files = known[key]
+            for name, content in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+            return result
+        result = do_job(comparison, job, counter)
+        known[key] = result, {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        return result
+
+    return do
+
+
+class Thread(threading.Thread):
+    """Has its own end of the pipe, as a process has."""
+
+    def __init__(self, target, args, daemon):
+        comparison, pipe, *others = args
+        super().__init__(target=target, args=[comparison, Connection(os.dup(pipe.fileno())), *others], daemon=daemon)
+
+    def terminate(self):
+        pass
+
+
+RECIPE = """\
+model: {given}/model
+data: {given}/learn.jsonl
+context: {given}/keep.jsonl
+context_samples: 4
+r: 2
+train: {{max_steps: 1, batch_size: 2, precision: fp32}}
+eval: {{keep: {given}/keep.jsonl, learn: {given}/learn.jsonl}}
+seeds: 1
+curve_points: 1
+methods: {{corda-kpm-anchored: {{learning_rates: [1.0e-2, 3.0e-2]}}}}
+"""
+
+
+@pytest.mark.slow
+def test_compare(given, here, in_threads):
+    (here / "recipe.yaml").write_text(RECIPE.format(given=given))
+    arguments = ["compare", here / "recipe.yaml", "--output", "out"]
+    assert same_end_from_every_place(here, arguments) > 40
