@@ -588,7 +588,7 @@ def test_data_without_responses_is_not_trained_on(checkpoint, data, capsys):
         ([], "nothing to measure"),
         (["--keep", "missing.jsonl"], "there is no file missing.jsonl"),
         (["--keep", "{data}/keep.jsonl", "--output", "no/eval.json"], "there is no folder no"),
-        (["--choices", "{data}/keep.jsonl"], "row 0 of"),
+        (["--choices", "{data}/keep.jsonl"], "sample 1 of"),
         (["--keep", "{data}/keep.jsonl", "--adapter", "nowhere"], "nowhere is not an adapter directory"),
     ],
 )

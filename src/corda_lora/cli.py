@@ -357,6 +357,7 @@ def train(options: Namespace) -> None:
         out.print(f"{options.output} is whole already: the same command made it")
         return
     from .adapters.lora import RECORD, load_adapter, read_record, save_adapter
+    from .data.batches import encode
     from .data.overview import overview
     from .data.samples import load_samples
     from .devices import accelerator
@@ -369,7 +370,8 @@ def train(options: Namespace) -> None:
     record = read_record(options.start) if options.start else None
     samples = load_samples(data)
     tokenizer = load_tokenizer(source)
-    console.print(overview(data.data, tokenizer, samples, data.max_length, end=True))
+    encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in samples]
+    console.print(overview(data.data, tokenizer, samples, encoded, data.max_length, end=True))
     model = load_model(source).to(accelerator())
     if options.start:
         peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout or None)

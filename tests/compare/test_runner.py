@@ -19,7 +19,7 @@ from corda_lora.compare.frontier import task_loss
 from corda_lora.compare.runner import _Session, _Worker
 from corda_lora.compare.runner import compare as run_comparison
 from corda_lora.compare.schedule import Job
-from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig, ModelConfig
+from corda_lora.config import CompareConfig, CordaError, DataConfig, EvalConfig, MethodConfig, ModelConfig, TrainConfig
 from corda_lora.devices import visible_gpus
 from corda_lora.methods.registry import METHODS, check_options
 
@@ -270,6 +270,39 @@ def test_a_sweep_that_cannot_be(entry, said, recipe, capsys):
         main(["compare", "recipe.yaml", "--output", "out"])
     assert re.search(said, capsys.readouterr().err.strip().splitlines()[-1])
     assert not Path("out").exists()
+
+
+def test_a_sample_of_each_data_set_before_anything_runs(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("corda_lora.compare.runner._run_all", lambda *_: None)
+    rows = [{"prompt": f"{i}?", "response": "yes", "choices": ["yes", "no"]} for i in range(9)]
+    Path("choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        main(["compare", recipe(TWO), "--output", "out", "--eval.choices", "choices.jsonl"])
+    said = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    heads = [" ".join(line.split()[:4]) for line in said if "samples of" in line]
+    assert heads == [
+        "task learn.jsonl: 32 samples",
+        "context keep.jsonl: 40 samples",
+        "keep keep.jsonl: 8 samples",
+        "learn learn.jsonl: 16 samples",
+        "text keep.jsonl: 1 samples",
+        "choices choices.jsonl: 9 samples",
+    ]
+    assert sum("as the model reads it" in line for line in said) == len(heads)
+    assert not any("cut" in line for line in said)
+    rows[3]["choices"] = ["no"]
+    Path("choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        main(["compare", recipe(TWO), "--output", "out", "--eval.choices", "choices.jsonl"])
+    assert "sample 4 of choices.jsonl needs a column `choices`" in capsys.readouterr().err
+
+
+def test_steps_leave_out_responses_that_are_cut_away(checkpoint, folder):
+    rows = [{"prompt": "a" * (1 + 99 * (i % 2)), "response": "b"} for i in range(40)]
+    Path("learn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = CompareConfig(["lora", "pissa"], DataConfig("learn.jsonl", max_length=50), EvalConfig(learn="learn.jsonl"))
+    config.train = TrainConfig(batch_size=4, epochs=1)
+    assert Comparison(ModelConfig(str(checkpoint)), config, Path("out")).steps == 5
 
 
 def test_another_recipe_is_refused(refused):

@@ -15,8 +15,13 @@ from corda_lora.data.samples import Sample
 SAMPLES = [Sample("a\nb" * n, "cd", {}) for n in (1, 2, 3, 4)]
 
 
+def shown(name, tokenizer, samples, max_length, learned=True, end=False):
+    encoded = [encode(tokenizer, sample, max_length, end) for sample in samples]
+    return overview(name, tokenizer, samples, encoded, max_length, learned, end)
+
+
 def test_numbers_and_a_sample(tokenizer):
-    lines = overview("new.jsonl", tokenizer, [*SAMPLES, Sample("e", "", {})], 10, end=True).plain.split("\n")
+    lines = shown("new.jsonl", tokenizer, [*SAMPLES, Sample("e", "", {})], 10, end=True).plain.split("\n")
     assert lines == [
         "new.jsonl: 5 samples of 10 tokens (median), the longest 16; 2 cut at --max_length 10, 2 with no token of the "
         "response left",
@@ -29,25 +34,25 @@ def test_numbers_and_a_sample(tokenizer):
 
 def test_all_responses_cut_away(tokenizer):
     with pytest.raises(CordaError, match=r"within --max_length 4: the samples have 6 to 15 tokens"):
-        overview("new.jsonl", tokenizer, SAMPLES, 4)
-    assert "4 with no token of the response left" in overview("new.jsonl", tokenizer, SAMPLES, 4, learned=False).plain
+        shown("new.jsonl", tokenizer, SAMPLES, 4)
+    assert "4 with no token of the response left" in shown("new.jsonl", tokenizer, SAMPLES, 4, learned=False).plain
 
 
 def test_questions_alone(tokenizer):
     questions = [Sample("why?", "", {})]
-    assert "questions alone protect" in overview("known.jsonl", tokenizer, questions, 99, learned=False).plain
-    assert "questions alone" not in overview("known.jsonl", tokenizer, SAMPLES, 99, learned=False).plain
+    assert "questions alone protect" in shown("known.jsonl", tokenizer, questions, 99, learned=False).plain
+    assert "questions alone" not in shown("known.jsonl", tokenizer, SAMPLES, 99, learned=False).plain
     with pytest.raises(CordaError, match=r"no sample of known\.jsonl has a response"):
-        overview("known.jsonl", tokenizer, questions, 99)
+        shown("known.jsonl", tokenizer, questions, 99)
 
 
 def test_a_tokenizer_without_an_end(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = None
-    assert "no end-of-text token" in overview("new.jsonl", tokenizer, SAMPLES, 99, end=True).plain
+    assert "no end-of-text token" in shown("new.jsonl", tokenizer, SAMPLES, 99, end=True).plain
     tokenizer.pad_token = None
     with pytest.raises(CordaError, match="neither an end-of-text token nor one for padding"):
-        overview("new.jsonl", tokenizer, SAMPLES, 99, end=True)
+        shown("new.jsonl", tokenizer, SAMPLES, 99, end=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_conv1d", "bert", "roberta", "t5"])

@@ -74,7 +74,8 @@ def check_samples(tokenizer, samples, max_length, end):
             learned = sum(m["role"] == "assistant" for m in sample.messages[sample.first :])
             assert content.count("$") >= learned
         encode_question(tokenizer, sample)
-    overview("data.jsonl", tokenizer, samples, max_length, end=end)
+    encoded = [encode(tokenizer, sample, max_length, end) for sample in samples]
+    overview("data.jsonl", tokenizer, samples, encoded, max_length, end=end)
     context_batches(tokenizer, samples, max_length)
 
 

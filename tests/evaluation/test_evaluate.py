@@ -13,7 +13,7 @@ from corda_lora.data.batches import Encoded, encode
 from corda_lora.data.samples import Sample
 from corda_lora.evaluation.answers import sides
 from corda_lora.evaluation.choices import read_choices
-from corda_lora.evaluation.evaluate import evaluate, loss_and_drift, text_windows
+from corda_lora.evaluation.evaluate import evaluate, loss_and_drift, measured_samples, text_windows
 from corda_lora.evaluation.generation import matches, read_continuations
 from corda_lora.evaluation.measures import accuracy, exact_match, means
 
@@ -172,6 +172,23 @@ def test_text_windows_hold_all_of_the_text(tokenizer):
     assert {len(w.response) for w in windows} == {10, 9}
 
 
+def test_windows_of_text_are_not_cut(tokenizer):
+    """The begin-of-text token has its room in each."""
+    windows, encoded = measured_samples("text", tokenizer, [Sample("", "some running text", {})], 8)
+    assert [len(e.ids) for e in encoded] == [8, 8, 4]
+    assert not any(e.cut for e in encoded)
+    assert "".join(window.response for window in windows) == "some running text"
+
+
+def test_the_same_file_several_times(adapted, tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    name = str(tmp_path / "rows.jsonl")
+    config = EvalConfig(keep=[DataConfig(name, prompt=prompt) for prompt in ("{prompt}", "Q: {prompt}", "", "x")])
+    results = evaluate(adapted, tokenizer, config, progress=False)["keep"]
+    assert list(results) == [name, f"{name} (train)", f"{name} (3)", f"{name} (4)"]
+    assert len({sides["base"]["loss"] for sides in results.values()}) == 3  # the third is the first
+
+
 def test_evaluate_puts_it_all_together(adapted, tokenizer, tmp_path):
     samples = [s for s in SAMPLES if s.prompt]
     rows = [{"prompt": s.prompt, "response": s.response, "choices": [s.response, " no", " neither"]} for s in samples]
@@ -206,5 +223,5 @@ def test_evaluate_puts_it_all_together(adapted, tokenizer, tmp_path):
 def test_choices_without_the_response_are_refused(row, tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "2 + 2 =", "response": "4", **row}) + "\n")
-    with pytest.raises(CordaError, match=r"row 0 of .*rows\.jsonl needs a column `choices`"):
+    with pytest.raises(CordaError, match=r"sample 1 of .*rows\.jsonl needs a column `choices`"):
         evaluate(tiny.build("llama"), tokenizer, EvalConfig(choices=str(path)), progress=False)

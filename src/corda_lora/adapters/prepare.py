@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
+from ..data.batches import encode
 from ..data.overview import check_fit, overview
 from ..data.samples import load_rounds
 from ..files import check_output, remove_folder
@@ -72,7 +73,8 @@ def prepare(
         if tokenizer is None:
             raise CordaError("give the tokenizer of the loaded model, which the context is encoded by")
         if progress:
-            console.print(overview(data.data, tokenizer, rounds[0], data.max_length, learned=False))
+            encoded = [encode(tokenizer, sample, data.max_length) for sample in rounds[0]]
+            console.print(overview(data.data, tokenizer, rounds[0], encoded, data.max_length, learned=False))
         context = read_context(tokenizer, rounds, data.max_length, batch_tokens, has_decoder(model))
         check_fit(model, (ids for batch in context.batches for ids in batch["input_ids"].tolist()))
     check_room(init_plan(model, config, context.batches, park), output)

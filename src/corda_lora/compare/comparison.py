@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CompareConfig, CordaError, DataConfig, ModelConfig
+from ..data.batches import encode
 from ..data.samples import load_samples
 from ..files import check_checksums, is_partial, read_json, write_checksums, write_json
 from ..methods.registry import METHODS
+from ..models.loading import load_tokenizer
 from ..training.train import training_steps
 from .frontier import as_options
 from .schedule import Entry, Job, Results, possible_jobs, scheduled_jobs, start_of
@@ -63,7 +65,9 @@ class Comparison:
         """How many steps each run takes."""
         if self.recipe.train.max_steps:
             return self.recipe.train.max_steps
-        return training_steps(self.recipe.train, sum(bool(sample.response) for sample in load_samples(self.learn)))
+        tokenizer, length = load_tokenizer(self.source), self.learn.max_length
+        trained = [bool(encode(tokenizer, sample, length, end=True).targets) for sample in load_samples(self.learn)]
+        return training_steps(self.recipe.train, sum(trained))
 
     def folder(self, job: Job) -> Path:
         return self.output / job.folder

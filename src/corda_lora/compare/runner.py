@@ -28,6 +28,9 @@ from ..config import CompareConfig, CordaError, ModelConfig
 from ..data.overview import overview
 from ..data.samples import load_samples
 from ..devices import accelerator, machine_name, release_cache, restart_peak, visible_gpus
+from ..evaluation.choices import check_choices
+from ..evaluation.evaluate import measured_samples
+from ..evaluation.measures import KINDS
 from ..files import write_json
 from ..methods.registry import METHODS, check_options
 from ..models.loading import load_tokenizer
@@ -91,14 +94,16 @@ def _checked_gpus(gpus: Sequence[str]) -> Sequence[str]:
 
 def _check_data(comparison: Comparison, tokenizer: Any) -> None:
     """Show a sample of each data set. Raises CordaError if one cannot be read, or has nothing to learn or measure."""
-    evaluated = comparison.recipe.eval
-    for data in (*evaluated.data("text"), *evaluated.data("choices")):
-        load_samples(data)
-    shown = [(comparison.learn, True, True)]
-    shown += [] if comparison.keep is None else [(comparison.keep, False, False)]
-    shown += [(data, True, kind == "learn") for kind in ("keep", "learn") for data in evaluated.data(kind)]
-    for data, learned, end in shown:
-        console.print(overview(data.data, tokenizer, load_samples(data), data.max_length, learned, end))
+    prepared = [("task", comparison.learn)] + ([] if comparison.keep is None else [("context", comparison.keep)])
+    measured = [(kind, data) for kind in KINDS for data in comparison.recipe.eval.data(kind)]
+    for use, data in [*prepared, *measured]:
+        samples = load_samples(data)
+        if use == "choices":
+            check_choices(data.data, samples)
+        kind = {"task": "learn", "context": "keep"}.get(use, use)
+        shown, encoded = measured_samples(kind, tokenizer, samples, data.max_length)
+        learned, end = use != "context", kind == "learn"
+        console.print(overview(f"{use} {data.data}", tokenizer, shown, encoded, data.max_length, learned, end))
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------

@@ -9,19 +9,26 @@ from rich.text import Text
 from torch import nn
 
 from ..config import CordaError
-from .batches import Encoded, encode
+from .batches import Encoded
 from .samples import Sample
 
 SHOWN = 400  # characters of a prompt or a response
 
 
 def overview(
-    name: str, tokenizer: Any, samples: Sequence[Sample], max_length: int, learned: bool = True, end: bool = False
+    name: str,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    encoded: Sequence[Encoded],
+    max_length: int,
+    learned: bool = True,
+    end: bool = False,
 ) -> Text:
     """A few lines on the samples, to print before long work.
 
     Args:
         name: of the data.
+        encoded: the samples as tokens.
         learned: whether the responses are trained or measured. If not, the samples are a context: all of their tokens
             count, and they may do without responses.
         end: as in `encode`.
@@ -30,7 +37,6 @@ def overview(
         CordaError: `learned`, and no sample has a response, or none has a token of it within `max_length`; or `end`,
             and the tokenizer has no token for the end of a text, nor one for padding.
     """
-    encoded = [encode(tokenizer, sample, max_length, end) for sample in samples]
     answered = [e for s, e in zip(samples, encoded) if s.response.strip()]
     lost = sum(not e.targets for e in answered)
     if learned and not answered:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import CordaError
+from ..config import CordaError, short
 from ..data.batches import batch_by_length, encode
 from ..data.samples import Sample
 from ..progress import track
 from .answers import Sides, answer_log_probs, padded
+
+UNCUT = 10**9  # a `max_length` that cuts nothing
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def read_choices(
 ) -> Iterator[tuple[str, Choices]]:
     """(side, all questions with its scores) for each side."""
     encoded = [
-        encode(tokenizer, question.answered(choice), 10**9)
+        encode(tokenizer, question.answered(choice), UNCUT)
         for question in questions
         for choice in question.row["choices"]
     ]
@@ -64,9 +66,9 @@ def read_choices(
 
 def check_choices(name: str, samples: Sequence[Sample]) -> None:
     """Raises CordaError if a row has no list `choices` that holds its response."""
-    for i, sample in enumerate(samples):
+    for i, sample in enumerate(samples, 1):
         choices = sample.row.get("choices")
         if not isinstance(choices, list) or sample.response not in choices:
             raise CordaError(
-                f"row {i} of {name} needs a column `choices`: a list that holds the response {sample.response!r}"
+                f"sample {i} of {name} needs a column `choices`: a list with the response {short(sample.response)}"
             )

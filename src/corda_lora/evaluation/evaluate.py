@@ -19,7 +19,7 @@ from ..data.samples import Sample, load_samples
 from ..progress import console
 from .answers import TUNED, Sides, read_answers, sides
 from .base_outputs import BaseOutputs, record_base
-from .choices import check_choices, read_choices
+from .choices import UNCUT, check_choices, read_choices
 from .generation import read_continuations
 from .measures import KEPT, KINDS, MEASURES, Measure, agreement, drift, loss, means, recall, tokens
 
@@ -44,11 +44,13 @@ class Request:
         return f"{self.kind} {self.name}"
 
     @cached_property
+    def measured(self) -> tuple[Sequence[Sample], list[Encoded]]:
+        """See `measured_samples`."""
+        return measured_samples(self.kind, self.tokenizer, self.samples, self.max_length)
+
+    @property
     def encoded(self) -> list[Encoded]:
-        """The samples as tokens. A response to learn ends with the end-of-text token,
-        which was learned, too."""
-        samples = text_windows(self.tokenizer, self.samples, self.max_length) if self.kind == "text" else self.samples
-        return [encode(self.tokenizer, s, self.max_length, end=self.kind == "learn") for s in samples]
+        return self.measured[1]
 
 
 def _answers(request: Request) -> Iterator[tuple[str, Any]]:
@@ -111,19 +113,35 @@ def evaluate(
     requests: dict[tuple[str, str], Request] = {}
     for kind, pairs in loaded.items():
         for data, samples in pairs:
-            name = data.data if (kind, data.data) not in requests else f"{data.data} ({data.rows})"
+            names = [data.data, f"{data.data} ({data.rows})", *(f"{data.data} ({n})" for n in range(3, len(pairs) + 1))]
+            name = next(name for name in names if (kind, name) not in requests)
             request = Request(model, tokenizer, config, progress, compared, base, kind, name, samples, data.max_length)
             requests[kind, name] = request
-            if kind != "choices":
-                check_fit(model, (e.ids for e in request.encoded))
-            if progress and kind in ("keep", "learn"):
-                console.print(overview(request.label, tokenizer, samples, data.max_length, end=kind == "learn"))
+            check_fit(model, (e.ids for e in request.encoded))
+            if progress:
+                shown = overview(request.label, tokenizer, *request.measured, data.max_length, end=kind == "learn")
+                console.print(shown)
     results: dict[str, Any] = {}
     for (kind, name), request in requests.items():
         if record is not None and kind in KEPT:
             record |= record_base(model, tokenizer, request.encoded, config.batch_tokens, progress, request.label)
         results.setdefault(kind, {})[name] = _run(request, measures[kind])
     return results
+
+
+def measured_samples(
+    kind: str, tokenizer: Any, samples: Sequence[Sample], max_length: int
+) -> tuple[Sequence[Sample], list[Encoded]]:
+    """The samples of a kind of data as they are measured, and as tokens.
+
+    Running text is in windows. A response to learn ends with the end-of-text token, which was learned, too. Choices are
+    never cut; they are shown with the right one.
+    """
+    if kind == "text":
+        before = len(encode(tokenizer, Sample("", "", {}), 1).ids)  # a begin-of-text token
+        samples = text_windows(tokenizer, samples, max(1, max_length - before))
+    length = UNCUT if kind == "choices" else max_length
+    return samples, [encode(tokenizer, sample, length, end=kind == "learn") for sample in samples]
 
 
 def measures_of(kind: str, config: EvalConfig, model: nn.Module) -> list[Measure]:
