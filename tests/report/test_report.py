@@ -12,7 +12,7 @@ import pytest
 from corda_lora.compare.frontier import CurvePoint, Estimate, Point, summary
 from corda_lora.report.charts import curves_edge, frontier_edge
 from corda_lora.report.html import embedded, html_report
-from corda_lora.report.markdown import plain, write_csv
+from corda_lora.report.markdown import markdown_report, plain, write_csv
 from corda_lora.report.pictures import look
 from corda_lora.report.report import write_report
 from corda_lora.report.sentences import headline, settings
@@ -484,3 +484,36 @@ def test_markdown_and_csv_escape_what_came_from_data(tmp_path):
         row = next(csv.DictReader(file))
     assert (row["method"], row["why"], row["learning_rate"]) == ("'" + harm, "'@x", "-1.0")
     assert row["keep -y drift"] == "-0.5"
+
+
+def test_a_sweep_is_read_near_loras_best_and_so_is_what_nobody_named():
+    """The named ability's hull lies between "keep 3" and "keep 30" there; the unnamed one is better at "keep 0"."""
+    compared = comparison()
+    assert "nobody named" not in html_report(compared) + markdown_report(compared)
+    compared["recipe"]["context"] = "nq_context.jsonl"
+    compared["runs"] = [r for r in comparison()["runs"] if r["method"] in ("lora", "full")]
+    compared["methods"] = {name: compared["methods"][name] for name in ("lora", "full", "kpm")}
+    settings = {0: (0.91, 0.04, 0.03), 3: (0.90, 0.02, 0.1), 30: (0.91, 0.01, 0.2)}
+    for value, (loss, nq, webq) in settings.items():
+        entry = run("kpm", 1e-2, 1, loss, nq) | {"swept": {"keep": value}, "predicted_drift": {"nq": nq / 2}}
+        entry["results"]["keep"]["webq"]["drift"] = webq
+        compared["runs"].append(entry)
+    text = markdown_report(compared)
+    tables = list(markdown_tables(text))
+    best = next(row for row in tables[0] if row["method"].startswith("CorDA"))
+    assert best["learning rate"].startswith("1e-2, keep 3 (the only rate tried")
+    assert best["drift at LoRA’s task loss: nq"] == "**0.0200** (1e-2, keep 3)"
+    assert best["predicted drift at its own task loss: nq"] == "0.0100"
+    lora, _full, kpm = tables[1]
+    assert kpm["settings"] == "1e-2, keep 3 … 1e-2, keep 30"
+    assert kpm["drift at a task loss of 0.9050: nq"] == "**0.0141**"  # √(0.02·0.01)
+    assert kpm["drift at a task loss of 0.9050: webq, not named"] == "**0.141**"  # √(0.1·0.2): at the same settings
+    assert lora["drift at a task loss of 0.9050: webq, not named"].startswith("1.4")
+    ratio = float(re.search(r"[\d.]+", kpm["times less than LoRA: webq, not named"])[0])
+    assert ratio == pytest.approx(1.42 / 0.141, rel=0.05)
+    assert kpm["nq, over task losses: up to 0.9050: the most times less than LoRA"].startswith("**8")
+    assert kpm["nq, over task losses: that both reach: the least times less than LoRA"].startswith("**60")
+    assert "At a task loss at most 0.005 above LoRA’s best (0.9000), CorDA KPM, &lt;anchored> drifts 8" in text
+    page = html_report(compared)
+    assert "Near LoRA’s best task loss, and what nobody named" in page
+    assert "learning rate 1e-2, keep 30, 1 seed" in page

@@ -266,18 +266,28 @@ def ratio_at(ours: Sequence[Point], theirs: Sequence[Point], loss: float) -> Est
     return exponential(mean_interval(differences, center=b[0] - a[0]))
 
 
+def around(hull: Sequence[Point], loss: float) -> list[tuple[Point, float]]:
+    """The points of a hull between which a task loss lies, with their weights; none outside the losses reached."""
+    if not hull or not hull[0].loss <= loss <= hull[-1].loss:
+        return []
+    if len(hull) == 1:
+        return [(hull[0], 1.0)]
+    right = min(bisect_right([p.loss for p in hull], loss), len(hull) - 1)
+    a, b = hull[right - 1], hull[right]
+    w = (loss - a.loss) / (b.loss - a.loss)
+    return [(p, weight) for p, weight in ((a, 1 - w), (b, w)) if weight > 0]
+
+
 def _on_hull(hull: Sequence[Point], loss: float) -> tuple[float, dict[int, float]] | None:
     """Log drift at a task loss, and each seed's deviation from it: see `drift_at`."""
-    if not hull or not hull[0].loss <= loss <= hull[-1].loss:
+    ends = around(hull, loss)
+    if not ends:
         return None
-    if len(hull) == 1:
-        slope, ends = 0.0, [(hull[0], 1.0)]
-    else:
+    slope = 0.0
+    if len(hull) > 1:
         right = min(bisect_right([p.loss for p in hull], loss), len(hull) - 1)
         a, b = hull[right - 1], hull[right]
         slope = (b.log_drift - a.log_drift) / (b.loss - a.loss)
-        w = (loss - a.loss) / (b.loss - a.loss)
-        ends = [(p, weight) for p, weight in ((a, 1 - w), (b, w)) if weight > 0]
     value = sum(weight * p.log_drift for p, weight in ends)
     shared = set.intersection(*(set(p.seeds) for p, _ in ends))
     off = {
@@ -422,6 +432,7 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     drift: {ability: `Estimate` at the best rate};
     equal_loss: the reference's lowest task loss; equal: {ability: `Estimate` of the method's drift at that loss};
     reach: `Reach`, at the best rate, of the loss where the reference's mean learning curve ends at its own best rate;
+    predicted: {data: the predicted drift, mean over the seeds at the best rate}, of runs that predict one;
     seconds, prepare_seconds, peak_bytes, steps, adapter, trainable: means over the seeds at the best rate;
     scores: {(kind, data, measure's name): `Estimate` at the best rate}, for the measures with a title.
     """
@@ -488,6 +499,10 @@ def _row(
         "reach": reach(comparison, method, best.setting, final) if best and final is not None else None,
         "seconds": mean([training_seconds(run) for run in runs]),
         "prepare_seconds": mean([run.get("prepare_seconds") for run in runs]),
+        "predicted": {
+            name: mean([run.get("predicted_drift", {}).get(name) for run in runs])
+            for name in dict.fromkeys(name for run in runs for name in run.get("predicted_drift", {}))
+        },
         "peak_bytes": mean([run.get("peak_bytes") for run in runs]),
         "steps": mean([run.get("steps") for run in runs]),
         "adapter": mean([(run.get("parameters") or {}).get("adapter") for run in runs]),

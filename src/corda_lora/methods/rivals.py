@@ -128,7 +128,7 @@ def _shares(encoded: Sequence[Encoded], size: int, parts: int, seed: int) -> Ite
             yield drawn[i * size // parts : (i + 1) * size // parts], factor
 
 
-@method("ewc", "LoRA + EWC", "Kirkpatrick et al., arXiv 1612.00796; ours", prepares_from="keep")
+@method("ewc", "LoRA + EWC", "Kirkpatrick et al., arXiv 1612.00796; ours", prepares_from="keep", after=("weight",))
 def ewc(model: nn.Module, setup: Setup, weight: Weight = 1.0, samples: Count | None = None) -> Prepared:
     """The loss has the term weight · ½ Σ F_ij ΔW_ij² over the adapted weights (Eq. 3), with ΔW = s·B A and F the
     diagonal of the base model's Fisher information on the context: at weight 1, the drift per answer token that the

@@ -24,7 +24,7 @@ from ..compare.frontier import (
     task,
 )
 from .charts import best_curves, curves_edge, frontier_edge
-from .sentences import circumstances, headline, notes, run_count, settings, verdict_sentences
+from .sentences import circumstances, headline, near_sentences, notes, run_count, settings, verdict_sentences
 from .tables import (
     Cell,
     Column,
@@ -34,6 +34,7 @@ from .tables import (
     equal_loss_columns,
     loss_cell,
     milestone_columns,
+    near_columns,
     run_columns,
     summary_columns,
 )
@@ -52,6 +53,7 @@ def html_report(comparison: dict[str, Any]) -> str:
         "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
         "about": escape(f"{plural(len(titles), 'method')} · {run_count(comparison)} · {comparison['machine']}"),
         "methods": html_table("Methods, at their best learning rates", list(titles.values()), columns, base=True),
+        "near": near_section(comparison),
         "verdicts": "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict_sentences(comparison, rows)),
         "soon": html_table("How fast losses were reached", list(titles.values()), milestone_columns(comparison, rows)),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes(comparison, rows)),
@@ -65,6 +67,24 @@ def html_report(comparison: dict[str, Any]) -> str:
     }
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda field: parts[field[1]], template)
+
+
+def near_section(comparison: dict[str, Any]) -> str:
+    """The section on the task losses near the reference's best; "" for comparisons that have none."""
+    columns, reference = near_columns(comparison), reference_method(comparison)
+    if not columns or reference is None:
+        return ""
+    titles = titles_of(comparison)
+    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in near_sentences(comparison))
+    heading = f"Near {titles[reference]}’s best task loss"
+    table = html_table(heading, list(titles.values()), columns)
+    return f"""
+  <section class="card">
+    <h2>{escape(heading)}, and what nobody named</h2>
+    <ul class="read">{said}</ul>
+    <div class="scroll" tabindex="0" role="region" aria-label="near the best task loss">{table}</div>
+  </section>
+"""
 
 
 def html_table(caption: str, names: Sequence[str], columns: list[Column], base: bool = False) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compare.frontier import abilities, milestones, reference_method, summary, training_seconds
-from .sentences import circumstances, headline, notes, run_count, settings, verdict_sentences
+from .sentences import circumstances, headline, near_sentences, notes, run_count, settings, verdict_sentences
 from .tables import (
     Cell,
     Column,
@@ -14,6 +14,7 @@ from .tables import (
     best_of,
     equal_loss_columns,
     milestone_columns,
+    near_columns,
     run_columns,
     summary_columns,
 )
@@ -33,6 +34,10 @@ def markdown_report(comparison: dict[str, Any]) -> str:
     lines += markdown_table("method", [row["title"] for row in rows], summary_columns(comparison, rows), base)
     if verdicts := verdict_sentences(comparison, rows):
         lines += [*(f"- {plain(sentence)}" for sentence in verdicts), ""]
+    if columns := near_columns(comparison):
+        lines += [f"## Near {plain(titles[reference or ''])}’s best task loss, and what nobody named", ""]
+        lines += [*(f"- {plain(sentence)}" for sentence in near_sentences(comparison)), ""]
+        lines += markdown_table("method", list(titles.values()), columns)
     if rows and milestones(comparison):
         lines += ["## How fast losses were reached", ""]
         lines += markdown_table("method", [row["title"] for row in rows], milestone_columns(comparison, rows))

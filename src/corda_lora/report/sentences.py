@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..compare.frontier import (
+    NEAR,
     Ability,
     Estimate,
     abilities,
@@ -17,6 +18,7 @@ from ..compare.frontier import (
     status,
     task,
 )
+from ..compare.near import near, near_loss
 from ..evaluation.measures import MEASURES
 from .tables import Cell, difference_cell, highest_score, loss_cell, median_ratio, steps_cell
 from .text import counts, label, plural, setting_text, spread, times_text
@@ -154,6 +156,34 @@ def _verdict(name: str, judged: list[tuple[str, str]], meaning: str) -> str:
         f"{how} {', '.join(text for h, text in judged if h == how)}" for how in dict.fromkeys(h for h, _ in judged)
     ]
     return f"{name}, at each method’s best learning rate: {'; '.join(parts)}; {meaning}."
+
+
+def near_sentences(comparison: dict[str, Any]) -> list[str]:
+    """How much less methods drift near the reference's best task loss, the best of them first; how to read it."""
+    reference, highest = reference_method(comparison), near_loss(comparison)
+    if reference is None or highest is None:
+        return []
+    titles = {method: about["title"] for method, about in comparison["methods"].items()}
+    named, name = label(comparison, abilities(comparison)[0]), titles[reference]
+    rows = {titles[method]: row for method, row in near(comparison).items()}
+    most = {title: row.most.value for title, row in rows.items() if row.most}
+    least = {title: row.least.value for title, row in rows.items() if row.least and row.most}
+    both, sentences = "over all task losses that both reach", []
+    if most:
+        best = max(most, key=lambda title: most[title])
+        sentences.append(
+            f"At a task loss at most {NEAR} above {name}’s best ({highest - NEAR:.4f}), {best} drifts "
+            f"{times_text(most[best])} times less than {name} on {named}; {both}, at least {times_text(least[best])} "
+            "times less."
+        )
+        steady = max(least, key=lambda title: least[title])
+        if steady != best:
+            sentences.append(f"{steady} drifts at least {times_text(least[steady])} times less {both}.")
+    sentences.append(
+        f"“Settings” are those between which the drift on {named} is interpolated at a task loss of {highest:.4f}. The "
+        "other abilities, of which no method was shown anything, are read at the same settings."
+    )
+    return sentences
 
 
 def run_count(comparison: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from ..compare.frontier import (
     Estimate,
     Ratios,
     abilities,
+    around,
     is_finite,
     lower_hull,
     milestones,
@@ -20,6 +21,7 @@ from ..compare.frontier import (
     task,
     training_seconds,
 )
+from ..compare.near import near, near_loss, unnamed
 from ..evaluation.measures import MEASURES
 from .text import counts, label, number, plural, setting_text, spread, times_text
 
@@ -84,7 +86,9 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     def equal(row: dict[str, Any], ability: Ability) -> Cell:
         measured, at = points(comparison, row["method"], ability), row["equal_loss"]
         if row["equal"][ability] or not measured or at is None:
-            return drift_cell(row["equal"][ability])
+            cell = drift_cell(row["equal"][ability])
+            swept = [p.setting for p, _ in around(lower_hull(measured), at or 0.0) if p.setting.swept]
+            return cell._replace(extra="; ".join(filter(None, [cell.extra, " … ".join(map(setting_text, swept))])))
         return Cell("—", "not reached" if min(p.loss for p in measured) > at else "learns more at every rate")
 
     def reach(row: dict[str, Any], which: str) -> Cell:
@@ -119,6 +123,9 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     for a in abilities(comparison):
         cells = [drift_cell(row["drift"][a]) for row in rows]
         columns.append(Column("drift at its own task loss", label(comparison, a), "low", cells, "0"))
+    for source in dict.fromkeys(source for row in rows for source in row["predicted"]):
+        cells = [plain_cell(row["predicted"].get(source)) for row in rows]
+        columns.append(Column("predicted drift at its own task loss", source, "", cells))
     for which in ("steps", "seconds"):
         columns.append(Column(f"to reach {name}’s final loss", which, "low", [reach(row, which) for row in rows]))
     for key in dict.fromkeys(key for row in rows for key in row["scores"]):
@@ -144,6 +151,35 @@ def highest_score(comparison: dict[str, Any], rows: list[dict[str, Any]], key: t
     kind, source, name = key
     values = [row["scores"][key].value for row in rows if key in row["scores"]]
     return max([comparison["base"].get(kind, {}).get(source, {}).get(name) or 0.0, *values])
+
+
+def near_columns(comparison: dict[str, Any]) -> list[Column]:
+    """The table of what each method keeps near the reference's best task loss: see `compare.near`. None for comparisons
+    without a context, or without a method that sweeps an option."""
+    reference, others = reference_method(comparison), unnamed(comparison)
+    loss, rows = near_loss(comparison), list(near(comparison).values())
+    if not any(run.get("swept") for run in comparison["runs"]) or reference is None or loss is None or not others:
+        return []
+    named, name = abilities(comparison)[0], comparison["methods"][reference]["title"]
+    at, times = f"drift at a task loss of {loss:.4f}", f"times less than {name}"
+
+    def drift(ability: Ability) -> list[Cell]:
+        return [drift_cell(row.drift[ability]) if row.settings else Cell("—", "not reached") for row in rows]
+
+    def ratio(ability: Ability) -> list[Cell]:
+        return [ratio_cell(row.times.get(ability)) for row in rows]
+
+    settings = [Cell(" … ".join(map(setting_text, row.settings)) or "—") for row in rows]
+    columns = [Column("", "settings", "", settings), Column(at, label(comparison, named), "low", drift(named))]
+    columns += [Column(at, f"{label(comparison, a)}, not named", "low", drift(a)) for a in others]
+    columns.append(Column(times, label(comparison, named), "high", ratio(named)))
+    columns += [Column(times, f"{label(comparison, a)}, not named", "high", ratio(a)) for a in others]
+    losses = f"{label(comparison, named)}, over task losses"
+    most = [ratio_cell(row.most) for row in rows]
+    columns.append(Column(losses, f"up to {loss:.4f}: the most times less than {name}", "high", most))
+    least = [ratio_cell(row.least) for row in rows]
+    columns.append(Column(losses, f"that both reach: the least times less than {name}", "high", least))
+    return columns
 
 
 def milestone_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[Column]:
