@@ -2,7 +2,7 @@
 
     python benchmarks/prepare_data.py DATA OUTPUT
 
-DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/test.txt,
+DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/{valid,test}.txt,
 mbpp/mbpp.jsonl, as published.
 
 - `gsm8k_*` has the form of the questions to keep ("Question: ... Answer:"), `gsm8k_plain_*` has not.
@@ -10,6 +10,8 @@ mbpp/mbpp.jsonl, as published.
   no answers.
 - NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances), without the answers `nq_questions_context.jsonl`.
   Rows 2000-3609 become `nq_test.jsonl` (for measuring). `*_qa_*` and `*_bare_*` have other forms.
+- `wikitext2_context.jsonl` (of the validation split) and `wikitext2_paragraphs.jsonl` (of the test split) have a
+  paragraph in each row.
 """
 
 import json
@@ -52,6 +54,10 @@ def main(data: Path, output: Path) -> None:
     mbpp = _read(data / "mbpp" / "mbpp.jsonl")
     for split, first, last in (("train", 601, 974), ("test", 11, 510)):
         _write(output / f"mbpp_{split}.jsonl", [_program(r) for r in mbpp if first <= r["task_id"] <= last])
+    for split, name in (("valid", "context"), ("test", "paragraphs")):
+        lines = (data / "wikitext2" / f"{split}.txt").read_text().splitlines()
+        paragraphs = [line.strip() for line in lines if len(line) > 200 and not line.startswith(" = ")]
+        _write(output / f"wikitext2_{name}.jsonl", [{"text": paragraph} for paragraph in paragraphs])
     (output / "wikitext2_test.txt").write_text((data / "wikitext2" / "test.txt").read_text())
 
 
