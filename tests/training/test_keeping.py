@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from transformers import Trainer, TrainingArguments
 
 from corda_lora.adapters.lora import install, lora_layers
 from corda_lora.config import CordaConfig, CordaError, LoraStart, TrainConfig
@@ -13,7 +14,7 @@ from corda_lora.evaluation.evaluate import loss_and_drift
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess.pipeline import preprocess
 from corda_lora.preprocess.statistics import Statistics, answered_batches, collect_statistics
-from corda_lora.training.keeping import Keeper, PredictedDrift
+from corda_lora.training.keeping import KeepCallback, Keeper, PredictedDrift
 from corda_lora.training.train import plain_lora, train
 
 TASK = [Sample(f"{i} + {i} =", f" {i + i}", {}) for i in range(40)]
@@ -130,3 +131,31 @@ def test_a_run_that_was_broken_off_goes_on_with_the_same_price(tokenizer, statis
     assert [row[0] for row in resumed.history] == [row[0] for row in keeper.history]
     for a, b in zip(whole.parameters(), again.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_the_callback_keeps_in_a_trainer_of_somebody_else(accumulated, tokenizer, statistics, tmp_path):
+    def weights(keep):
+        model = adapted("lora", recipe())
+        rows = [{"input_ids": tokenizer(s.prompt + s.response).input_ids} for s in TASK[10:]]
+        rows = [{**row, "labels": row["input_ids"], "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=8, per_device_train_batch_size=8 // accumulated, use_cpu=True, report_to="none",
+            gradient_accumulation_steps=accumulated, learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.0,
+            logging_steps=1, disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        callback = KeepCallback(model, statistics, keep)
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+        assert trainer.state.log_history[0].keys() >= {"loss", "drift"}
+        return float(callback.predicted())
+
+    assert weights(100.0) < 0.3 * weights(0.0)
+
+
+def test_the_callback_refuses_scaled_gradients(statistics, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_grad_norm=0.0)
+    arguments.fp16 = True
+    callback = KeepCallback(adapted("lora", recipe()), statistics, 1.0)
+    with pytest.raises(CordaError, match="set max_grad_norm"):
+        callback.on_train_begin(arguments, None, None)

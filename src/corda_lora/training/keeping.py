@@ -26,7 +26,6 @@ from ..files import read_json, write_json
 from ..models.targets import layer_digest
 from ..preprocess.statistics import Statistics
 
-
 STATE = "keeping.json"
 
 
@@ -136,7 +135,8 @@ class Keeper(TrainerCallback):
         predicted: see `PredictedDrift`.
         keep: λ at the beginning.
         max_drift: steer λ so that the run ends at this drift, in nats per answer token.
-        measure: measures the drift on samples that the statistics have not seen; it may leave the model in evaluation mode.
+        measure: measures the drift on samples that the statistics have not seen. It may leave the model in evaluation
+            mode.
         points: how many measurements are made.
 
     Raises CordaError if `keep` is negative or not finite, or the adapter to start from is beyond `max_drift` already.
@@ -174,7 +174,8 @@ class Keeper(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE)
         if state.global_step and saved.is_file():
-            vars(self).update(read_json(saved))
+            for name, value in read_json(saved).items():
+                setattr(self, name, value)
             return
         self._look(state.global_step, measures=True)
         if self.max_drift is not None and self.estimate > self.max_drift:
@@ -212,3 +213,32 @@ class Keeper(TrainerCallback):
         assert self.max_drift is not None
         distance = math.log(max(self.estimate, 1e-12) / self.max_drift)
         self.keep = min(1e6, max(1e-3, self.keep * math.exp(0.2 * max(-1.0, min(1.0, distance)))))
+
+
+class KeepCallback(Keeper):
+    """A `Keeper` for anybody's trainer, transformers' and TRL's, which compute their losses in ways of their own: it
+    adds the penalty's gradient to the gradients of each optimizer step, after they are clipped.
+
+        trainer = DPOTrainer(peft_model, ..., callbacks=[KeepCallback(peft_model, statistics, keep=30)])
+
+    `trainer.state.log_history` has `drift` beside each loss (see `Keeper.estimate`).
+
+    Raises CordaError as `Keeper` and `PredictedDrift` do, and before the first step where gradients are scaled
+    (float16) and not clipped: the trainer then hands them over scaled.
+    """
+
+    def __init__(self, peft_model: PeftModel, statistics: Statistics, keep: float, **options: Any):
+        super().__init__(PredictedDrift(peft_model, statistics), keep, **options)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.fp16 and not args.max_grad_norm:
+            raise CordaError("in float16 the penalty needs clipped gradients: set max_grad_norm, such as to 1.0")
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.keep:
+            with torch.enable_grad():
+                self.penalty().backward()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history[-1]["drift"] = self.estimate
