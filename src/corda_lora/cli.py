@@ -356,7 +356,7 @@ def train(options: Namespace) -> None:
         remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
         return
-    from .adapters.lora import RECORD, load_adapter, read_record, save_adapter
+    from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
     from .data.batches import encode
     from .data.overview import overview
     from .data.samples import load_samples
@@ -367,7 +367,10 @@ def train(options: Namespace) -> None:
     from .training.train import train as run_training
 
     check_output(options.output)
-    record = read_record(options.start) if options.start else None
+    record = None
+    if options.start:
+        read_marks(options.start)
+        record = read_record(options.start)
     samples = load_samples(data)
     tokenizer = load_tokenizer(source)
     encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in samples]

@@ -116,9 +116,10 @@ def read_json(path: Path) -> Any:
         raise CordaError(f"{path} is damaged: it is no whole JSON") from error
 
 
-def write_checksums(folder: Path, pattern: str = "*") -> None:
-    """Write the checksum of every file in `folder` that matches `pattern` beside them."""
-    paths = sorted(path for path in folder.rglob(pattern) if path.is_file() and path.name != CHECKSUMS)
+def write_checksums(folder: Path, *patterns: str) -> None:
+    """Write the checksum of every file in `folder`, or of those that match one of the patterns, beside them."""
+    found = {path for pattern in patterns or ("*",) for path in folder.rglob(pattern)}
+    paths = sorted(path for path in found if path.is_file() and path.name != CHECKSUMS)
     write_json(folder / CHECKSUMS, {str(path.relative_to(folder)): sha256_of(path) for path in paths})
 
 

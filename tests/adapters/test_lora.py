@@ -320,28 +320,104 @@ def test_a_plain_lora_directory_is_loaded_as_peft_does(tmp_path):
     assert torch.equal(tiny.logits(load_adapter(tiny.build("llama"), tmp_path)), tiny.logits(lora))
 
 
-@pytest.mark.parametrize("change", ["removed", "flipped", "no file", "another rank"])
-def test_an_adapter_whose_tensors_have_changed_is_refused(change, tmp_path):
-    model, found = start()
-    save_adapter(install(copy.deepcopy(model), found), tmp_path / "a", {})
-    path = tmp_path / "a" / "adapter_model.safetensors"
+def edit(path, change):
+    """Change what is in a JSON file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def first_of(tensors):
+    return next(name for name in sorted(tensors) if "lora_A" in name)
+
+
+def rewrite(path, change):
+    """Change the tensors in a file, as a program does that knows nothing of checksums."""
     tensors = load_file(path)
-    name = next(iter(tensors))
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("what", ["corda", "plain"])
+@pytest.mark.parametrize("change", ["removed", "another rank", "cut off", "no file"])
+def test_an_adapter_whose_tensors_do_not_fit_is_refused(change, what, tmp_path):
+    model, found = start()
+    adapted = install(copy.deepcopy(model), found)
+    if what == "plain":
+        adapted = peft.get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "a")
+    path, message = tmp_path / "a" / "adapter_model.safetensors", r"a/adapter_model\.safetensors is damaged"
     if change == "removed":
-        del tensors[name]
+        rewrite(path, lambda tensors: tensors.pop(first_of(tensors).replace("lora_A", "lora_B")))
+        message += r": it has no base_model\..*_proj\.lora_B\.weight"
+    elif change == "another rank":
+        rewrite(path, lambda tensors: tensors.update({first_of(tensors): tensors[first_of(tensors)][:1]}))
+        message += r", or does not fit the model: .*size mismatch"
+    elif change == "cut off":
+        path.write_bytes(path.read_bytes()[:-1])
     else:
-        tensors[name].view(torch.int32)[0, 0] ^= 1
-    path.unlink()
-    message = r"a is not an adapter directory: it has no adapter_model\.safetensors"
-    if change != "no file":
-        save_file(tensors, path)
-        message = r"adapter_model\.safetensors is damaged: make the adapter again"
-    if change == "another rank":  # of which there are no checksums
-        save_file(tensors | {name: tensors[name][:1]}, path)
-        (tmp_path / "a" / "sha256.json").unlink()
-        message = "is damaged, or does not fit the model"
+        path.unlink()
+        message = r"a is not an adapter directory: it has no adapter_model\.safetensors"
+    weights = tiny.snapshot(model)
     with pytest.raises(CordaError, match=message):
         load_adapter(model, tmp_path / "a")
+    if change != "another rank":  # where PEFT fails, it has put its layers into the model
+        assert tiny.snapshot(model).keys() == weights.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("adapter_config.json", lambda config: config.update(lora_alpha=32), "is damaged: make the adapter again"),
+        ("adapter_config.json", lambda config: config["target_modules"].pop(), "is damaged: make the adapter again"),
+        ("corda.json", lambda r: next(iter(r["layers"].values())).update(r=3), r"\.safetensors has .*lora_A.weight of"),
+        ("corda.json", lambda record: record["layers"].popitem(), r"\.safetensors has .* of shape .* says None"),
+        ("corda.json", lambda record: record.pop("config"), "is damaged: KeyError"),
+    ],
+)
+def test_files_that_were_edited_are_refused_by_name(name, change, message, tmp_path):
+    model, found = start()
+    folder = saved(install(copy.deepcopy(model), found), found, tmp_path / "a")
+    load_adapter(copy.deepcopy(model), folder)
+    edit(folder / name, change)
+    with pytest.raises(CordaError, match=rf"{name if 'is damaged' in message else ''}.*{message}"):
+        load_adapter(model, folder)
+
+
+def test_a_number_that_changed_is_refused(tmp_path):
+    model, found = start()
+    folder = saved(install(copy.deepcopy(model), found), found, tmp_path / "a")
+    path = folder / "adapter_model.safetensors"
+    numbers = bytearray(path.read_bytes())
+    numbers[-1] ^= 1
+    path.write_bytes(numbers)
+    with pytest.raises(CordaError, match=r"adapter_model\.safetensors is damaged: make the adapter again"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "over it"])
+def test_what_peft_saves_of_ours_is_no_damage(place, tmp_path):
+    """Also with other options in the configuration, and over the files that the checksums are of."""
+    model, found, adapted, _ = tuned()
+    folder = saved(adapted, found, tmp_path / "a")
+    loaded = load_adapter(copy.deepcopy(model), folder, trainable=True)
+    moved = tiny.logits(train(loaded).eval())
+    loaded.peft_config["default"].lora_dropout = 0.1
+    loaded.peft_config["default"].revision = "main"
+    target = folder if place == "over it" else tmp_path / "b"
+    loaded.save_pretrained(target)
+    same(tiny.logits(load_adapter(model, target)), moved)
+
+
+def test_another_scale_is_said_where_there_are_no_checksums(tmp_path):
+    model, _, adapted, _ = tuned()
+    adapted.save_pretrained(tmp_path)
+    edit(tmp_path / "adapter_config.json", lambda config: config.update(lora_alpha=32))
+    with pytest.warns(UserWarning, match=r"adapter_config\.json scales .* by 4, but the adapter was made with 2"):
+        load_adapter(copy.deepcopy(model), tmp_path)
+    edit(tmp_path / "adapter_config.json", lambda config: config["target_modules"].remove("model.layers.0.mlp.up_proj"))
+    with pytest.raises(CordaError, match=r"target_modules lacks model\.layers\.0\.mlp\.up_proj, which is adapted"):
+        load_adapter(model, tmp_path)
 
 
 def test_no_adapter_or_a_damaged_record_is_refused(tmp_path):

@@ -18,6 +18,8 @@ and plain PEFT loads and saves it again without a word.
 """
 
 import json
+import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,12 +32,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import CordaError
-from ..files import CHECKSUMS, check_checksums, whole_folder, write_checksums
+from ..files import CHECKSUMS, check_checksums, read_json, sha256_of, whole_folder, write_checksums
 from ..models.targets import check_bare, fingerprint, layer_digest, lora_config
 from ..preprocess.pipeline import Start
 from ..version import __version__
@@ -44,7 +46,9 @@ from .held import describe_held, freeze, warn_if_trained
 RECORD = "corda.json"
 TIMING = "timing.json"
 SPECTRA = "spectra.safetensors"
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+HINT_AT_TIES = "Model has `tie_word_embeddings=True`"  # a vague warning of PEFT's: `preprocess` says what to do
 
 
 def install(model: nn.Module, start: Start) -> PeftModel:
@@ -54,7 +58,8 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     config = lora_config(model, start.layers)
     config.lora_dropout, config.modules_to_save = start.config.lora_dropout, start.config.modules_to_save
     set_ranks(config, {name: halves * layer.A.shape[0] for name, layer in start.layers.items()}, start.config.scale)
-    with _without_hint_at_ties():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=HINT_AT_TIES)
         peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     for name, layer in lora_layers(peft_model).items():
         A, B = start.layers[name].A, start.layers[name].B
@@ -71,14 +76,6 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     peft_model.peft_config["default"].auto_mapping = {"corda": marks}
     freeze(peft_model, split)
     return peft_model
-
-
-@contextmanager
-def _without_hint_at_ties() -> Iterator[None]:
-    """Without PEFT's warning of "complications" with an adapter on a tied output head: `preprocess` says which."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        yield
 
 
 def set_ranks(config: LoraConfig, ranks: Mapping[str, int], scale: float) -> None:
@@ -123,7 +120,7 @@ def save_adapter(
             (folder / name).write_text(json.dumps({"versions": versions, **record}, indent=1) + "\n")
         if spectra:
             save_file({name: sigma.float() for name, sigma in spectra.items()}, folder / SPECTRA)
-        write_checksums(folder, "*.safetensors")
+        write_checksums(folder, "*.safetensors", CONFIG)
 
 
 def save_plain(peft_model: PeftModel, folder: Path) -> None:
@@ -131,7 +128,7 @@ def save_plain(peft_model: PeftModel, folder: Path) -> None:
     # Embeddings are never adapted; left to itself PEFT asks the hub whether they were resized.
     peft_model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, all blanks
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     config = json.loads(path.read_text())
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()  # PEFT holds a set, whose order differs from run to run
@@ -143,17 +140,48 @@ def save_plain(peft_model: PeftModel, folder: Path) -> None:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """corda.json of an adapter directory: how the start was made, to be read and kept, but not needed; None without it.
 
-    Raises CordaError if there is no adapter in the directory, or the record is damaged.
+    Raises CordaError if there is no adapter in the directory, or the record is damaged or of another adapter.
     """
-    if not (Path(directory) / "adapter_config.json").is_file():
-        raise CordaError(f"{directory} is not an adapter directory: it has no adapter_config.json")
+    if not (Path(directory) / CONFIG).is_file():
+        raise CordaError(f"{directory} is not an adapter directory: it has no {CONFIG}")
     path = Path(directory) / RECORD
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        record = dict(json.loads(path.read_text()))
+        expected = _recorded_shapes(record)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error
+    if expected and (Path(directory) / WEIGHTS).is_file():
+        shapes = {n: s for n, s in _shapes_in(Path(directory) / WEIGHTS).items() if ".lora_" in n}
+        if wrong := next((n for n in sorted({**expected, **shapes}) if expected.get(n) != shapes.get(n)), None):
+            raise CordaError(
+                f"{Path(directory) / WEIGHTS} has {wrong} of shape {shapes.get(wrong)}, but {path} says "
+                f"{expected.get(wrong)}: one of the files is damaged or of another adapter"
+            )
+    return record
+
+
+def _recorded_shapes(record: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shapes of the factors that a record tells of, by the names that PEFT saves them under."""
+    if "layers" not in record:
+        return {}
+    halves = 1 if record["config"]["split"] in ("anchored", "seeded") else 2
+    shapes = {}
+    for name, layer in record["layers"].items():
+        r, (d_out, d_in) = halves * layer["r"], layer["shape"]
+        shapes[f"base_model.model.{name}.lora_A.weight"] = [r, d_in]
+        shapes[f"base_model.model.{name}.lora_B.weight"] = [d_out, r]
+    return shapes
+
+
+def _shapes_in(path: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in a file. Raises CordaError if the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CordaError(f"{path} is damaged: {error}") from error
 
 
 def read_marks(directory: Path) -> dict[str, Any] | None:
@@ -162,12 +190,14 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
     Raises CordaError if there is no adapter in the directory, it has no weights or other ones than were written, or its
     configuration or record is damaged.
     """
-    path = Path(directory) / "adapter_config.json"
-    for name in (path.name, WEIGHTS):  # PEFT would ask the hub for weights that are not there
-        if not (Path(directory) / name).is_file():
-            raise CordaError(f"{directory} is not an adapter directory: it has no {name}")
-    if (Path(directory) / CHECKSUMS).is_file():
-        check_checksums(Path(directory), f"make the adapter again, or remove {CHECKSUMS} if the change is meant")
+    directory = Path(directory)
+    path, weights = directory / CONFIG, directory / WEIGHTS
+    for file in (path, weights):  # PEFT would ask the hub for weights that are not there
+        if not file.is_file():
+            raise CordaError(f"{directory} is not an adapter directory: it has no {file.name}")
+    _shapes_in(weights)
+    if (directory / CHECKSUMS).is_file() and not _saved_over(directory):
+        check_checksums(directory, f"make the adapter again, or remove {CHECKSUMS} if the change is meant")
     read_record(directory)
     try:
         marks = (json.loads(path.read_text()).get("auto_mapping") or {}).get("corda")
@@ -176,6 +206,15 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error
     return marks
+
+
+def _saved_over(directory: Path) -> bool:
+    """Whether something has saved an adapter over ours, as PEFT's `save_pretrained` does: both files differ then, and
+    the checksums are of what was there before."""
+    checksums = read_json(directory / CHECKSUMS)
+    return isinstance(checksums, dict) and all(
+        name in checksums and sha256_of(directory / name) != checksums[name] for name in (CONFIG, WEIGHTS)
+    )
 
 
 def load_adapter(
@@ -194,10 +233,10 @@ def load_adapter(
     check_bare(model)
     directory = Path(directory)
     marks = read_marks(directory)
-    with _fitting(directory):
+    with _fitting(directory / CONFIG):
         config = peft.PeftConfig.from_pretrained(str(directory))
     if marks is not None:
-        with _fitting(directory):
+        with _fitting(directory / WEIGHTS):
             weights = load_peft_weights(str(directory), device="cpu")
         if marks["fingerprint"] and _fingerprint_of(model, weights) != marks["fingerprint"]:
             raise CordaError(
@@ -206,9 +245,27 @@ def load_adapter(
             )
     if trainable and lora_dropout is not None:
         config.lora_dropout = lora_dropout
-    with _fitting(directory), _without_hint_at_ties():
+    with _fitting(directory / WEIGHTS), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
+    for warning in said:
+        if missing := re.search(r"missing adapter keys.*?\['([^']*)'", str(warning.message)):  # PEFT left it random
+            peft_model.unload()
+            raise CordaError(f"{directory / WEIGHTS} is damaged: it has no {missing[1].replace('.default.', '.')}")
+        if not str(warning.message).startswith(HINT_AT_TIES):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     if marks is not None:
+        layers = lora_layers(peft_model)
+        if unread := sorted(_layers_in(weights) - layers.keys()):
+            peft_model.unload()
+            raise CordaError(f"{directory / CONFIG} is damaged: target_modules lacks {unread[0]}, which is adapted")
+        scales = {name: layer.scaling["default"] for name, layer in layers.items()}
+        if changed := [name for name, scale in scales.items() if not math.isclose(scale, marks["scale"], rel_tol=1e-6)]:
+            warnings.warn(
+                f"{directory / CONFIG} scales {changed[0]} by {scales[changed[0]]:g}, but the adapter was made with "
+                f"{marks['scale']:g}: somebody changed lora_alpha or r",
+                stacklevel=2,
+            )
         warn_if_trained(weights, marks, str(directory))
     if trainable and marks is not None:
         freeze(peft_model, marks["split"])
@@ -216,19 +273,23 @@ def load_adapter(
 
 
 @contextmanager
-def _fitting(directory: Path) -> Iterator[None]:
-    """Turn PEFT's errors about an adapter into one sentence."""
+def _fitting(path: Path) -> Iterator[None]:
+    """Turn PEFT's errors about a file of an adapter into one sentence."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CordaError(f"the adapter in {directory} is damaged, or does not fit the model: {reason}") from error
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+        raise CordaError(f"{path} is damaged, or does not fit the model: {' '.join(reason.split())}") from error
 
 
-def _fingerprint_of(model: nn.Module, names: Iterable[str]) -> str | None:
+def _layers_in(weights: Iterable[str]) -> set[str]:
+    """The layers that an adapter with these tensors adapts."""
+    return {n.removeprefix("base_model.model.").partition(".lora_A.")[0] for n in weights if ".lora_A." in n}
+
+
+def _fingerprint_of(model: nn.Module, weights: Iterable[str]) -> str | None:
     """The fingerprint of the layers that an adapter with these tensors adapts; None if the model lacks one of them."""
-    layers = {n.removeprefix("base_model.model.").partition(".lora_A.")[0] for n in names if ".lora_A." in n}
     try:
-        return fingerprint({name: layer_digest(model.get_submodule(name)) for name in layers})
+        return fingerprint({name: layer_digest(model.get_submodule(name)) for name in _layers_in(weights)})
     except AttributeError:
         return None
