@@ -232,7 +232,8 @@ def _leave_directions(name: str, taken: int, setup: Setup) -> None:
 @method("oplora", "OPLoRA", "Xiong & Xie, arXiv 2510.13003; ours", prepares_from="weights")
 def oplora(model: nn.Module, setup: Setup, k: Count | None = None) -> Prepared:
     """ΔW = s·(P_L B)(A P_R), with P_L = I − U_k U_kᵀ and P_R = I − V_k V_kᵀ: the first k singular triples of W stay as
-    they are. A and B are trained through the projections, and end as an ordinary LoRA.
+    they are. A and B are trained through the projections, and end as an ordinary LoRA. It does not compile: each
+    parametrized module is of a class of its own, and blocks would share no graph.
 
     Args:
         k: default: r.
@@ -255,7 +256,7 @@ def oplora(model: nn.Module, setup: Setup, k: Count | None = None) -> Prepared:
             away = _Away(Q.to(factor["default"].weight.device), side)
             parametrize.register_parametrization(factor["default"], "weight", away)
             factors.append(factor["default"])
-    return Prepared(peft_model, callbacks=[_Finish(factors)])
+    return Prepared(peft_model, callbacks=[_Finish(factors)], compiles=False)
 
 
 class _Away(nn.Module):
