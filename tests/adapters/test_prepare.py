@@ -10,7 +10,7 @@ from corda_lora.adapters.prepare import prepare
 from corda_lora.config import CordaConfig, CordaError, DataConfig, ModelConfig
 from corda_lora.models.loading import load_model, load_tokenizer
 
-CONFIG = CordaConfig(preset="corda++", r=4, rounds=2, split="paper", device="cpu")
+CONFIG = CordaConfig(preset="corda++", r=4, rounds=2, split="paper", modules_to_save=["norm"], device="cpu")
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from ..data.overview import check_fit, overview
 from ..data.samples import load_rounds
 from ..files import check_output, remove_folder
 from ..models.loading import load_tokenizer, open_model
+from ..models.lockstep import on_device, tensors_of
+from ..models.targets import modules_named
 from ..preprocess.context import Context, has_decoder, read_context
 from ..preprocess.pipeline import Start, preprocess
 from ..preprocess.plan import check_room, init_plan
@@ -95,10 +97,12 @@ def prepare(
         if not (work / MANIFEST).is_file():  # nothing was finished
             remove_folder(work)
         raise
-    adapted = install(model, start)
     spectra = {name: layer.spectrum for name, layer in start.layers.items()}
-    save_adapter(adapted, output, {RECORD: record | start.record, TIMING: start.took}, spectra)
-    adapted.unload()
+    whole = [m for ending in config.modules_to_save or () for m in modules_named(model, ending).values()]
+    with on_device([t for m in whole for t in tensors_of(m) if t in stored], torch.device("cpu"), stored):
+        adapted = install(model, start)
+        save_adapter(adapted, output, {RECORD: record | start.record, TIMING: start.took}, spectra)
+        adapted.unload()
     if not keep_work:
         remove_folder(work)
     return start

@@ -267,9 +267,10 @@ def check_rank(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.
     """Raises CordaError if a layer has fewer components than are asked for, the budget cannot be met, or
     `modules_to_save` names a module that does not exist or is a target."""
     for wanted in config.modules_to_save or ():
-        modules = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
-        if not modules or not targets.keys().isdisjoint(modules):
-            what = "is a target, too" if modules else f"{type(model).__name__} does not have"
+        modules = modules_named(model, wanted)
+        exists = any(f".{name}".endswith(f".{wanted}") for name in modules)
+        if not exists or not targets.keys().isdisjoint(modules):
+            what = "is a target, too" if exists else f"{type(model).__name__} does not have"
             raise CordaError(f"modules_to_save names {wanted!r}, which {what}")
     shapes = {name: weight_shape(module) for name, module in targets.items()}
     if not config.allocates:
@@ -287,6 +288,11 @@ def check_rank(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.
         )
     if budget > most:
         raise CordaError(f"the budget is {budget:,} parameters, but all components that may be chosen have {most:,}")
+
+
+def modules_named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
+    """The modules whose name has this ending, as PEFT finds `modules_to_save`: `norm` is also `input_layernorm`."""
+    return {name: module for name, module in model.named_modules() if name.endswith(ending)}
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
