@@ -473,16 +473,19 @@ def test_eval_overwrites_its_own_results_only(checkpoint, data, capsys):
     assert (data / "work" / "eval.json").read_text() == first
 
 
-@pytest.mark.parametrize("verb", ["init", "train", "export", "compare"])
+@pytest.mark.parametrize("verb", ["demo", "init", "train", "eval", "export", "compare"])
 def test_two_runs_with_one_output(verb, checkpoint, data, capsys):
     more = {
         "init": ["--orientation", "identity"],
         "train": ["--data", "d"],
+        "demo": [],
+        "eval": ["--keep", "d"],
         "export": ["--adapter", "a"],
         "compare": ["--data", "d", "--methods", "[lora]", "--eval.learn", "e"],
     }[verb]
+    model = [] if verb == "demo" else ["--model", checkpoint]
     with output_lock(Path("out")):
-        said = refused(capsys, verb, "--model", checkpoint, "--output", "out", *more)
+        said = refused(capsys, verb, *model, "--output", "out", *more)
     assert said == f"corda {verb}: another run is writing out now: wait for its end, or choose another output"
 
 

@@ -156,3 +156,13 @@ def test_a_file_that_fails_leaves_the_old_one(here):
         partial.with_name("nothing").rename(partial)
     assert (here / "out").read_text() == "old"
     assert [path.name for path in here.iterdir()] == ["out"]
+
+
+def test_a_lock_leaves_no_folder_behind(here):
+    (here / "mine").mkdir()
+    with output_lock(Path("mine/deep/er/out")):
+        pass
+    assert [str(path) for path in Path().rglob("*")] == ["mine"]
+    with output_lock(Path("mine/deep/er/out")):
+        write_text(Path("mine/deep/mine"), "x")
+    assert sorted(map(str, Path().rglob("*"))) == ["mine", "mine/deep", "mine/deep/mine"]

@@ -203,8 +203,11 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         def checked(options: Namespace) -> None:
             for action in (a for a in sub._actions if a.dest in options):
                 check_value(action.dest, options[action.dest], getattr(action, "_typehint", Any))
-            alone = name in ("demo", "init", "train", "export") or (name == "compare" and options.jobs > 0)
-            with output_lock(options.output) if alone else nullcontext():
+            output = options.get("output")
+            if name == "eval" and output is not None:
+                check_result(output)
+            reports = name == "compare" and options.jobs == 0  # also of a comparison that goes on
+            with nullcontext() if output is None or reports else output_lock(output):
                 run(options)
 
         verbs[name] = checked
@@ -413,8 +416,6 @@ def evaluate(options: Namespace) -> None:
 
     if options.adapter is not None:
         read_marks(options.adapter)
-    if options.output is not None:
-        check_result(options.output)
     tokenizer = load_tokenizer(source)
     model = load_model(source).to(accelerator())
     if options.adapter is not None:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,20 +151,26 @@ def output_lock(output: Path) -> Iterator[None]:
     place = Path(os.path.realpath(output))
     if not place.name:
         raise CordaError(f"the output {output} is the root of the file system")
+    made = [folder for folder in place.parents if not folder.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     path = _hidden(place, "corda.lock")
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except BlockingIOError:
-            same = False
-        if not same:  # or the other process has just ended, and removed the file
-            raise CordaError(f"another run is writing {output} now: wait for its end, or choose another output")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    try:
+        with open(path, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                same = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except BlockingIOError:
+                same = False
+            if not same:  # or the other process has just ended, and removed the file
+                raise CordaError(f"another run is writing {output} now: wait for its end, or choose another output")
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):  # the first that is not empty ends it
+            for folder in made:
+                folder.rmdir()
 
 
 def check_name(output: Path) -> None:

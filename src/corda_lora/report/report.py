@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from .html import html_report
 from .markdown import markdown_report, write_csv
 from .pictures import draw
@@ -23,7 +24,7 @@ def write_report(folder: Path, comparison: dict[str, Any]) -> None:
             keys after "why". Losses and drift are in nats per token.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(html_report(comparison), encoding="utf-8")
-    (folder / "report.md").write_text(markdown_report(comparison), encoding="utf-8")
+    write_text(folder / "report.html", html_report(comparison))
+    write_text(folder / "report.md", markdown_report(comparison))
     write_csv(folder / "runs.csv", comparison)
     draw(folder, comparison)
