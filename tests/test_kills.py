@@ -128,7 +128,7 @@ def in_threads(monkeypatch):
 
 
 def remembered(do_job):
-    """A job's result and files follow from the job and the tensors that are there: for each of these it is done once."""
+    """A job gives the same result and files where the same tensors are there: for each of these it is done once."""
     known = {}
 
     def do(comparison, job, counter):
