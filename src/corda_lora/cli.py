@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -39,6 +40,7 @@ from .config import (
     ModelConfig,
     Positive,
     Seed,
+    Share,
     TrainConfig,
     check_value,
 )
@@ -245,6 +247,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     )
     sub.add_argument("--data", type=str, required=True, help="DATA to learn")
     sub.add_argument("--start", type=Path | None, help="directory from `corda init`; without it, a plain LoRA")
+    sub.add_argument("--eval_data", type=str | None, help="DATA whose loss is measured at each checkpoint")
+    sub.add_argument("--eval_rows", type=str, default="train", help="as --rows, of --eval_data")
+    sub.add_argument("--eval_share", type=Share, default=0.0, help="hold out this share of --data, to measure it")
     sub.add_argument("--seed", type=Seed, default=0, help="the seed of the draw of samples, their order and dropout")
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
 
@@ -349,35 +354,50 @@ def train(options: Namespace) -> None:
     the responses. If a run is interrupted, the same command resumes it from its last checkpoint."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
     data = _take(DataConfig, options, data=options.data)
+    held_out_data = None
+    if options.eval_data is not None:
+        if options.eval_share:
+            raise CordaError("--eval_share holds out samples of --data: leave it or --eval_data out")
+        held_out_data = replace(data, data=options.eval_data, rows=options.eval_rows, samples=None)
     recipe = {
         "model": asdict(source),
         "start": str(options.start) if options.start else asdict(lora),
         "data": asdict(data),
+        "held_out": asdict(held_out_data) if held_out_data else options.eval_share,
         "train": asdict(config),
     }
     if is_made(options.output / "training.json", {"recipe": recipe}):
+        _keep_logs(options.output)
         remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
         return
     from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
     from .data.batches import encode
     from .data.overview import overview
-    from .data.samples import load_samples
+    from .data.samples import hold_out, load_samples
     from .devices import accelerator
     from .models.loading import load_model, load_tokenizer
     from .preprocess.work import open_work
+    from .training.arguments import check_trainer
     from .training.train import DivergedError, last_checkpoint, plain_lora
     from .training.train import train as run_training
 
     check_output(options.output)
+    check_trainer(config, accelerator(), evaluates=held_out_data is not None or options.eval_share > 0)
     record = None
     if options.start:
         read_marks(options.start)
         record = read_record(options.start)
     samples = load_samples(data)
     tokenizer = load_tokenizer(source)
-    encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in samples]
-    console.print(overview(data.data, tokenizer, samples, encoded, data.max_length, end=True))
+    if held_out_data is None:
+        samples, held_out = hold_out(samples, options.eval_share, data.seed)
+    else:
+        held_out = load_samples(held_out_data)
+    for name, part in ((data.data, samples), (options.eval_data or "held out", held_out)):
+        if part:
+            encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in part]
+            console.print(overview(name, tokenizer, part, encoded, data.max_length, end=True))
     model = load_model(source).to(accelerator())
     if options.start:
         peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout or None)
@@ -385,7 +405,7 @@ def train(options: Namespace) -> None:
         peft_model = plain_lora(model, lora, config)
     work = open_work(options.output, recipe, lambda folder: last_checkpoint(folder) is not None)
     try:
-        result = run_training(peft_model, tokenizer, samples, config, data.max_length, work)
+        result = run_training(peft_model, tokenizer, samples, config, data.max_length, work, held_out=held_out)
     except CordaError:
         if last_checkpoint(work) is None:  # the work folder holds nothing to resume from
             remove_folder(work)
@@ -398,9 +418,20 @@ def train(options: Namespace) -> None:
     if record is not None:
         records[RECORD] = record
     save_adapter(peft_model, options.output, records)
+    _keep_logs(options.output)
     remove_folder(work)
     out.print(f"loss {result['train_loss']:.4f} over {result['steps']} steps, {result['seconds']:.0f} s")
+    for step, loss in result["held_out_loss"]:
+        if step == result["kept_step"]:
+            out.print(f"held-out loss {loss:.4f} at step {step}, whose adapter is kept")
     out.print(f"written to {options.output}")
+
+
+def _keep_logs(output: Path) -> None:
+    """Move a tracker's logs out of the folder of work."""
+    logs = output.with_name(output.name + ".work") / "runs"
+    if logs.is_dir():
+        shutil.move(logs, output)
 
 
 def evaluate(options: Namespace) -> None:

@@ -268,7 +268,8 @@ class TrainConfig:
     The defaults are those of CorDA's authors: AdamW, a cosine schedule, 3 % warm-up, no weight decay, one epoch.
 
     Args:
-        learning_rate: the peak of the schedule. The best rate depends on the split: see the README.
+        learning_rate: the peak of the schedule. The best rate depends on the split of the adapter. Default: the split's
+            own (see docs/training.md).
         epochs: the number of passes over the data.
         max_steps: the number of steps, in place of epochs.
         batch_size: the number of samples in a step.
@@ -284,9 +285,14 @@ class TrainConfig:
             steps are faster afterwards.
         seed: the seed of the samples' order and of dropout.
         checkpoints: the number of checkpoints in a run; 0 for none. The same command given again goes on from the last.
+            Held-out samples, if there are any, are measured at each.
+        early_stopping: stop when the loss of the held-out samples was no better than its best for so many measurements
+            in a row, and keep the adapter of the best.
+        trainer: options of TRL's SFTConfig by name, such as {optim: adafactor, report_to: tensorboard}, but for those
+            that have an option here.
     """
 
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive | None = None
     epochs: Positive = 1.0
     max_steps: Count | None = None
     batch_size: Count = 32
@@ -300,9 +306,13 @@ class TrainConfig:
     compile: bool = False
     seed: Seed = 0
     checkpoints: CountOrZero = 4
+    early_stopping: Count | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.early_stopping and not self.checkpoints:
+            raise CordaError("early stopping goes back to the checkpoint with the lowest loss: checkpoints is 0")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise CordaError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -498,6 +508,8 @@ class CompareConfig:
                 )
         if not self.entries:
             raise CordaError("there is no method to compare: name some under `methods`")
+        if self.train.early_stopping:
+            raise CordaError("all runs of a comparison take the same number of steps: leave early_stopping out")
         if not self.eval.data("learn"):
             raise CordaError(
                 "nothing says how well the task was learned: give held-out samples of it under eval: learn"

@@ -70,7 +70,8 @@ def install(model: nn.Module, start: Start) -> PeftModel:
         layer.lora_B["default"].weight = nn.Parameter(B.to(device, dtype))
     split = str(start.config.split)
     weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    marks = {"split": split, "scale": start.config.scale, "fingerprint": start.record.get("fingerprint")}
+    marks = {"mode": start.config.mode, "split": split, "scale": start.config.scale}
+    marks["fingerprint"] = start.record.get("fingerprint")
     if split != "seeded":
         marks["held"] = describe_held(weights, split)
     peft_model.peft_config["default"].auto_mapping = {"corda": marks}

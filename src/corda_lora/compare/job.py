@@ -71,6 +71,7 @@ def _measure_base(comparison: Comparison, job: Job, model: nn.Module, tokenizer:
 
 def _setup(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any) -> Setup:
     recipe = comparison.recipe
+    rate = job.rate or 1.0  # a preparation alone trains nothing
     return Setup(
         tokenizer=tokenizer,
         learn=comparison.learn,
@@ -79,7 +80,7 @@ def _setup(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any) -
         targets=find_targets(model, recipe.target_modules),
         r=recipe.r,
         lora_alpha=recipe.lora_alpha or recipe.r,
-        train=replace(recipe.train, learning_rate=job.rate or recipe.train.learning_rate, seed=job.seed, checkpoints=0),
+        train=replace(recipe.train, learning_rate=rate, seed=job.seed, checkpoints=0),
         steps=comparison.steps,
         folder=comparison.start_folder(job),
     )

@@ -35,6 +35,7 @@ from ..files import write_json
 from ..methods.registry import METHODS, check_options
 from ..models.loading import load_tokenizer
 from ..progress import console, progress_bar
+from ..training.arguments import check_trainer
 from ..training.train import DivergedError, warn_without_bfloat16
 from .comparison import RESULT, Comparison, gather
 from .frontier import task_loss
@@ -60,6 +61,7 @@ def compare(
     """
     comparison = Comparison(source, recipe, output)
     _check_methods(recipe)
+    check_trainer(recipe.train, accelerator())
     gpus = _checked_gpus(gpus)
     _check_data(comparison, load_tokenizer(source))
     comparison.open()

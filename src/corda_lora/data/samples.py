@@ -100,6 +100,18 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
     return result
 
 
+def hold_out(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """The samples without a share of them, and that share, drawn with the seed. Both are in the order of the samples.
+
+    Raises CordaError if nothing would be left to learn.
+    """
+    count = max(1, round(share * len(samples))) if share else 0
+    if count == len(samples) > 0:
+        raise CordaError(f"of {len(samples)} samples all would be held out, and none is left to learn")
+    drawn = set(random.Random(seed).sample(range(len(samples)), count))
+    return [s for i, s in enumerate(samples) if i not in drawn], [samples[i] for i in sorted(drawn)]
+
+
 def as_samples(items: Iterable[Any]) -> list[Sample]:
     """Samples from Python: texts, chats (lists of messages), or rows with the columns that files have, such as those of
     a `datasets.Dataset`.

@@ -18,8 +18,9 @@ from ..files import is_partial, sha256_of, whole_file, work_folder, write_text
 from .layer import Decomposed, LayerRecord
 
 MANIFEST = "finished.json"
-# What runs leave in a folder of work: settings, finished blocks, parked hidden states, checkpoints, the trainer's page.
-OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|checkpoint-\d+|README\.md|tmp\w+")
+# What runs leave in a folder of work: settings, finished blocks, parked hidden states, checkpoints, the trainer's page,
+# a tracker's logs.
+OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|checkpoint-\d+|README\.md|tmp\w+|runs")
 KEYS = ("rows", "U", "sigma", "energy")
 
 

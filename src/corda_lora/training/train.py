@@ -1,6 +1,5 @@
 """Supervised fine-tuning on prompts and responses, through TRL's `SFTTrainer`."""
 
-import math
 import shutil
 import time
 import warnings
@@ -15,9 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from trl import SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..adapters.held import held_size
 from ..config import CordaError, LoraStart, TrainConfig
 from ..data.batches import encode
 from ..data.overview import check_fit
@@ -25,7 +26,9 @@ from ..data.samples import Sample
 from ..devices import has_bfloat16
 from ..files import CHECKSUMS, check_checksums, write_checksums
 from ..models.targets import find_targets, require_causal, task_type
-from ..progress import progress_bar
+from ..progress import console, progress_bar
+from .arguments import trainer_arguments
+from .rates import default_rate
 from .sampler import SimilarLengths
 
 
@@ -72,6 +75,7 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     penalties: Mapping[str, Callable[[], Tensor]] | None = None,
+    held_out: Sequence[Sample] = (),
 ) -> dict[str, Any]:
     """Train the trainable parameters of `model` in place. The model may carry an adapter.
 
@@ -80,18 +84,20 @@ def train(
 
     Args:
         work: folder for checkpoints. If it holds checkpoints already, training resumes from the newest.
-        optimizer: used instead of AdamW over all trainable parameters.
+        optimizer: used instead of that of `config` (AdamW) over all trainable parameters.
         callbacks: added to the trainer.
         penalties: terms of the loss by name, added once per optimizer step. Each function computes its weighted term, a
             scalar, from the model's current weights.
+        held_out: samples whose loss is measured at each checkpoint, and at the end.
 
     Returns:
-        {"loss": [[step, mean training loss since the last entry, penalties included], ...], "penalties": {name: [[step,
-        mean penalty since the last entry], ...]}, "steps", "samples", "seconds", "train_loss"}.
+        {"loss": [[step, mean training loss since the last entry, penalties included], ...], "held_out_loss": [[step,
+        loss], ...], "penalties": {name: [[step, mean penalty since the last entry], ...]}, "steps", "kept_step" (whose
+        adapter the model has now), "samples", "seconds", "train_loss", "learning_rate"}.
 
     Raises:
-        CordaError: the model is no causal language model, its output head carries an adapter, or no sample has a
-            response.
+        CordaError: the model is no causal language model, its output head carries an adapter, no sample has a response,
+            the learning rate is not given and not known, or packed samples would mix; and as `trainer_arguments` does.
         DivergedError: the loss of a step, or a trained parameter at the end, is NaN or infinite.
     """
     require_causal(model)  # SFTTrainer trains the next-token loss of responses; a classifier has no such loss
@@ -99,69 +105,97 @@ def train(
         raise CordaError(
             "the output head carries an adapter, which cannot be trained: TRL reads the head's weight past the adapter"
         )
+    rows = encoded_rows(model, tokenizer, samples, max_length)
+    held_out_rows = encoded_rows(model, tokenizer, held_out, max_length) if held_out else None
+    device = next(model.parameters()).device
+    warn_without_bfloat16(config, device)
+    rate, whose = (config.learning_rate, "") if config.learning_rate else default_rate(model)
+    packing = config.trainer.get("packing", False)
+    if packing:
+        check_packing(model, rows)
+    steps = training_steps(config, len(pack_dataset(rows.select_columns("input_ids"), max_length) if packing else rows))
+    arguments = trainer_arguments(config, rate, steps, max_length, device, work, held_out_rows is not None)
+    stopping = [_EarlyStopping(config.early_stopping)] if config.early_stopping else []
+    trainer = _Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        eval_dataset=held_out_rows,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[*callbacks, *stopping, _Checksums()],
+    )
+    trainer.penalties = penalties or {}
+    trainer.remove_callback(PrinterCallback)
+    if progress:
+        console.print(trained_share(model), highlight=False)
+        if whose:
+            console.print(f"learning rate {rate:g}: that of {whose} (see docs/training.md)", highlight=False)
+    since = time.perf_counter()
+    with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
+        trainer.add_callback(_Steps(advance, progress))
+        trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
+    state = trainer.state
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        raise DivergedError("the trained parameters were not finite", state.global_step)
+    logs = [log for log in state.log_history if "loss" in log]
+    losses = [(log["step"], log["loss"]) for log in logs]
+    # Remove the mixed-precision wrapper, so that the tuned model is measured in the same precision as the base model.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    return {
+        "steps": state.global_step,
+        "kept_step": state.best_global_step if arguments.load_best_model_at_end else state.global_step,
+        "samples": len(rows),
+        "seconds": time.perf_counter() - since,
+        "learning_rate": rate,
+        "train_loss": mean_loss(losses),
+        "loss": [list(pair) for pair in losses],
+        "held_out_loss": [[log["step"], log["eval_loss"]] for log in state.log_history if "eval_loss" in log],
+        "penalties": {name: [[log["step"], log[f"penalty/{name}"]] for log in logs] for name in trainer.penalties},
+    }
+
+
+def encoded_rows(model: nn.Module, tokenizer: Any, samples: Sequence[Sample], max_length: int) -> datasets.Dataset:
+    """The samples that have a response, as TRL takes them: token ids, and which of them carry the loss.
+
+    Raises CordaError if no sample has a response, or the model cannot read them.
+    """
+    datasets.disable_progress_bars()
     encoded = [encode(tokenizer, s, max_length, end=True) for s in samples]
     rows = [{"input_ids": e.ids, "completion_mask": list(map(int, e.answer))} for e in encoded if e.targets]
     if not rows:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
     check_fit(model, (row["input_ids"] for row in rows))
-    warn_without_bfloat16(config, next(model.parameters()).device)
-    micro = config.micro_batch_size or config.batch_size
-    steps = training_steps(config, len(rows))
-    arguments = SFTConfig(
-        output_dir=str(work or "."),
-        learning_rate=config.learning_rate,
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // micro,
-        warmup_steps=math.ceil(config.warmup * steps),
-        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
-        weight_decay=config.weight_decay,
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-        data_seed=config.seed,
-        max_length=max_length,
-        completion_only_loss=True,
-        logging_steps=max(1, steps // 100),
-        logging_nan_inf_filter=False,  # it would replace such losses by the mean of the others
-        save_strategy="steps" if work and config.checkpoints else "no",
-        save_steps=max(1, steps // max(1, config.checkpoints)),
-        save_total_limit=2,  # until the newest has its checksums, the one before is the last complete one
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-        dataloader_pin_memory=False,
-    )
-    datasets.disable_progress_bars()
-    trainer = _Trainer(
-        model,
-        arguments,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        optimizers=(optimizer, None),
-        callbacks=[*callbacks, _Checksums()],
-    )
-    trainer.penalties = penalties or {}
-    trainer.remove_callback(PrinterCallback)
-    since = time.perf_counter()
-    with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
-        trainer.add_callback(_Steps(advance))
-        trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
-    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
-        raise DivergedError("the trained parameters were not finite", steps)
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    losses = [(log["step"], log["loss"]) for log in logs]
-    # Remove the mixed-precision wrapper, so that the tuned model is measured in the same precision as the base model.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    return {
-        "steps": steps,
-        "samples": len(rows),
-        "seconds": time.perf_counter() - since,
-        "train_loss": mean_loss(losses),
-        "loss": [list(pair) for pair in losses],
-        "penalties": {name: [[log["step"], log[f"penalty/{name}"]] for log in logs] for name in trainer.penalties},
-    }
+    return datasets.Dataset.from_list(rows)
+
+
+def trained_share(model: nn.Module) -> str:
+    """How many of a model's parameters are trained, in a line."""
+    trained, of_all = PeftModel.get_nb_trainable_parameters(model)
+    trained -= held_size(model)
+    return f"trains {_millions(trained)} of {_millions(of_all)} parameters ({100 * trained / of_all:.2g} %)"
+
+
+def _millions(n: int) -> str:
+    return f"{n:,}" if n < 1e5 else f"{n / 1e6:,.1f} M" if n < 1e8 else f"{n / 1e6:,.0f} M"
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, rows: datasets.Dataset) -> None:
+    """Raises CordaError if samples that are packed into one sequence attend to one another in this model: then the
+    first tokens of a sample depend on the sample before it."""
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    before, sample = (row["input_ids"][:8] for row in (rows[0], rows[-1]))
+    device = next(model.parameters()).device
+    model.eval()  # the trainer turns dropout on again
+    firsts = []
+    for ids in ([sample], [before, sample]):
+        batch = collate([{"input_ids": part} for part in ids])
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+        firsts.append(model(**batch, use_cache=False).logits[0, -len(sample) :][:2])
+    apart, packed = firsts
+    if not torch.dist(apart, packed) < 0.25 * torch.finfo(apart.dtype).eps ** 0.5 * apart.norm():
+        raise CordaError(f"in {type(model).__name__} packed samples attend to one another: train without packing")
 
 
 def mean_loss(losses: Sequence[tuple[int, float]]) -> float:
@@ -202,6 +236,8 @@ class _Trainer(SFTTrainer):
 
         TRL computes the loss from log-probabilities: whatever a model or a hook adds to `outputs.loss` is ignored."""
         loss = super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+        if not self.model.training:
+            return loss
         values = {name: penalty() for name, penalty in self.penalties.items()}
         for name, value in values.items():
             self._metrics["train"][f"penalty/{name}"].append(value.item())
@@ -215,6 +251,10 @@ class _Trainer(SFTTrainer):
             raise DivergedError(f"the loss was {float(loss):g}", self.state.global_step + 1)
         return loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a number: the training is the same without it
+            return dict(super().evaluate(*args, **kwargs))
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         rows = train_dataset if train_dataset is not None else self.train_dataset
         step_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -225,16 +265,30 @@ class _Steps(TrainerCallback):
     """Advances a progress bar by the trainer's steps. The first call also advances it by the steps before a resume.
 
     It also has the loss logged with every checkpoint and at the end, so that the log covers all steps, also those
-    before a resume."""
+    before a resume, and says the loss of held-out samples when it is measured."""
 
-    def __init__(self, advance: Callable[[], None]):
-        self.advance, self.shown = advance, 0
+    def __init__(self, advance: Callable[[], None], show: bool):
+        self.advance, self.show, self.shown = advance, show, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for _ in range(state.global_step - self.shown):
             self.advance()
         self.shown = state.global_step
         control.should_log |= control.should_save or state.global_step == state.max_steps
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if self.show:
+            console.print(f"step {state.global_step}: held-out loss {metrics['eval_loss']:.4f}", highlight=False)
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """transformers' own, which also knows after a resume how many measurements were no better than the best."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        measured = [log["step"] for log in state.log_history if "eval_loss" in log]
+        self.early_stopping_patience_counter = sum(step > (state.best_global_step or 0) for step in measured)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class _Checksums(TrainerCallback):
