@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from corda_lora.config import CordaConfig
 from corda_lora.data.batches import Encoded
 from corda_lora.preprocess.context import Context
-from corda_lora.preprocess.layer import LayerRecord, LayerStart, decompose_layer, keep_components, start_layer
+from corda_lora.preprocess.layer import (
+    LayerRecord,
+    LayerStart,
+    decompose_layer,
+    keep_components,
+    output_factor,
+    start_layer,
+)
 from corda_lora.preprocess.walk import Place, Step, walk
 
 VOCABULARY = 96
@@ -205,10 +212,12 @@ def logits(model: nn.Module, family: str = "llama") -> Tensor:
     return model(**batches(family)[0]).logits
 
 
-def start_of(W: Tensor, C: Tensor | None, config: CordaConfig) -> LayerStart:
-    """One weight (m, n) and its covariance (n, n), all the way to the adapter's start."""
+def start_of(W: Tensor, C: Tensor | None, config: CordaConfig, D: Tensor | None = None) -> LayerStart:
+    """One weight (m, n), its covariance (n, n) and D (m, m) of its outputs, all the way to the adapter's start."""
+    L = output_factor(D, config)
+    W = W if L is None else L.T @ W.double()
     U, sigma = decompose_layer(W, C, config)
-    return start_layer(keep_components(W, C, U, sigma, config.r, config, LayerRecord()), config.r, config)
+    return start_layer(keep_components(W, C, U, sigma, config.r, config, LayerRecord(), L), config.r, config)
 
 
 def steps(model: nn.Module, targets: dict[str, nn.Module], batches: list[dict], **context) -> Iterator[Step]:

@@ -149,7 +149,9 @@ class CordaConfig:
             zero. `seeded`: the same, but A is trained, too. `balanced`: each component's row of A is as long as its
             column of B. `paper`: B = UΣ^½, A = Σ^-½UᵀW. Default: `anchored` in kpm, `seeded` in ipm.
         orientation: the matrix that the weight is multiplied by before the SVD: the context's `covariance` (CorDA), the
-            root of its `diagonal` (ASVD), or the `identity` (plain SVD, which needs no context).
+            root of its `diagonal` (ASVD), or the `identity` (plain SVD, which needs no context). `two_sided`: from the
+            right by the root of the covariance, and from the left by that of the gradients at the layer's outputs. Then
+            the context also runs backward, so only a causal language model will do.
         solver: `gram` decomposes small Gram matrices in float64. `subspace` iterates to find the adapter's components
             alone, for preset corda. `svd` is the float64 SVD, the reference. `auto` takes subspace where it can be used
             and r is small beside the layer, else gram.
@@ -175,7 +177,7 @@ class CordaConfig:
     max_rank: Count | None = None
     budget: Positive | None = None
     split: Literal["anchored", "seeded", "balanced", "paper"] | None = None
-    orientation: Literal["covariance", "diagonal", "identity"] = "covariance"
+    orientation: Literal["covariance", "diagonal", "identity", "two_sided"] = "covariance"
     solver: Literal["auto", "gram", "subspace", "svd"] = "auto"
     damping: Positive = 0.01
     skip_tokens: CountOrZero = 0

@@ -17,6 +17,20 @@ components (mode `kpm`: keep the context, learn elsewhere) or the first r (mode 
 Only U and Σ are computed. Where the adapter uses r components, only those r are computed: see `solvers`. The paper
 doubles λ while its explicit float32 inverse C_λ⁻¹ is inaccurate. There is no inverse here, so λ stays as given.
 
+**Two-sided.** What an error of the weight does to the model's answers also hangs on where in the output it is. With
+D = E[g gᵀ], (m, m), of the gradients g of log p(y) at the layer's outputs (see `second_order`), the components of
+
+    D_λ^½ W C_λ^½ = U Σ Vᵀ
+
+are those for which ‖D_λ^½ (W − X) C_λ^½‖_F is least, over all X of rank r, where X is the first r (Eckart and Young). A
+set S of them is
+
+    D_λ^-½ U_S Σ_S V_Sᵀ C_λ^-½ = D_λ^-½ U_S U_Sᵀ D_λ^½ W
+
+Any factors L Lᵀ = D_λ and T Tᵀ = C_λ may take the roots' place: Lᵀ W T has the same Σ, and the product of its
+components is the same. So Cholesky factors do (`factor`). This is the decomposition of LᵀW instead of W, whose rows
+u_iᵀLᵀW again need no inverse; the columns L⁻ᵀu_i need a triangular one.
+
 **Splitting a component.** Component i is the outer product u_i a_i with the row a_i = u_iᵀW, of shape (1, n). The
 product B A does not determine how the length of a component is shared between A and B, but training depends on it:
 see `split_components`.
@@ -35,17 +49,28 @@ def regularize(C: Tensor, damping: float = 0.01) -> Tensor:
     return C
 
 
+def factor(M: Tensor, damping: float = 0.01) -> Tensor:
+    """The lower triangular L (n, n), float64, with L Lᵀ = M_λ (see `regularize`), of a covariance M (n, n).
+
+    Raises torch.linalg.LinAlgError where M_λ is singular to float64.
+    """
+    return torch.linalg.cholesky(regularize(M, damping))
+
+
 def orient(W: Tensor, C: Tensor | None, orientation: str, damping: float = 0.01) -> Tensor:
     """The oriented weight (m, n), in float64, of W (m, n) and C (n, n).
 
     Args:
         orientation: `covariance` gives W C_λ (CorDA). `diagonal` gives W diag(C_λ)^½, which scales each input channel
             by its root mean square (ASVD, arXiv 2312.05821, scales by the mean absolute value). `identity` gives W
-            itself (PiSSA, MiLoRA), and so does any orientation without a C.
+            itself (PiSSA, MiLoRA), and so does any orientation without a C. `two_sided` gives W T with T Tᵀ = C_λ; the
+            side of the outputs is in W already.
     """
     W = W.double()
     if C is None or orientation == "identity":
         return W
+    if orientation == "two_sided":
+        return W @ factor(C, damping)
     d = C.diagonal().double()  # (n,)
     ridge = damping * d.mean()
     return W * (d + ridge).sqrt() if orientation == "diagonal" else product(W, C).add_(W * ridge)
@@ -74,9 +99,10 @@ def select(mode: str, rank: int, r: int) -> slice:
 
 
 def split_components(U: Tensor, sigma: Tensor, rows: Tensor, split: str, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Factors B (m, r) and A (r, n) with s·B A = U Uᵀ W, of U (m, r), σ (r,) and the rows a_i = u_iᵀW (r, n).
+    """Factors B (m, r) and A (r, n) with s·B A = Σ u_i a_i, of U (m, r), σ (r,) and the rows a_i = u_iᵀW (r, n).
 
     Args:
+        U: orthonormal columns, or the columns L⁻ᵀu_i of a two-sided decomposition, whose rows are u_iᵀLᵀW.
         split: how the length of each component is shared between its column of B and its row of A.
             `paper`: B = U Σ^½ and A = Σ^-½ Uᵀ W, as published. If C is multiplied by c, B is multiplied by √c and A
             is divided by √c. So the scale of the activations decides how fast each factor learns.
@@ -96,7 +122,7 @@ def split_components(U: Tensor, sigma: Tensor, rows: Tensor, split: str, scale: 
     if split in ("anchored", "seeded"):
         return torch.zeros_like(U), rows / lengths
     if split == "balanced":
-        root = lengths.sqrt()
+        root = (lengths / U.norm(dim=0)[:, None]).sqrt()
     elif split == "paper":
         root = sigma[:, None].sqrt()
         root = torch.where(dead | (root == 0), torch.inf, root)
@@ -116,7 +142,8 @@ def energies(rows: Tensor, C: Tensor) -> Tensor:
 
     Three sums of energies are used:
         over the rows of W: the context's output energy, tr(W C Wᵀ);
-        over the components in the adapter: the share of the output energy that the adapter holds, as U is orthonormal;
+        over the components in the adapter: the share of the output energy that the adapter holds, as U is orthonormal
+        (two-sided, of the energy of LᵀW x);
         over the rows of A: the *leak* tr(A C Aᵀ), the certificate of the split `anchored`. For any B, the adapter
         moves the layer's outputs by at most s·‖B‖₂·√(tr(A C Aᵀ)), as a root mean square over the context's tokens.
 

@@ -4,9 +4,9 @@ Ranks may be known only when every layer has been seen. So the work has two halv
 `keep_components`, whose result waits on disk, and `start_layer`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..algebra.compactness import extreme_eigenvalues, log_compactness, selection_score
 from ..algebra.covariance import float32_products
-from ..algebra.decomposition import energies, orient, regularize, select, split_components
+from ..algebra.decomposition import energies, factor, orient, regularize, select, split_components
 from ..algebra.norms import norms
 from ..algebra.solvers import chosen_components, components, say_fallback, singular_values, triangle
 from ..config import CordaConfig, CordaError
 from ..devices import factors_slowly
+from .statistics import Sides
 
 
 class Choice(NamedTuple):
@@ -43,7 +44,7 @@ class LayerRecord:
         r: rank.
         shape: (d_out, d_in).
         round, scores, log_pi: see `Choice`.
-        output_energy: tr(W C Wᵀ).
+        output_energy: tr(W C Wᵀ); two-sided, tr(L Lᵀ W C Wᵀ), see `output_factor`.
         sigma_first, sigma_last: largest and smallest singular value of the adapter's components.
         norm_A, norm_B: Frobenius norms of the factors.
         energy_share: share of the output energy in the adapter's components.
@@ -75,12 +76,13 @@ class Decomposed:
     in kpm, the head in ipm.
 
     Attributes:
-        rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU.
-        U: (d_out, k) float32 on the CPU; None where the split needs none (B from zero).
+        rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU; two-sided, u_iᵀLᵀW.
+        U: (d_out, k) float32 on the CPU; two-sided, L⁻ᵀU. None where the split needs none (B from zero).
         sigma: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or with a fixed rank
             those of the adapter, (r,).
         energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
         record: what is known of the layer by now.
+        sides: what a change of the layer does to the context; None if the context did not run backward.
     """
 
     rows: Tensor
@@ -88,6 +90,7 @@ class Decomposed:
     sigma: Tensor
     energy: Tensor | None
     record: LayerRecord
+    sides: Sides | None = None
 
 
 @dataclass
@@ -108,22 +111,28 @@ class LayerStart:
     record: LayerRecord = field(default_factory=LayerRecord)
 
 
+@contextmanager
+def _said_if_singular(what: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise CordaError(f"{what}: raise --damping") from error
+
+
 def extremes_of(covariances: Sequence[Tensor], config: CordaConfig, device: torch.device) -> list[tuple[float, float]]:
-    """Smallest and largest eigenvalue of the matrix that each round orients by: C (n, n), regularized, or the root of
-    its diagonal. Computed on `device`.
+    """Smallest and largest eigenvalue of the matrix that each round orients by: C (n, n), regularized, its root, or the
+    root of its diagonal. Computed on `device`.
 
     Raises CordaError if a regularized C is singular.
     """
     extremes = []
     for C in covariances:
         C = C.to(device)
-        if config.orientation == "covariance":
-            try:
-                extremes.append(extreme_eigenvalues(regularize(C, config.damping)))
-            except torch.linalg.LinAlgError as error:
-                raise CordaError(
-                    "a covariance is singular to float64, so that its compactness is not defined: raise --damping"
-                ) from error
+        if config.orientation in ("covariance", "two_sided"):
+            with _said_if_singular("a covariance is singular to float64, so that its compactness is not defined"):
+                lowest, highest = extreme_eigenvalues(regularize(C, config.damping))
+            power = 0.5 if config.orientation == "two_sided" else 1
+            extremes.append((lowest**power, highest**power))
         else:
             d = orient(C.new_ones(1, len(C)), C, config.orientation, config.damping)
             extremes.append((float(d.min()), float(d.max())))
@@ -170,20 +179,46 @@ def decompose_layer(
 ) -> tuple[Tensor, Tensor]:
     """U and σ, float64, of a weight W (m, n) oriented by C (n, n), or not oriented where C is None. All components,
     (m, R) and (R,), or those of the adapter, (m, r) and (r,). `fell_back`: see `chosen_components`.
+
+    Raises CordaError if the decomposition is two-sided and C_λ is singular.
     """
-    oriented = partial(orient, C=C, orientation=config.orientation, damping=config.damping)
+
+    def oriented(W: Tensor) -> Tensor:
+        with _said_if_singular("a covariance is singular to float64"):
+            return orient(W, C, config.orientation, config.damping)
+
     if keeps_all(config):
         return components(W, oriented, config.solver)
     return chosen_components(W, oriented, config.mode, config.r, config.solver, fell_back)
 
 
+def output_factor(D: Tensor | None, config: CordaConfig) -> Tensor | None:
+    """L (m, m), float64, with L Lᵀ = D_λ, of D (m, m) at a layer's outputs, scaled to a mean diagonal of 1. LᵀW is
+    decomposed in place of W. None where the outputs are not looked at, or no answer hangs on them.
+
+    Raises CordaError if D_λ is singular.
+    """
+    if config.orientation != "two_sided" or D is None or float(D.diagonal().sum()) == 0:
+        return None
+    with _said_if_singular("a covariance of gradients is singular to float64"):
+        return factor(D / D.diagonal().mean(), config.damping)
+
+
 def keep_components(
-    W: Tensor, C: Tensor | None, U: Tensor, sigma: Tensor, k: int, config: CordaConfig, record: LayerRecord
+    W: Tensor,
+    C: Tensor | None,
+    U: Tensor,
+    sigma: Tensor,
+    k: int,
+    config: CordaConfig,
+    record: LayerRecord,
+    L: Tensor | None = None,
 ) -> Decomposed:
     """The part of a decomposition to keep, where at most k components of the layer will be chosen.
 
     Args:
         record: to be completed.
+        L: see `output_factor`; then W is LᵀW.
     """
     chosen = select(config.mode, len(sigma), k)
     U = U[:, chosen]
@@ -193,6 +228,8 @@ def keep_components(
     if C is not None:
         energy = energies(rows, C).cpu()
         record = replace(record, output_energy=_output_energy(W, C))
+    if L is not None:
+        U = torch.linalg.solve_triangular(L.T, U, upper=True)
     kept_U = None if config.from_zero else U.float().cpu()
     return Decomposed(rows.float().cpu(), kept_U, sigma.cpu(), energy, record)
 

@@ -1,0 +1,134 @@
+"""The two-sided decomposition against its definition in float64: symmetric roots, an SVD, explicit inverses."""
+
+import pytest
+import torch
+from tiny import start_of
+
+from corda_lora.config import CordaConfig, CordaError
+
+SHAPES = {"square": (40, 40), "tall": (56, 24), "wide": (24, 56)}
+
+
+def covariance(n, tokens=200, decades=1):
+    X = torch.randn(tokens, n, dtype=torch.float64) * torch.logspace(-decades, decades, n, dtype=torch.float64)
+    return X.T @ X / tokens
+
+
+def weight(m, n, spectrum):
+    U, V = (torch.linalg.qr(torch.randn(k, len(spectrum), dtype=torch.float64)).Q for k in (m, n))
+    return (U * spectrum) @ V.T
+
+
+def roots(M, damping=0.01):
+    """M_λ^½ and M_λ^-½."""
+    values, vectors = torch.linalg.eigh(M + damping * M.diagonal().mean() * torch.eye(len(M), dtype=torch.float64))
+    return [(vectors * values**power) @ vectors.T for power in (0.5, -0.5)]
+
+
+def definition(W, C, D, chosen):
+    """The chosen components, D_λ^-½ U_S Σ_S V_Sᵀ C_λ^-½, and all of Σ, for a D of mean diagonal 1."""
+    D = D / D.diagonal().mean()
+    (C_half, C_inverse), (D_half, D_inverse) = roots(C), roots(D)
+    U, sigma, Vh = torch.linalg.svd(D_half @ W @ C_half, full_matrices=False)
+    return D_inverse @ (U[:, chosen] * sigma[chosen]) @ Vh[chosen] @ C_inverse, sigma
+
+
+def case(shape, kind="regular"):
+    torch.manual_seed(0)
+    m, n = SHAPES[shape]
+    R = min(m, n)
+    if kind == "rank-deficient":
+        return weight(m, n, torch.logspace(0, -1, R - 10, dtype=torch.float64)), covariance(n), covariance(m)
+    if kind == "badly conditioned":  # a weight over six decades; fewer tokens than channels, which differ a millionfold
+        spectrum = torch.logspace(0, -6, R, dtype=torch.float64)
+        return weight(m, n, spectrum), covariance(n, 20, 3), covariance(m, 10, 3)
+    return weight(m, n, torch.logspace(0, -2, R, dtype=torch.float64)), covariance(n), covariance(m)
+
+
+def product(layer):
+    return layer.B.double() @ layer.A.double()
+
+
+@pytest.mark.parametrize("solver", ["svd", "gram", "subspace", "auto"])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@pytest.mark.parametrize("kind", ["regular", "rank-deficient", "badly conditioned"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_components_are_those_of_the_definition(shape, kind, mode, solver):
+    W, C, D = case(shape, kind)
+    r = 14 if kind == "rank-deficient" else 7  # the tail of 14 holds dead components beside live ones
+    R = min(W.shape)
+    chosen = slice(0, r) if mode == "ipm" else slice(R - r, R)
+    expected, sigma = definition(W, C, D, chosen)
+    for split in ("paper", "balanced"):
+        config = CordaConfig(mode=mode, r=r, split=split, orientation="two_sided", solver=solver)
+        layer = start_of(W, C, config, D)
+        assert (product(layer) - expected).norm() < 1e-5 * expected.norm()
+        if kind != "rank-deficient":
+            found = layer.spectrum if len(layer.spectrum) == r else layer.spectrum[chosen]
+            torch.testing.assert_close(found, sigma[chosen], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_head_is_the_nearest_of_its_rank(shape):
+    """... as nothing else is: alternating least squares in the same metric, from five starts, ends there."""
+    W, C, D = case(shape)
+    (C_half, _), (D_half, _) = roots(C), roots(D)
+
+    def distance(X):
+        return float((D_half @ (W - X) @ C_half).norm())
+
+    config = CordaConfig(mode="ipm", r=5, split="balanced", orientation="two_sided", solver="gram")
+    found = product(start_of(W, C, config, D))
+    M = D_half @ W @ C_half
+    best = float("inf")
+    for _ in range(5):
+        B = torch.randn(len(W), 5, dtype=torch.float64)
+        for _ in range(500):
+            A = torch.linalg.lstsq(D_half @ B, M).solution  # A C_half
+            B = torch.linalg.lstsq(A.T, torch.linalg.solve(D_half, M).T).solution.T
+        best = min(best, float((M - D_half @ B @ A).norm()))
+    assert distance(found) == pytest.approx(best, rel=1e-6)
+    one_sided = product(start_of(W, C, CordaConfig(mode="ipm", r=5, split="balanced")))
+    assert distance(found) < 0.99 * distance(one_sided)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_head_and_tail_add_up_to_the_weight(shape):
+    W, C, D = case(shape)
+    parts = [
+        product(start_of(W, C, CordaConfig(mode=mode, r=r, split="balanced", orientation="two_sided"), D))
+        for mode, r in (("ipm", 9), ("kpm", min(W.shape) - 9))
+    ]
+    assert (sum(parts) - W).norm() < 1e-5 * W.norm()
+
+
+@pytest.mark.parametrize("split", ["anchored", "seeded"])
+def test_rows_of_a_start_from_zero_are_the_components(split):
+    W, C, D = case("tall")
+    layer = start_of(W, C, CordaConfig(r=6, split=split, orientation="two_sided"), D)
+    assert not layer.B.any()
+    torch.testing.assert_close(layer.A.norm(dim=1), torch.ones(6))
+    expected, _ = definition(W, C, D, slice(18, 24))
+    rows = torch.linalg.svd(expected).Vh[:6]  # a basis of the same space
+    torch.testing.assert_close(layer.A.double() @ rows.T @ rows, layer.A.double(), rtol=0, atol=1e-5)
+
+
+def test_balanced_components_are_as_long_in_a_as_in_b():
+    W, C, D = case("wide")
+    layer = start_of(W, C, CordaConfig(r=6, split="balanced", orientation="two_sided"), D)
+    torch.testing.assert_close(layer.A.norm(dim=1), layer.B.norm(dim=0), rtol=1e-5, atol=0)
+
+
+def test_outputs_on_which_nothing_hangs_are_not_looked_at():
+    W, C, D = case("wide")
+    config = CordaConfig(r=6, split="balanced", orientation="two_sided")
+    eye = torch.eye(len(W), dtype=torch.float64)
+    torch.testing.assert_close(product(start_of(W, C, config, 0 * D)), product(start_of(W, C, config, eye)))
+
+
+def test_a_damping_that_leaves_d_singular():
+    W, C, D = case("wide", "badly conditioned")
+    with pytest.raises(CordaError, match="a covariance of gradients is singular to float64: raise --damping"):
+        start_of(W, C, CordaConfig(r=6, orientation="two_sided", damping=1e-30), torch.outer(D[0], D[0]))
+    with pytest.raises(CordaError, match="a covariance is singular to float64: raise --damping"):
+        start_of(W, torch.outer(C[0], C[0]), CordaConfig(r=6, orientation="two_sided", damping=1e-30), torch.eye(len(W)))
