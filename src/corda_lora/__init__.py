@@ -39,6 +39,10 @@ def get_corda_model(
         progress: show a progress bar.
         tokenizer: for a context of texts, chats or rows. Default: that of the model's name.
 
+    Returns:
+        the adapted model. If `config.keep` is above 0, its attribute `statistics` holds what predicts the drift that an
+        adapter causes on the context: see `training.keeping`.
+
     Raises:
         CordaError: see `preprocess`.
     """
@@ -59,7 +63,11 @@ def get_corda_model(
     if rounds:  # it was no batches
         check_fit(model, (ids for batch in context for ids in batch["input_ids"].tolist()))
         context = Context(context, rounds)
-    return install(model, preprocess(model, config, context, progress))
+    start = preprocess(model, config, context, progress)
+    adapted: Any = install(model, start)
+    if start.statistics is not None:
+        adapted.statistics = start.statistics
+    return adapted
 
 
 def __getattr__(name: str) -> Any:  # torch and PEFT are imported when first needed: `corda --help` does without

@@ -284,11 +284,11 @@ def init(options: Namespace) -> None:
     after its last finished block when the same command is given again."""
     config, source = _take(CordaConfig, options), _take(ModelConfig, options)
     data = None if options.context is None else _take(DataConfig, options, data=options.context)
-    if data is None and config.orientation != "identity":
+    if data is None and config.reads_context:
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
     recipe = {"model": source.model, "revision": source.revision, "dtype": source.dtype, "config": asdict(config)}
     recipe |= {"batch_tokens": options.batch_tokens}
-    recipe |= {"data": asdict(data) if data and config.orientation != "identity" else None}
+    recipe |= {"data": asdict(data) if data and config.reads_context else None}
     if is_made(options.output / "corda.json", recipe) and not (options.output / "training.json").is_file():
         if not options.keep_work:
             remove_work(options.output, recipe)

@@ -160,6 +160,9 @@ class CordaConfig:
             activations of the first token are far larger than any other's. Leave it at 0 for a context to keep: the
             adapter may otherwise change what the first token does.
         target_modules: the layers to adapt, as in PEFT: endings of names, a regular expression, or `all-linear`.
+        keep: the weight λ, in the loss of the training to come, of the drift that the adapter is predicted to cause on
+            the context: nats of loss for a nat of drift per answer token. Above 0 the start also holds what predicts
+            it, in statistics.safetensors. For that the context also runs backward, as with `two_sided`.
         lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: the value for which s = 1.
         use_rslora: scale the adapter by s = lora_alpha / √r instead, as in PEFT.
         lora_dropout: the dropout rate of the adapter's input while training.
@@ -182,6 +185,7 @@ class CordaConfig:
     damping: Positive = 0.01
     skip_tokens: CountOrZero = 0
     target_modules: str | list[str] = "all-linear"
+    keep: Annotated[float, Range(ge=0)] = 0.0
     lora_alpha: Positive | None = None
     use_rslora: bool = False
     lora_dropout: Share = 0.0
@@ -211,6 +215,15 @@ class CordaConfig:
     def from_zero(self) -> bool:
         """Whether B starts from zero, so that the adapter is rank r on the weight as it is: nothing is taken out."""
         return self.split in ("anchored", "seeded")
+
+    @property
+    def reads_context(self) -> bool:
+        return self.orientation != "identity" or self.keep > 0
+
+    @property
+    def runs_back(self) -> bool:
+        """Whether the context also runs backward through the model, for the gradients at the layers' outputs."""
+        return self.orientation == "two_sided" or self.keep > 0
 
     @property
     def allocates(self) -> bool:

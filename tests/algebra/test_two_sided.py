@@ -126,9 +126,10 @@ def test_outputs_on_which_nothing_hangs_are_not_looked_at():
     torch.testing.assert_close(product(start_of(W, C, config, 0 * D)), product(start_of(W, C, config, eye)))
 
 
-def test_a_damping_that_leaves_d_singular():
+def test_a_damping_that_leaves_d_or_c_singular():
     W, C, D = case("wide", "badly conditioned")
+    config = CordaConfig(r=6, orientation="two_sided", damping=1e-30)
     with pytest.raises(CordaError, match="a covariance of gradients is singular to float64: raise --damping"):
-        start_of(W, C, CordaConfig(r=6, orientation="two_sided", damping=1e-30), torch.outer(D[0], D[0]))
+        start_of(W, C, config, torch.outer(D[0], D[0]))
     with pytest.raises(CordaError, match="a covariance is singular to float64: raise --damping"):
-        start_of(W, torch.outer(C[0], C[0]), CordaConfig(r=6, orientation="two_sided", damping=1e-30), torch.eye(len(W)))
+        start_of(W, torch.outer(C[0], C[0]), config, torch.eye(len(W)))

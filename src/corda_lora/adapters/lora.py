@@ -40,6 +40,8 @@ from ..config import CordaError
 from ..files import CHECKSUMS, check_checksums, read_json, sha256_of, whole_folder, write_checksums
 from ..models.targets import check_bare, fingerprint, layer_digest, lora_config
 from ..preprocess.pipeline import Start
+from ..preprocess.statistics import NAME as STATISTICS
+from ..preprocess.statistics import Statistics
 from ..version import __version__
 from .held import describe_held, freeze, warn_if_trained
 
@@ -107,10 +109,11 @@ def save_adapter(
     directory: Path,
     records: Mapping[str, Mapping[str, Any]],
     spectra: Mapping[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
 ) -> None:
     """Write a standard PEFT adapter directory, right on the original model in plain PEFT, with the records (name of a
-    JSON file → what is in it) and `spectra.safetensors` (singular values by layer) beside it. The directory appears
-    whole or not at all.
+    JSON file → what is in it), `spectra.safetensors` (singular values by layer) and `statistics.safetensors` (of the
+    context) beside it. The directory appears whole or not at all.
 
     Raises CordaError if the directory exists and holds anything, or the disk is full.
     """
@@ -121,6 +124,8 @@ def save_adapter(
             (folder / name).write_text(json.dumps({"versions": versions, **record}, indent=1) + "\n")
         if spectra:
             save_file({name: sigma.float() for name, sigma in spectra.items()}, folder / SPECTRA)
+        if statistics is not None:
+            statistics.save(folder / STATISTICS)
         write_checksums(folder, "*.safetensors", CONFIG)
 
 

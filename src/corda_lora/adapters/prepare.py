@@ -46,8 +46,10 @@ def prepare(
     Args:
         source: a checkpoint, which is read block by block, so that the whole model is never in memory; or a loaded
             model, which is left as it was.
-        data: samples of the ability to keep (kpm) or to learn (ipm). Not needed with orientation `identity`.
-        output: the directory to write, with corda.json (what was run), timing.json and spectra.safetensors.
+        data: samples of the ability to keep (kpm) or to learn (ipm). Not needed with orientation `identity`, unless
+            `keep` is above 0.
+        output: the directory to write, with corda.json (what was run), timing.json, spectra.safetensors and, if `keep`
+            is above 0, statistics.safetensors.
         tokenizer: Default: that of the checkpoint.
         batch_tokens: tokens of the context a forward.
         park: see `preprocess`.
@@ -58,7 +60,7 @@ def prepare(
         CordaError: see `preprocess`, `load_rounds` and `open_model`; something is in the way of the output, or its disk
             has too little room; OUTPUT.work belongs to another run; a loaded model has no tokenizer.
     """
-    if config.orientation == "identity":
+    if not config.reads_context:
         data = None
     elif data is None:
         raise CordaError("give a context: samples of the ability to keep (kpm) or to learn (ipm)")
@@ -101,7 +103,7 @@ def prepare(
     whole = [m for ending in config.modules_to_save or () for m in modules_named(model, ending).values()]
     with on_device([t for m in whole for t in tensors_of(m) if t in stored], torch.device("cpu"), stored):
         adapted = install(model, start)
-        save_adapter(adapted, output, {RECORD: record | start.record, TIMING: start.took}, spectra)
+        save_adapter(adapted, output, {RECORD: record | start.record, TIMING: start.took}, spectra, start.statistics)
         adapted.unload()
     if not keep_work:
         remove_folder(work)

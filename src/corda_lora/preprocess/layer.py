@@ -50,6 +50,7 @@ class LayerRecord:
         energy_share: share of the output energy in the adapter's components.
         leak: tr(A C Aᵀ).
         digest: of the weight, see `layer_digest`. It is not in corda.json, which has the fingerprint of all layers.
+        input: the layer that was given the same input first, itself included. It is not in corda.json either.
     """
 
     r: int | None = None
@@ -65,9 +66,11 @@ class LayerRecord:
     energy_share: float | None = None
     leak: float | None = None
     digest: str | None = None
+    input: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None and key != "digest"}
+        record = {key: value for key, value in asdict(self).items() if key not in ("digest", "input")}
+        return {key: value for key, value in record.items() if value is not None}
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Decomposed:
             those of the adapter, (r,).
         energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
         record: what is known of the layer by now.
-        sides: what a change of the layer does to the context; None if the context did not run backward.
+        sides: C and D in small, from which drift is predicted; None if nobody asks for it.
     """
 
     rows: Tensor

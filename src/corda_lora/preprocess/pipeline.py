@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..algebra.covariance import float32_products
+from ..algebra.second_order import Low, compact
 from ..algebra.solvers import warn_of_fallbacks
 from ..config import CordaConfig, CordaError
 from ..devices import (
@@ -24,11 +25,21 @@ from ..devices import (
     restart_peak,
     synchronize,
 )
-from ..models.lockstep import Stored, parking
-from ..models.targets import choose_targets, fingerprint, layer_digest, left_out, tied_layers, weight_of
+from ..models.lockstep import Stored, find_blocks, parking
+from ..models.targets import (
+    choose_targets,
+    fingerprint,
+    layer_digest,
+    left_out,
+    require_causal,
+    tied_layers,
+    weight_of,
+    weight_shape,
+)
 from ..progress import progress_bar
+from .backward import StepBack, walk_back
 from .collect import Group
-from .context import Batch, Context, check_context, consecutive_rounds
+from .context import Batch, Context, answer_mask, check_context, consecutive_rounds
 from .layer import (
     Choice,
     Decomposed,
@@ -38,9 +49,11 @@ from .layer import (
     decompose_layer,
     extremes_of,
     keep_components,
+    output_factor,
     start_layer,
 )
 from .ranks import Ranks
+from .statistics import DIRECTIONS, Sides, Statistics, check_samples
 from .walk import Place, choose_parking, walk
 from .work import LayerStore, saving
 
@@ -53,12 +66,14 @@ class Start:
         layers: in the model's order.
         record: what was run and what came out, for corda.json. The same command gives the same record.
         took: seconds by stage, and memory.
+        statistics: of the context, where `config.keep` is above 0.
     """
 
     config: CordaConfig
     layers: dict[str, LayerStart]
     record: dict[str, Any]
     took: dict[str, Any]
+    statistics: Statistics | None = None
 
 
 @torch.no_grad()
@@ -78,8 +93,9 @@ def preprocess(
         model: any model whose forward runs `ModuleList`s of blocks (or none).
         config: see `CordaConfig`.
         context: a `Context`, or its batches: keyword arguments of the model's forward. Padding is excluded through
-            `attention_mask`. Without rounds of its own, batches that follow one another make a round. Not read with
-            orientation `identity`.
+            `attention_mask`. Without rounds of its own, batches that follow one another make a round. Where it also
+            runs backward, answers are the tokens with a label, or all tokens without `labels`. Not read with
+            orientation `identity`, unless `keep` is above 0.
         progress: show a progress bar on the terminal.
         stored: parameters whose values are in a checkpoint and read when needed (see `models.open_model`).
         work: folder for finished blocks, from which a run that was killed goes on. Default: a temporary one.
@@ -88,8 +104,8 @@ def preprocess(
 
     Raises:
         CordaError: a target that matches nothing, a rank above a layer's, a budget that cannot be met, an empty or
-            all-padding context, more rounds than batches, work that is damaged or was done on other weights, NaN or
-            Inf in the activations. All but the last two before any long work.
+            all-padding context, more rounds than batches, what `walk_back` refuses, work that is damaged or was done on
+            other weights, NaN or Inf in the activations. All but the last two before any long work.
     """
     began = time.perf_counter()
     targets = choose_targets(model, config)
@@ -105,18 +121,31 @@ def preprocess(
             stacklevel=2,
         )
     context = _completed(context, config)
-    if config.orientation != "identity":
+    if config.reads_context:
         record["context"] = check_context(model, context, targets)
+    blocks = 0  # through which the context goes a second time
+    if config.runs_back:
+        require_causal(model)
+        answers = [answer_mask(batch) for batch in context.batches]
+        record["context"]["answers"] = sum(int(answer.sum()) for answer in answers)
+        if config.keep:
+            check_samples(sum(int(answer.any(1).sum()) for answer in answers))
+        blocks = len(find_blocks(model, list(targets)))
     restart_peak(device)
     with tempfile.TemporaryDirectory() as temporary, float32_products("highest"):
         store = LayerStore(work or Path(temporary))
-        place = Place(device, stored, parking(choose_parking(park, model, context.batches, device), store.folder))
+        where = choose_parking(park, model, context.batches, device, states=2 + blocks)
+        place = Place(device, stored, parking(where, store.folder))
         ranks = Ranks(targets, config, model)
         clock = _Clock(device)
         digests = _finished_before(store, ranks, device)
         fallbacks: list[str] = []  # layers that the solver gave up on
-        with progress_bar("decomposing", len(targets), progress) as advance, saving(store, device) as save:
-            for names, groups in walk(model, targets, context, place, digests):
+        with progress_bar("decomposing", blocks + len(targets), progress) as advance, saving(store, device) as save:
+            if config.runs_back:
+                steps = walk_back(model, targets, context, place, digests, on_block=advance)
+            else:
+                steps = (StepBack(*step, {}) for step in walk(model, targets, context, place, digests))
+            for names, groups, gradients in steps:
                 clock.lap("forward")
                 if groups is None:
                     _check_weights({name: targets[name] for name in names}, digests, store)
@@ -124,7 +153,8 @@ def preprocess(
                     continue
                 block: dict[str, Decomposed] = {}
                 while groups:  # popped: a group that is done frees its covariances
-                    for name, decomposed in _decompose(groups.pop(0), targets, config, ranks, clock, fallbacks):
+                    group = groups.pop(0)
+                    for name, decomposed in _decompose(group, gradients, targets, config, ranks, clock, fallbacks):
                         block[name] = decomposed
                         advance()
                 save(block)
@@ -132,18 +162,23 @@ def preprocess(
                 clock.lap("state")
         clock.lap("state")  # where a thread writes, the last block is on the disk only now
         warn_of_fallbacks(fallbacks)
-        layers, record["totals"] = _start(store, targets, ranks, config)
+        layers, sides, record["totals"] = _start(store, targets, ranks, config)
         clock.lap("factors")
-    record["fingerprint"] = fingerprint({name: layer.record.digest or "" for name, layer in layers.items()})
+    digests = {name: layer.record.digest or "" for name, layer in layers.items()}
+    record["fingerprint"] = fingerprint(digests)
+    statistics = None
+    if config.keep:
+        counts = record["context"]
+        statistics = Statistics(sides, counts["samples"], counts["answers"], counts["tokens"], digests)
     unseen = [name for name, layer in layers.items() if layer.record.leak is None]
-    if config.orientation != "identity" and unseen:
+    if config.reads_context and unseen:
         _warn_of_unseen(unseen)
     record["layers"] = {name: layer.record.as_json() for name, layer in layers.items()}
     took: dict[str, Any] = {"device": device_name(device)}
     took["seconds"] = {"all": time.perf_counter() - began} | clock.seconds
     if clock.peaks:
         took["peak_accelerator_bytes"] = clock.peaks
-    return Start(config, layers, record, took)
+    return Start(config, layers, record, took, statistics)
 
 
 class _Clock:
@@ -172,7 +207,7 @@ class _Clock:
 
 def _completed(context: Context | Iterable[Batch], config: CordaConfig) -> Context:
     """A context with its rounds, and without the tokens that are to be skipped; an empty one if none is needed."""
-    if config.orientation == "identity":
+    if not config.reads_context:
         return Context()
     if not isinstance(context, Context):
         context = Context(list(context))
@@ -200,15 +235,24 @@ def _check_weights(layers: Mapping[str, nn.Module], digests: Mapping[str, str], 
 
 def _decompose(
     group: Group,
+    gradients: dict[str, Tensor],
     targets: Mapping[str, nn.Module],
     config: CordaConfig,
     ranks: Ranks,
     clock: _Clock,
     fallbacks: list[str],
 ) -> Iterator[tuple[str, Decomposed]]:
-    """Decompose the layers of a group: choose a covariance, decompose, keep the components that may be chosen."""
+    """Decompose the layers of a group: choose a covariance, decompose, keep the components that may be chosen.
+
+    Args:
+        gradients: D (d_out, d_out) of layers, which are popped.
+    """
     solving = double_device(clock.device)
     members, covariances = group
+    input_side = None
+    if config.keep:
+        n = weight_shape(targets[members[0]])[1]
+        input_side = _small(covariances or [torch.zeros(n, n)], clock.device)
     if any(float(C.diagonal().sum()) == 0 for C in covariances):
         covariances = []  # only zeros came in: nothing to orient by
     choose = bool(covariances) and (config.rounds != 1 or config.allocates)
@@ -217,26 +261,43 @@ def _decompose(
         W = weight_of(targets[name])
         if not bool(W.isfinite().all()):
             raise CordaError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-        W = W.to(solving)
+        W, D = W.to(solving), gradients.pop(name, None)
+        L = output_factor(None if D is None else D.to(solving), config)
+        W = W if L is None else L.T @ W.double()
         choice = choose_covariance(W, covariances, extremes, config) if choose else Choice()
         clock.lap("selection")
         C = covariances[choice.round or 0].to(W.device) if covariances else None
         U, sigma = decompose_layer(W, C, config, partial(fallbacks.append, name))
         ranks.see(name, choice.log_pi, sigma)
-        record = LayerRecord(**choice._asdict(), digest=layer_digest(targets[name]))
-        decomposed = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record)
-        del W, C, U
+        record = LayerRecord(**choice._asdict(), digest=layer_digest(targets[name]), input=members[0])
+        decomposed = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record, L)
+        if input_side is not None:
+            D = torch.zeros(len(W), len(W)) if D is None else D
+            decomposed.sides = Sides(input_side, _small([D], clock.device))
+        del W, C, U, L, D
         clock.lap("decomposition")
         yield name, decomposed
 
 
+def _small(matrices: Sequence[Tensor], device: torch.device) -> Low:
+    """The mean of C (n, n) over the rounds, or D, as it is kept, on the CPU."""
+    mean = matrices[0].to(device) / len(matrices)
+    for M in matrices[1:]:
+        mean += M.to(device) / len(matrices)
+    return Low(*(part.cpu() for part in compact(mean, DIRECTIONS)))
+
+
 def _start(
     store: LayerStore, targets: Iterable[str], ranks: Ranks, config: CordaConfig
-) -> tuple[dict[str, LayerStart], dict[str, Any]]:
-    """The factors of every layer, in the model's order; and totals over the layers."""
-    by_name = ranks.of_seen()
-    in_stored_order = {name: start_layer(layer, by_name[name], config) for name, layer in store.load()}
+) -> tuple[dict[str, LayerStart], dict[str, Sides], dict[str, Any]]:
+    """The factors of every layer and, where they are known, its sides, in the model's order; and totals."""
+    by_name, in_stored_order, both = ranks.of_seen(), dict[str, LayerStart](), dict[str, Sides]()
+    for name, layer in store.load():
+        in_stored_order[name] = start_layer(layer, by_name[name], config)
+        if layer.sides is not None:
+            both[name] = layer.sides
     layers = {name: in_stored_order[name] for name in targets}
+    sides = {name: both[name] for name in targets if name in both}
     totals: dict[str, Any] = {
         "parameters": sum(layer.A.numel() + layer.B.numel() for layer in layers.values()),
         "budget": ranks.budget,
@@ -247,7 +308,7 @@ def _start(
         energy = sum(r.output_energy or 0.0 for r in records)
         adapted = sum((r.energy_share or 0.0) * (r.output_energy or 0.0) for r in records)
         totals["energy_share"] = adapted / energy if energy else 0.0
-    return layers, totals
+    return layers, sides, totals
 
 
 def _warn_of_left_out(omitted: Mapping[str, Sequence[str]]) -> None:

@@ -92,6 +92,15 @@ def _low(name: str, stored: Mapping[str, Tensor]) -> Low:
     return Low(*(stored[f"{name}.{part}"] for part in Low._fields))
 
 
+def check_samples(answered: int) -> None:
+    """Raises CordaError if so few samples with an answer say too little of others."""
+    if answered < LEAST_SAMPLES:
+        raise CordaError(
+            f"the context has {answered} samples with a response, but what it costs to change the model is only known "
+            f"from {LEAST_SAMPLES} on, better some hundreds"
+        )
+
+
 class Answered(NamedTuple):
     """A batch of samples on a device.
 
@@ -113,11 +122,7 @@ def answered_batches(
 
     Raises CordaError if there are fewer than `LEAST_SAMPLES`."""
     encoded = [e for e in encoded if e.targets]
-    if len(encoded) < LEAST_SAMPLES:
-        raise CordaError(
-            f"the context has {len(encoded)} samples with a response, but what it costs to change the model is only "
-            f"known from {LEAST_SAMPLES} on, better some hundreds"
-        )
+    check_samples(len(encoded))
     batches = []
     for indices in batch_by_length([len(e.ids) for e in encoded], batch_tokens):
         ids, mask = pad([encoded[i].ids for i in indices], pad_id)

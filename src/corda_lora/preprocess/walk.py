@@ -144,14 +144,14 @@ def inputs_of(model: nn.Module, batches: Sequence[Batch], device: torch.device) 
     return inputs  # type: ignore[return-value]
 
 
-def choose_parking(park: str, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> str:
-    """Where the hidden states of waiting batches are kept: "device", "cpu" or "disk".
+def choose_parking(park: str, model: nn.Module, batches: Sequence[Batch], device: torch.device, states: int = 2) -> str:
+    """Where the hidden states of waiting batches are kept, `states` of each token: "device", "cpu" or "disk".
 
     `auto` is the first of these with room for three times the states. A warning tells if that is not the device.
     """
     if park != "auto" or not batches:
         return "device" if park == "auto" or (park == "cpu" and device.type == "cpu") else park
-    size = waiting_bytes(model, batches)
+    size = waiting_bytes(model, batches, states)
     if 3 * size < (free_bytes(device) or 0):
         return "device"
     choice = "cpu" if 3 * size < psutil.virtual_memory().available else "disk"
@@ -162,9 +162,10 @@ def choose_parking(park: str, model: nn.Module, batches: Sequence[Batch], device
     return choice
 
 
-def waiting_bytes(model: nn.Module, batches: Sequence[Batch]) -> int:
-    """Bytes of the hidden states of all batches and of their embeddings, which most models hold on to."""
+def waiting_bytes(model: nn.Module, batches: Sequence[Batch], states: int = 2) -> int:
+    """Bytes of `states` hidden states of each token: that of a batch which waits, and its embedding, which most models
+    hold on to."""
     config = getattr(model, "config", None)
     width = getattr(config.get_text_config() if config is not None else None, "hidden_size", 0)
     tokens = sum(token_masks(batch)[0].numel() for batch in batches)
-    return 2 * tokens * width * next(model.parameters()).element_size()
+    return states * tokens * width * next(model.parameters()).element_size()

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from ..algebra.second_order import Low
 from ..config import CordaError
 from ..files import is_partial, sha256_of, whole_file, work_folder, write_text
 from .layer import Decomposed, LayerRecord
+from .statistics import Sides
 
 MANIFEST = "finished.json"
 # What runs leave in a folder of work: settings, finished blocks, parked hidden states, checkpoints, the trainer's page,
 # a tracker's logs.
 OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|checkpoint-\d+|README\.md|tmp\w+|runs")
-KEYS = ("rows", "U", "sigma", "energy")
+KEYS = ("rows", "U", "sigma", "energy", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
 
 
 def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -> Path:
@@ -95,12 +98,7 @@ class LayerStore:
     def save(self, layers: Mapping[str, Decomposed]) -> None:
         """Add a block. It is on the disk when this returns."""
         name = f"{len(self.files):04}.safetensors"
-        tensors = {
-            f"{layer}|{key}": getattr(decomposed, key).contiguous()
-            for layer, decomposed in layers.items()
-            for key in KEYS
-            if getattr(decomposed, key) is not None
-        }
+        tensors = {f"{name}|{key}": x for name, layer in layers.items() for key, x in _parts(name, layer).items()}
         records = json.dumps({layer: asdict(decomposed.record) for layer, decomposed in layers.items()})
         with whole_file(self.folder / name) as partial:
             save_file(tensors, partial, metadata={"records": records})
@@ -112,15 +110,26 @@ class LayerStore:
         """The layers, in the order they were saved, read one at a time. `spectra_only` leaves out the large tensors."""
         for file in self.files:
             with safe_open(self.folder / file, framework="pt") as tensors:
-                names = set(tensors.keys())
-                for layer, record in json.loads(tensors.metadata()["records"]).items():
+                names, inputs = set(tensors.keys()), dict[str, Low]()
+                for layer, fields in json.loads(tensors.metadata()["records"]).items():
                     keys = [k for k in (("sigma",) if spectra_only else KEYS) if f"{layer}|{k}" in names]
                     parts = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
-                    rows = parts.get("rows", torch.empty(0, 0))
-                    yield (
-                        layer,
-                        Decomposed(rows, parts.get("U"), parts["sigma"], parts.get("energy"), LayerRecord(**record)),
-                    )
+                    rows, record, sides = parts.get("rows", torch.empty(0, 0)), LayerRecord(**fields), None
+                    if "C.factor" in parts:
+                        inputs[layer] = Low(parts["C.factor"], parts["C.diagonal"])
+                    if "D.factor" in parts:
+                        assert record.input is not None
+                        sides = Sides(inputs[record.input], Low(parts["D.factor"], parts["D.diagonal"]))
+                    yield layer, Decomposed(rows, parts.get("U"), parts["sigma"], parts.get("energy"), record, sides)
+
+
+def _parts(name: str, layer: Decomposed) -> dict[str, Tensor]:
+    """The tensors of a layer by their `KEYS`. C is only among those of the first layer that was given the input."""
+    parts = {key: getattr(layer, key) for key in KEYS if hasattr(layer, key)}
+    for side, low in layer.sides._asdict().items() if layer.sides else ():
+        if side == "D" or layer.record.input == name:
+            parts |= {f"{side}.{key}": x for key, x in low._asdict().items()}
+    return {key: x.contiguous() for key, x in parts.items() if x is not None}
 
 
 @contextmanager
