@@ -168,19 +168,26 @@ def test_a_second_option_is_swept_beside_the_rate(recipe, compare):
     """`ratio` is of the training alone, so its values share a preparation; `samples` is not."""
     file = recipe({"lora": "[1.0e-3, 1.0e-2]"}, seeds=2)
     with open(file, "a") as more:
+        more.write(
+            "  kept: {method: lora, options: {samples: 40}, learning_rates: [1.0e-2], sweep: {keep: [1, 100]}}\n"
+        )
         more.write("  B faster: {method: corda-ipm-seeded, learning_rates: [1.0e-3, 5.0e-3], sweep: {ratio: [8, 2]}}\n")
         more.write("  more samples: {method: corda-ipm-seeded, learning_rates: [1.0e-3], sweep: {samples: [12, 3]}}\n")
     compare(file, "--output", "out")
     starts = {path.parent.name for path in Path("out/starts").glob("*/result.json")}
-    assert starts == {"B faster", "more samples, samples 3", "more samples, samples 12"}
+    assert starts == {"kept", "B faster", "more samples, samples 3", "more samples, samples 12"}
     runs = json.loads(Path("out/comparison.json").read_text())["runs"]
     assert {run["status"] for run in runs} == {"done"}
     first = [(run["method"], run["learning_rate"], run.get("swept")) for run in runs if run["seed"] == 0]
     assert first == [
         *(("lora", rate, None) for rate in (1e-3, 1e-2)),
+        *(("kept", 1e-2, {"keep": keep}) for keep in (1, 100)),
         *(("B faster", rate, {"ratio": ratio}) for ratio in (2, 8) for rate in (1e-3, 5e-3)),
         *(("more samples", 1e-3, {"samples": samples}) for samples in (3, 12)),
     ]
+    assert len({tuple(run["penalties"]) for run in runs if run["method"] == "kept"}) == 1
+    drifts = [run["results"]["keep"]["keep"]["drift"] for run in runs if run["method"] == "kept" and not run["seed"]]
+    assert drifts[0] > drifts[1], "the higher price keeps more"
     losses = {task_loss(run) for run in runs if run["seed"] == 0}
     assert len(losses) == len(first), "two values gave the same run"
     assert any(run["seed"] == 1 and run["method"] == "B faster" for run in runs)
@@ -358,4 +365,5 @@ def test_the_recipes_are_right(path):
     parser, _ = build_parser()
     options = parser.instantiate(parser.parse_args(["compare", "--config", str(path), "--output", "out"]))
     for entry in _take(CompareConfig, options.compare).entries.values():
-        check_options(entry.method, entry.options)
+        for value in entry.swept_values or [None]:
+            check_options(entry.method, entry.options | ({entry.swept_option: value} if entry.sweep else {}))

@@ -495,7 +495,7 @@ def test_a_sweep_is_read_near_loras_best_and_so_is_what_nobody_named():
     compared["methods"] = {name: compared["methods"][name] for name in ("lora", "full", "kpm")}
     settings = {0: (0.91, 0.04, 0.03), 3: (0.90, 0.02, 0.1), 30: (0.91, 0.01, 0.2)}
     for value, (loss, nq, webq) in settings.items():
-        entry = run("kpm", 1e-2, 1, loss, nq) | {"swept": {"keep": value}, "predicted_drift": {"nq": nq / 2}}
+        entry = run("kpm", 1e-2, 1, loss, nq) | {"swept": {"keep": value}, "predicted_drift": nq / 2}
         entry["results"]["keep"]["webq"]["drift"] = webq
         compared["runs"].append(entry)
     text = markdown_report(compared)
@@ -503,7 +503,7 @@ def test_a_sweep_is_read_near_loras_best_and_so_is_what_nobody_named():
     best = next(row for row in tables[0] if row["method"].startswith("CorDA"))
     assert best["learning rate"].startswith("1e-2, keep 3 (the only rate tried")
     assert best["drift at LoRA’s task loss: nq"] == "**0.0200** (1e-2, keep 3)"
-    assert best["predicted drift at its own task loss: nq"] == "0.0100"
+    assert best["drift at its own task loss: predicted, of the context"] == "0.0100"
     lora, _full, kpm = tables[1]
     assert kpm["settings"] == "1e-2, keep 3 … 1e-2, keep 30"
     assert kpm["drift at a task loss of 0.9050: nq"] == "**0.0141**"  # √(0.02·0.01)

@@ -47,7 +47,8 @@ class Comparison:
             option = entry.swept_option
             swept = tuple((option, value) for value in entry.swept_values)
             shares = not option or option in method.after
-            entries[name] = Entry(rates, bool(method.prepares_from), entry.all_seeds, swept, shares)
+            prepares = bool(method.prepares_from or (option and shares))
+            entries[name] = Entry(rates, prepares, entry.all_seeds, swept, shares)
         return entries
 
     @property

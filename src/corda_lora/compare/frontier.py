@@ -432,8 +432,8 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     drift: {ability: `Estimate` at the best rate};
     equal_loss: the reference's lowest task loss; equal: {ability: `Estimate` of the method's drift at that loss};
     reach: `Reach`, at the best rate, of the loss where the reference's mean learning curve ends at its own best rate;
-    predicted: {data: the predicted drift, mean over the seeds at the best rate}, of runs that predict one;
-    seconds, prepare_seconds, peak_bytes, steps, adapter, trainable: means over the seeds at the best rate;
+    predicted: the predicted drift on the context, of runs with that penalty;
+    predicted, seconds, prepare_seconds, peak_bytes, steps, adapter, trainable: means over the seeds at the best rate;
     scores: {(kind, data, measure's name): `Estimate` at the best rate}, for the measures with a title.
     """
     reference = reference_method(comparison)
@@ -499,10 +499,7 @@ def _row(
         "reach": reach(comparison, method, best.setting, final) if best and final is not None else None,
         "seconds": mean([training_seconds(run) for run in runs]),
         "prepare_seconds": mean([run.get("prepare_seconds") for run in runs]),
-        "predicted": {
-            name: mean([run.get("predicted_drift", {}).get(name) for run in runs])
-            for name in dict.fromkeys(name for run in runs for name in run.get("predicted_drift", {}))
-        },
+        "predicted": mean([run.get("predicted_drift") for run in runs]),
         "peak_bytes": mean([run.get("peak_bytes") for run in runs]),
         "steps": mean([run.get("steps") for run in runs]),
         "adapter": mean([(run.get("parameters") or {}).get("adapter") for run in runs]),

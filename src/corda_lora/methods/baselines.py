@@ -59,7 +59,7 @@ def adapterdrop(model: nn.Module, setup: Setup, drop: int | None = None) -> Prep
 # --- LoRA and its relatives, through PEFT ----------------------------------------------------------------------------
 
 
-@method("lora", "LoRA", "Hu et al., arXiv 2106.09685; PEFT")
+@method("lora", "LoRA", "Hu et al., arXiv 2106.09685; PEFT", after=("keep",))
 def lora(model: nn.Module, setup: Setup, keep: float = 0.0, samples: int | None = None) -> Prepared:
     """
     Args:

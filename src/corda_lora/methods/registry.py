@@ -128,8 +128,8 @@ class Method(NamedTuple):
         learning_rates: swept by default.
         prepares_from: the data that a slow preparation analyses ("keep", "learn", or the "weights" alone); its result
             is cached in `Setup.folder`. Empty if the preparation is quick.
-        after: the options that change the training alone. A sweep over one of them shares one preparation, which is
-            made with its highest value.
+        after: the options that change the training alone. A sweep over one of them begins with one preparation, which
+            is made with its highest value and shared by all.
     """
 
     title: str

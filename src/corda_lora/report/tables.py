@@ -123,9 +123,9 @@ def summary_columns(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> l
     for a in abilities(comparison):
         cells = [drift_cell(row["drift"][a]) for row in rows]
         columns.append(Column("drift at its own task loss", label(comparison, a), "low", cells, "0"))
-    for source in dict.fromkeys(source for row in rows for source in row["predicted"]):
-        cells = [plain_cell(row["predicted"].get(source)) for row in rows]
-        columns.append(Column("predicted drift at its own task loss", source, "", cells))
+    if any(row["predicted"] is not None for row in rows):
+        cells = [plain_cell(row["predicted"]) for row in rows]
+        columns.append(Column("drift at its own task loss", "predicted, of the context", "", cells))
     for which in ("steps", "seconds"):
         columns.append(Column(f"to reach {name}’s final loss", which, "low", [reach(row, which) for row in rows]))
     for key in dict.fromkeys(key for row in rows for key in row["scores"]):
