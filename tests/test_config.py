@@ -5,6 +5,7 @@ import math
 from typing import get_type_hints
 
 import pytest
+from peft import LoraConfig
 
 from corda_lora import config
 from corda_lora.config import (
@@ -100,3 +101,11 @@ def test_recipes_that_are_refused(text, message):
 def test_a_recipe_with_aliases():
     text = "a: &a {r: 1, s: 1e-3}\nb: *a\nc: {<<: *a, r: 2}\n"
     assert load_recipe(text) == {"a": {"r": 1, "s": 1e-3}, "b": {"r": 1, "s": 1e-3}, "c": {"r": 2, "s": 1e-3}}
+
+
+@pytest.mark.parametrize("kind", [CordaConfig, LoraStart])
+def test_every_option_of_pefts_is_ours_or_is_refused_by_name(kind):
+    ours = {f.name for f in dataclasses.fields(kind)} | {f.name for f in dataclasses.fields(TrainConfig)}
+    for name in {f.name for f in dataclasses.fields(LoraConfig)} - ours:
+        with pytest.raises(CordaError, match=rf"^{name} is an option of PEFT's that corda-lora does not have: \w+"):
+            kind(**{name: None})

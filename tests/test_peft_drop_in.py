@@ -10,6 +10,7 @@ import tiny
 import torch
 from helpers import pefts_damping
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig as PeftCorda
 from peft.tuners.lora.corda import preprocess_corda as pefts_preprocess
 from peft.tuners.lora.corda import target_modules
@@ -554,6 +555,29 @@ def test_what_can_be_told_is_told_before_the_model_runs(options, said):
     model = tiny.build("llama")
     with pytest.raises(ValueError, match=said):
         preprocess_corda(model, config(**options), lambda: pytest.fail("the model was run"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
+        {"exclude_modules": r".*layers\.0.*", "use_rslora": True, "lora_dropout": 0.1, "modules_to_save": ["lm_head"]},
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+    ],
+)
+def test_pefts_options_mean_what_they_mean_there(options):
+    model = tiny.build("llama")
+    start = config()
+    for name, value in options.items():
+        setattr(start, name, value)
+    before = tiny.logits(model)
+    preprocess_corda(model, start, runner(model, calls("llama")))
+    decomposed = {name for name, module in model.named_modules() if hasattr(module, "eigens")}
+    adapted = get_peft_model(model, start).eval()
+    layers = {name for name, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    assert decomposed == layers
+    assert 0 < len(layers) < 14
+    torch.testing.assert_close(tiny.logits(adapted), before, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("option", ["cache_file", "covariance_file"])

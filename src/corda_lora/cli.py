@@ -29,6 +29,7 @@ from yaml import YAMLError
 
 from .config import (
     LARGEST,
+    NOT_OURS,
     CompareConfig,
     CordaConfig,
     CordaError,
@@ -43,6 +44,7 @@ from .config import (
     Share,
     TrainConfig,
     check_value,
+    why_not,
 )
 from .files import check_output, check_result, is_made, output_lock, remove_folder, remove_work, write_json
 from .progress import console
@@ -168,6 +170,9 @@ class _Parser(ArgumentParser):
 
 def _sentence(message: str) -> str:
     """What jsonargparse says of an error, without its words for types and without what it tried before."""
+    unknown = re.search(r"unrecognized arguments: --(\w+)|does not accept option '(\w+)'", message)
+    if unknown and (option := unknown[1] or unknown[2]) in NOT_OURS:
+        return why_not(option)
     key, _, reason = message.rpartition('Parser key "')[2].partition('":')
     if innermost := re.search(r"Option '.*' is not accepted", reason):
         message = f"{key}: {innermost[0]}"

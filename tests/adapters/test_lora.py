@@ -198,6 +198,62 @@ def test_pefts_options(split, tmp_path):
     same(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), moved)
 
 
+OF_UP = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+OF_BLOCK_1 = [name for name in dict(tiny.build("llama").named_modules()) if "layers.1" in name and "_proj" in name]
+
+
+@pytest.mark.parametrize(
+    ("options", "adapted"),
+    [
+        ({"target_modules": ["up_proj", "q_proj"], "exclude_modules": ["q_proj", "lm_head"]}, OF_UP),
+        ({"exclude_modules": r".*\.(gate|down|[qkvo])_proj"}, OF_UP),
+        ({"layers_to_transform": 1}, OF_BLOCK_1),
+        ({"target_modules": ["up_proj"], "layers_to_transform": [1, 0]}, OF_UP),
+        ({"exclude_modules": r".*self_attn.*|.*gate_proj|.*down_proj", "layers_to_transform": [1]}, OF_UP[1:]),
+    ],
+)
+@pytest.mark.parametrize("split", ["anchored", "paper"])
+def test_pefts_options_that_choose_layers(split, options, adapted, tmp_path):
+    """The layers that plain PEFT would adapt are trained, and the saved configuration says why."""
+    model, found = start(split=split, **options)
+    trained = train(install(copy.deepcopy(model), found))
+    folder = saved(trained, found, tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {name.partition(".lora_")[0] for name in tensors} == {f"base_model.model.{name}" for name in adapted}
+    assert all(delta.norm() > 0 for delta in deltas(trained).values())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for option in ("exclude_modules", "layers_to_transform"):
+        wanted = options.get(option)
+        assert config[option] == (
+            sorted(wanted) if option == "exclude_modules" and isinstance(wanted, list) else wanted
+        )
+    same(tiny.logits(PeftModel.from_pretrained(copy.deepcopy(model), folder)), tiny.logits(trained.eval()))
+    if "target_modules" in options:
+        of_peft = peft.get_peft_model(model, LoraConfig(r=2, **options))
+        assert sorted(lora_layers(of_peft)) == sorted(adapted)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            {"exclude_modules": ["qproj"]},
+            r"exclude_modules \['qproj'\] matches no layer of Llama.*; nearest names: q_proj",
+        ),
+        ({"exclude_modules": "q_proj"}, r"a bare name is a pattern for whole names: write \[q_proj\]"),
+        ({"exclude_modules": ".*_proj"}, r"exclude_modules '\.\*_proj' leaves no layer of LlamaForCausalLM to adapt"),
+        ({"layers_to_transform": [0, 2]}, "layers_to_transform names block 2, which has none of the layers to adapt"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": 0}, "not with a regular expression"),
+        ({"bias": "all"}, "bias all trains biases of the base model itself, .* modules_to_save"),
+        ({"bias": "both"}, "bias is 'both', but must be one of none, all, lora_only"),
+        ({"use_dora": True}, "use_dora is an option of PEFT's that corda-lora does not have: with it, the adapter"),
+    ],
+)
+def test_pefts_options_that_cannot_be_are_refused_before_any_work(options, why):
+    with pytest.raises(CordaError, match=why):
+        start(**options)
+
+
 @pytest.mark.parametrize(("name", "why"), [("head", "LlamaForCausalLM does not have"), ("q_proj", "is a target, too")])
 def test_modules_to_save_that_cannot_be_are_refused_before_any_work(name, why):
     with pytest.raises(CordaError, match=f"modules_to_save names '{name}', which {why}"):

@@ -58,7 +58,8 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     start's tensors become the adapter's."""
     halves = 1 if start.config.from_zero else 2
     config = lora_config(model, start.layers)
-    config.lora_dropout, config.modules_to_save = start.config.lora_dropout, start.config.modules_to_save
+    for option in ("lora_dropout", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        setattr(config, option, getattr(start.config, option))
     set_ranks(config, {name: halves * layer.A.shape[0] for name, layer in start.layers.items()}, start.config.scale)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=HINT_AT_TIES)
@@ -136,8 +137,9 @@ def save_plain(peft_model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, all blanks
     path = folder / CONFIG
     config = json.loads(path.read_text())
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()  # PEFT holds a set, whose order differs from run to run
+    for option in ("target_modules", "exclude_modules"):
+        if isinstance(config[option], list):
+            config[option].sort()  # PEFT holds a set, whose order differs from run to run
     if marks := peft_model.peft_config["default"].auto_mapping:  # PEFT writes its own where there is no task type
         config["auto_mapping"] = (config["auto_mapping"] or {}) | marks
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -20,8 +20,16 @@ TUNED: Sides = {"tuned": nullcontext}
 
 
 def sides(model: nn.Module) -> Sides:
-    """Contexts under which `model` is the base model and, if it carries an adapter, the tuned one."""
+    """Contexts under which `model` is the base model and, if it carries an adapter, the tuned one.
+
+    Raises CordaError if the adapter cannot be taken off.
+    """
     if isinstance(model, PeftModel):
+        if (bias := getattr(model.active_peft_config, "bias", "none")) != "none":
+            raise CordaError(
+                f"the adapter trained biases of the base model (bias {bias}), which stay when it is taken off, so it "
+                "cannot be compared with the base model: measure its merged model"
+            )
         return {"base": model.disable_adapter, "tuned": nullcontext}
     return {"base": nullcontext}
 

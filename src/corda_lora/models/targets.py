@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import peft
@@ -57,9 +57,12 @@ def require_causal(model: nn.Module) -> None:
 def choose_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:
     """The layers that a configuration adapts, by name, in the model's order.
 
-    Raises CordaError as `find_targets` and `check_rank` do.
+    Raises CordaError as `find_targets`, `check_saved_modules` and `check_rank` do.
     """
-    targets = find_targets(model, config.target_modules, _least_rank(config))
+    targets = find_targets(
+        model, config.target_modules, _least_rank(config), config.exclude_modules, config.layers_to_transform
+    )
+    check_saved_modules(model, targets, config.modules_to_save)
     check_rank(targets, config, model)
     return targets
 
@@ -69,18 +72,25 @@ def _least_rank(config: CordaConfig) -> int:
     return 1 if config.allocates else config.r
 
 
-def find_targets(model: nn.Module, target_modules: str | list[str], r: int = 1) -> dict[str, nn.Module]:
-    """The layers that `target_modules` means, as in PEFT, by name, in the model's order.
+def find_targets(
+    model: nn.Module,
+    target_modules: str | list[str],
+    r: int = 1,
+    exclude_modules: str | list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+) -> dict[str, nn.Module]:
+    """The layers that PEFT's options `target_modules`, `exclude_modules` and `layers_to_transform` mean, by name, in
+    the model's order.
 
     `all-linear` leaves out the output head, the head of a classifier, layers that no LoRA of PEFT's can adapt, and
     layers with fewer than r components (see `left_out`, which names them).
 
     Raises:
-        CordaError: nothing matches (the nearest names are given); a named layer is not linear, or takes no LoRA of
-            PEFT's; the model carries an adapter already, is compiled, or is not in memory.
+        CordaError: an option matches nothing (the nearest names are given); a named layer is not linear, or takes no
+            LoRA of PEFT's; the model carries an adapter already, is compiled, or is not in memory.
     """
     _check_model(model)
-    matched = _matched_layers(model, target_modules)
+    matched = _matched_layers(model, target_modules, exclude_modules, layers_to_transform)
     reasons = _refused_by_peft(model, list(matched))
     refused = next(iter(reasons), None)
     if refused and (not _is_all_linear(target_modules) or len(reasons) == len(matched)):
@@ -126,8 +136,13 @@ def check_bare(model: nn.Module) -> None:
         )
 
 
-def _matched_layers(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Module]:
-    """The linear layers outside of a classifier's head that `target_modules` matches by PEFT's rules."""
+def _matched_layers(
+    model: nn.Module,
+    target_modules: str | list[str],
+    exclude_modules: str | list[str] | None,
+    layers_to_transform: int | list[int] | None,
+) -> dict[str, nn.Module]:
+    """The linear layers outside of a classifier's head that the options mean by PEFT's rules."""
     config = LoraConfig(target_modules=target_modules, task_type=task_type(model))
     config = _maybe_include_all_linear_layers(config, model)
     heads = HEADS.get(config.task_type, ())  # PEFT, too, compares endings: DistilBERT's pre_classifier is one
@@ -138,20 +153,51 @@ def _matched_layers(model: nn.Module, target_modules: str | list[str]) -> dict[s
     else:
         matched = {n: m for n, m in modules.items() if LoraModel._check_target_module_exists(config, n)}
     if not matched:
-        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)))
-        near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], names, n=3, cutoff=0.3)]
-        hint = (
-            f" (a bare name is a pattern for whole names: write [{target_modules}])" if target_modules in names else ""
-        )
-        raise CordaError(
-            f"target_modules {target_modules!r} matches no layer of {type(model).__name__}{hint}; "
-            f"nearest names: {', '.join(dict.fromkeys(near or names)) or 'none'}"
-        )
+        raise _no_match(model, "target_modules", target_modules)
+    if exclude_modules:
+        excluded = {n for n, m in model.named_modules() if is_linear(m) and _is_excluded(n, exclude_modules)}
+        if not excluded:
+            raise _no_match(model, "exclude_modules", exclude_modules)
+        matched = {n: m for n, m in matched.items() if n not in excluded}
+    if layers_to_transform is not None:
+        matched = _in_layers(matched, layers_to_transform)
+    if not matched:
+        raise CordaError(f"exclude_modules {exclude_modules!r} leaves no layer of {type(model).__name__} to adapt")
     for name, module in matched.items():
         if not is_linear(module):
             raise CordaError(f"target {name} is a {type(module).__name__}; CorDA adapts linear layers only")
     return matched
+
+
+def _is_excluded(name: str, exclude_modules: str | list[str]) -> bool:
+    """PEFT's rule, with a time limit: a regular expression for the whole name, or endings."""
+    if isinstance(exclude_modules, str):
+        return bool(find_all("exclude_modules", exclude_modules, name, whole=True))
+    return any(name == ending or name.endswith(f".{ending}") for ending in exclude_modules)
+
+
+def _in_layers(matched: Mapping[str, nn.Module], layers_to_transform: int | list[int]) -> dict[str, nn.Module]:
+    """The layers in the blocks of these numbers. Raises CordaError if there is none in one of them."""
+    found: set[str] = set()
+    for index in [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform:
+        config = LoraConfig(target_modules=[n.rpartition(".")[2] for n in matched], layers_to_transform=index)
+        names = {n for n in matched if LoraModel._check_target_module_exists(config, n)}
+        if not names:
+            raise CordaError(f"layers_to_transform names block {index}, which has none of the layers to adapt")
+        found |= names
+    return {n: m for n, m in matched.items() if n in found}
+
+
+def _no_match(model: nn.Module, option: str, wanted: str | list[str]) -> CordaError:
+    """The error for an option that matches no layer: it gives the nearest names."""
+    names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in model.named_modules() if is_linear(m)))
+    last = [w.rpartition(".")[2] for w in ([wanted] if isinstance(wanted, str) else wanted)]
+    near = [n for w in last for n in difflib.get_close_matches(w, names, n=3, cutoff=0.3)]
+    hint = f" (a bare name is a pattern for whole names: write [{wanted}])" if wanted in names else ""
+    return CordaError(
+        f"{option} {wanted!r} matches no layer of {type(model).__name__}{hint}; "
+        f"nearest names: {', '.join(dict.fromkeys(near or names)) or 'none'}"
+    )
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -238,7 +284,9 @@ def left_out(model: nn.Module, targets: Mapping[str, nn.Module], config: CordaCo
         if parameter.ndim == 3 and parameter.shape[0] > 1
     ]
     names: dict[str, list[str]] = {"fused parameters that are not linear layers": fused}
-    for name, module in _matched_layers(model, config.target_modules).items():
+    for name, module in _matched_layers(
+        model, config.target_modules, config.exclude_modules, config.layers_to_transform
+    ).items():
         if name not in targets:
             small = min(weight_shape(module)) < _least_rank(config)
             reason = (
@@ -263,15 +311,20 @@ def budget_of(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.M
     return int(config.budget if config.budget > 1 else config.budget * sum(p.numel() for p in model.parameters()))
 
 
-def check_rank(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module) -> None:
-    """Raises CordaError if a layer has fewer components than are asked for, the budget cannot be met, or
-    `modules_to_save` names a module that does not exist or is a target."""
-    for wanted in config.modules_to_save or ():
+def check_saved_modules(
+    model: nn.Module, targets: Mapping[str, nn.Module], modules_to_save: Sequence[str] | None
+) -> None:
+    """Raises CordaError if `modules_to_save` names a module that does not exist or is a target."""
+    for wanted in modules_to_save or ():
         modules = modules_named(model, wanted)
         exists = any(f".{name}".endswith(f".{wanted}") for name in modules)
         if not exists or not targets.keys().isdisjoint(modules):
             what = "is a target, too" if exists else f"{type(model).__name__} does not have"
             raise CordaError(f"modules_to_save names {wanted!r}, which {what}")
+
+
+def check_rank(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.Module) -> None:
+    """Raises CordaError if a layer has fewer components than are asked for, or the budget cannot be met."""
     shapes = {name: weight_shape(module) for name, module in targets.items()}
     if not config.allocates:
         for name, (m, n) in shapes.items():

@@ -25,7 +25,7 @@ from ..data.overview import check_fit
 from ..data.samples import Sample
 from ..devices import has_bfloat16
 from ..files import CHECKSUMS, check_checksums, write_checksums
-from ..models.targets import find_targets, require_causal, task_type
+from ..models.targets import check_saved_modules, find_targets, require_causal, task_type
 from ..progress import console, progress_bar
 from .arguments import trainer_arguments
 from .rates import default_rate
@@ -42,12 +42,18 @@ class DivergedError(RuntimeError):
 
 def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftModel:
     """The model with a LoRA initialized as in PEFT: A random, B zero."""
+    targets = find_targets(model, start.target_modules, 1, start.exclude_modules, start.layers_to_transform)
+    check_saved_modules(model, targets, start.modules_to_save)
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=start.r,
-        lora_alpha=start.lora_alpha or start.r,
+        lora_alpha=start.lora_alpha or (start.r**0.5 if start.use_rslora else start.r),
+        use_rslora=start.use_rslora,
         lora_dropout=config.lora_dropout,
-        target_modules=list(find_targets(model, start.target_modules)),
+        target_modules=list(targets),
+        exclude_modules=start.exclude_modules,
+        layers_to_transform=start.layers_to_transform,
+        modules_to_save=start.modules_to_save,
         task_type=task_type(model),
     )
     return peft.get_peft_model(model, lora)
