@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import tiny
 import torch
+import transformers
 from accelerate.data_loader import SeedableRandomSampler
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
@@ -186,3 +187,31 @@ def test_an_adapter_of_the_output_head_is_refused(tokenizer):
     model = plain_lora(tiny.build("llama"), LoraStart(r=2, target_modules=["lm_head"]), TrainConfig())
     with pytest.raises(CordaError, match="the output head carries an adapter"):
         train(model, tokenizer, SAMPLES, TrainConfig(max_steps=1, precision="fp32"))
+
+
+@pytest.mark.parametrize("family", ["BertLMHeadModel", "RobertaForCausalLM", "ElectraForCausalLM"])
+def test_a_model_whose_head_is_more_than_a_matrix_is_refused(family, tokenizer):
+    config = transformers.AutoConfig.for_model(
+        family.partition("LM")[0].partition("For")[0].lower(), **tiny.ENCODER, embedding_size=16, is_decoder=True
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, family)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    model = plain_lora(model, LoraStart(r=4), TrainConfig())
+    with pytest.raises(CordaError, match="does more before its logits than TRL's trainer knows"):
+        train(model, tokenizer, SAMPLES, TrainConfig(max_steps=1, batch_size=8, precision="fp32"), progress=False)
+
+
+def test_a_quantized_base_does_not_round_the_adapter(tokenizer):
+    adapters = []
+    for quantized in (False, True):
+        config = TrainConfig(learning_rate=1e-4, max_steps=3, batch_size=8, precision="fp32")
+        model = plain_lora(tiny.build("llama"), LoraStart(r=4), config)
+        model.get_base_model().is_loaded_in_8bit = quantized  # all that TRL asks
+        train(model, tokenizer, SAMPLES, config, progress=False)
+        adapters.append([p for p in model.parameters() if p.requires_grad])
+    for plain, rounded in zip(*adapters):
+        assert rounded.dtype == torch.float32
+        assert torch.equal(plain, rounded)

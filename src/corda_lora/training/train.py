@@ -4,7 +4,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,8 @@ def train(
         work: folder for checkpoints. If it holds checkpoints already, training resumes from the newest.
         optimizer: used instead of that of `config` (AdamW) over all trainable parameters.
         callbacks: added to the trainer.
-        penalties: terms of the loss by name, added once per optimizer step. Each function computes its weighted term, a
-            scalar, from the model's current weights.
+        penalties: terms of the loss by name. Each function is called in every micro-batch and gives its weighted term,
+            a scalar: the mean of its values over a step's micro-batches is added once.
         held_out: samples whose loss is measured at each checkpoint, and at the end.
 
     Returns:
@@ -102,8 +102,9 @@ def train(
         adapter the model has now), "samples", "seconds", "train_loss", "learning_rate"}.
 
     Raises:
-        CordaError: the model is no causal language model, its output head carries an adapter, no sample has a response,
-            the learning rate is not given and not known, or packed samples would mix; and as `trainer_arguments` does.
+        CordaError: the model is no causal language model, its output head carries an adapter or is more than a matrix,
+            no sample has a response, the learning rate is not given and not known, or packed samples would mix; and as
+            `trainer_arguments` does.
         DivergedError: the loss of a step, or a trained parameter at the end, is NaN or infinite.
     """
     require_causal(model)  # SFTTrainer trains the next-token loss of responses; a classifier has no such loss
@@ -236,6 +237,31 @@ class _Trainer(SFTTrainer):
     infinite."""
 
     penalties: Mapping[str, Callable[[], Tensor]] = {}
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(model, *args, **kwargs)
+        for parameter, data in trained:  # TRL rounds what is trained on a 4-bit or 8-bit model to bfloat16
+            parameter.data = data.to(parameter.device)
+        self._check_head()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Raises CordaError if the log-probabilities that TRL trains with are not the model's own. TRL multiplies the
+        last hidden states by the head's weight: what else a model, or a hook, does before the logits is passed by."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        ids = torch.tensor([self.train_dataset[0]["input_ids"]], device=self.args.device)
+        self.model.eval()  # training turns dropout on again
+        own = model.forward(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        own = own.gather(1, ids[0, 1:, None])[:, 0]
+        with suppress(RuntimeError):  # of shapes that do not go together
+            fused = model.forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
+            if (own - fused).abs().mean() < 0.1:  # bfloat16 alone makes a few hundredths
+                return
+        raise CordaError(
+            f"{type(model).__name__} does more before its logits than TRL's trainer knows, which multiplies the "
+            "last hidden states by the head's weight: this model cannot be trained here"
+        )
 
     def compute_loss(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
         """The loss of a micro-batch, with its share of the penalties.
