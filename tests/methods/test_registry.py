@@ -91,8 +91,8 @@ def test_a_slow_preparation_is_cached(name, computed_by, prepare, monkeypatch):
 def test_options_are_checked_before_anything_runs():
     check_options("lora+", {"ratio": 4})
     check_options("corda-ipm-balanced", {"ratio": 4, "samples": 8, "orientation": "diagonal"})
-    with pytest.raises(CordaError, match="method lora has no option 'ratio': it has none"):
-        check_options("lora", {"ratio": 4})
+    with pytest.raises(CordaError, match="method dora has no option 'ratio': it has none"):
+        check_options("dora", {"ratio": 4})
     with pytest.raises(CordaError, match="method peft-corda-kpm has no option 'mode'"):
         check_options("peft-corda-kpm", {"mode": "ipm"})
     with pytest.raises(CordaError, match="weight is -1, but must be a number at least 0"):
