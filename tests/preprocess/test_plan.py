@@ -21,7 +21,14 @@ from corda_lora.config import CordaConfig, CordaError, ModelConfig
 from corda_lora.models.loading import empty_model
 from corda_lora.models.lockstep import find_blocks
 from corda_lora.models.targets import find_targets
-from corda_lora.preprocess.layer import LayerRecord, choose_covariance, decompose_layer, extremes_of, keep_components
+from corda_lora.preprocess.layer import (
+    LayerRecord,
+    choose_covariance,
+    decompose_layer,
+    extremes_of,
+    keep_components,
+    output_factor,
+)
 from corda_lora.preprocess.machine import H100, described_machine
 from corda_lora.preprocess.pipeline import preprocess
 from corda_lora.preprocess.plan import (
@@ -104,6 +111,19 @@ def test_parameters_and_files_are_those_of_a_run(split, dtype, tmp_path):
     assert plan.seconds != plan.seconds  # not measured, not guessed
 
 
+@pytest.mark.parametrize("options", [{"keep": 10}, {"keep": 10, "orientation": "two_sided", "split": "balanced"}])
+def test_what_runs_backward_leaves_files_of_the_planned_size(options, tmp_path):
+    model, config, batches = tiny.build("llama"), CordaConfig(r=3, device="cpu", **options), tiny.batches() * 2
+    plan = init_plan(model, config, batches)
+    work = tmp_path / "work"
+    work.mkdir()
+    start = preprocess(model, config, batches, progress=False, work=work)
+    assert plan.work_bytes == sum(tensor_bytes(path) for path in work.glob("*.safetensors"))
+    start.statistics.save(tmp_path / "statistics.safetensors")
+    assert plan.statistics_bytes == tensor_bytes(tmp_path / "statistics.safetensors")
+    assert plan.disk_bytes == plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes
+
+
 def test_allocation_keeps_more_on_the_disk_and_no_larger_adapter(tmp_path):
     model, config = tiny.build("llama"), CordaConfig(r=3, preset="corda+", device="cpu")
     plan = init_plan(model, config, tiny.batches())
@@ -171,6 +191,25 @@ def test_memory_of_a_decomposition_is_what_is_allocated(shape, mode, solver):
     assert 0.95 < 8 * planned[1] / max(most, kept + U.nbytes) < 1.4
 
 
+@pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
+@pytest.mark.parametrize(("mode", "solver"), [("kpm", "gram"), ("kpm", "subspace"), ("ipm", "subspace")])
+def test_memory_of_a_two_sided_decomposition_is_what_is_allocated(shape, mode, solver):
+    torch.manual_seed(0)
+    m, n = shape
+    config = CordaConfig(mode=mode, r=8, solver=solver, orientation="two_sided")
+    W, X, G = torch.randn(m, n), torch.randn(2 * n, n) * torch.logspace(0, -4, n), torch.randn(2 * m, m)
+    C, D = X.T @ X, G.T @ G
+
+    def decompose():
+        L = output_factor(D, config)
+        V = L.T @ W.double()
+        U, sigma = decompose_layer(V, C, config)
+        return keep_components(V, C, U, sigma, 8, config, LayerRecord(), L)
+
+    planned = _decomposition(Layer("", m, n, ""), 8, True, config, on_cpu=True)
+    assert 0.95 < 8 * planned[1] / allocated(decompose)[0] < 1.5
+
+
 @pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
 def test_memory_of_a_selection_is_what_is_allocated(shape, on_cpu, monkeypatch):
@@ -204,6 +243,13 @@ def test_more_work_costs_more(llama7b):
     assert plan(orientation="identity").flops < one.flops
     assert plan(orientation="identity").seconds > 10e9 / H100.read  # the weights are read all the same
     assert plan(solver="svd").seconds > one.seconds
+    kept, two_sided = plan(keep=10), plan(orientation="two_sided")
+    assert 2.5 * one.flops < kept.flops < 4 * one.flops  # forward twice, backward once; C and D
+    assert kept.peaks[0] > one.peaks[0]
+    assert kept.parked_bytes > 16 * one.parked_bytes  # the input of each of 32 blocks
+    assert 0 == two_sided.statistics_bytes == one.statistics_bytes < kept.statistics_bytes < 1e9
+    assert two_sided.seconds > one.seconds
+    assert plan(keep=10, orientation="identity").flops > plan(orientation="identity").flops
     in_cpu, on_disk = plan(park="cpu"), plan(park="disk")
     assert in_cpu.peaks[0] < one.peaks[0]
     assert in_cpu.peaks[1] > one.peaks[1]

@@ -29,9 +29,11 @@ from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
 from ..models.targets import budget_of, choose_targets, weight_shape
+from .backward import LOGITS
 from .context import read_context, token_masks
 from .layer import keeps_all
 from .machine import Machine, this_machine
+from .statistics import DIRECTIONS
 
 PROCESS = 1.0e9  # bytes of a Python process with torch, transformers and a tokenizer
 CONTEXT = 0.6e9  # bytes of the accelerator's memory that CUDA itself takes, beside all tensors
@@ -76,6 +78,7 @@ class Shapes(NamedTuple):
         parameters: their number.
         budget: parameters of the adapter.
         rest: bytes that are on the device throughout.
+        head: parameters of the output head, which is run where the context goes backward.
         blocks: the number of parameters, the bytes and the targets of each block.
     """
 
@@ -84,6 +87,7 @@ class Shapes(NamedTuple):
     parameters: int
     budget: int
     rest: int
+    head: int
     blocks: list[tuple[int, int, list[Layer]]]
 
 
@@ -104,6 +108,7 @@ class Plan:
         park: where hidden states wait; a block's covariances wait there, too, if that is not the device.
         parked_bytes: bytes that wait there.
         adapter_bytes: size of adapter_model.safetensors.
+        statistics_bytes: size of statistics.safetensors.
         work_bytes: size of the decomposed layers, which are on the disk until the adapter is written.
     """
 
@@ -115,6 +120,7 @@ class Plan:
     parameters: int
     adapter_parameters: int
     adapter_bytes: int
+    statistics_bytes: int
     work_bytes: int
     flops: int
 
@@ -129,7 +135,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        return self.work_bytes + self.adapter_bytes + (self.parked_bytes if self.park == "disk" else 0)
+        written = self.work_bytes + self.adapter_bytes + self.statistics_bytes
+        return written + (self.parked_bytes if self.park == "disk" else 0)
 
     @property
     def fits(self) -> bool:
@@ -200,10 +207,12 @@ def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
     elif (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:  # not run, see `walk`
         rest -= set(tensors_of(head)) - set(tensors_of(model.get_input_embeddings()))  # type: ignore[operator]
     settings: Any = getattr(model, "config", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head_parameters = sum(p.numel() for p in head.parameters()) if head is not None else 0
     hidden = getattr(settings.get_text_config() if settings else None, "hidden_size", 0)
     parameters = sum(p.numel() for p in model.parameters())
     dtype = next(model.parameters()).dtype
-    return Shapes(dtype, hidden, parameters, budget_of(targets, config, model), _bytes(rest), sizes)
+    return Shapes(dtype, hidden, parameters, budget_of(targets, config, model), _bytes(rest), head_parameters, sizes)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -255,11 +264,13 @@ def init_plan(
         machine = this_machine(compute_device(model, config.device), measure=False)
     shapes = shapes_of(model, config) if isinstance(model, nn.Module) else model
     tokens = batches if isinstance(batches, Tokens) else count_tokens(batches)
-    tokens = Tokens() if config.orientation == "identity" else tokens
+    tokens = tokens if config.reads_context else Tokens()
     rounds, on_cpu, item = config.rounds or 1, machine.accelerator is None, shapes.dtype.itemsize
     multiply = "multiply" if shapes.dtype in HALF else "single"
     gram = "single" if on_cpu else multiply  # see `covariance.add_gram`
-    waiting = 2 * tokens.total * shapes.hidden * item  # see `waiting_bytes`
+    # Run forward: a state that waits and the embeddings (see `waiting_bytes`). Backward: the input of every block, too.
+    state = tokens.total * shapes.hidden * item
+    waiting = (2 + config.runs_back * len(shapes.blocks)) * state
     park = _place(park, waiting, machine)
     rest = shapes.rest if tokens.total else 0
     # Always on the device: tensors that are in no block, the masks (b, 1, s, s) bool of all batches, and hidden states.
@@ -269,44 +280,62 @@ def init_plan(
     kept = _kept(shapes, config)
     work: dict[str, Counter[str]] = {stage: Counter() for stage in ("forward", "selection", "decomposition")}
     peak = dict.fromkeys(work, 0)
-    stored, parked = [], []  # bytes of each block's decomposed layers, and of its covariances
+    stored, parked, statistics = [], [], 0  # bytes of each block's decomposed layers, and of its C and D
     for parameters, weights, layers in shapes.blocks:
         groups: dict[str, list[Layer]] = {}
         for layer in layers:
             groups.setdefault(layer.leader or layer.name, []).append(layer)
         sums = {name: 4 * g[0].n ** 2 for name, g in groups.items() if tokens.total and g[0].leader}  # of one round
+        # The other side, D of each layer.
+        others = {x.name: 4 * x.m**2 for x in layers if tokens.total and x.leader and config.runs_back}
+        both = sum(sums.values()) + sum(others.values())
         held = always + weights
-        parked.append(rounds * sum(sums.values()))
+        parked.append(rounds * sum(sums.values()) + sum(others.values()))
         if tokens.total:
-            work["forward"][multiply] += 2 * parameters * tokens.total + 4 * shapes.hidden * tokens.pairs
-            work["forward"][gram] += 5 * sum(sums.values()) // 16 * tokens.total  # the lower blocks
-            row = 6 * shapes.hidden + 2 * max((m + n for _, m, n, _ in layers), default=0)  # a token's activations
-            product = max(sums.values(), default=0)  # XXᵀ of a batch, before it is added
+            times = 3 if config.runs_back else 1  # forward; forward again, and backward, which takes as long
+            work["forward"][multiply] += times * (2 * parameters * tokens.total + 4 * shapes.hidden * tokens.pairs)
+            work["forward"][gram] += 5 * both // 16 * tokens.total  # the lower blocks
+            widths = [m + n for _, m, n, _ in layers]
+            # A token's activations: those that are alive at once; backward, all that gradients are computed from.
+            alive = (24, sum(widths)) if config.runs_back else (6, max([0, *widths]))
+            row = alive[0] * shapes.hidden + 2 * alive[1]
+            product = max([0, *sums.values(), *others.values()])  # XXᵀ of a batch, before it is added
             peak["forward"] = max(peak["forward"], held + parked[-1] + product + tokens.batch * row * item)
         undone = parked[-1]  # bytes of the covariances of groups that are not decomposed yet
         for name, members in groups.items():
             seen = name in sums
-            beside = held + (undone if park == "device" else sums.get(name, 0))
+            other = {layer.name: others.get(layer.name, 0) for layer in members}
+            beside = held + (undone if park == "device" else sums.get(name, 0) + max(other.values()))
             costs = [
                 ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, on_cpu)) for layer in members
             ]
+            if config.keep:
+                costs.append(("decomposition", *_compaction(members)))
             if seen and (rounds > 1 or config.allocates):
                 costs.append(("selection", *_selection(members, config, on_cpu)))
             for stage, cost, numbers in costs:
                 work[stage].update(cost)
                 peak[stage] = max(peak[stage], beside + 8 * numbers)
-            undone -= rounds * sums.get(name, 0)
+            undone -= rounds * sums.get(name, 0) + sum(other.values())
         # Rows, U unless B starts from zero, energies and spectrum (see `Decomposed`).
         columns = {layer.name: layer.n + (0 if config.from_zero else layer.m) for layer in layers}
         sigmas = {name: min(m, n) if keeps_all(config) else config.r for name, m, n, _ in layers}
-        stored.append(sum(kept[name] * (4 * columns[name] + 8) + 8 * sigmas[name] for name in columns))
+        sides = sum(_small(members[0].n) + sum(_small(layer.m) for layer in members) for members in groups.values())
+        statistics += 2 * sides * (config.keep > 0)  # in bfloat16
+        unfinished = sum(kept[name] * (4 * columns[name] + 8) + 8 * sigmas[name] for name in columns)
+        stored.append(unfinished + 4 * sides * (config.keep > 0))
 
+    if config.runs_back and tokens.total:  # the tail, as if every token were an answer
+        work["forward"][multiply] += 6 * shapes.head * tokens.total
+        logits = 5 * 4 * min(LOGITS, shapes.head // max(1, shapes.hidden) * tokens.batch)
+        batch = 3 * tokens.batch * shapes.hidden * item
+        peak["forward"] = max(peak["forward"], always + shapes.head * item + logits + batch)
     adapter = 4 * shapes.budget * (1 if config.from_zero else 2)  # rank 2r where the start is subtracted again
     seconds = {stage: sum(flop / _rate(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
-    reading = (sum(weights for _, weights, _ in shapes.blocks) + rest) / machine.read
+    reading = ((1 + config.runs_back) * sum(weights for _, weights, _ in shapes.blocks) + rest) / machine.read
     parked_bytes = waiting + (max(parked) if park != "device" else 0)
     if park != "device":  # hidden states and covariances are moved there and back
-        moved = len(shapes.blocks) * waiting + 2 * sum(parked)
+        moved = (6 if config.runs_back else 2) * len(shapes.blocks) * state + 2 * sum(parked)
         seconds["forward"] += moved / (BUS if park == "cpu" else machine.read)
     memory = PROCESS + max(stored) + (parked_bytes if park == "cpu" else 0)
     # A block's bytes are copied to be written, and read again for their checksum. All are read at the end.
@@ -323,7 +352,17 @@ def init_plan(
     stages.append(Stage("factors", (work_bytes + adapter) / machine.read, 0, factors))
     flops = sum(sum(cost.values()) for cost in work.values())
     return Plan(
-        machine, tokens, stages, park, parked_bytes, shapes.parameters, shapes.budget, adapter, work_bytes, flops
+        machine,
+        tokens,
+        stages,
+        park,
+        parked_bytes,
+        shapes.parameters,
+        shapes.budget,
+        adapter,
+        statistics,
+        work_bytes,
+        flops,
     )
 
 
@@ -358,7 +397,7 @@ def _selection(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tu
     """FLOP of `extremes_of` and `choose_covariance` for layers that share their input, and the float64 numbers that are
     held at once."""
     rounds, n, work, numbers = config.rounds or 1, layers[0].n, Counter[str](), 0
-    square = n * n if config.orientation == "covariance" else 0  # numbers of C
+    square = n * n if config.orientation in ("covariance", "two_sided") else 0  # numbers of C
     if square:
         numbers = 2 * square  # C_λ and C
         if n <= DENSE:
@@ -396,7 +435,8 @@ def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu
     """
     _, m, n, _ = layer
     R, W, rows = min(m, n), m * n, k * n
-    by_covariance = seen and config.orientation == "covariance"
+    two_sided = seen and config.orientation == "two_sided"
+    by_covariance = two_sided or (seen and config.orientation == "covariance")
     iterated = not keeps_all(config) and iterates(R, k, config.solver)
     # A tall W = Q Lᵀ is reduced to its triangle L, which is oriented instead (not for svd, nor for the head on a GPU).
     # Then W and L are held beside the oriented M, else W alone.
@@ -404,7 +444,9 @@ def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu
     M, beside = (n * n, W + n * n) if tall else (W, W)
     work = Counter(double=2 * M * n * by_covariance + 2 * tall * W * n + 2 * k * (W + n * n * seen))
     work.update(single=2 * W * n * seen)
-    numbers = _oriented(R if tall else m, n, by_covariance) + beside - M
+    if two_sided:  # both Cholesky factors, and LᵀW
+        work.update(factor=(m**3 + n**3) // 3, double=2 * m * W)
+    numbers = beside + M + 2 * n * n if two_sided else _oriented(R if tall else m, n, by_covariance) + beside - M
     if config.solver == "svd":
         work["eigen"] += SVD * R**3
         numbers = max(numbers, 4 * W + 2 * R * R)
@@ -418,7 +460,26 @@ def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu
         inverse, iteration = M + (2 if on_cpu else 5) * R * R, R * R + 4 * b * (R + M // R)
         numbers = max(numbers, beside + M + (inverse if config.mode == "kpm" else iteration))
     # U is held beside W in another dtype and its products, or beside C.
-    return work, max(numbers, m * R + max(W + rows, (n * n + 3 * rows) * seen, (3 * W // 2 + rows) * seen))
+    numbers = max(numbers, m * R + max(W + rows, (n * n + 3 * rows) * seen, (3 * W // 2 + rows) * seen))
+    if two_sided:  # L throughout; in the beginning also D_λ and D, or W
+        numbers = m * m + max(numbers, 2 * W, 2 * m * m)
+    return work, numbers
+
+
+def _small(n: int) -> int:
+    """Numbers of a C or D (n, n) as it is kept."""
+    return n * (min(n, DIRECTIONS) + 1)
+
+
+def _compaction(members: Sequence[Layer]) -> tuple[dict[str, int], int]:
+    """FLOP of `compact` for C and D of layers that share their input, and the float64 numbers that are held at once."""
+    sizes = [members[0].n, *(layer.m for layer in members)]
+    large = [n for n in sizes if n > DIRECTIONS]
+    work = {
+        "single": sum(6 * 2 * n * n * (DIRECTIONS + 8) for n in large),
+        "eigen": sum(EIGH * n**3 for n in sizes if n <= DIRECTIONS),
+    }
+    return work, max(n * n for n in sizes)  # float32: the matrix, and a copy
 
 
 # --- does it fit -----------------------------------------------------------------------------------------------------
@@ -480,7 +541,8 @@ def report(plan: Plan) -> list[Table | str]:
         f"model: {plan.parameters:,} parameters",
         f"adapter: {plan.adapter_parameters:,} parameters ({share:.2%}), a file of {_size(plan.adapter_bytes)}",
         f"context: {plan.tokens.total:,} tokens; {_size(plan.parked_bytes)} of {waiting} wait (park {plan.park})",
-        f"written: {_size(plan.work_bytes + plan.adapter_bytes)}; needed on the disk: {_size(plan.disk_bytes)}",
+        f"written: {_size(plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes)}; needed on the disk: "
+        f"{_size(plan.disk_bytes)}",
         f"time: about {_time(plan.seconds)}, for {plan.flops:.2e} floating-point operations",
     ]
 
