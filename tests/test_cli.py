@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corda_lora.cli import main
 from corda_lora.config import CordaError
@@ -341,6 +342,32 @@ def test_sigterm_keeps_the_work_and_exits_with_143(checkpoint, data, monkeypatch
     assert said == "corda train: stopped; finished work is kept, and the same command goes on from it"
     assert sorted(p.name for p in (data / "work").iterdir()) == ["tuned.work"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("verb", ["init", "eval"])
+def test_sigterm_in_the_middle_of_a_forward(verb, checkpoint, data, monkeypatch, capsys):
+    """`init` runs every batch in a greenlet of its own, where the signal then arrives."""
+    forward = LlamaMLP.forward
+
+    def stop(self, x):
+        if verb == "eval" or Path("out.work/run.json").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, x)
+
+    given = (
+        ["--context", data / "keep.jsonl", "--batch_tokens", 60] if verb == "init" else ["--keep", data / "keep.jsonl"]
+    )
+    command = [verb, "--model", checkpoint, *given, "--output", "out"]
+    monkeypatch.setattr(LlamaMLP, "forward", stop)
+    with pytest.raises(SystemExit) as stopped:
+        run(*command)
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    assert stopped.value.code == 143
+    kept = "; finished work is kept, and the same command goes on from it" * (verb == "init")
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"corda {verb}: stopped{kept}"
+    assert sorted(p.name for p in Path().iterdir()) == ["out.work"] * (verb == "init")
+    run(*command)
+    assert [p.name for p in Path().iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

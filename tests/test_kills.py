@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import types
 from multiprocessing.connection import Connection
@@ -124,6 +125,7 @@ def in_threads(monkeypatch):
     monkeypatch.setattr(runner.multiprocessing, "get_context", lambda kind: context)
     monkeypatch.setattr("multiprocessing.forkserver.ensure_running", lambda: None)
     monkeypatch.setattr("corda_lora.report.report.write_report", lambda output, comparison: None)
+    monkeypatch.setattr(runner.signal, "signal", lambda number, handler: signal.SIG_DFL)
     monkeypatch.setattr(runner, "_redirect_output", lambda path: path.touch())
 
 

@@ -3,7 +3,9 @@
 import csv
 import json
 import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import torch
 from corda_lora.cli import _take, build_parser, main
 from corda_lora.compare.comparison import Comparison
 from corda_lora.compare.frontier import task_loss
-from corda_lora.compare.runner import _Session, _Worker
+from corda_lora.compare.runner import LOG, _Session, _Worker
 from corda_lora.compare.runner import compare as run_comparison
 from corda_lora.compare.schedule import Job
 from corda_lora.config import CompareConfig, CordaError, DataConfig, EvalConfig, MethodConfig, ModelConfig, TrainConfig
@@ -41,6 +43,26 @@ def begin_and_die(self, comparison, job):
 _Worker.begin = begin_and_die
 main(["compare", "recipe.yaml", "--output", "broken"])
 """
+
+# A comparison that is stopped in its second run by Ctrl-C, which a terminal sends to all of its processes.
+STOPPED = """
+import os, signal, time
+from corda_lora.cli import main
+from corda_lora.compare.runner import LOG, _Worker
+os.cpu_count = lambda: 1
+begin, runs = _Worker.begin, []
+def begin_and_stop(self, comparison, job):
+    begin(self, comparison, job)
+    runs.append(job.is_run)
+    if sum(runs) == 2:
+        print(self.process.pid, flush=True)
+        while not (comparison.folder(job) / LOG).exists():
+            time.sleep(0.01)
+        os.killpg(0, signal.SIGINT)
+_Worker.begin = begin_and_stop
+main(["compare", "recipe.yaml", "--output", "out"])
+"""
+STOPPED_WORK = "corda compare: stopped; finished work is kept, and the same command goes on from it"
 
 
 @pytest.fixture
@@ -133,6 +155,43 @@ def test_killed_half_way_and_resumed(recipe, compare, monkeypatch):
     assert "LoRA" in report
     assert Path("broken/report.md").is_file()
     assert Path("broken/runs.csv").is_file()
+
+
+def test_ctrl_c_ends_all_processes_with_one_sentence(recipe):
+    recipe({"lora": "[1.0e-3, 1.0e-2]"}, seeds=1)
+    command = [sys.executable, "-c", STOPPED]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 130
+    assert done.stderr.strip().splitlines()[-1] == STOPPED_WORK
+    assert "Traceback" not in done.stderr
+    assert not psutil.pid_exists(int(done.stdout.split()[0])), "a run went on alone"
+    assert list(results("out")) == ["runs/lora/lr0.001_s0"]
+    assert "Traceback" not in Path("out/runs/lora/lr0.01_s0/log.txt").read_text()
+
+
+def test_sigterm_ends_the_runs_and_keeps_those_that_are_done(recipe, compare, monkeypatch, capfd):
+    begin, processes = _Worker.begin, []
+
+    def begin_and_stop(self, comparison, job):
+        begin(self, comparison, job)
+        processes.append(self.process)
+        if len(results("out")) == 1:
+            while not (comparison.folder(job) / LOG).exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_Worker, "begin", begin_and_stop)
+    file = recipe({"lora": "[1.0e-3, 1.0e-2]"}, seeds=1)
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", file, "--output", "out"])
+    assert stopped.value.code == 143
+    assert capfd.readouterr().err.strip().splitlines()[-1] == STOPPED_WORK
+    assert not any(process.is_alive() for process in processes)
+    written = {name: path.stat().st_mtime_ns for name, path in results("out").items()}
+    monkeypatch.setattr(_Worker, "begin", begin)
+    compare(file, "--output", "out")
+    assert len(results("out")) == 2
+    assert written.items() <= {name: path.stat().st_mtime_ns for name, path in results("out").items()}.items()
 
 
 def test_a_run_that_fails_leaves_the_others_alone(recipe, compare):

@@ -12,7 +12,9 @@ import gc
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -196,6 +198,9 @@ class _Session:
         finally:
             for worker in self.workers:
                 worker.process.terminate()
+            for worker in self.workers:  # the lock on the output is held until they write no more
+                worker.process.join(10)
+                worker.process.kill()
 
     def startable(self) -> list[Job]:
         """The jobs that are to do, can start, and are not being done."""
@@ -308,6 +313,8 @@ def _commit() -> str | None:
 
 def _work(comparison: Comparison, pipe: Connection, gpu: str, threads: int, counter: Any, commit: str | None) -> None:
     """Do the jobs that come over the pipe until it is closed. Each gets a result, whatever happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes: the parent ends this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not at once, which leaves semaphores behind
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
