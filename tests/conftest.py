@@ -44,8 +44,7 @@ def smollm2(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each character; <s> before every text, as LLaMA's tokenizer does."""
     characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:?!#-+*=/'\n$()"
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
@@ -55,6 +54,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=raw, **tokens)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return character_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,27 @@
+"""Whatever the rows, templates and options of `init` and `train`: an adapter that is right, or one sentence."""
+
+import functools
+
+import pytest
+import torch
+from commands import commands, given, outcome
+from conftest import character_tokenizer
+from hypothesis import given as drawn
+from hypothesis import settings
+
+from corda_lora import cli
+
+
+@pytest.fixture(scope="module")
+def folder():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+        patch.setattr(cli, "build_parser", functools.cache(cli.build_parser))  # it takes as long as the rest
+        yield given(character_tokenizer)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@drawn(command=commands())
+def test_right_or_one_sentence(folder, command):
+    outcome(command, folder)
