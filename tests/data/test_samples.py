@@ -1,6 +1,7 @@
 """Samples from files of every kind, templates over their columns, and the batches made of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from datasets import Dataset
 from corda_lora import CordaError
 from corda_lora.config import DataConfig
 from corda_lora.data.batches import batch_by_length, context_batches, encode, pad
-from corda_lora.data.samples import Sample, load_samples
+from corda_lora.data.samples import Sample, load_others, load_samples
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is {i * i}."} for i in range(20)]
 
@@ -193,3 +194,16 @@ def test_a_context_without_a_token_is_refused(tokenizer):
     tokenizer.__class__.__call__ = lambda self, text, **_: type("Ids", (), {"input_ids": list(text.encode())})()
     with pytest.raises(CordaError, match="no sample has a token"):
         context_batches(tokenizer, [Sample("", "", {})], max_length=20)
+
+
+def test_others_are_what_a_draw_leaves_out(tmp_path):
+    rows = [{"prompt": f"{i % 30}?", "response": "!"} for i in range(40)]  # ten rows stand twice
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = DataConfig(str(tmp_path / "rows.jsonl"), samples=12, seed=1)
+    drawn = {s.prompt for s in load_samples(config)}
+    others = [s.prompt for s in load_others(config, 8)]
+    assert len(others) == 8
+    assert drawn.isdisjoint(others)
+    assert others == [s.prompt for s in load_others(config, 8)]
+    assert drawn.isdisjoint(s.prompt for s in load_others(config, 100))
+    assert not load_others(replace(config, samples=None), 8)

@@ -4,6 +4,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..config import CordaError, DataConfig
@@ -51,6 +52,18 @@ def load_samples(config: DataConfig) -> list[Sample]:
         CordaError: there is no such file or data set, a template does not fit the columns or a row, or there is no row.
     """
     return load_rounds(config, 1)[0]
+
+
+def load_others(config: DataConfig, count: int) -> list[Sample]:
+    """Up to `count` samples that `load_samples` does not draw with the same configuration, nor any with the same text:
+    to measure on what has not been seen. None if all the data is drawn.
+
+    Raises CordaError as `load_samples` does.
+    """
+    drawn = {(s.prompt, s.response, repr(s.messages)) for s in load_samples(config)}
+    everything = load_samples(replace(config, samples=None))
+    others = [s for s in everything if (s.prompt, s.response, repr(s.messages)) not in drawn]
+    return random.Random(config.seed).sample(others, min(count, len(others)))
 
 
 def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
