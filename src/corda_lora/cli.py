@@ -28,6 +28,7 @@ from rich.markup import escape
 from yaml import YAMLError
 
 from .config import (
+    CONTEXT_SAMPLES,
     LARGEST,
     NOT_OURS,
     CompareConfig,
@@ -37,6 +38,7 @@ from .config import (
     CountOrZero,
     DataConfig,
     EvalConfig,
+    KeepConfig,
     LoraStart,
     ModelConfig,
     Positive,
@@ -53,6 +55,7 @@ from .recipes import load_recipe
 T = TypeVar("T")
 out = Console()
 LONGEST_MESSAGE = 480  # characters
+KINDS = [f.name for f in fields(EvalConfig) if f.default_factory is list]  # of data that `corda eval` measures
 
 SUMMARY = "Fine-tune language models without making them forget: CorDA for Hugging Face models."
 EXAMPLES = """\
@@ -72,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # One block after another of other sizes: without this the accelerator's memory is cut into pieces nobody can use.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
-    if arguments[:1] == ["eval"]:
-        arguments = _with_data(arguments)
+    if arguments[:1] in (["eval"], ["train"]):
+        arguments = _with_data(arguments, KINDS if arguments[0] == "eval" else ["context"])
     if arguments[:1] == ["compare"] and arguments[1:2] and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")
     parser, verbs = build_parser()
@@ -226,7 +229,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub = verb(
         "init", init, "cut an adapter's start out of a model", ModelConfig, CordaConfig, DataConfig, skip={"data"}
     )
-    sub.set_defaults({"samples": 256})
+    sub.set_defaults({"samples": CONTEXT_SAMPLES})
     sub.add_argument("--context", type=str | None, help="DATA that shows the ability to keep (kpm) or to learn (ipm)")
     sub.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
     sub.add_argument(
@@ -239,7 +242,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
 
     sub = verb("plan", plan, "what init will take", ModelConfig, CordaConfig, DataConfig, skip={"data"})
-    sub.set_defaults({"samples": 256})
+    sub.set_defaults({"samples": CONTEXT_SAMPLES})
     sub.add_argument("--context", type=str | None, help="DATA to count tokens of; else all samples have max_length")
     sub.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
     sub.add_argument("--park", type=Literal["auto", "device", "cpu", "disk"], default="auto", help="as of init")
@@ -248,7 +251,11 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub.add_argument("--tflops64", type=Positive | None, help="of the card, in double precision; else an H100's")
 
     sub = verb(
-        "train", train, "train an adapter", ModelConfig, LoraStart, TrainConfig, DataConfig, skip={"data", "seed"}
+        "train",
+        train,
+        "train an adapter",
+        *(ModelConfig, LoraStart, TrainConfig, KeepConfig, DataConfig),
+        skip={"data", "seed"},
     )
     sub.add_argument("--data", type=str, required=True, help="DATA to learn")
     sub.add_argument("--start", type=Path | None, help="directory from `corda init`; without it, a plain LoRA")
@@ -358,6 +365,7 @@ def train(options: Namespace) -> None:
     """Train an adapter through TRL, from the start that `corda init` wrote or from a plain LoRA. The loss covers only
     the responses. If a run is interrupted, the same command resumes it from its last checkpoint."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
+    keep = _take(KeepConfig, options)
     data = _take(DataConfig, options, data=options.data)
     held_out_data = None
     if options.eval_data is not None:
@@ -370,6 +378,7 @@ def train(options: Namespace) -> None:
         "data": asdict(data),
         "held_out": asdict(held_out_data) if held_out_data else options.eval_share,
         "train": asdict(config),
+        "keep": asdict(keep),
     }
     if is_made(options.output / "training.json", {"recipe": recipe}):
         _keep_logs(options.output)
@@ -381,8 +390,10 @@ def train(options: Namespace) -> None:
     from .data.overview import overview
     from .data.samples import hold_out, load_samples
     from .devices import accelerator
+    from .evaluation.meter import context_of, make_keeper
     from .models.loading import load_model, load_tokenizer
     from .preprocess.work import open_work
+    from .report.verdicts import kept
     from .training.arguments import check_trainer
     from .training.train import DivergedError, last_checkpoint, plain_lora
     from .training.train import train as run_training
@@ -393,6 +404,7 @@ def train(options: Namespace) -> None:
     if options.start:
         read_marks(options.start)
         record = read_record(options.start)
+    context_of(keep, options.start, record)
     samples = load_samples(data)
     tokenizer = load_tokenizer(source)
     if held_out_data is None:
@@ -408,9 +420,22 @@ def train(options: Namespace) -> None:
         peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout or None)
     else:
         peft_model = plain_lora(model, lora, config)
+    keeper, lines = make_keeper(peft_model, tokenizer, keep, options.start, record)
+    for line in lines:
+        console.print(line, highlight=False)
     work = open_work(options.output, recipe, lambda folder: last_checkpoint(folder) is not None)
     try:
-        result = run_training(peft_model, tokenizer, samples, config, data.max_length, work, held_out=held_out)
+        result = run_training(
+            peft_model,
+            tokenizer,
+            samples,
+            config,
+            data.max_length,
+            work,
+            callbacks=[keeper] if keeper else [],
+            penalties={"drift": keeper.penalty} if keeper else {},
+            held_out=held_out,
+        )
     except CordaError:
         if last_checkpoint(work) is None:  # the work folder holds nothing to resume from
             remove_folder(work)
@@ -420,6 +445,8 @@ def train(options: Namespace) -> None:
         print(f"corda train: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     records: dict[str, Any] = {"training.json": {"recipe": recipe, **result}}
+    if keeper:
+        records["training.json"]["drift"] = keeper.history
     if record is not None:
         records[RECORD] = record
     save_adapter(peft_model, options.output, records)
@@ -429,6 +456,9 @@ def train(options: Namespace) -> None:
     for step, loss in result["held_out_loss"]:
         if step == result["kept_step"]:
             out.print(f"held-out loss {loss:.4f} at step {step}, whose adapter is kept")
+    if keeper:
+        drift = keeper.history[-1][2] or 0.0
+        out.print(f"drift {drift:.3g} nats per answer token of the context: {kept(drift)}", highlight=False)
     out.print(f"written to {options.output}")
 
 
@@ -526,20 +556,19 @@ def _take(kind: type[T], options: Namespace, **set_here: Any) -> T:
     return kind(**values, **set_here)
 
 
-def _with_data(arguments: Sequence[str]) -> list[str]:
+def _with_data(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
     """`--keep FILE --keep.prompt TEMPLATE` as one argument, `--keep {"data": FILE, "prompt": TEMPLATE}`.
 
     The parser would read each nested value as YAML, and take `{answer}` for a mapping and a `#` for a comment. Numbers
     and switches are read as YAML here.
     """
-    kinds = "|".join(f.name for f in fields(EvalConfig) if f.default_factory is list)
     texts = {"data", "prompt", "response", "rows", "name"}
     others: list[str] = []
     data: dict[str, dict[str, Any]] = {}
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        option = re.fullmatch(rf"--({kinds})(?:\.(\w+))?(?:=(.*))?", argument, re.DOTALL)
+        option = re.fullmatch(rf"--({'|'.join(kinds)})(?:\.(\w+))?(?:=(.*))?", argument, re.DOTALL)
         if option is None or (option[3] is None and not rest):
             others.append(argument)
             continue

@@ -44,6 +44,8 @@ LARGEST = 2**31 - 1  # the largest whole number that all libraries take
 Count = Annotated[int, Range(ge=1, le=LARGEST)]
 CountOrZero = Annotated[int, Range(ge=0, le=LARGEST)]
 Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]  # NumPy's range
+KEEP = 10.0  # the default of λ: see docs/keeping.md
+CONTEXT_SAMPLES = 1000  # the default number of samples of a context
 Positive = Annotated[float, Range(gt=0)]
 Share = Annotated[float, Range(ge=0, lt=1)]
 
@@ -399,6 +401,30 @@ class TrainConfig:
             raise CordaError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+
+
+@dataclass
+class KeepConfig:
+    """What a training keeps of the model, and at what price.
+
+    Args:
+        keep: the weight λ of the predicted drift in the loss: nats of loss for a nat of drift per answer token of the
+            context. Default: 10 where something says what to keep (a start of mode kpm, or a context), else 0.
+        max_drift: in place of a fixed price: steer λ so that the drift on samples of the context that were not shown
+            ends at this, in nats per answer token.
+        context: DATA that shows the ability to keep. Default: what the start was made from.
+    """
+
+    keep: Annotated[float, Range(ge=0)] | None = None
+    max_drift: Positive | None = None
+    context: str | DataConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.keep == 0 and self.max_drift is not None:
+            raise CordaError("keep is 0, so nothing can hold max_drift: leave one of them out")
+        if isinstance(self.context, str):
+            self.context = DataConfig(self.context)
 
 
 @_without_pefts_others

@@ -13,11 +13,16 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress_bar(label: str, total: int, show: bool = True) -> Iterator[Callable[..., None]]:
-    """Show a bar. Yields the function that advances it by `steps`, and can change its `total`."""
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn())
+    """Show a bar. Yields the function that advances it by `steps`, and can change its `total` and the `note` after it."""
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda steps=1, total=None: bar.update(task, advance=steps, total=total)
+        task = bar.add_task(label, total=total, note="")
+        yield lambda steps=1, **changes: bar.update(task, advance=steps, **changes)
 
 
 def track(items: Sequence[T], label: str, show: bool = True) -> Iterable[T]:

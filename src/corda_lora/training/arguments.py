@@ -136,6 +136,8 @@ def trainer_arguments(
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise _refusal(error) from error
+    if arguments.n_gpu > 1:  # transformers would spread the model by DataParallel, which TRL refuses
+        arguments._n_gpu = 1
     return arguments
 
 

@@ -129,7 +129,7 @@ class Keeper(TrainerCallback):
 
     Attributes:
         keep: λ, the price of a nat of predicted drift per answer token, in nats of the training loss per answer token.
-        history: [step, predicted drift, measured drift or None, λ] at the beginning, at `points` steps and at the end.
+        history: [step, predicted drift, measured drift (None without `measure`), λ] at the beginning, at `points` steps and at the end.
 
     Args:
         predicted: see `PredictedDrift`.
@@ -161,10 +161,6 @@ class Keeper(TrainerCallback):
     def penalty(self) -> Tensor:
         """λ · predicted drift, to be added to the loss once per optimizer step."""
         return self.keep * self.predicted()
-
-    def note(self) -> str:
-        """For the progress bar."""
-        return f"drift ≈ {self.estimate:.2g}"
 
     @property
     def estimate(self) -> float:

@@ -28,6 +28,7 @@ from ..files import CHECKSUMS, check_checksums, write_checksums
 from ..models.targets import check_saved_modules, find_targets, require_causal, task_type
 from ..progress import console, progress_bar
 from .arguments import trainer_arguments
+from .keeping import Keeper
 from .rates import default_rate
 from .sampler import SimilarLengths
 
@@ -140,7 +141,7 @@ def train(
             console.print(f"learning rate {rate:g}: that of {whose} (see docs/training.md)", highlight=False)
     since = time.perf_counter()
     with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
-        trainer.add_callback(_Steps(advance, progress))
+        trainer.add_callback(_Steps(advance, progress, next((c for c in callbacks if isinstance(c, Keeper)), None)))
         trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
     state = trainer.state
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
@@ -299,12 +300,12 @@ class _Steps(TrainerCallback):
     It also has the loss logged with every checkpoint and at the end, so that the log covers all steps, also those
     before a resume, and says the loss of held-out samples when it is measured."""
 
-    def __init__(self, advance: Callable[[], None], show: bool):
-        self.advance, self.show, self.shown = advance, show, 0
+    def __init__(self, advance: Callable[..., None], show: bool, keeper: Keeper | None):
+        self.advance, self.show, self.shown, self.keeper = advance, show, 0, keeper
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for _ in range(state.global_step - self.shown):
-            self.advance()
+        note = {"note": f"drift ≈ {self.keeper.estimate:.2g}"} if self.keeper else {}
+        self.advance(state.global_step - self.shown, **note)
         self.shown = state.global_step
         control.should_log |= control.should_save or state.global_step == state.max_steps
 

@@ -1,0 +1,99 @@
+"""`corda train` keeps the context of its start: the price, the bound and the meter, through the command line."""
+
+import json
+
+import pytest
+from test_cli import data, init, refused, run, train, weights  # noqa: F401 (data is a fixture)
+
+ROWS = [{"q": f"The capital of country {i}?", "a": f"city {i * 7 % 50}."} for i in range(100)]
+TEMPLATES = ["--prompt", "{q}", "--response", " {a}"]
+
+
+@pytest.fixture
+def context(data):  # noqa: F811
+    (data / "keep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return data
+
+
+def trained(folder, name):
+    return json.loads((folder / "work" / name / "training.json").read_text())
+
+
+def test_a_start_that_keeps_is_trained_with_the_penalty(checkpoint, context, capsys):
+    init(checkpoint, context, *TEMPLATES, "--samples", 40)
+    train(checkpoint, context, "--start", "start", "--epochs", 3)
+    shown = capsys.readouterr()
+    assert "keeps" in shown.err
+    assert "(40 samples) at a price of 10 nats for a nat of drift" in " ".join(shown.err.split())
+    assert "nats per answer token of the context: " in shown.out
+    log = trained(context, "tuned")
+    assert log["penalties"].keys() == {"drift"}
+    steps, predicted, measured, prices = zip(*log["drift"])
+    assert steps[0] == 0
+    assert steps[-1] == log["steps"]
+    assert predicted[0] == measured[0] == 0
+    assert predicted[-1] > 0
+    assert measured[-1] > 0
+    assert set(prices) == {10.0}
+
+    train(checkpoint, context, "--start", "start", "--epochs", 3, "--keep", 0, output="free")
+    free = trained(context, "free")
+    assert "drift" not in free
+    assert not free["penalties"]
+    train(checkpoint, context, "--start", "start", "--epochs", 3, "--keep", 1000, output="dear")
+    assert trained(context, "dear")["drift"][-1][2] < 0.5 * measured[-1]
+    model = ["--model", checkpoint, "--keep", context / "keep.jsonl", *TEMPLATES]
+    for adapter in ("free", "dear"):
+        run("eval", *model, "--adapter", adapter, "--output", f"{adapter}.json")
+    drifts = [
+        json.loads((context / "work" / f"{adapter}.json").read_text())["results"]["keep"][str(context / "keep.jsonl")]
+        ["tuned"]["drift"] for adapter in ("free", "dear")
+    ]  # fmt: skip
+    assert drifts[1] < 0.3 * drifts[0]  # in the saved adapter, as another command measures it
+
+
+def test_statistics_of_the_start_are_used(checkpoint, context):
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, "--keep", 10, output="with")
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, output="without")
+    assert (context / "work" / "with" / "statistics.safetensors").is_file()
+    for start in ("with", "without"):
+        train(checkpoint, context, "--start", start, output=f"tuned_{start}")
+    once, again = (trained(context, f"tuned_{start}")["drift"] for start in ("with", "without"))
+    assert [row[1] for row in once] == pytest.approx([row[1] for row in again], rel=0.02)
+
+
+def test_a_plain_lora_keeps_a_context_that_is_given(checkpoint, context, capsys):
+    given = ["--context", context / "keep.jsonl", "--context.prompt", "{q}", "--context.response", " {a}"]
+    given += ["--context.samples", 40]
+    train(checkpoint, context, *given, "--keep", 3, "--epochs", 3)
+    log = trained(context, "tuned")
+    assert log["drift"][-1][3] == 3
+    assert log["recipe"]["keep"]["context"]["prompt"] == "{q}"
+    train(checkpoint, context, "--epochs", 3, output="free")
+    assert "drift" not in trained(context, "free")
+    train(checkpoint, context, *given, "--max_drift", log["drift"][-1][2] / 2, "--epochs", 3, output="bound")
+    assert trained(context, "bound")["drift"][-1][3] > 10
+
+
+def test_what_cannot_be_kept_is_refused_before_work(checkpoint, context, capsys):
+    said = refused(capsys, checkpoint, context, "--keep", 3, call=train)
+    assert "a plain LoRA knows of nothing to keep: give a --context" in said
+    assert "keep is -1" in refused(capsys, checkpoint, context, "--keep", -1, call=train)
+    assert "keep is 0, so nothing can hold max_drift" in refused(
+        capsys, checkpoint, context, "--keep", 0, "--max_drift", 0.1, call=train
+    )
+    init(checkpoint, context, *TEMPLATES, "--samples", 40)
+    (context / "keep.jsonl").rename(context / "away.jsonl")
+    said = refused(capsys, checkpoint, context, "--start", "start", call=train)
+    assert "start was made from it: give a --context, or --keep 0" in said
+    train(checkpoint, context, "--start", "start", "--keep", 0)
+    assert weights(context / "work" / "tuned")
+
+
+def test_few_samples_are_said_and_not_trusted(checkpoint, context, capsys):
+    init(checkpoint, context, *TEMPLATES, "--samples", 10)
+    train(checkpoint, context, "--start", "start")
+    assert "the context has 10 samples with a response" in " ".join(capsys.readouterr().err.split())
+    assert "drift" not in trained(context, "tuned")
+    said = refused(capsys, checkpoint, context, "--start", "start", "--keep", 5, "--seed", 1, call=lambda *a: train(*a, output="more"))  # fmt: skip
+    assert "10 samples with a response" in said
