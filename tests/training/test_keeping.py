@@ -141,8 +141,8 @@ def test_the_callback_keeps_in_a_trainer_of_somebody_else(accumulated, tokenizer
         rows = [{**row, "labels": row["input_ids"], "attention_mask": [1] * len(row["input_ids"])} for row in rows]
         arguments = TrainingArguments(
             str(tmp_path), max_steps=8, per_device_train_batch_size=8 // accumulated, use_cpu=True,
-            gradient_accumulation_steps=accumulated, learning_rate=1e-2, lr_scheduler_type="constant", max_grad_norm=0.0,
-            report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no",
+            gradient_accumulation_steps=accumulated, learning_rate=1e-2, lr_scheduler_type="constant",
+            max_grad_norm=0.0, report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no",
         )  # fmt: skip
         callback = KeepCallback(model, statistics, keep)
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])

@@ -129,7 +129,8 @@ class Keeper(TrainerCallback):
 
     Attributes:
         keep: λ, the price of a nat of predicted drift per answer token, in nats of the training loss per answer token.
-        history: [step, predicted drift, measured drift (None without `measure`), λ] at the beginning, at `points` steps and at the end.
+        history: [step, predicted drift, measured drift (None without `measure`), λ], at the beginning, at `points` steps
+            and at the end.
 
     Args:
         predicted: see `PredictedDrift`.
