@@ -163,7 +163,7 @@ def test_same_command_same_bytes(checkpoint, data):
 
 
 def test_training_that_diverges_leaves_nothing(checkpoint, data, capsys):
-    train_options = ["--max_steps", 4, "--learning_rate", 1e38, "--precision", "fp32"]
+    train_options = ["--max_steps", 4, "--learning_rate", 1e12, "--lora_alpha", 1e12, "--precision", "fp32"]
     with pytest.raises(SystemExit) as stopped:
         train(checkpoint, data, *train_options)
     assert stopped.value.code == 1
@@ -255,9 +255,25 @@ def test_help_and_exit_codes_of_the_command():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["init", "--r", "many"], "corda init: r: Expected a int. Got value: many"),
+        (["init", "--r", "many"], "corda init: r is many, but must be a whole number at least 1 and at most"),
         (["init", "--modle", "x"], "corda init: unrecognized arguments: --modle x"),
-        (["init", "--mode", "kmp"], "corda init: mode: Expected a Literal['kpm', 'ipm']. Got value: kmp"),
+        (["init", "--mode", "kmp"], "corda init: mode is kmp, but must be one of kpm, ipm"),
+        (
+            ["train", "--max_steps", "true"],
+            "corda train: max_steps is true, but must be a whole number at least 1 and at",
+        ),
+        (
+            ["train", "--lora_alpha", "nan"],
+            "corda train: lora_alpha is nan, but must be a number at least 1e-09 and at",
+        ),
+        (["train", "--compile", "maybe"], "corda train: compile is maybe, but must be true or false"),
+        (["eval", "--config", "inner.yaml"], "corda eval: samples is many, but must be a whole number at least 1"),
+        (["eval", "--config", "needed.yaml"], "corda: keep: data is needed"),
+        (["init", "--config", "aliases.yaml"], "corda init: r is [[[0, 0, 0, 0, 0, 0"),
+        (["init", "--config", "list.yaml"], "corda init: the recipe is no mapping of options to values"),
+        (["init", "--config", "latin.yaml"], "corda: the recipe is not UTF-8: it has the byte 0xe9"),
+        (["compare", "rates.yaml"], "corda compare: learning_rates is fast, but must be a list, each item a number"),
+        (["init"], "corda init: give --model, --output"),
         (["compare", "recipe.yaml"], "corda compare: Subcommand 'compare' does not accept option 'train.max_stepz'"),
         (["compare", "methods.yaml"], "corda compare: methods: Option 'learning_ratez' is not accepted"),
         (["compare", "nothing.yaml"], "corda compare: config: File does not exist:"),
@@ -267,6 +283,12 @@ def test_help_and_exit_codes_of_the_command():
 def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("train: {max_stepz: 5}\n")
+    Path("inner.yaml").write_text("keep: {data: d, samples: many}\n")
+    Path("needed.yaml").write_text("keep: {prompt: p}\n")
+    Path("aliases.yaml").write_text(f"r: [&a [&b {[0] * 50}, {'*b, ' * 50}], {'*a, ' * 10}]\n")
+    Path("list.yaml").write_text("- a\n")
+    Path("latin.yaml").write_bytes(b"model: m\xe9\n")
+    Path("rates.yaml").write_text("methods: {lora: {learning_rates: fast}}\n")
     Path("twice.yaml").write_text("model: one\nmodel: two\n")
     Path("methods.yaml").write_text("methods: {lora: {learning_ratez: [1.0e-3, 2.0e-3]}}\n")
     with pytest.raises(SystemExit) as stopped:
@@ -274,7 +296,8 @@ def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeyp
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(said)
-    assert line.endswith(f"(all options: corda {given[0]} --help)")
+    assert line.endswith((f"(all options: corda {given[0]} --help)", "(all options: corda --help)"))
+    assert len(line) < 240 or "config" in line
 
 
 @pytest.mark.parametrize(
@@ -282,8 +305,32 @@ def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeyp
     [
         ("init --model m --output o --batch_tokens 0", "batch_tokens is 0, but must be a whole number at least 1"),
         ("init --model m --output o --seed -1", "seed is -1, but must be a whole number at least 0"),
-        ("plan --model m --tflops -1", "tflops is -1.0, but must be a number above 0"),
-        ("train --model m --output o --data d --epochs 0", "epochs is 0.0, but must be a number above 0"),
+        ("plan --model m --tflops -1", "tflops is -1.0, but must be a number at least 1e-09"),
+        ("train --model m --output o --data d --epochs 0", "epochs is 0.0, but must be a number at least 1e-09"),
+        (
+            "train --model m --output o --data d --lora_alpha 1e-320",
+            "lora_alpha is 1e-320, but must be a number at least",
+        ),
+        ("train --model m --output o --data d --weight_decay 1e300", "weight_decay is 1e+300, but must be a number at"),
+        ("eval --model m --learn d --learn.samples [[", "learn.samples is '[[', but must be a whole number"),
+        ("eval --model m --learn d --learn.chat maybe", "learn.chat is 'maybe', but must be true or false"),
+        ("eval --model m --learn d --learn.promt x", "learn.promt is no option: there are learn.data, learn.prompt,"),
+        ("train --model m --data d --output file/x", "the output file/x cannot be written: "),
+        ("demo --output .", "the output . is a folder in use"),
+        ("export --model m --adapter a --output " + 251 * "n", "the output's name is too long: 250 bytes at most"),
+        (
+            "compare --model m --data d --methods [lora] --eval.learn e --output " + 251 * "n",
+            "the output's name is too",
+        ),
+        (
+            "compare --model m --data d --methods [lora] --eval.learn e --output link",
+            "the output link is a symbolic link",
+        ),
+        ("compare --model m --data d --methods [lora] --eval.learn e --output file/x", "the output file/x cannot be"),
+        (
+            "compare --model m --output o --data d --eval.learn e --methods {l:\xa0{learning_rates:\xa0[1,1.0000001]}}",
+            "two learning rates of l have the same first six digits",
+        ),
         ("export --model m --output o --adapter a --r 0", "r is 0, but must be a whole number at least 1"),
         ("eval --model m --keep {data:\xa0d,samples:\xa00}", "samples is 0, but must be a whole number at least 1"),
         ("eval --model m --learn d --exact_match ((", "exact_match '((' is no regular expression"),
@@ -291,22 +338,24 @@ def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeyp
         ("compare --model m --output o --data d --methods [lora] --eval.learn e --train.epochs -1", "epochs is -1.0,"),
         (
             "compare --model m --output o --data d --methods {lora:\xa0{learning_rates:\xa0[-1.0]}} --eval.learn e",
-            "learning_rates is [-1.0], but must be a list, each item a number above 0",
+            "learning_rates is [-1.0], but must be a list, each item a number at least 1e-09",
         ),
     ],
 )
 def test_a_number_out_of_range_is_refused_before_work(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
     line = refused(capsys, *[a.replace("\xa0", " ") for a in arguments.split(" ")])
     assert line.startswith(f"corda {arguments.split()[0]}: {said}")
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (KeyError("x"), 1, "corda init: this is a bug of corda-lora: please report it with the lines above"),
-        (PermissionError(13, "Permission denied", "x"), 2, "corda init: [Errno 13] Permission denied: 'x'"),
+        (PermissionError(13, "Permission denied", "x"), 2, "corda init: Permission denied: 'x'"),
         (MemoryError(), 2, "corda init: out of memory (MemoryError)"),
         (ModuleNotFoundError("no", name="gguf"), 2, "corda init: the package gguf is needed: pip install gguf"),
         (CordaError("a b\n" * 5000), 2, "corda init: a b a b"),
@@ -380,7 +429,7 @@ def test_sigterm_in_the_middle_of_a_forward(verb, checkpoint, data, monkeypatch,
             "r is 17, but model.layers.0.self_attn.k_proj (16 × 32) has only 16 components",
         ),
         (["--r", "0"], "r is 0, but must be a whole number at least 1"),
-        (["--damping", "0"], "damping is 0.0, but must be a number above 0"),
+        (["--damping", "0"], "damping is 0.0, but must be a number at least 1e-09"),
         (["--prompt", "{question}"], "no column 'question' for the template '{question}': it has prompt, response"),
         (["--context", "missing.jsonl"], "there is no file missing.jsonl"),
         (["--context", "someone/nothing"], "cannot load data 'someone/nothing'"),
@@ -576,7 +625,7 @@ def test_a_quantized_base_is_refused(form, checkpoint, data, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--as", "gguf"], "Expected a Literal['lora', 'merged', 'residual']. Got value: gguf"),
+        (["--as", "gguf"], "as is gguf, but must be one of lora, merged, residual"),
         (["--as", "merged", "--r", 2], "--r goes with --as lora only"),
         (["--as", "residual"], "there is no residual to export"),
         (["--r", 5], "rank 5 is no compression"),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
@@ -40,15 +40,18 @@ from .config import (
     EvalConfig,
     KeepConfig,
     LoraStart,
+    MethodConfig,
     ModelConfig,
     Positive,
     Seed,
     Share,
     TrainConfig,
     check_value,
+    misfit,
+    short,
     why_not,
 )
-from .files import check_output, check_result, is_made, output_lock, remove_folder, remove_work, write_json
+from .files import check_name, check_output, check_result, is_made, output_lock, remove_folder, remove_work, write_json
 from .progress import console
 from .recipes import load_recipe
 
@@ -76,11 +79,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
     if arguments[:1] in (["eval"], ["train"]):
-        arguments = _with_data(arguments, KINDS if arguments[0] == "eval" else ["context"])
+        try:
+            arguments = _with_data(arguments, KINDS if arguments[0] == "eval" else ["context"])
+        except CordaError as error:
+            _say(arguments[0], str(error))
+            raise SystemExit(2) from error
     if arguments[:1] == ["compare"] and arguments[1:2] and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")
     parser, verbs = build_parser()
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except UnicodeDecodeError as error:
+        parser.error(f"the recipe is not UTF-8: it has the byte 0x{error.object[error.start]:02x}")
     if options.verb is None:
         parser.print_help()
         raise SystemExit(2)
@@ -112,6 +122,12 @@ def _instantiate(parser: ArgumentParser, options: Namespace) -> Namespace:
         return parser.instantiate(options)
     except CordaError:
         raise
+    except TypeError as error:
+        if "must be a mapping" not in str(error):
+            raise
+        raise CordaError(
+            "a section of the recipe, such as train or eval, is no mapping of options to values"
+        ) from error
     except ValueError as error:  # jsonargparse lists why each alternative of a union failed; a dataclass's own is ours
         reasons = re.findall(r"^\s*- (?!Expected a |Does not validate)(.*)", str(error), re.MULTILINE)
         raise CordaError(reasons[0] if reasons else _sentence(str(error))) from error
@@ -119,9 +135,12 @@ def _instantiate(parser: ArgumentParser, options: Namespace) -> Namespace:
 
 def _say(verb: str, message: str) -> None:
     """Print one sentence on stderr: one line, its middle left out if it is longer than three lines of a terminal."""
+    print(f"corda {verb}: {_shortened(message)}", file=sys.stderr)
+
+
+def _shortened(message: str) -> str:
     message = " ".join(message.split())
-    message = message if len(message) <= LONGEST_MESSAGE else f"{message[:300]} … {message[-150:]}"
-    print(f"corda {verb}: {message}", file=sys.stderr)
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:300]} … {message[-150:]}"
 
 
 def _mendable(error: Exception) -> str | None:
@@ -136,6 +155,8 @@ def _mendable(error: Exception) -> str | None:
         return f"out of memory ({text})"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("corda_lora"):
         return f"the package {error.name} is needed: pip install {error.name}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {short(error.filename)}" if error.filename else error.strerror
     return text if isinstance(error, OSError) else None
 
 
@@ -167,20 +188,41 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        prog = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        self.exit(2, f"{prog}: {_sentence(message)} (all options: {prog} --help)\n")
+        parser = getattr(ex, "subcommand_parser", None) or self
+        prog = parser.prog.replace(" [options]", "")
+        if missing := re.fullmatch(r"the following arguments are required: (\w+)\..*", message):
+            prog = f"{prog} {missing[1]}"
+        sentence = _shortened(_sentence(message, parser._actions))
+        self.exit(2, f"{prog}: {sentence} (all options: {prog} --help)\n")
 
 
-def _sentence(message: str) -> str:
-    """What jsonargparse says of an error, without its words for types and without what it tried before."""
+def _sentence(message: str, actions: Sequence[argparse.Action] = ()) -> str:
+    """What jsonargparse says of an error, in our words for types, and without what it tried before.
+
+    Args:
+        actions: the options of the command.
+    """
     unknown = re.search(r"unrecognized arguments: --(\w+)|does not accept option '(\w+)'", message)
     if unknown and (option := unknown[1] or unknown[2]) in NOT_OURS:
         return why_not(option)
     key, _, reason = message.rpartition('Parser key "')[2].partition('":')
+    typed = [action for action in actions if hasattr(action, "_typehint")]
+    hints = {action.dest: action._typehint for action in typed}
+    names = {action.dest: action.option_strings[0].lstrip("-") for action in typed}
+    inner = get_type_hints(MethodConfig, include_extras=True) | get_type_hints(DataConfig, include_extras=True)
+    values = re.findall(r"(?:Got|Given) value: (.*)", reason)
     if innermost := re.search(r"Option '.*' is not accepted", reason):
         message = f"{key}: {innermost[0]}"
+    elif needed := re.search("the following arguments are required: (.*)", reason):
+        message = f"{key}: {needed[1]} is needed"
+    elif values and key in hints | inner:  # of a value inside of others, the innermost comes first
+        message = misfit(names.get(key, key), values[-1 if key in hints else 0], (inner | hints)[key])
     elif reason:
         message = f"{key}: {reason}"
+    elif message.startswith("Unexpected config"):
+        message = "the recipe is no mapping of options to values, such as `mode: kpm`"
+    elif missing := re.fullmatch("the following arguments are required: (.*)", message):
+        message = f"give {', '.join(f'--{name.rpartition(chr(46))[2]}' for name in missing[1].split(', '))}"
     return " ".join(re.sub(r"<class '(\w+)'>|typing\.", r"\1", message).split())
 
 
@@ -188,7 +230,9 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Leaves the lines of descriptions as they are, and shows a range as "int, at least 1"."""
 
     def _expand_help(self, action: argparse.Action) -> str:
-        text = re.sub(rf"Annotated\[([^\[\]]*?)( and at most {LARGEST:,})?\]", r"\1", super()._expand_help(action))
+        text = re.sub(
+            rf"Annotated\[([^\[\]]*?)( and at most (?:{LARGEST:,}|{10**12:,}))?\]", r"\1", super()._expand_help(action)
+        )
         return re.sub(r"Optional\[((?:int|float),[^\[\]]*)\]", r"\1, or null", text)
 
 
@@ -216,6 +260,8 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
             output = options.get("output")
             if name == "eval" and output is not None:
                 check_result(output)
+            elif output is not None and name != "compare":  # a comparison's folder may be a link to another disk
+                check_name(output)
             reports = name == "compare" and options.jobs == 0  # also of a comparison that goes on
             with nullcontext() if output is None or reports else output_lock(output):
                 run(options)
@@ -561,8 +607,11 @@ def _with_data(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
 
     The parser would read each nested value as YAML, and take `{answer}` for a mapping and a `#` for a comment. Numbers
     and switches are read as YAML here.
+
+    Raises CordaError if a value does not fit: the parser would take all of the argument for a name of data.
     """
-    texts = {"data", "prompt", "response", "rows", "name"}
+    hints = get_type_hints(DataConfig, include_extras=True)
+    texts = {name for name, hint in hints.items() if hint in (str, str | None)}
     others: list[str] = []
     data: dict[str, dict[str, Any]] = {}
     rest = list(arguments)
@@ -576,13 +625,24 @@ def _with_data(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
         if name == "data" and (option[2] is None and value[:1] in "[{"):  # a list or a mapping: the parser reads it
             others += [f"--{kind}", value]
         else:
-            data.setdefault(kind, {})[name] = value if name in texts else yaml.safe_load(value)
+            if name not in hints:
+                raise CordaError(f"{kind}.{name} is no option: there are {', '.join(f'{kind}.{n}' for n in hints)}")
+            data.setdefault(kind, {})[name] = value = value if name in texts else _yaml(value)
+            check_value(f"{kind}.{name}", value, hints[name])
     for kind, values in data.items():
         if "data" in values:
             others += [f"--{kind}", values["data"] if len(values) == 1 else json.dumps(values)]
         else:  # a recipe may name the data
             others += [f"--{kind}.{name}={json.dumps(value)}" for name, value in values.items()]
     return others
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML text; the text itself if it is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except YAMLError:
+        return text
 
 
 def _underscored(argument: str) -> str:

@@ -1,9 +1,11 @@
 """The options of every stage: defaults, ranges and meanings. (`corda --help` reads this file: no heavy imports.)"""
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import regex
@@ -46,8 +48,18 @@ CountOrZero = Annotated[int, Range(ge=0, le=LARGEST)]
 Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]  # NumPy's range
 KEEP = 10.0  # the default of λ: see docs/keeping.md
 CONTEXT_SAMPLES = 1000  # the default number of samples of a context
-Positive = Annotated[float, Range(gt=0)]
+Positive = Annotated[float, Range(ge=1e-9, le=10**12)]  # float32, which models compute in, has room for its square
 Share = Annotated[float, Range(ge=0, lt=1)]
+
+
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    Path: "a path",
+    type(None): "null",
+}
 
 
 def check_fields(config: Any) -> None:
@@ -60,12 +72,19 @@ def check_fields(config: Any) -> None:
 def check_value(name: str, value: Any, hint: Any) -> None:
     """Raises CordaError if `value` does not fit `hint`. `name` is the option's name in the message."""
     if not _fits(value, hint):
-        raise CordaError(f"{name} is {short(value)}, but must be {' or '.join(_said(hint))}")
+        raise CordaError(misfit(name, repr(value), hint))
+
+
+def misfit(name: str, value: str, hint: Any) -> str:
+    """The sentence on a value that does not fit its option's type hint."""
+    return f"{name} is {_middle_left_out(value) or 'empty'}, but must be {', or '.join(_said(hint))}"
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value fits a type hint, as far as the hint has ranges and literals; other types are not checked."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is bool:
+        return isinstance(value, bool)
     if origin is Literal:
         return any(type(value) is type(argument) and value == argument for argument in arguments)
     if origin is Annotated:
@@ -81,12 +100,16 @@ def _fits(value: Any, hint: Any) -> bool:
 def _said(hint: Any) -> Iterator[str]:
     """The alternatives of a type hint in words."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
+    if hint in WORDS:
+        yield WORDS[hint]
+    elif is_dataclass(hint) or origin is dict:
+        yield "a mapping"
+    elif origin is Literal:
         yield f"one of {', '.join(map(str, arguments))}"
     elif origin is Annotated:
         yield f"a {'whole ' if arguments[0] is int else ''}number {arguments[1]!r}"
     elif origin is list:
-        yield f"a list, each item {' or '.join(_said(arguments[0]))}"
+        yield f"a list, each item {', or '.join(_said(arguments[0]))}"
     else:
         for argument in arguments:
             yield from _said(argument)
@@ -120,7 +143,10 @@ def find_all(name: str, pattern: str, text: str, whole: bool = False) -> list[An
 
 def short(value: Any, length: int = 80) -> str:
     """The repr of a value, with its middle left out if it is long."""
-    text = repr(value)
+    return _middle_left_out(repr(value), length)
+
+
+def _middle_left_out(text: str, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"
 
 
@@ -251,7 +277,7 @@ class CordaConfig:
     damping: Positive = 0.01
     skip_tokens: CountOrZero = 0
     target_modules: str | list[str] = "all-linear"
-    keep: Annotated[float, Range(ge=0)] = 0.0
+    keep: Annotated[float, Range(ge=0, le=10**12)] = 0.0
     lora_alpha: Positive | None = None
     use_rslora: bool = False
     lora_dropout: Share = 0.0
@@ -383,7 +409,7 @@ class TrainConfig:
     micro_batch_size: Count | None = None
     warmup: Annotated[float, Range(ge=0, le=1)] = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: Annotated[float, Range(ge=0)] = 0.0
+    weight_decay: Annotated[float, Range(ge=0, le=100)] = 0.0
     lora_dropout: Share = 0.0
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
@@ -415,7 +441,7 @@ class KeepConfig:
         context: DATA that shows the ability to keep. Default: what the start was made from.
     """
 
-    keep: Annotated[float, Range(ge=0)] | None = None
+    keep: Annotated[float, Range(ge=0, le=10**12)] | None = None
     max_drift: Positive | None = None
     context: str | DataConfig | None = None
 
@@ -513,7 +539,7 @@ class EvalConfig:
     def data(self, kind: str) -> list[DataConfig]:
         """The data of "keep", "learn", "text" or "choices", however it was given."""
         value = getattr(self, kind)
-        datas = value if isinstance(value, list) else [value]
+        datas = value if isinstance(value, list) else [] if value is None else [value]
         configs = [DataConfig(data) if isinstance(data, str) else data for data in datas]
         if kind == "text":
             return configs
@@ -616,10 +642,13 @@ class CompareConfig:
         entries = dict.fromkeys(self.methods) if isinstance(self.methods, list) else self.methods
         self.entries = {name: entry or MethodConfig() for name, entry in entries.items()}
         for name, entry in self.entries.items():
-            if "/" in name or name.startswith("."):
-                raise CordaError(f"{name!r} cannot be an entry's name: a directory is called so")
+            if not name or re.search(r"^\.|[/\0]", name) or len(name.encode()) > 200:
+                raise CordaError(f"{short(name)} cannot be an entry's name: a directory is called so")
             entry.method = entry.method or name
             _check_sweep(name, entry)
+            for what, values in (("learning rates", entry.learning_rates), *entry.sweep.items()):
+                if len({value if isinstance(value, str) else f"{value:g}" for value in values}) < len(set(values)):
+                    raise CordaError(f"two {what} of {name} have the same first six digits: runs are called by these")
             if len(set(entry.learning_rates)) == 1 and not entry.sweep:
                 raise CordaError(
                     f"{name} has one learning rate ({entry.learning_rates[0]:g}): which method wins depends on the "

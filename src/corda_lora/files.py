@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from .config import CordaError
+from .config import CordaError, short
 
 CHECKSUMS = "sha256.json"
 LONGEST_NAME = 255  # bytes, on every common file system
@@ -148,6 +148,7 @@ def output_lock(output: Path) -> Iterator[None]:
 
     Raises CordaError if another process holds the lock.
     """
+    check_writable(output)
     place = Path(os.path.realpath(output))
     if not place.name:
         raise CordaError(f"the output {output} is the root of the file system")
@@ -177,10 +178,9 @@ def check_name(output: Path) -> None:
     """Raises CordaError if `output` can be no output's name: it is a symbolic link, `.` or `..`, or too long."""
     if output.name in ("", ".."):
         raise CordaError(f"the output {output} is a folder in use: give the name of a new one")
+    _check_length(output)
     if output.is_symlink():
         raise CordaError(f"the output {output} is a symbolic link: remove it, or name the place it points to")
-    if len(os.fsencode(output.name + ".work")) > LONGEST_NAME:
-        raise CordaError(f"the output's name is too long: {LONGEST_NAME - len('.work')} bytes at most")
 
 
 def check_output(directory: Path) -> None:
@@ -188,7 +188,7 @@ def check_output(directory: Path) -> None:
     check_name(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise CordaError(f"the output {directory} has something in it already: remove it, or choose another")
-    _check_writable(directory)
+    check_writable(directory)
 
 
 def check_result(path: Path) -> None:
@@ -196,7 +196,7 @@ def check_result(path: Path) -> None:
     check_name(path)
     if not path.absolute().parent.is_dir():
         raise CordaError(f"the output {path} cannot be written: there is no folder {path.parent}")
-    _check_writable(path)
+    check_writable(path)
     if path.exists():
         try:
             earlier = path.is_file() and "results" in dict(read_json(path))
@@ -214,7 +214,21 @@ def is_made(record: Path, recipe: Mapping[str, Any]) -> bool:
     return isinstance(stored, dict) and {key: stored.get(key) for key in recipe} == json.loads(json.dumps(recipe))
 
 
-def _check_writable(path: Path) -> None:
+def _check_length(path: Path) -> None:
+    if any(len(os.fsencode(part + ".work")) > LONGEST_NAME for part in path.parts):
+        raise CordaError(f"the output's name is too long: {LONGEST_NAME - len('.work')} bytes at most")
+    if "\0" in str(path):
+        raise CordaError(f"the output {short(str(path))} has a null character in its name")
+
+
+def check_writable(path: Path) -> None:
+    """Raises CordaError if there can be no output of this name: it is too long, a link that leads nowhere, or not to
+    be written to."""
+    _check_length(path)
+    if path.is_symlink() and not path.exists():
+        raise CordaError(
+            f"the output {path} is a symbolic link that leads nowhere: remove it, or choose another output"
+        )
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir():
         raise CordaError(f"the output {path} cannot be written: {parent} is a file")

@@ -309,6 +309,9 @@ def test_bad_input_before_anything_runs(refused):
     Path("empty.jsonl").touch()
     assert "empty.jsonl is empty" in refused(TWO, data="empty.jsonl")
     assert "there is no model in ./nowhere" in refused(TWO, model="./nowhere")
+    assert "target_modules ['q_prj'] matches no layer" in refused(TWO, data="learn.jsonl\ntarget_modules: '[q_prj]'")
+    assert "a section of the recipe, such as train or eval, is no mapping" in refused(TWO, train="5")
+    assert "'a\\x00' cannot be an entry's name" in refused({'"a\\0"': "[1.0e-3, 1.0e-2]"})
     assert "give samples of it as `context`" in refused(TWO, context="null")
     assert "cannot be an entry's name" in refused({"a/b": "[1.0e-3, 1.0e-2]"})
     assert not Path("out").exists()
@@ -326,7 +329,10 @@ def test_bad_input_before_anything_runs(refused):
         ("method: lora+, sweep: {ratio: [[2], [4]]}", "must over numbers, or over words"),
         ("method: lora+, sweep: {ratio: [2, 8]}, options: {ratio: 2}", "gives ratio under options and under sweep"),
         ("method: lora+, sweep: {ratoi: [2, 8]}", "method lora\\+ has no option 'ratoi'"),
-        ("method: corda-kpm-anchored, sweep: {damping: [0.01, -1]}", "damping is -1, but must be a number above 0"),
+        (
+            "method: corda-kpm-anchored, sweep: {damping: [0.01, -1]}",
+            "damping is -1, but must be a number at least 1e-09",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be(entry, said, recipe, capsys):

@@ -136,7 +136,7 @@ def test_presets_set_rounds_and_what_is_given_beside_them_wins():
         ({"preset": "corda++++"}, "preset is 'corda\\+\\+\\+\\+', but must be one of corda, corda\\+, corda\\+\\+"),
         ({"min_rank": 5, "max_rank": 4}, "min_rank 5 and max_rank 4 leave no rank to allocate"),
         ({"preset": "corda", "max_rank": 4}, "go with rank allocation: preset corda\\+ or corda\\+\\+"),
-        ({"budget": -1}, "budget is -1, but must be a number above 0"),
+        ({"budget": -1}, "budget is -1, but must be a number at least 1e-09"),
         ({"rounds": 0}, "rounds is 0, but must be a whole number at least 1"),
         ({"rounds": 2, "orientation": "identity"}, "there are no rounds of it to choose from"),
     ],

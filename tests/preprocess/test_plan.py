@@ -341,5 +341,5 @@ def test_what_cannot_be_planned_is_refused(tmp_path, capsys):
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(settings | {"architectures": None}))
     assert "cannot be planned" in refused(capsys, "--model", model, "--gpu", "8GB")
-    assert "above 0" in refused(capsys, "--model", model, "--gpu", "8GB", "--tflops=-1")
+    assert "at least 1e-09" in refused(capsys, "--model", model, "--gpu", "8GB", "--tflops=-1")
     assert "--gpu" in refused(capsys, "--model", model, "--tflops", 100)

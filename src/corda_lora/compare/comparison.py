@@ -19,7 +19,7 @@ from typing import Any
 from ..config import CompareConfig, CordaError, DataConfig, ModelConfig
 from ..data.batches import encode
 from ..data.samples import load_samples
-from ..files import check_checksums, is_partial, read_json, write_checksums, write_json
+from ..files import check_checksums, check_writable, is_partial, read_json, write_checksums, write_json
 from ..methods.registry import METHODS
 from ..models.loading import load_tokenizer
 from ..training.train import training_steps
@@ -112,6 +112,7 @@ class Comparison:
 
         Raises CordaError if something else is in it, or runs of another recipe, or a file that runs read is damaged.
         """
+        check_writable(self.output)
         path, shared = self.output / "recipe.json", self.shared()
         others = [p for p in self.output.iterdir() if not is_partial(p)] if self.output.is_dir() else []
         if self.output.is_file() or (others and not path.is_file()):

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import CompareConfig, CordaError, ModelConfig
-from ..data.overview import overview
+from ..data.overview import check_fit, overview
 from ..data.samples import load_samples
 from ..devices import accelerator, machine_name, release_cache, restart_peak, visible_gpus
 from ..evaluation.choices import check_choices
@@ -35,7 +36,8 @@ from ..evaluation.evaluate import measured_samples
 from ..evaluation.measures import KINDS
 from ..files import write_json
 from ..methods.registry import METHODS, check_options
-from ..models.loading import load_tokenizer
+from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
+from ..models.targets import find_targets, require_causal
 from ..progress import console, progress_bar
 from ..training.arguments import check_trainer
 from ..training.train import DivergedError, warn_without_bfloat16
@@ -65,7 +67,7 @@ def compare(
     _check_methods(recipe)
     check_trainer(recipe.train, accelerator())
     gpus = _checked_gpus(gpus)
-    _check_data(comparison, load_tokenizer(source))
+    _check_data(comparison, load_tokenizer(source), _checked_model(comparison))
     comparison.open()
     if jobs:
         if not torch.accelerator.is_available():
@@ -96,8 +98,22 @@ def _checked_gpus(gpus: Sequence[str]) -> Sequence[str]:
     return gpus or visible
 
 
-def _check_data(comparison: Comparison, tokenizer: Any) -> None:
-    """Show a sample of each data set. Raises CordaError if one cannot be read, or has nothing to learn or measure."""
+def _checked_model(comparison: Comparison) -> nn.Module | None:
+    """The model without its weights; None where config.json does not say enough of it.
+
+    Raises CordaError if no run could train it: it is no causal language model, or has no such layers."""
+    source = comparison.source
+    if source.model.endswith(".gguf") or class_of(settings := read_settings(source)) is None:
+        return None
+    model = empty_model(settings, source)
+    require_causal(model)
+    find_targets(model, comparison.recipe.target_modules)
+    return model
+
+
+def _check_data(comparison: Comparison, tokenizer: Any, model: nn.Module | None) -> None:
+    """Show a sample of each data set. Raises CordaError if one cannot be read, has nothing to learn or measure, or does
+    not fit the model, if that is known."""
     prepared = [("task", comparison.learn)] + ([] if comparison.keep is None else [("context", comparison.keep)])
     measured = [(kind, data) for kind in KINDS for data in comparison.recipe.eval.data(kind)]
     for use, data in [*prepared, *measured]:
@@ -108,6 +124,8 @@ def _check_data(comparison: Comparison, tokenizer: Any) -> None:
         shown, encoded = measured_samples(kind, tokenizer, samples, data.max_length)
         learned, end = use != "context", kind == "learn"
         console.print(overview(f"{use} {data.data}", tokenizer, shown, encoded, data.max_length, learned, end))
+        if model is not None:
+            check_fit(model, (e.ids for e in encoded))
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------

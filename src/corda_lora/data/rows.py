@@ -19,6 +19,8 @@ def load_rows(config: DataConfig) -> tuple[Sequence[Row], list[str]]:
     Raises:
         CordaError: there is no such file, folder or data set, or it cannot be read.
     """
+    if not config.data.strip():
+        raise CordaError("the name of the data is empty: give a file, a folder or the name of a data set")
     path = Path(config.data)
     suffix = path.suffix.lower()
     kinds = (*READERS, ".parquet")
@@ -70,6 +72,7 @@ def _load_dataset(config: DataConfig, path: Path) -> Any:
         return datasets.load_dataset(config.data, config.name, split=config.rows)
     except Exception as error:  # `datasets` raises many kinds; all mean that this data cannot be had
         reason = " ".join(str(error.__cause__ or error).strip().split("\n")[:2])  # the second: what there is instead
+        reason = f"the folder holds no data that `datasets` can read ({reason})" if path.is_dir() else reason
         raise CordaError(f"cannot load data {config.data!r} (rows {config.rows!r}): {reason}") from error
 
 
