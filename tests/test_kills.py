@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import types
 from multiprocessing.connection import Connection
@@ -180,3 +182,57 @@ def test_compare(given, here, in_threads):
     (here / "recipe.yaml").write_text(RECIPE.format(given=given))
     arguments = ["compare", here / "recipe.yaml", "--output", "out"]
     assert same_end_from_every_place(here, arguments) > 40
+
+
+# Where one run after another is killed by the system, each going on from what the last one left.
+PLACES = [
+    ("train", "open", "checkpoint-1/trainer_state.json"),
+    ("train", "os.rename", "checkpoint-1/sha256.json"),
+    ("train", "open", "checkpoint-2/trainer_state.json"),
+    ("train", "os.rename", "tuned"),
+    ("train", "os.rename", ".partial"),  # of the folder of work, to remove it
+    ("eval", "os.rename", "eval.json"),
+]
+KILLED = """
+import json, os, signal, sys
+import corda_lora.evaluation.evaluate, corda_lora.training.train
+from corda_lora import cli
+
+def run(arguments, event="", ending=""):
+    child = os.fork()
+    if child == 0:
+        def die(now, places):
+            if now == event and str(places[now == "os.rename"]).endswith(ending):
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(die) if event else None
+        try:
+            cli.main(arguments)
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    return os.waitpid(child, 0)[1]
+
+commands, places = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+for folder, kills in (("whole", []), ("killed", places)):
+    os.mkdir(folder)
+    os.chdir(folder)
+    for verb, event, ending in kills:
+        assert run(commands[verb], event, ending) == signal.SIGKILL, (event, ending)
+    for arguments in commands.values():
+        assert run(arguments) == 0
+    os.chdir("..")
+"""
+
+
+@pytest.mark.slow
+def test_killed_by_the_system(given, here):
+    recipe = ["--max_steps", "2", "--checkpoints", "2", "--batch_size", "2", "--precision", "fp32", "--r", "2"]
+    model = ["--model", f"{given}/model"]
+    commands = {
+        "train": ["train", *model, "--data", f"{given}/learn.jsonl", *recipe, "--output", "tuned"],
+        "eval": ["eval", *model, "--adapter", "tuned", "--keep", f"{given}/keep.jsonl", "--output", "eval.json"],
+    }
+    arguments = [sys.executable, "-c", KILLED, json.dumps(commands), json.dumps(PLACES)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ends(here / "killed") == ends(here / "whole")
+    assert {path.name for path in (here / "killed").iterdir()} == {"tuned", "eval.json"}
