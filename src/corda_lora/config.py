@@ -251,7 +251,8 @@ class CordaConfig:
         target_modules: the layers to adapt, as in PEFT: endings of names, a regular expression, or `all-linear`.
         keep: the weight λ, in the loss of the training to come, of the drift that the adapter is predicted to cause on
             the context: nats of loss for a nat of drift per answer token. Above 0 the start also holds what predicts
-            it, in statistics.safetensors. For that the context also runs backward, as with `two_sided`.
+            it, in statistics.safetensors. For that the context also runs backward, one block at a time. With 0 the
+            training collects it, if it needs it, from the whole model.
         lora_alpha: the adapter is scaled by s = lora_alpha / r. Default: the value for which s = 1.
         use_rslora: scale the adapter by s = lora_alpha / √r instead, as in PEFT.
         lora_dropout: the dropout rate of the adapter's input while training.
@@ -435,7 +436,8 @@ class KeepConfig:
 
     Args:
         keep: the weight λ of the predicted drift in the loss: nats of loss for a nat of drift per answer token of the
-            context. Default: 10 where something says what to keep (a start of mode kpm, or a context), else 0.
+            context. Default: that of the start; 10 where something else says what to keep (a start of mode kpm, or a
+            context); else 0.
         max_drift: in place of a fixed price: steer λ so that the drift on samples of the context that were not shown
             ends at this, in nats per answer token.
         context: DATA that shows the ability to keep. Default: what the start was made from.

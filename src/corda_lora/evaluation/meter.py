@@ -73,7 +73,8 @@ def make_keeper(
     def drift() -> float:
         return loss_and_drift(peft_model.eval(), tokenizer, measured)["tuned"]["drift"]
 
-    keep = KEEP if config.keep is None else config.keep
+    of_start = record["config"].get("keep") if record and config.context is None else None
+    keep = (of_start or KEEP) if config.keep is None else config.keep
     lines = [f"keeps {data.data} ({statistics.samples} samples) at a price of {keep:g} nats for a nat of drift"]
     if few:
         lines.append("the drift is measured on samples that are shown, as there are no others: others may drift more")
