@@ -1,0 +1,43 @@
+"""Put together what several calls did of one comparison, and write its report.
+
+    python benchmarks/merge_runs.py OUTPUT COMPARISON.json [COMPARISON.json ...]
+
+Runs that were scheduled and not made are left out. The comparisons must share their recipe but for methods and seeds.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from corda_lora.report.report import write_report
+
+
+def merge(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+    merged = comparisons[0]
+    methods = ("methods", "seeds")
+    shared = [{k: v for k, v in c["recipe"].items() if k not in methods} for c in comparisons]
+    if any(recipe != shared[0] for recipe in shared):
+        raise SystemExit("the comparisons have different recipes")
+    runs: dict[str, Any] = {}
+    for comparison in comparisons:
+        merged["methods"] |= comparison["methods"]
+        merged["recipe"]["methods"] |= comparison["recipe"]["methods"]
+        for run in comparison["runs"]:
+            if run["status"] in ("done", "diverged"):
+                runs[json.dumps([run["method"], run.get("swept"), run["learning_rate"], run["seed"]])] = run
+    merged["runs"] = list(runs.values())
+    merged["methods"] = {m: v for m, v in merged["methods"].items() if any(r["method"] == m for r in merged["runs"])}
+    merged["commit"] = ", ".join(sorted({run["commit"] for run in merged["runs"] if run.get("commit")}))
+    return merged
+
+
+def main(output: Path, sources: list[Path]) -> None:
+    merged = merge([json.loads(path.read_text()) for path in sources])
+    merged["name"] = output.name.partition("_20")[0]
+    write_report(output, merged)
+    (output / "comparison.json").write_text(json.dumps(merged, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(path) for path in sys.argv[2:]])
