@@ -538,6 +538,22 @@ def test_the_same_command_again_finds_its_output_whole(checkpoint, data, capsys)
     assert "has something in it already" in refused(capsys, *other, call=lambda *a: train(checkpoint, data, *a))
 
 
+def test_the_same_command_on_other_data_is_not_the_same(checkpoint, data, capsys):
+    more = ["--start", "start", "--max_steps", 2]
+    init(checkpoint, data)
+    train(checkpoint, data, *more)
+    for name, again in (("keep", init), ("learn", lambda *a: train(*a, *more))):
+        text = (data / f"{name}.jsonl").read_text()
+        (data / f"{name}.jsonl").write_text(text.replace("1", "2", 1))
+        assert "has something in it already" in refused(capsys, call=lambda f=again: f(checkpoint, data))
+        (data / f"{name}.jsonl").write_text(text)
+        again(checkpoint, data)
+        assert "is whole already" in capsys.readouterr().out
+    (data / "work" / "start").rename(data / "work" / "before")
+    init(checkpoint, data, "--seed", 1, "--samples", 9)
+    assert "has something in it already" in refused(capsys, call=lambda: train(checkpoint, data, *more))
+
+
 def test_eval_overwrites_its_own_results_only(checkpoint, data, capsys):
     arguments = ["eval", "--model", checkpoint, "--keep", data / "keep.jsonl", "--output"]
     mine = (data / "keep.jsonl").read_bytes()

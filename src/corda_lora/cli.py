@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
@@ -51,7 +52,17 @@ from .config import (
     short,
     why_not,
 )
-from .files import check_name, check_output, check_result, is_made, output_lock, remove_folder, remove_work, write_json
+from .files import (
+    check_name,
+    check_output,
+    check_result,
+    is_made,
+    output_lock,
+    remove_folder,
+    remove_work,
+    sha256_of,
+    write_json,
+)
 from .progress import console
 from .recipes import load_recipe
 
@@ -231,7 +242,7 @@ class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = re.sub(
-            rf"Annotated\[([^\[\]]*?)( and at most (?:{LARGEST:,}|{10**12:,}))?\]", r"\1", super()._expand_help(action)
+            rf"Annotated\[([^\[\]]*?)( and at most (?:{LARGEST:,}|1e\+30))?\]", r"\1", super()._expand_help(action)
         )
         return re.sub(r"Optional\[((?:int|float),[^\[\]]*)\]", r"\1, or null", text)
 
@@ -347,6 +358,11 @@ def init(options: Namespace) -> None:
     recipe = {"model": source.model, "revision": source.revision, "dtype": source.dtype, "config": asdict(config)}
     recipe |= {"batch_tokens": options.batch_tokens}
     recipe |= {"data": asdict(data) if data and config.reads_context else None}
+    if data and config.reads_context and (options.output / "corda.json").is_file():
+        from .data.samples import digest_of, load_rounds
+
+        assert config.rounds is not None
+        recipe |= {"samples_sha256": digest_of(chain(*load_rounds(data, config.rounds)))}
     if is_made(options.output / "corda.json", recipe) and not (options.output / "training.json").is_file():
         if not options.keep_work:
             remove_work(options.output, recipe)
@@ -426,6 +442,16 @@ def train(options: Namespace) -> None:
         "train": asdict(config),
         "keep": asdict(keep),
     }
+    from .data.samples import digest_of, hold_out, load_samples
+
+    samples = load_samples(data)
+    held_out = load_samples(held_out_data) if held_out_data else []
+    start = options.start / "adapter_model.safetensors" if options.start else None
+    recipe["sha256"] = {
+        "data": digest_of(samples),
+        "held_out": digest_of(held_out),
+        "start": sha256_of(start) if start and start.is_file() else None,
+    }
     if is_made(options.output / "training.json", {"recipe": recipe}):
         _keep_logs(options.output)
         remove_work(options.output, recipe)
@@ -434,7 +460,6 @@ def train(options: Namespace) -> None:
     from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
     from .data.batches import encode
     from .data.overview import overview
-    from .data.samples import hold_out, load_samples
     from .devices import accelerator
     from .evaluation.meter import context_of, make_keeper
     from .models.loading import load_model, load_tokenizer
@@ -451,12 +476,9 @@ def train(options: Namespace) -> None:
         read_marks(options.start)
         record = read_record(options.start)
     context_of(keep, options.start, record)
-    samples = load_samples(data)
     tokenizer = load_tokenizer(source)
     if held_out_data is None:
         samples, held_out = hold_out(samples, options.eval_share, data.seed)
-    else:
-        held_out = load_samples(held_out_data)
     for name, part in ((data.data, samples), (options.eval_data or "held out", held_out)):
         if part:
             encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in part]

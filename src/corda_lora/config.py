@@ -48,7 +48,7 @@ CountOrZero = Annotated[int, Range(ge=0, le=LARGEST)]
 Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]  # NumPy's range
 KEEP = 10.0  # the default of λ: see docs/keeping.md
 CONTEXT_SAMPLES = 1000  # the default number of samples of a context
-Positive = Annotated[float, Range(ge=1e-9, le=10**12)]  # float32, which models compute in, has room for its square
+Positive = Annotated[float, Range(ge=1e-9, le=1e30)]  # models compute in float32, which ends at 3e38
 Share = Annotated[float, Range(ge=0, lt=1)]
 
 
@@ -278,7 +278,7 @@ class CordaConfig:
     damping: Positive = 0.01
     skip_tokens: CountOrZero = 0
     target_modules: str | list[str] = "all-linear"
-    keep: Annotated[float, Range(ge=0, le=10**12)] = 0.0
+    keep: Annotated[float, Range(ge=0, le=1e30)] = 0.0
     lora_alpha: Positive | None = None
     use_rslora: bool = False
     lora_dropout: Share = 0.0
@@ -443,7 +443,7 @@ class KeepConfig:
         context: DATA that shows the ability to keep. Default: what the start was made from.
     """
 
-    keep: Annotated[float, Range(ge=0, le=10**12)] | None = None
+    keep: Annotated[float, Range(ge=0, le=1e30)] | None = None
     max_drift: Positive | None = None
     context: str | DataConfig | None = None
 

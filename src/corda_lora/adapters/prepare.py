@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.batches import encode
 from ..data.overview import check_fit, overview
-from ..data.samples import load_rounds
+from ..data.samples import digest_of, load_rounds
 from ..files import check_output, remove_folder
 from ..models.loading import load_tokenizer, open_model
 from ..models.lockstep import on_device, tensors_of
@@ -84,6 +85,8 @@ def prepare(
     check_room(init_plan(model, config, context.batches, park), output)
 
     record: dict[str, Any] = {"data": asdict(data) if data else None}
+    if data:
+        record |= {"samples_sha256": digest_of(chain(*rounds))}
     dtype = str(next(model.parameters()).dtype)
     if isinstance(source, ModelConfig):
         dtype = source.dtype

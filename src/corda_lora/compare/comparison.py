@@ -10,7 +10,7 @@ OUTPUT/comparison.json                all results together
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,8 +107,11 @@ class Comparison:
         settings = {key: value for key, value in asdict(self.recipe).items() if key not in ("methods", "seeds")}
         return json.loads(json.dumps({"model": asdict(self.source), **settings}))
 
-    def open(self) -> None:
+    def open(self, digests: Sequence[Sequence[str]] = ()) -> None:
         """Make the directory, or check that it belongs to this comparison.
+
+        Args:
+            digests: (name, digest of the samples) of each data set.
 
         Raises CordaError if something else is in it, or runs of another recipe, or a file that runs read is damaged.
         """
@@ -124,6 +127,8 @@ class Comparison:
                 raise CordaError(f"{path} is damaged: remove {self.output}, or choose another output")
             differing = [key for key in shared if before["shared"].get(key) != shared[key]]
             differing += [name for name, key in entries.items() if before["entries"].get(name, key) != key]
+            changed = [data for data, was in zip(digests, before.get("data", digests)) if list(data) != was]
+            differing += [f"the samples of {name}" for name, _ in changed]
             if differing:
                 raise CordaError(
                     f"{self.output} holds runs of another recipe (it differs in {', '.join(differing)}): remove it, "
@@ -134,7 +139,7 @@ class Comparison:
                 if not job.is_run:
                     check_checksums(self.folder(job), f"remove {self.folder(job)}, to have it made again")
         self.output.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"shared": shared, "entries": entries})
+        write_json(path, {"shared": shared, "entries": entries, "data": digests})
 
 
 def _data(data: str | DataConfig) -> DataConfig:

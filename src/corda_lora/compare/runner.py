@@ -29,7 +29,7 @@ from torch import nn
 
 from ..config import CompareConfig, CordaError, ModelConfig
 from ..data.overview import check_fit, overview
-from ..data.samples import load_samples
+from ..data.samples import digest_of, load_samples
 from ..devices import accelerator, machine_name, release_cache, restart_peak, visible_gpus
 from ..evaluation.choices import check_choices
 from ..evaluation.evaluate import measured_samples
@@ -67,8 +67,7 @@ def compare(
     _check_methods(recipe)
     check_trainer(recipe.train, accelerator())
     gpus = _checked_gpus(gpus)
-    _check_data(comparison, load_tokenizer(source), _checked_model(comparison))
-    comparison.open()
+    comparison.open(_checked_data(comparison, load_tokenizer(source), _checked_model(comparison)))
     if jobs:
         if not torch.accelerator.is_available():
             warn_without_bfloat16(recipe.train, torch.device("cpu"))
@@ -111,13 +110,17 @@ def _checked_model(comparison: Comparison) -> nn.Module | None:
     return model
 
 
-def _check_data(comparison: Comparison, tokenizer: Any, model: nn.Module | None) -> None:
-    """Show a sample of each data set. Raises CordaError if one cannot be read, has nothing to learn or measure, or does
+def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | None) -> list[list[str]]:
+    """Show a sample of each data set. Returns the use and name of each, with the digest of its samples.
+
+    Raises CordaError if one cannot be read, has nothing to learn or measure, or does
     not fit the model, if that is known."""
     prepared = [("task", comparison.learn)] + ([] if comparison.keep is None else [("context", comparison.keep)])
     measured = [(kind, data) for kind in KINDS for data in comparison.recipe.eval.data(kind)]
+    digests = []
     for use, data in [*prepared, *measured]:
         samples = load_samples(data)
+        digests.append([f"{use} {data.data}", digest_of(samples)])
         if use == "choices":
             check_choices(data.data, samples)
         kind = {"task": "learn", "context": "keep"}.get(use, use)
@@ -126,6 +129,7 @@ def _check_data(comparison: Comparison, tokenizer: Any, model: nn.Module | None)
         console.print(overview(f"{use} {data.data}", tokenizer, shown, encoded, data.max_length, learned, end))
         if model is not None:
             check_fit(model, (e.ids for e in encoded))
+    return digests
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------

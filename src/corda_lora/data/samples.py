@@ -1,5 +1,7 @@
 """Samples: rows of a data set, as prompt and response or as a chat."""
 
+import hashlib
+import json
 import random
 import warnings
 from collections import Counter
@@ -52,6 +54,14 @@ def load_samples(config: DataConfig) -> list[Sample]:
         CordaError: there is no such file or data set, a template does not fit the columns or a row, or there is no row.
     """
     return load_rounds(config, 1)[0]
+
+
+def digest_of(samples: Iterable[Sample]) -> str:
+    """The SHA-256 of what samples hold: a file may change and keep its name."""
+    digest = hashlib.sha256()
+    for s in samples:
+        digest.update(json.dumps([s.prompt, s.response, s.messages, s.first], default=str).encode())
+    return digest.hexdigest()
 
 
 def load_others(config: DataConfig, count: int) -> list[Sample]:
