@@ -50,6 +50,17 @@ def test_rows_of_tokens(tokenizer):
         ]
 
 
+def test_rows_of_tokens_with_labels():
+    rows = [
+        {"input_ids": [5, 6, 7, 0], "labels": [-100, 6, 7, -100], "attention_mask": [1, 1, 1, 0]},
+        {"input_ids": [8, 9], "labels": [-100, 9]},
+    ]
+    batches, _ = as_batches(rows, None)
+    assert [batch["labels"].tolist() for batch in batches] == [[[-100, 9, -100], [-100, 6, 7]]]
+    batches, _ = as_batches([*rows, {"input_ids": [5]}], None)
+    assert not any("labels" in batch for batch in batches)
+
+
 def test_batches_are_given_back():
     batches = tiny.batches()
     assert as_batches(batches, None) == (batches, [])

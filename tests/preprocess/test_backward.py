@@ -171,6 +171,15 @@ def test_parked_and_from_a_checkpoint_they_are_the_same(tmp_path, where):
         assert all(torch.equal(M, exact) for M, exact in zip(both, expected[name]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("where", ["device", "cpu"])
+def test_on_a_gpu_they_are_the_same(where):
+    model, targets = llama()
+    found = both_sides(model, targets, batches(), Place(torch.device("cuda"), None, parking(where)))
+    same({name: [M.cpu() for M in both] for name, both in found.items()}, both_sides(model, targets, batches()), 1e-7)
+    assert next(model.parameters()).device.type == "cpu"
+
+
 def test_gradients_pass_through_layers_that_are_finished():
     model, targets = llama()
     expected = both_sides(model, targets, batches())

@@ -182,7 +182,7 @@ def as_batches(
     Args:
         items: batches of tensors, which are given back as they are, with no rounds; or texts, chats, rows of a
             `datasets.Dataset` (see `as_samples`), or rows with the lists of token ids `input_ids`, without those that
-            their `attention_mask` hides.
+            their `attention_mask` hides, and with `labels` or without.
         tokenizer: returns the tokenizer; called only where there is text.
 
     Raises:
@@ -200,9 +200,12 @@ def as_batches(
     samples: list[Any] = [_tokens_of(row, i) for i, row in enumerate(whole)] if tokenized else as_samples(whole)
     for i, part in enumerate(_split(samples, rounds)):
         if tokenized:
-            groups = batch_by_length([min(len(ids), max_length) for ids in part], batch_tokens)
-            padded = [pad([part[j][:max_length] for j in group], 0) for group in groups]
-            more = [{"input_ids": tokens, "attention_mask": mask} for tokens, mask in padded]
+            more = []
+            for group in batch_by_length([min(len(ids), max_length) for ids, _ in part], batch_tokens):
+                padded, mask = pad([part[j][0][:max_length] for j in group], 0)
+                more.append({"input_ids": padded, "attention_mask": mask})
+                if all(labels for _, labels in part):
+                    more[-1]["labels"], _ = pad([part[j][1][:max_length] for j in group], -100)
         else:
             more, _ = context_batches(tokenizer(), part, max_length, batch_tokens, has_decoder)
         batches += more
@@ -210,18 +213,20 @@ def as_batches(
     return batches, round_of
 
 
-def _tokens_of(row: Any, i: int) -> list[int]:
-    """The token ids of row `i` that its attention mask, if it has one, does not hide. Raises CordaError if there are
-    none."""
+def _tokens_of(row: Any, i: int) -> tuple[list[int], list[int]]:
+    """The token ids of row `i` that its attention mask, if it has one, does not hide, and their labels, if it has any.
+    Raises CordaError if there are no token ids."""
     try:
         ids = torch.as_tensor(row["input_ids"])
         mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids)))
-        if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+        labels = torch.as_tensor(row.get("labels", ids))
+        if ids.ndim != 1 or not len(ids) or ids.is_floating_point() or labels.shape != ids.shape:
             raise ValueError
-        return list(ids[mask.bool()].tolist())
+        return ids[mask.bool()].tolist(), labels[mask.bool()].tolist() if "labels" in row else []
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CordaError(
-            f"item {i} of the context needs input_ids, a list of token ids, and an attention_mask as long, or none"
+            f"item {i} of the context needs input_ids, a list of token ids, and an attention_mask and labels as long, "
+            "or none"
         ) from error
 
 
