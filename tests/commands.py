@@ -46,6 +46,7 @@ SHARES = st.sampled_from([0, 0.1, 0.999, 1])
 SWITCH = st.sampled_from(["true", "false"])
 LAYERS = ["all-linear", "[q_proj]", "[q_proj, v_proj]", "q_proj", ".*mlp.*", "[lm_head]", "[embed_tokens]", "[norm]"]
 NO_LAYERS = ["[q_prj]", "[]", "((a+)+)+$", "(", "[q_proj, 1]", "{q_proj: 1}", "[[q_proj]]"]
+TRAINER = ["{optim: sgd}", "{max_grad_norm: 0.5}", "{nonsense: 1}", "{output_dir: mine}", "{logging_steps: -1}", "[1]"]
 DATA = {
     "prompt": TEMPLATES,
     "response": TEMPLATES,
@@ -62,6 +63,13 @@ DATA = {
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARES,
     "target_modules": st.sampled_from(LAYERS) | st.sampled_from(NO_LAYERS),
+    "exclude_modules": st.sampled_from(LAYERS) | st.sampled_from(NO_LAYERS),
+    "layers_to_transform": st.sampled_from(["0", "[0]", "[0, 0]", "1", "[0, 1]", "-1"]),
+    "modules_to_save": st.sampled_from(["[lm_head]", "[nothing]", "lm_head", "[embed_tokens]", "[norm]", "[]"]),
+    "use_rslora": SWITCH,
+    "bias": st.sampled_from(["none", "all", "lora_only"]),
+    "keep": st.sampled_from([0, 1e-9, 10, 1e30, -1]),
+    "trust_remote_code": SWITCH,
     "nonsense": JUNK,
 }
 OPTIONS = {
@@ -74,12 +82,10 @@ OPTIONS = {
         "max_rank": COUNTS,
         "budget": POSITIVE | COUNTS,
         "split": st.sampled_from(["anchored", "seeded", "balanced", "paper"]),
-        "orientation": st.sampled_from(["covariance", "diagonal", "identity"]),
+        "orientation": st.sampled_from(["covariance", "diagonal", "identity", "two_sided"]),
         "solver": st.sampled_from(["auto", "gram", "subspace", "svd"]),
         "damping": POSITIVE,
         "skip_tokens": st.sampled_from([0, 1, 5, 2**31 - 1]),
-        "use_rslora": SWITCH,
-        "modules_to_save": st.sampled_from(["[lm_head]", "[nothing]", "lm_head", "[embed_tokens]", "[norm]", "[]"]),
         "device": st.sampled_from(["cpu", "gpu", "meta", "cpu:7"]),
         "batch_tokens": COUNTS,
         "park": st.sampled_from(["auto", "device", "cpu", "disk"]),
@@ -99,6 +105,13 @@ OPTIONS = {
         "precision": st.sampled_from(["bf16", "fp16", "fp32"]),
         "gradient_checkpointing": SWITCH,
         "checkpoints": st.sampled_from([0, 1, 2, 10**9]),
+        "context": st.sampled_from(["data.jsonl", "mine/notes.txt", "nowhere.jsonl"]),
+        "max_drift": POSITIVE,
+        "eval_data": st.sampled_from(["data.jsonl", "mine/notes.txt", "nowhere.jsonl"]),
+        "eval_rows": st.sampled_from(["train", "train[:1]", "test", "train["]),
+        "eval_share": SHARES,
+        "early_stopping": COUNTS,
+        "trainer": st.sampled_from(TRAINER),
     },
 }
 OUTPUTS = [
@@ -255,7 +268,7 @@ def check(command: Command, given: Path, output: Path) -> None:
         if start == "anchored":
             held = load_file(given / start / "adapter_model.safetensors")
             assert all(torch.equal(weights[name], held[name]) for name in held if "lora_A" in name)
-    free = {"prompt", "response", "rows", "samples", "rounds", "preset", "orientation", "max_length", "chat"}
+    free = {"prompt", "response", "rows", "samples", "rounds", "preset", "orientation", "max_length", "chat", "eval_share"}
     if not free & set(command.options) and all(row.get("response") == " yes" for row in command.rows):
         assert count == len(command.rows), "samples were lost"
 
