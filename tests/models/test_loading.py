@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import warnings
 
 import pytest
 import tiny
@@ -54,6 +55,28 @@ def test_tied_weights_and_buffers_are_not_missing(family, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load_model(ModelConfig(str(tmp_path))).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@BOTH
+def test_a_tensor_that_the_model_does_not_have_is_said(load, folder):
+    change(folder, **{"model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32), "other.bias": torch.zeros(3)})
+    with pytest.warns(match=r"has 2 tensors that LlamaForCausalLM does not have, such as model\.layers\.2\.mlp\.up_proj"):
+        load(ModelConfig(str(folder)))
+
+
+@BOTH
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2_conv1d"])
+def test_tied_weights_and_tables_of_older_versions_are_silent(load, family, tmp_path):
+    model = tiny.build(family)
+    model.save_pretrained(tmp_path)
+    base, embedding = ("model", "embed_tokens") if family == "llama_tied" else ("transformer", "wte")
+    stored = load_file(tmp_path / "model.safetensors")
+    old = {f"{base}.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    old |= {f"{base}.h.0.attn.bias": torch.ones(8, 8), f"{base}.h.0.attn.masked_bias": torch.zeros(())}
+    change(tmp_path, **old, **{"lm_head.weight": stored[f"{base}.{embedding}.weight"].clone()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(ModelConfig(str(tmp_path)))
 
 
 @BOTH

@@ -1,8 +1,9 @@
 """Load a model and its tokenizer, in the class its checkpoint names."""
 
 import json
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from ..config import CordaError, ModelConfig, short
 
+# Tables that older versions stored with the weights; models compute them now.
+TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,7 +53,9 @@ def load_model(config: ModelConfig) -> nn.Module:
         raise CordaError(
             f"the checkpoint {config.model} has no {min(missing)}{more}: it is damaged or of another model"
         )
-    if "gguf_file" in options:
+    if "gguf_file" not in options:
+        _warn_of_unexpected(config.model, model, report["unexpected_keys"])
+    else:
         # The weights are plain tensors now; transformers still believes that it cannot save them.
         model.hf_quantizer = None
         model.is_quantized = False
@@ -92,6 +97,8 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
             }
             missing = [n for n, parameter in model.named_parameters() if parameter not in readers]
             if not missing:
+                known = {n for n, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+                _warn_of_unexpected(config.model, model, shards.keys() - known)
                 return model.eval(), readers
             why = f"it has no {missing[0]}"
         else:
@@ -265,6 +272,18 @@ def _loading(thing: str) -> Iterator[None]:
         raise CordaError(f"cannot load {thing}: {_first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def _warn_of_unexpected(name: str, model: nn.Module, tensors: Iterable[str]) -> None:
+    """Warn of tensors in a checkpoint that the model does not take, except for those that its class ignores."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    left = sorted(t for t in tensors if not TABLES.search(t) and not any(re.search(i, t) for i in ignored))
+    if left:
+        warnings.warn(
+            f"the checkpoint {name} has {len(left)} tensors that {type(model).__name__} does not have, such as {left[0]}: "
+            "they are left out, so the model may not be what its author trained",
+            stacklevel=3,
+        )
 
 
 def _other_shape(model: str, weight: str, stored: torch.Size, expected: torch.Size) -> CordaError:
