@@ -1,12 +1,19 @@
 """Adapter directories at the command line: which are refused, and what is written and sent."""
 
 import json
+import re
+import shutil
+from types import SimpleNamespace
 
+import httpx
 import peft
 import pytest
 import tiny
 import torch
 from helpers import saved, start
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from corda_lora import load_adapter
@@ -110,3 +117,154 @@ def test_an_adapter_that_trained_biases_is_not_compared_with_the_base(checkpoint
     peft.get_peft_model(tiny.build("llama"), plain).save_pretrained(work / "biased")
     sentence = refused(capsys, "eval", checkpoint, "--adapter", "biased", "--keep", "rows.jsonl")
     assert "trained biases of the base model (bias lora_only), which stay when it is taken off" in sentence
+
+
+# --- model cards and the hub -----------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Stands for `HfApi`: keeps what is sent. `denies`, `breaks`: errors of its two calls."""
+
+    denies = breaks = None
+
+    def __init__(self, folder):
+        self.folder, self.made = folder, []
+
+    def create_repo(self, name, private, exist_ok):
+        assert exist_ok
+        if self.denies:
+            raise self.denies
+        self.made.append((name, private))
+        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, ignore_patterns):
+        if self.breaks:
+            raise self.breaks
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(files, ignore_patterns=ignore_patterns):
+            (self.folder / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder_path / name, self.folder / repo_id / name)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    api = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_token")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return api
+
+
+def cells(card):
+    """The rows of a card's tables."""
+    return dict(re.findall(r"^\| (.+?) \| (.+) \|$", card.text, flags=re.MULTILINE))
+
+
+def test_every_output_has_a_filled_in_card_and_is_sent(checkpoint, work, hub, capsys):
+    """The figures are those of the records, and what was sent is loaded."""
+    run("init", checkpoint, "--context", "rows.jsonl", "--r", 4, "--output", "start", "--push", "me/start")
+    tune = ["--start", "start", "--data", "rows.jsonl", "--precision", "fp32", "--batch_size", 4, "--warmup", 0]
+    run("train", checkpoint, *tune, "--output", "tuned", "--push", "me/tuned", "--hub_private_repo", "true")
+    run("export", checkpoint, "--adapter", "tuned", "--r", 2, "--output", "small", "--push", "small")
+    run("export", checkpoint, "--adapter", "tuned", "--as", "merged", "--output", "merged", "--push", "me/merged")
+    assert hub.made == [("me/start", None), ("me/tuned", True), ("small", None), ("me/merged", None)]
+    assert "sent to https://hub/me/small/commit/1" in " ".join(capsys.readouterr().out.split())
+    start, training = (json.loads((work / f).read_text()) for f in ("start/corda.json", "tuned/training.json"))
+    cards = {
+        name: ModelCard.load(hub.folder / "me" / name / "README.md") for name in ("start", "tuned", "small", "merged")
+    }
+    for name, card in cards.items():
+        rows = cells(card)
+        assert rows["base model"] == f"`{checkpoint.name}`"
+        assert rows["method"] == "corda, mode kpm, split anchored"
+        context = start["context"]
+        assert rows["context (what is to be kept)"] == f"`rows.jsonl`, 8 samples, {context['tokens']} tokens"
+        assert rows["rank of the adapter"] == ("2" if name == "small" else "4")
+        shares = [layer["leak"] / layer["output_energy"] for layer in start["layers"].values()]
+        [leak] = (value for key, value in rows.items() if key.startswith("leak"))
+        assert float(leak) == pytest.approx(sum(shares) / len(shares), rel=1e-2)
+        losses = [value for key, value in rows.items() if key.startswith("training loss")]
+        assert losses == ([] if name == "start" else [f"{training['train_loss']:.4f}"])
+        assert card.data.library_name == ("transformers" if name == "merged" else "peft")
+        assert "corda" in card.data.tags
+        assert card.data.base_model is None  # a path is no name that the hub takes
+        assert str(checkpoint) not in card.content
+        assert card.data.license is None
+    assert re.search(r"Compressed to rank 2: the update differs by \d\.\d\de-\d\d of its length", cards["small"].text)
+    assert "AutoModelForCausalLM.from_pretrained" in cards["tuned"].text
+    sent = {path.name for path in (hub.folder / "me" / "tuned").iterdir()}
+    assert sent == {"README.md", "adapter_config.json", "adapter_model.safetensors", "corda.json", "training.json"}
+    for name in ("start", "tuned", "small"):
+        load_adapter(tiny.build("llama"), hub.folder / "me" / name)
+    assert (hub.folder / "me" / "merged" / "config.json").is_file()
+
+
+def test_a_plain_lora_has_a_card_too(checkpoint, work):
+    run("train", checkpoint, "--data", "rows.jsonl", "--precision", "fp32", "--output", "out")
+    card = ModelCard.load(work / "out" / "README.md")
+    rows = cells(card)
+    assert rows["trained on"] == "`rows.jsonl`, 8 samples"
+    assert "method" not in rows
+    assert card.text.strip().startswith(f"# LoRA adapter for `{checkpoint.name}`")
+
+
+def test_a_base_on_the_hub_is_in_the_cards_metadata_also_after_pefts_save(tmp_path):
+    model, found = start(split="anchored")
+    model.name_or_path = model.config._name_or_path = "org/base"
+    adapted = install(model, found)
+    for _ in range(2):
+        card = ModelCard.load(saved_once(adapted, found, tmp_path / "a") / "README.md")
+        assert card.data.base_model == "org/base"
+        assert {"base_model:adapter:org/base", "lora"} <= set(card.data.tags)
+        assert 'AutoModelForCausalLM.from_pretrained("org/base")' in card.text
+        assert cells(card)["method"] == "corda, mode kpm, split anchored"
+        assert card.text.count("- PEFT ") == 1
+        adapted.save_pretrained(tmp_path / "a")
+
+
+def saved_once(adapted, found, folder):
+    return folder if folder.exists() else saved(adapted, found, folder)
+
+
+FORBIDDEN = HfHubHTTPError("403 Forbidden", response=httpx.Response(403, request=httpx.Request("POST", "https://hub")))
+
+
+@pytest.mark.parametrize("verb", ["init", "train", "export"])
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("offline", "--push needs the hub, but HF_HUB_OFFLINE is set"),
+        ("no token", "--push needs a token of the hub: run `hf auth login`, or set HF_TOKEN"),
+        (FORBIDDEN, "the hub does not let us write to me/x: 403 Forbidden"),
+        (httpx.ConnectError("no route"), "the hub does not let us write to me/x: the hub cannot be reached (no route)"),
+        (HFValidationError("Repo id must be"), "--push: Repo id must be"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_before_work(trouble, said, verb, checkpoint, work, hub, monkeypatch, capsys):
+    arguments = {
+        "init": ["--context", "rows.jsonl"],
+        "train": ["--data", "rows.jsonl", "--precision", "fp32"],
+        "export": ["--adapter", "corda"],
+    }
+    if trouble == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    elif trouble == "no token":
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    else:
+        hub.denies = trouble
+    before = sorted(path.name for path in work.iterdir())
+    assert said in refused(capsys, verb, checkpoint, *arguments[verb], "--output", "out", "--push", "me/x")
+    assert sorted(path.name for path in work.iterdir()) == before
+
+
+def test_what_was_not_sent_is_sent_by_the_same_command(checkpoint, work, hub, capsys):
+    command = ["init", checkpoint, "--context", "rows.jsonl", "--r", 4, "--output", "start", "--push", "me/start"]
+    hub.breaks = httpx.ReadTimeout("slow")
+    sentence = refused(capsys, *command)
+    assert "start is written, but not sent to the hub (`hf upload me/start start` does it)" in sentence
+    assert "the hub cannot be reached (slow)" in sentence
+    assert (work / "start" / "README.md").is_file()
+    hub.breaks = None
+    run(*command)
+    assert (hub.folder / "me" / "start" / "adapter_model.safetensors").is_file()

@@ -297,6 +297,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     )
     sub.add_argument("--keep_work", action="store_true", help="keep OUTPUT.work, the decomposed layers, when done")
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
+    _add_push(sub)
 
     sub = verb("plan", plan, "what init will take", ModelConfig, CordaConfig, DataConfig, skip={"data"})
     sub.set_defaults({"samples": CONTEXT_SAMPLES})
@@ -321,6 +322,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub.add_argument("--eval_share", type=Share, default=0.0, help="hold out this share of --data, to measure it")
     sub.add_argument("--seed", type=Seed, default=0, help="the seed of the draw of samples, their order and dropout")
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
+    _add_push(sub)
 
     sub = verb("eval", evaluate, "measure what was learned and what was kept", ModelConfig, EvalConfig)
     sub.add_argument("--adapter", type=Path | None, help="adapter directory; without it, the base model alone")
@@ -343,7 +345,15 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         "--uniform", action="store_true", help="pad the LoRA's layers to one rank with zeros, for llama.cpp"
     )
     sub.add_argument("--output", type=Path, required=True, help="directory to write")
+    _add_push(sub)
     return parser, verbs
+
+
+def _add_push(parser: ArgumentParser) -> None:
+    parser.add_argument("--push", type=str, default="", help="repository on the hub to send the output to, with a card")
+    parser.add_argument(
+        "--hub_private_repo", type=bool | None, help="whether a new repository is private; else the hub's"
+    )
 
 
 def init(options: Namespace) -> None:
@@ -367,9 +377,11 @@ def init(options: Namespace) -> None:
         if not options.keep_work:
             remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
+        _push(options, _repo(options))
         return
     from .adapters.prepare import prepare
 
+    repo = _repo(options)
     start = prepare(
         source,
         config,
@@ -390,6 +402,7 @@ def init(options: Namespace) -> None:
             "--max-lora-rank must allow it, and llama.cpp needs `corda export --as lora --uniform`"
         )
     out.print(f"written to {options.output}")
+    _push(options, repo)
 
 
 def plan(options: Namespace) -> None:
@@ -456,6 +469,7 @@ def train(options: Namespace) -> None:
         _keep_logs(options.output)
         remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
+        _push(options, _repo(options))
         return
     from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
     from .data.batches import encode
@@ -471,6 +485,7 @@ def train(options: Namespace) -> None:
 
     check_output(options.output)
     check_trainer(config, accelerator(), evaluates=held_out_data is not None or options.eval_share > 0)
+    repo = _repo(options)
     record = None
     if options.start:
         read_marks(options.start)
@@ -528,6 +543,7 @@ def train(options: Namespace) -> None:
         drift = keeper.history[-1][2] or 0.0
         out.print(f"drift {drift:.3g} nats per answer token of the context: {kept(drift)}", highlight=False)
     out.print(f"written to {options.output}")
+    _push(options, repo)
 
 
 def _keep_logs(output: Path) -> None:
@@ -600,6 +616,7 @@ def export(options: Namespace) -> None:
 
     check_output(options.output)
     read_marks(options.adapter)
+    repo = _repo(options)
     model = load_model(source)
     if options.form == "lora":
         error = export_lora(model, options.adapter, options.output, options.r, options.uniform)
@@ -608,6 +625,7 @@ def export(options: Namespace) -> None:
         write = export_merged if options.form == "merged" else export_residual
         write(model, options.adapter, options.output, load_tokenizer(source))
     out.print(f"written to {options.output}")
+    _push(options, repo)
 
 
 def demo(options: Namespace) -> None:
@@ -616,6 +634,23 @@ def demo(options: Namespace) -> None:
     from .demo.run import run_demo
 
     run_demo(options.output)
+
+
+def _repo(options: Namespace) -> str:
+    """The repository on the hub that is made for the output before the work begins; "" without --push."""
+    if not options.push:
+        return ""
+    from .adapters.hub import make_repo
+
+    return make_repo(options.push, options.hub_private_repo)
+
+
+def _push(options: Namespace, repo: str) -> None:
+    """Send the output to the hub, if --push says so."""
+    if repo:
+        from .adapters.hub import push
+
+        out.print(f"sent to {push(options.output, repo)}")
 
 
 def _take(kind: type[T], options: Namespace, **set_here: Any) -> T:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -123,11 +123,12 @@ def write_checksums(folder: Path, *patterns: str) -> None:
     write_json(folder / CHECKSUMS, {str(path.relative_to(folder)): sha256_of(path) for path in paths})
 
 
-def check_checksums(folder: Path, remedy: str) -> None:
+def check_checksums(folder: Path, remedy: str, all_but: Collection[str] = ()) -> None:
     """Raises CordaError if a file in `folder` is missing or has changed since `write_checksums`.
 
     Args:
         remedy: says in the message what to do.
+        all_but: entries that are not compared.
     """
     if not (folder / CHECKSUMS).is_file():
         raise CordaError(f"{folder / CHECKSUMS} is missing: {remedy}")
@@ -135,10 +136,10 @@ def check_checksums(folder: Path, remedy: str) -> None:
         checksums = dict(read_json(folder / CHECKSUMS))
     except (CordaError, ValueError, TypeError) as error:
         raise CordaError(f"{folder / CHECKSUMS} is damaged: {remedy}") from error
-    for name, checksum in checksums.items():
+    for name in checksums.keys() - set(all_but):
         if not (folder / name).is_file():
             raise CordaError(f"{folder / name} is missing: {remedy}")
-        if sha256_of(folder / name) != checksum:
+        if sha256_of(folder / name) != checksums[name]:
             raise CordaError(f"{folder / name} is damaged: {remedy}")
 
 

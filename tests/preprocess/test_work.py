@@ -280,6 +280,7 @@ def test_killed_at_every_write_it_goes_on_to_the_same_bytes(command, tmp_path):
     assert states == [[str(blocks), str((file, moment, blocks) == last)] for file, moment, blocks in PLACES]
     expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if p.name != "timing.json"}
     assert set(expected) == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "corda.json",

@@ -13,7 +13,8 @@ from ..config import CordaError
 from ..devices import double_device
 from ..files import whole_folder
 from ..models.targets import tied_layers
-from .lora import load_adapter, lora_layers, read_marks, save_plain, set_ranks
+from .card import write_card
+from .lora import load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks
 
 HALVED = ("paper", "balanced")  # splits whose adapter is W's components as they are now, less as they were
 
@@ -65,11 +66,14 @@ def export_lora(
             zeros = max(ranks.values()) - len(A)
             A, B = nn.functional.pad(A, (0, 0, 0, zeros)), nn.functional.pad(B, (0, zeros))
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(A), nn.Parameter(B)
+        layer.r["default"], layer.scaling["default"] = len(A), scale
     set_ranks(config, dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks, scale)
     config.auto_mapping = None  # nothing of it is held still any more
+    share = (error / total) ** 0.5 if r is not None and total else 0.0
+    note = f"Compressed to rank {r}: the update differs by {share:.2e} of its length." if r is not None else ""
     with whole_folder(output) as folder:
-        save_plain(peft_model, folder)
-    return (error / total) ** 0.5 if r is not None and total else 0.0
+        save_plain(peft_model, folder, read_records(Path(directory)), note)
+    return share
 
 
 def compress(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
@@ -96,8 +100,9 @@ def export_merged(model: nn.Module, directory: Path | str, output: Path, tokeniz
     _needs_full_weights(model, "merged")
     peft_model = load_adapter(model, directory)
     _untie(peft_model)
-    merged = peft_model.merge_and_unload()
     with whole_folder(output) as folder:
+        write_card(peft_model, folder, read_records(Path(directory)), merged=True)
+        merged = peft_model.merge_and_unload()
         _save_model(merged, tokenizer, folder)
 
 
@@ -125,11 +130,14 @@ def export_residual(model: nn.Module, directory: Path | str, output: Path, token
         W.copy_((W.to(device).double() + (removed.T if layer.fan_in_fan_out else removed)).to(W.dtype))
         layer.lora_A["default"].weight = nn.Parameter(A.contiguous())
         layer.lora_B["default"].weight = nn.Parameter(B.contiguous())
+        layer.r["default"] = len(A)
     config = peft_model.peft_config["default"]
-    set_ranks(config, {name: layer.r["default"] // 2 for name, layer in layers.items()}, marks["scale"])
+    set_ranks(config, {name: layer.r["default"] for name, layer in layers.items()}, marks["scale"])
     config.auto_mapping = None
     with whole_folder(output) as folder:
-        save_plain(peft_model, folder / "adapter")
+        (folder / "adapter").mkdir()
+        note = f"It belongs to the residual model in `{output.name}`, and is wrong on any other."
+        save_plain(peft_model, folder / "adapter", read_records(Path(directory)), note)
         _save_model(peft_model.unload(), tokenizer, folder)
 
 

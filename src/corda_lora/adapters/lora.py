@@ -17,6 +17,7 @@ in `auto_mapping`, a free field of PEFT's configuration: whatever saves the adap
 and plain PEFT loads and saves it again without a word.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -37,12 +38,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import CordaError
-from ..files import CHECKSUMS, check_checksums, read_json, sha256_of, whole_folder, write_checksums
+from ..files import CHECKSUMS, check_checksums, read_json, sha256_of, whole_folder, write_checksums, write_json
 from ..models.targets import check_bare, fingerprint, layer_digest, lora_config
 from ..preprocess.pipeline import Start
 from ..preprocess.statistics import NAME as STATISTICS
 from ..preprocess.statistics import Statistics
 from ..version import __version__
+from .card import TRAINING, Records, base_name, finish_card, write_card
 from .held import describe_held, freeze, warn_if_trained
 
 RECORD = "corda.json"
@@ -50,6 +52,7 @@ TIMING = "timing.json"
 SPECTRA = "spectra.safetensors"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+SCALES = "scales"  # in CHECKSUMS, beside the names of files
 HINT_AT_TIES = "Model has `tie_word_embeddings=True`"  # a vague warning of PEFT's: `preprocess` says what to do
 
 
@@ -112,14 +115,14 @@ def save_adapter(
     spectra: Mapping[str, Tensor] | None = None,
     statistics: Statistics | None = None,
 ) -> None:
-    """Write a standard PEFT adapter directory, right on the original model in plain PEFT, with the records (name of a
-    JSON file → what is in it), `spectra.safetensors` (singular values by layer) and `statistics.safetensors` (of the
-    context) beside it. The directory appears whole or not at all.
+    """Write a standard PEFT adapter directory, right on the original model in plain PEFT, with a model card and the
+    records (name of a JSON file → what is in it), `spectra.safetensors` (singular values by layer) and
+    `statistics.safetensors` (of the context) beside it. The directory appears whole or not at all.
 
     Raises CordaError if the directory exists and holds anything, or the disk is full.
     """
     with whole_folder(directory) as folder:
-        save_plain(peft_model, folder)
+        save_plain(peft_model, folder, records)
         versions = {"corda-lora": __version__} | {p: version(p) for p in ("torch", "transformers", "peft")}
         for name, record in records.items():
             (folder / name).write_text(json.dumps({"versions": versions, **record}, indent=1) + "\n")
@@ -127,14 +130,16 @@ def save_adapter(
             save_file({name: sigma.float() for name, sigma in spectra.items()}, folder / SPECTRA)
         if statistics is not None:
             statistics.save(folder / STATISTICS)
-        write_checksums(folder, "*.safetensors", CONFIG)
+        _write_checksums(folder)
 
 
-def save_plain(peft_model: PeftModel, folder: Path) -> None:
-    """What PEFT's `save_pretrained` writes, the same bytes for the same adapter."""
+def save_plain(peft_model: PeftModel, folder: Path, records: Records, note: str = "") -> None:
+    """What PEFT's `save_pretrained` writes, the same bytes for the same adapter, with a filled-in model card (see
+    `write_card`) and checksums."""
+    write_card(peft_model, folder, records, note)
     # Embeddings are never adapted; left to itself PEFT asks the hub whether they were resized.
     peft_model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, all blanks
+    finish_card(folder, base_name(peft_model))
     path = folder / CONFIG
     config = json.loads(path.read_text())
     for option in ("target_modules", "exclude_modules"):
@@ -143,6 +148,7 @@ def save_plain(peft_model: PeftModel, folder: Path) -> None:
     if marks := peft_model.peft_config["default"].auto_mapping:  # PEFT writes its own where there is no task type
         config["auto_mapping"] = (config["auto_mapping"] or {}) | marks
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_checksums(folder)
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -192,6 +198,13 @@ def _shapes_in(path: Path) -> dict[str, list[int]]:
         raise CordaError(f"{path} is damaged: {error}") from error
 
 
+def read_records(directory: Path) -> Records:
+    """What is recorded of an adapter in its directory, by file name: how its start was made, and its training."""
+    record, path = read_record(directory), directory / TRAINING
+    records = {RECORD: record} if record is not None else {}
+    return records | ({TRAINING: dict(read_json(path))} if path.is_file() else {})
+
+
 def read_marks(directory: Path) -> dict[str, Any] | None:
     """What `install` wrote into an adapter's configuration; None for an adapter that is not CorDA's.
 
@@ -204,8 +217,8 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
         if not file.is_file():
             raise CordaError(f"{directory} is not an adapter directory: it has no {file.name}")
     _shapes_in(weights)
-    if (directory / CHECKSUMS).is_file() and not _saved_over(directory):
-        check_checksums(directory, f"make the adapter again, or remove {CHECKSUMS} if the change is meant")
+    if (directory / CHECKSUMS).is_file():
+        _check_checksums(directory)
     read_record(directory)
     try:
         marks = (json.loads(path.read_text()).get("auto_mapping") or {}).get("corda")
@@ -216,13 +229,33 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
     return marks
 
 
-def _saved_over(directory: Path) -> bool:
-    """Whether something has saved an adapter over ours, as PEFT's `save_pretrained` does: both files differ then, and
-    the checksums are of what was there before."""
+def _write_checksums(folder: Path) -> None:
+    write_checksums(folder, "*.safetensors", CONFIG)
+    checksums = read_json(folder / CHECKSUMS)
+    write_json(folder / CHECKSUMS, checksums | {SCALES: _scales_digest(folder)})
+
+
+def _scales_digest(directory: Path) -> str:
+    """sha256 of what the configuration says of ranks and scales. PEFT's `save_pretrained` writes the rest in an order
+    of its own, and users may add to it."""
+    config = dict(read_json(directory / CONFIG))
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+    said = json.dumps([config.get(name) for name in names], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _check_checksums(directory: Path) -> None:
+    """Raises CordaError if a file has changed since it was written, but not where PEFT has saved the adapter over ours,
+    trained on or as it was: it writes the configuration in other bytes."""
+    remedy = f"make the adapter again, or remove {CHECKSUMS} if the change is meant"
     checksums = read_json(directory / CHECKSUMS)
-    return isinstance(checksums, dict) and all(
-        name in checksums and sha256_of(directory / name) != checksums[name] for name in (CONFIG, WEIGHTS)
-    )
+    saved_over: list[str] = []
+    if isinstance(checksums, dict) and CONFIG in checksums and checksums[CONFIG] != sha256_of(directory / CONFIG):
+        saved_over = [WEIGHTS, CONFIG]
+        trained_on = checksums.get(WEIGHTS) != sha256_of(directory / WEIGHTS)
+        if not trained_on and checksums.get(SCALES) != _scales_digest(directory):
+            raise CordaError(f"{directory / CONFIG} is damaged: {remedy}")
+    check_checksums(directory, remedy, all_but=[SCALES, *saved_over])
 
 
 def load_adapter(
@@ -262,11 +295,11 @@ def load_adapter(
             raise CordaError(f"{directory / WEIGHTS} is damaged: it has no {missing[1].replace('.default.', '.')}")
         if not str(warning.message).startswith(HINT_AT_TIES):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    layers, modules = lora_layers(peft_model), dict(peft_model.get_base_model().named_modules())
+    if unread := sorted(n for n in _layers_in(_shapes_in(directory / WEIGHTS)) - layers.keys() if n in modules):
+        peft_model.unload()
+        raise CordaError(f"{directory / CONFIG} is damaged: target_modules lacks {unread[0]}, which is adapted")
     if marks is not None:
-        layers = lora_layers(peft_model)
-        if unread := sorted(_layers_in(weights) - layers.keys()):
-            peft_model.unload()
-            raise CordaError(f"{directory / CONFIG} is damaged: target_modules lacks {unread[0]}, which is adapted")
         scales = {name: layer.scaling["default"] for name, layer in layers.items()}
         if changed := [name for name, scale in scales.items() if not math.isclose(scale, marks["scale"], rel_tol=1e-6)]:
             warnings.warn(

@@ -19,7 +19,7 @@ from ..config import CordaError, TrainConfig, short
 _DATA = "the samples come prepared: see --prompt, --response and --max_length"
 _DEVICE = "corda train runs on one device: see docs/trainers.md for others"
 _RESUME = "the same command given again goes on by itself"
-_UPLOAD = "upload the output when it is done: hf upload NAME OUTPUT"
+_UPLOAD = "--push and --hub_private_repo send the output to the hub when it is done"
 _CHECKPOINTS = "--checkpoints says it"
 _REFUSED = {
     "output_dir": "--output says it",
