@@ -89,7 +89,9 @@ def test_compiled_blocks_train_the_same(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "has", "said"), [("bf16", False, 1), ("bf16", True, 0), ("fp32", False, 0)])
 def test_a_processor_without_bfloat16_is_said(precision, has, said, tokenizer, monkeypatch, recwarn):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # so it says of AVX-512 alone
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
     assert has_bfloat16(torch.device("cpu")) == has
     assert has_bfloat16(torch.device("cuda"))
     config = TrainConfig(max_steps=1, batch_size=2, precision=precision)
