@@ -172,7 +172,7 @@ def table(path: Path) -> str:
 
 
 def main() -> None:
-    *paths, seconds, processes = (sys.argv[1:] + ["8"])[:5]
+    *paths, seconds, processes = [*sys.argv[1:], "8"][:5]
     Path(paths[2]).mkdir(parents=True, exist_ok=True)
     context, deadline = multiprocessing.get_context("spawn"), time.time() + float(seconds)
     manager = context.Manager()

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-__all__ = ["CordaConfig", "CordaError", "HoldCallback", "__version__", "get_corda_model", "hold", "load_adapter"]
+__all__ = [
+    "CordaConfig",
+    "CordaError",
+    "HoldCallback",
+    "KeepCallback",
+    "__version__",
+    "get_corda_model",
+    "hold",
+    "load_adapter",
+]
 
 
 def get_corda_model(
@@ -79,4 +88,8 @@ def __getattr__(name: str) -> Any:  # torch and PEFT are imported when first nee
         from .adapters import held
 
         return getattr(held, name)
+    if name == "KeepCallback":
+        from .training.keeping import KeepCallback
+
+        return KeepCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

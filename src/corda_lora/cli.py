@@ -58,6 +58,7 @@ from .files import (
     check_result,
     is_made,
     output_lock,
+    read_json,
     remove_folder,
     remove_work,
     sha256_of,
@@ -574,8 +575,23 @@ def evaluate(options: Namespace) -> None:
     out.print(results_table(results))
     for sentence in verdicts(results):
         out.print(sentence, markup=False, highlight=False)
+    if options.adapter is not None and (drift := _drift_in_training(options.adapter)):
+        out.print(drift, highlight=False)
     if options.output is not None:
         write_json(options.output, {"model": source.model, "adapter": str(options.adapter), "results": results})
+
+
+def _drift_in_training(adapter: Path) -> str | None:
+    """What the meter said at the end of the adapter's training, in a line; None if it was trained without."""
+    path = adapter / "training.json"
+    history = read_json(path).get("drift") if path.is_file() else None
+    if not history:
+        return None
+    _, predicted, measured, price = history[-1]
+    return (
+        f"When it was trained: drift {measured:.3g} on samples of the context, {predicted:.3g} predicted from its "
+        f"statistics, at a price of {price:.3g} nats a nat."
+    )
 
 
 def compare(options: Namespace) -> None:

@@ -13,7 +13,7 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress_bar(label: str, total: int, show: bool = True) -> Iterator[Callable[..., None]]:
-    """Show a bar. Yields the function that advances it by `steps`, and can change its `total` and the `note` after it."""
+    """Show a bar. Yields the function that advances it by `steps`; it can also change the bar's `total` and `note`."""
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),

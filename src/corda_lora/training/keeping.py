@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from ..adapters.lora import lora_layers
 from ..algebra.second_order import Low, predicted_drift, quadratic
-from ..config import CordaError
+from ..config import KEEP, CordaError
 from ..files import read_json, write_json
 from ..models.targets import layer_digest
 from ..preprocess.statistics import Statistics
@@ -129,8 +129,8 @@ class Keeper(TrainerCallback):
 
     Attributes:
         keep: λ, the price of a nat of predicted drift per answer token, in nats of the training loss per answer token.
-        history: [step, predicted drift, measured drift (None without `measure`), λ], at the beginning, at `points` steps
-            and at the end.
+        history: [step, predicted drift, measured drift, λ] at the beginning, at `points` steps and at the end. Without
+            `measure` the measured drift is None.
 
     Args:
         predicted: see `PredictedDrift`.
@@ -216,15 +216,23 @@ class KeepCallback(Keeper):
     """A `Keeper` for anybody's trainer, transformers' and TRL's, which compute their losses in ways of their own: it
     adds the penalty's gradient to the gradients of each optimizer step, after they are clipped.
 
-        trainer = DPOTrainer(peft_model, ..., callbacks=[KeepCallback(peft_model, statistics, keep=30)])
+        peft_model = get_corda_model(model, CordaConfig(mode="kpm", keep=10), batches)
+        trainer = DPOTrainer(peft_model, ..., callbacks=[KeepCallback(peft_model)])
+
+    Args:
+        statistics: Default: those that `get_corda_model` put on the model, if its configuration has `keep`.
+        keep, options: as of `Keeper`.
 
     `trainer.state.log_history` has `drift` beside each loss (see `Keeper.estimate`).
 
-    Raises CordaError as `Keeper` and `PredictedDrift` do, and before the first step where gradients are scaled
-    (float16) and not clipped: the trainer then hands them over scaled.
+    Raises CordaError as `Keeper` and `PredictedDrift` do; without statistics; and before the first step where gradients
+    are scaled (float16) and not clipped: the trainer then hands them over scaled.
     """
 
-    def __init__(self, peft_model: PeftModel, statistics: Statistics, keep: float, **options: Any):
+    def __init__(self, peft_model: PeftModel, statistics: Statistics | None = None, keep: float = KEEP, **options: Any):
+        statistics = statistics or getattr(peft_model, "statistics", None)
+        if statistics is None:
+            raise CordaError("nothing says what to keep: give statistics, or get_corda_model a configuration with keep")
         super().__init__(PredictedDrift(peft_model, statistics), keep, **options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
