@@ -7,8 +7,8 @@ of 32, and NQ-open is kept. An entry is a split (or `lora`), a learning rate, λ
 and D are of (`n`), the number of directions kept of them (`k`), whether C is weighted with |g|² of each token
 (`weighted`), the share of running text in C and D (`share`), and `max_drift`.
 
-Columns: task loss; drift on 500 questions of NQ-open that nobody has seen, on other data, on 256 questions shown, and on
-the 64 of the meter; the prediction, and the same with C and D of 256 questions that the training has not seen.
+Columns: task loss; drift on 500 questions of NQ-open that nobody has seen, on other data, on 256 questions shown, and
+on the 64 of the meter; the prediction, and the same with C and D of 256 questions that the training has not seen.
 """
 
 import json

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from corda_lora.cli import main
 
@@ -70,7 +70,7 @@ def inputs(tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast) -> Path:
     shutil.copytree(folder / "MODEL", folder / MODEL_NAME)
     shutil.copytree(folder / "MODEL", folder / "CHAT_MODEL")
     (folder / "CHAT_MODEL" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    pairs = [{"prompt": f"What is {i} plus 1?", "response": f" It is {i + 1}."} for i in range(8)]
+    pairs = [{"prompt": f"What is {i} plus 1?", "response": f" It is {i + 1}."} for i in range(16)]
     for name in ("known", "known_test", "new", "new_test", "unseen_test"):
         write_rows(folder / f"{name}.jsonl", pairs)
     (folder / "text.txt").write_text("One plus one is two.\n" * 8)
@@ -112,7 +112,7 @@ def test_code_blocks_run_as_printed(page, inputs, tmp_path, monkeypatch, capsys)
             for line in block.code.replace("\\\n", " ").splitlines():
                 run_command(shlex.split(line, comments=True), capsys)
     if page.name == "README.md" and page.parent == ROOT:
-        assert_ordinary_lora(names["peft_model"], names["batches"][0], folder)
+        assert_ordinary_lora(names["peft_model"], names["known"][0], folder)
 
 
 def run_command(words: list[str], capsys: Any) -> None:
@@ -138,9 +138,10 @@ def run_command(words: list[str], capsys: Any) -> None:
 
 
 @torch.no_grad()
-def assert_ordinary_lora(peft_model: PeftModel, batch: dict[str, torch.Tensor], folder: Path) -> None:
+def assert_ordinary_lora(peft_model: PeftModel, known: str, folder: Path) -> None:
     """What the README's Python saved is loaded by plain PEFT, and the base model is as it was."""
     base = AutoModelForCausalLM.from_pretrained(folder / MODEL_NAME)
+    batch = AutoTokenizer.from_pretrained(folder / MODEL_NAME)(known, return_tensors="pt")
     original = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     before = base(**batch).logits
     tuned = peft_model.eval()(**batch).logits
