@@ -268,7 +268,18 @@ def check(command: Command, given: Path, output: Path) -> None:
         if start == "anchored":
             held = load_file(given / start / "adapter_model.safetensors")
             assert all(torch.equal(weights[name], held[name]) for name in held if "lora_A" in name)
-    free = {"prompt", "response", "rows", "samples", "rounds", "preset", "orientation", "max_length", "chat", "eval_share"}
+    free = {
+        "prompt",
+        "response",
+        "rows",
+        "samples",
+        "rounds",
+        "preset",
+        "orientation",
+        "max_length",
+        "chat",
+        "eval_share",
+    }
     if not free & set(command.options) and all(row.get("response") == " yes" for row in command.rows):
         assert count == len(command.rows), "samples were lost"
 

@@ -60,7 +60,9 @@ def test_tied_weights_and_buffers_are_not_missing(family, tmp_path):
 @BOTH
 def test_a_tensor_that_the_model_does_not_have_is_said(load, folder):
     change(folder, **{"model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32), "other.bias": torch.zeros(3)})
-    with pytest.warns(match=r"has 2 tensors that LlamaForCausalLM does not have, such as model\.layers\.2\.mlp\.up_proj"):
+    with pytest.warns(
+        match=r"has 2 tensors that LlamaForCausalLM does not have, such as model\.layers\.2\.mlp\.up_proj"
+    ):
         load(ModelConfig(str(folder)))
 
 
