@@ -71,13 +71,18 @@ def _keep_held_halves(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     decay = {id(p): group.get("weight_decay") for group in optimizer.param_groups for p in group["params"]}
     layers = [layer for layer in _halved if id(layer.weight) in decay]
     for layer in layers:
-        if isinstance(layer.weight.grad, Tensor) and not isinstance(layer.weight.grad, DTensor):
+        if layer.weight.grad is not None and not _is_shard(layer.weight):
             layer.weight.grad.chunk(2, dim=layer.axis)[1].zero_()
     decayed = [layer for layer in layers if decay[id(layer.weight)]]
-    if any(isinstance(layer.weight, DTensor) for layer in decayed):
+    if any(_is_shard(layer.weight) for layer in decayed):
         raise CordaError("weight decay would shrink the held half of a sharded adapter: train with weight_decay 0")
     if halves := [layer.weight.detach().chunk(2, dim=layer.axis)[1] for layer in decayed]:
         _before[optimizer] = [(half, half.clone()) for half in halves]
+
+
+def _is_shard(weight: Tensor) -> bool:
+    """Of FSDP2, or of FSDP1, which flattens."""
+    return isinstance(weight, DTensor) or weight.ndim != 2
 
 
 def _put_held_halves_back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -139,7 +144,7 @@ def freeze(peft_model: nn.Module, split: str, adapter_name: str = "default") -> 
         else:
             for axis, factors in enumerate((layer.lora_A, layer.lora_B)):
                 if not isinstance(factors[adapter_name], HalvedLinear):
-                    if isinstance(factors[adapter_name].weight, DTensor):
+                    if _is_shard(factors[adapter_name].weight):
                         raise CordaError(f"a {split} adapter is to be held before it is sharded: call hold() first")
                     factors[adapter_name] = HalvedLinear(factors[adapter_name].weight, axis)
 
