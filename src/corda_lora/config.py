@@ -49,6 +49,7 @@ Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]  # NumPy's range
 KEEP = 10.0  # the default of λ: see docs/keeping.md
 CONTEXT_SAMPLES = 1000  # the default number of samples of a context
 Positive = Annotated[float, Range(ge=1e-9, le=1e30)]  # models compute in float32, which ends at 3e38
+NonNegative = Annotated[float, Range(ge=0)]
 Share = Annotated[float, Range(ge=0, lt=1)]
 
 

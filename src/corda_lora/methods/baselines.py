@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from .. import peft as peft_
 from ..adapters.lora import install, lora_layers
-from ..config import CordaConfig, CordaError
+from ..config import CordaConfig, CordaError, NonNegative
 from ..data.batches import context_batches, encode, pad
 from ..data.samples import Sample
 from ..devices import compute_device, double_device
@@ -60,7 +60,7 @@ def adapterdrop(model: nn.Module, setup: Setup, drop: int | None = None) -> Prep
 
 
 @method("lora", "LoRA", "Hu et al., arXiv 2106.09685; PEFT", after=("keep",))
-def lora(model: nn.Module, setup: Setup, keep: float = 0.0, samples: int | None = None) -> Prepared:
+def lora(model: nn.Module, setup: Setup, keep: NonNegative = 0.0, samples: int | None = None) -> Prepared:
     """
     Args:
         keep: weight λ of the predicted drift in the loss (see `training.keeping`).

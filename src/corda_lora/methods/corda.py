@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapters.lora import load_adapter
 from ..adapters.prepare import prepare
-from ..config import CordaConfig, DataConfig
+from ..config import CordaConfig, DataConfig, NonNegative
 from .baselines import adamw_with_ratio
 from .keeping import context_statistics, with_penalty
 from .registry import RATES, SLOW_RATES, Prepared, Setup, method
@@ -21,7 +21,7 @@ def corda(
     ratio: float = 1.0,
     samples: int | None = None,
     context: str = "",
-    keep: float = 0.0,
+    keep: NonNegative = 0.0,
     **options: Any,
 ) -> Prepared:
     """The adapter's start is cached as an adapter directory.

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.lora import lora_layers
-from ..config import CordaError, Count, Range
+from ..config import CordaError, Count, NonNegative, Range
 from ..data.batches import Encoded, context_batches, encode
 from ..devices import compute_device, double_device
 from ..evaluation.answers import answer_log_probs, padded, with_answers
@@ -29,14 +29,13 @@ from ..preprocess.walk import Place, walk
 from .baselines import from_start
 from .registry import Prepared, Setup, method
 
-Weight = Annotated[float, Range(ge=0)]
 
 # --- terms of the loss -----------------------------------------------------------------------------------------------
 
 
 @method("distill", "LoRA + distillation", "Li & Hoiem, arXiv 1606.09282; ours")
 def distill(
-    model: nn.Module, setup: Setup, weight: Weight = 1.0, size: Count = 16, samples: Count | None = None
+    model: nn.Module, setup: Setup, weight: NonNegative = 1.0, size: Count = 16, samples: Count | None = None
 ) -> Prepared:
     """The loss has the term weight · KL(base‖tuned), the mean over the answer tokens of the context. (Li & Hoiem
     distil on the new task's inputs, as they keep no others.) The base model is the model without its adapter and
@@ -62,7 +61,7 @@ def distill(
 
 @method("replay", "LoRA + replay", "Rolnick et al., arXiv 1811.11682; ours")
 def replay(
-    model: nn.Module, setup: Setup, weight: Weight = 1.0, size: Count = 16, samples: Count | None = None
+    model: nn.Module, setup: Setup, weight: NonNegative = 1.0, size: Count = 16, samples: Count | None = None
 ) -> Prepared:
     """The loss has the term weight · (cross entropy of the context's own answers), the mean over their tokens: the
     context is mixed into the task.
@@ -129,7 +128,7 @@ def _shares(encoded: Sequence[Encoded], size: int, parts: int, seed: int) -> Ite
 
 
 @method("ewc", "LoRA + EWC", "Kirkpatrick et al., arXiv 1612.00796; ours", prepares_from="keep", after=("weight",))
-def ewc(model: nn.Module, setup: Setup, weight: Weight = 1.0, samples: Count | None = None) -> Prepared:
+def ewc(model: nn.Module, setup: Setup, weight: NonNegative = 1.0, samples: Count | None = None) -> Prepared:
     """The loss has the term weight · ½ Σ F_ij ΔW_ij² over the adapted weights (Eq. 3), with ΔW = s·B A and F the
     diagonal of the base model's Fisher information on the context: at weight 1, the drift per answer token that the
     diagonal predicts to second order.
