@@ -29,7 +29,6 @@ from ..preprocess.walk import Place, walk
 from .baselines import from_start
 from .registry import Prepared, Setup, method
 
-
 # --- terms of the loss -----------------------------------------------------------------------------------------------
 
 
