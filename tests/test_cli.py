@@ -743,6 +743,19 @@ def test_evals_templates_for_all_data(checkpoint, data, measured):
         assert (text.prompt, text.response) == ("", "")
 
 
+def test_names_with_brackets_are_no_markup(checkpoint, data, capsys):
+    rows = [*KEEP[:3], {"prompt": "", "response": "x"}]
+    name = "[/red] :smile: [bold].jsonl"
+    (data / "work" / "[").mkdir()
+    (data / "work" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("eval", "--model", checkpoint, "--keep", name, "--output", "[red].json")
+    said = capsys.readouterr()
+    assert f"{name}: 1 of 4 rows left out" in " ".join(said.err.split())
+    assert "red] :smile: [bold].jsonl" in " ".join(said.out.split())
+    train(checkpoint, data, "--max_steps", 1, output="[/x]")
+    assert "written to [/x]" in capsys.readouterr().out
+
+
 def test_eval_takes_lists_of_data(checkpoint, data, measured):
     keep, learn = str(data / "keep.jsonl"), str(data / "learn.jsonl")
     run("eval", "--model", checkpoint, "--keep", json.dumps([keep, {"data": learn, "samples": 2}]))

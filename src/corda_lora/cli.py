@@ -25,7 +25,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace, set_loader
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from yaml import YAMLError
 
 from .config import (
@@ -68,7 +68,7 @@ from .progress import console
 from .recipes import load_recipe
 
 T = TypeVar("T")
-out = Console()
+out = Console(markup=False, emoji=False)
 LONGEST_MESSAGE = 480  # characters
 KINDS = [f.name for f in fields(EvalConfig) if f.default_factory is list]  # of data that `corda eval` measures
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = lambda message, *_: console.print(
-        f"[yellow]note:[/] {escape(str(message))}", highlight=False
+        Text.assemble(("note:", "yellow"), f" {message}"), highlight=False
     )
     try:
         with _sigterm_as_interrupt():
@@ -574,7 +574,7 @@ def evaluate(options: Namespace) -> None:
     results = measure(model, tokenizer, config)
     out.print(results_table(results))
     for sentence in verdicts(results):
-        out.print(sentence, markup=False, highlight=False)
+        out.print(sentence, highlight=False)
     if options.adapter is not None and (drift := _drift_in_training(options.adapter)):
         out.print(drift, highlight=False)
     if options.output is not None:

@@ -288,6 +288,22 @@ def test_the_page_asks_for_nothing_and_escapes_what_it_is_given(folder):
     assert "{{" not in page
 
 
+def test_names_are_shown_as_they_are(tmp_path):
+    """In the page, in Markdown and in pictures, whose library would read mathematics between dollars."""
+    harm = "<script>x</script> $\\frac{$ =HYPERLINK(1) | [/red]"
+    compared = json.loads(json.dumps(comparison()).replace("gsm8k", json.dumps(harm)[1:-1]))
+    compared["name"] = harm
+    compared["methods"]["lora"]["title"] = harm
+    write_report(tmp_path, compared)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>x" not in page
+    assert "&lt;script&gt;x&lt;/script&gt; $\\frac{$ =HYPERLINK(1) | [/red]" in page
+    assert "<script>x" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "$\\frac{$ =HYPERLINK(1) | [/red]" in (tmp_path / "curves.svg").read_text(encoding="utf-8")
+    with (tmp_path / "runs.csv").open(newline="", encoding="utf-8") as file:
+        assert not any(name.startswith("=") for name in next(csv.reader(file)))
+
+
 def test_pictures_leave_out_what_lies_far_outside(folder, tmp_path):
     def points_of(*pairs):
         return [Point(i, loss, drift, {0: (loss, drift)}) for i, (loss, drift) in enumerate(pairs)]

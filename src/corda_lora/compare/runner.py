@@ -309,7 +309,7 @@ class _Progress:
 
     def line(self, job: Job, result: dict[str, Any]) -> str:
         if result["status"] != "done":
-            text = f"[yellow]{result['status']}[/]: {result['why']}"
+            text = f"{result['status']}: {result['why']}"
         elif not job.is_run:
             text = f"{result['seconds']:.0f} s"
         else:

@@ -52,7 +52,7 @@ def run_demo(output: Path) -> dict[str, Any]:
 
     @contextmanager
     def stage(name: str, description: str) -> Iterator[None]:
-        console.print(f"[bold]{description}[/]", highlight=False)
+        console.print(description, style="bold", highlight=False)
         since = time.perf_counter()
         yield
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - since

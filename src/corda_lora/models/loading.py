@@ -280,8 +280,8 @@ def _warn_of_unexpected(name: str, model: nn.Module, tensors: Iterable[str]) -> 
     left = sorted(t for t in tensors if not TABLES.search(t) and not any(re.search(i, t) for i in ignored))
     if left:
         warnings.warn(
-            f"the checkpoint {name} has {len(left)} tensors that {type(model).__name__} does not have, such as {left[0]}: "
-            "they are left out, so the model may not be what its author trained",
+            f"the checkpoint {name} has {len(left)} tensors that {type(model).__name__} does not have, such as "
+            f"{left[0]}: they are left out, so the model may not be what its author trained",
             stacklevel=3,
         )
 

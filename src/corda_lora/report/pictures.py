@@ -64,8 +64,9 @@ def draw(folder: Path, comparison: dict[str, Any]) -> None:
     from matplotlib.ticker import LogLocator
 
     methods, names, data = titles_of(comparison), abilities(comparison), task(comparison)
-    # text stays text: small, searchable, in the reader's own font
-    with plt.rc_context({"svg.hashsalt": "corda", "svg.fonttype": "none", "axes.titlesize": 11}):
+    # text stays text: small, searchable, in the reader's own font; a dollar in a name is no mathematics
+    settings = {"svg.hashsalt": "corda", "svg.fonttype": "none", "axes.titlesize": 11, "text.parse_math": False}
+    with plt.rc_context(settings):
         if names:
             wide = min(3, len(names))
             high = -(-len(names) // wide)

@@ -5,7 +5,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.measures import MEASURES, Measure
@@ -75,7 +74,7 @@ def results_table(results: dict[str, Any]) -> Table:
     for (kind, name, data), values in rows.items():
         measure = MEASURES[name]
         cells = [format(values[side], measure.form) if side in values else "" for side in ("base", "tuned")]
-        table.add_row(f"{kind}: {measure.label}", escape(os.path.basename(data)), *cells)
+        table.add_row(f"{kind}: {measure.label}", os.path.basename(data), *cells)
     return table
 
 
