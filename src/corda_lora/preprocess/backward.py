@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..algebra.covariance import Covariance
 from ..config import CordaError
 from ..devices import synchronize
 from ..models.lockstep import find_blocks, lockstep, on_device, tensors_of, visits
 from ..models.targets import require_causal, weight_shape
-from .collect import Collector, Group
+from .collect import Collector, Gradients, Group, frozen
 from .context import Batch, Context, answer_mask
 from .statistics import drawn_log_likelihood, uniform
 from .walk import Place, inputs_of, tensors_beside
@@ -78,8 +77,8 @@ def walk_back(
         raise CordaError("no sample of the context has a response, so nothing tells what its answers hang on")
     device, finished = place.device, set(finished)
     collector = Collector(model, {n: m for n, m in targets.items() if n not in finished}, context)
-    gradients = _Gradients(collector)
-    with _frozen(model), on_device(tensors_beside(model, blocks.values(), to_end=False), device, place.stored):
+    gradients = Gradients(collector)
+    with frozen(model), on_device(tensors_beside(model, blocks.values(), to_end=False), device, place.stored):
         run = _forward(model, list(blocks.values()), inputs_of(model, context.batches, device), place, on_block)
         with on_device(tensors_beside(model, blocks.values(), to_end=True), device, place.stored):
             passed = _tail(model, context.batches, run, place)  # gradients at the output of the block that is next
@@ -258,57 +257,3 @@ def _first(output: Any) -> Tensor:
 def _kept(x: Tensor, place: Place) -> Tensor:
     """A copy, parked: a block may change its input in place."""
     return x.clone() if place.park is None else place.park(x)
-
-
-class _Gradients:
-    """Sums g gᵀ of the gradients g at the layers' outputs, over the rows that a `Collector` counts."""
-
-    def __init__(self, collector: Collector):
-        self.collector = collector
-        self.sums = {name: Covariance() for name in collector.layers}
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hooks on the layers, for as long as the `with` block lasts."""
-        hooks = [module.register_forward_hook(self._on_output) for module in self.collector.layers.values()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _on_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        rows, total = self.collector.rows_of(module, args[0]), self.sums[self.collector.names[module]]
-
-        def add(gradient: Tensor) -> None:
-            flat = gradient.reshape(-1, gradient.shape[-1])
-            total.add(flat if rows is None else flat.index_select(0, rows))
-
-        output.requires_grad_().register_hook(add)
-
-    def take(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """D (m, m) of the named layers; the sums are then forgotten. Zero where no answer hangs on a layer.
-
-        Raises CordaError if a gradient had NaN or Inf.
-        """
-        Ds = {}
-        for name in names:
-            total, (m, _) = self.sums.pop(name), weight_shape(self.collector.layers[name])
-            D = total.mean() if total.count else torch.zeros(m, m)
-            if not bool(D.diagonal().isfinite().all()):
-                raise CordaError(f"Invalid value found in the gradient at the output of {name}: NaN or Inf")
-            Ds[name] = D
-        return Ds
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and without gradients of parameters, for a `with` block."""
-    trained, training = [p for p in model.parameters() if p.requires_grad], model.training
-    model.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model.train(training)

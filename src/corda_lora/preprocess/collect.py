@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..algebra.covariance import HALF, Covariance
 from ..config import CordaError
+from ..models.targets import weight_shape
 from .context import Batch, Context, has_decoder, token_masks
 
 
@@ -280,6 +281,60 @@ class Collector:
             return f"batch {batch} of the context (counted from 0)"
         sample = self.first_sample[batch] + int((~finite).nonzero()[0])
         return f"sample {self.numbers[sample] if self.numbers else sample} of the context (counted from 0)"
+
+
+class Gradients:
+    """Sums g gᵀ of the gradients g at the layers' outputs, over the rows that a `Collector` counts."""
+
+    def __init__(self, collector: Collector):
+        self.collector = collector
+        self.sums = {name: Covariance() for name in collector.layers}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hooks on the layers, for as long as the `with` block lasts."""
+        hooks = [module.register_forward_hook(self._on_output) for module in self.collector.layers.values()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _on_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        rows, total = self.collector.rows_of(module, args[0]), self.sums[self.collector.names[module]]
+
+        def add(gradient: Tensor) -> None:
+            flat = gradient.reshape(-1, gradient.shape[-1])
+            total.add(flat if rows is None else flat.index_select(0, rows))
+
+        output.requires_grad_().register_hook(add)
+
+    def take(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """D (m, m) of the named layers; the sums are then forgotten. Zero where no answer hangs on a layer.
+
+        Raises CordaError if a gradient had NaN or Inf.
+        """
+        Ds = {}
+        for name in names:
+            total, (m, _) = self.sums.pop(name), weight_shape(self.collector.layers[name])
+            D = total.mean() if total.count else torch.zeros(m, m)
+            if not bool(D.diagonal().isfinite().all()):
+                raise CordaError(f"Invalid value found in the gradient at the output of {name}: NaN or Inf")
+            Ds[name] = D
+        return Ds
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and without gradients of parameters, for a `with` block."""
+    trained, training = [p for p in model.parameters() if p.requires_grad], model.training
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(training)
 
 
 def _added(parts: Sequence[Mapping[int, Covariance]]) -> dict[int, Covariance]:

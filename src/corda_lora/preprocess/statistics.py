@@ -5,8 +5,7 @@ model that fits on its device, with one backward: for one that does not, see `ba
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..algebra.covariance import Covariance
 from ..algebra.second_order import Low, compact
 from ..config import CordaError
 from ..data.batches import Encoded, batch_by_length, pad
 from ..files import whole_file
 from ..models.targets import layer_digest, require_causal
 from ..progress import track
+from .collect import Collector, Gradients, frozen
+from .context import Context
 
 LEAST_SAMPLES = 16  # below this the statistics say nothing of other samples of the same kind
 DIRECTIONS = 128  # of C and of D that are kept
@@ -172,66 +172,19 @@ def collect_statistics(
     require_causal(model)
     device = next(model.parameters()).device
     batches = answered_batches(encoded, pad_id, device, batch_tokens)
-    inputs: dict[str, Covariance] = {}
-    outputs = {name: Covariance() for name in targets}
-    leaders: dict[str, str] = {}  # layer → the layer whose input it shares
-    with _listening(model, targets, inputs, outputs, leaders) as start:
+    collector = Collector(model, targets, Context([batch.inputs for batch in batches]))
+    gradients = Gradients(collector)
+    with frozen(model), collector.listening(), gradients.listening():
         for number, batch in enumerate(track(batches, "both sides", progress)):
-            start(batch)
+            collector.start(number)
             columns = batch.answers.any(0).nonzero().flatten()  # only these go through the output head
             with torch.enable_grad():
                 logits = model(**batch.inputs, logits_to_keep=columns).logits[batch.answers[:, columns]]
                 drawn_log_likelihood(logits, uniform(len(logits), number)).backward()
-    shared = {name: compact(C.mean(), directions) for name, C in inputs.items()}
-    layers = {name: Sides(shared[leaders[name]], compact(outputs[name].mean(), directions)) for name in targets}
+    layers: dict[str, Sides] = {}
+    for members, (C,) in collector.take(list(targets)):
+        input_side = compact(C, directions)
+        layers |= {name: Sides(input_side, compact(D, directions)) for name, D in gradients.take(members).items()}
     tokens, answers = (sum(int(m.sum()) for m in masks) for masks in zip(*((b.real, b.answers) for b in batches)))
     digests = {name: layer_digest(module) for name, module in targets.items()}
     return Statistics(layers, sum(len(b.real) for b in batches), answers, tokens, digests)
-
-
-@contextmanager
-def _listening(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    inputs: dict[str, Covariance],
-    outputs: Mapping[str, Covariance],
-    leaders: dict[str, str],
-) -> Iterator[Any]:
-    """Inside this context the model's forward and backward fill the covariances. Yields the function that says which
-    batch comes next. No parameter gets a gradient."""
-    names = {module: name for name, module in targets.items()}
-    real = torch.empty(0)
-    seen: list[tuple[Tensor, str]] = []  # inputs in this forward, and the layer that was given each first
-
-    def start(batch: Answered) -> None:
-        nonlocal real
-        real = batch.real.flatten()
-        seen.clear()
-
-    def on_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        name, x = names[module], args[0]
-        leader = next((other for tensor, other in seen if tensor is x), name)
-        if leaders.setdefault(name, leader) != leader:
-            raise RuntimeError(f"{name} shared its input with {leaders[name]} in an earlier batch, but not now")
-        if leader == name:
-            seen.append((x, name))
-            inputs.setdefault(name, Covariance()).add(x.detach().reshape(-1, x.shape[-1])[real])
-
-    def on_output(module: nn.Module, args: Any, y: Tensor) -> None:
-        y.register_hook(lambda g: outputs[names[module]].add(g.reshape(-1, g.shape[-1])[real]))
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    training = model.training
-    hooks = [module.register_forward_pre_hook(on_input) for module in names]
-    hooks += [module.register_forward_hook(on_output) for module in names]
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    hooks.append(embeddings.register_forward_hook(lambda module, args, y: y.detach().requires_grad_(True)))
-    model.requires_grad_(False).eval()
-    try:
-        yield start
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        model.train(training)
