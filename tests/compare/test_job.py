@@ -42,6 +42,7 @@ def test_later_runs_of_a_process_use_the_compiled_blocks_of_the_first(do, monkey
     """With a backend that compiles nothing: graphs are counted where they are traced."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
+    counters.clear()  # of other tests
     do()
     assert not counters["stats"]["unique_graphs"], "the base model is only measured"
     graphs = []
