@@ -71,6 +71,7 @@ T = TypeVar("T")
 out = Console(markup=False, emoji=False)
 LONGEST_MESSAGE = 480  # characters
 KINDS = [f.name for f in fields(EvalConfig) if f.default_factory is list]  # of data that `corda eval` measures
+WITH_RESULT = ("init", "train", "eval", "export")  # verbs that return one, for --quiet and --json
 
 SUMMARY = "Fine-tune language models without making them forget: CorDA for Hugging Face models."
 EXAMPLES = """\
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command. Exits with 0, or with 2 and one sentence if there is something for the user to mend."""
     # One block after another of other sizes: without this the accelerator's memory is cut into pieces nobody can use.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of much that is in order here
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log has no use for them
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
     if arguments[:1] in (["eval"], ["train"]):
         try:
@@ -194,6 +198,21 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _spoken(options: Namespace) -> Iterator[None]:
+    """Inside this context, --json keeps the standard output free, and --quiet silences everything but errors."""
+    quiet = bool(options.get("quiet"))
+    out.quiet, console.quiet = quiet or bool(options.get("json")), quiet
+    if quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        out.quiet = console.quiet = False
+
+
 class _Parser(ArgumentParser):
     """Says what is wrong with a command in a sentence, and not below thirty lines of usage."""
 
@@ -257,13 +276,16 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     verbs: dict[str, Callable[[Namespace], None]] = {}
 
     def verb(
-        name: str, run: Callable[[Namespace], None], summary: str, *configs: type, skip: set[str] | None = None
+        name: str, run: Callable[[Namespace], Any], summary: str, *configs: type, skip: set[str] | None = None
     ) -> Any:
         sub = _Parser(description=inspect.getdoc(run), formatter_class=_Help)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML recipe; flags after it win over it")
         for config in configs:
             names = {f.name for f in fields(config)}
             sub.add_class_arguments(config, skip=names & (skip or set()))
+        if name in WITH_RESULT:
+            sub.add_argument("--quiet", action="store_true", help="print nothing but errors and the output's path")
+            sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
         subcommands.add_subcommand(name, sub, help=summary)
 
         def checked(options: Namespace) -> None:
@@ -275,8 +297,12 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
             elif output is not None and name != "compare":  # a comparison's folder may be a link to another disk
                 check_name(output)
             reports = name == "compare" and options.jobs == 0  # also of a comparison that goes on
-            with nullcontext() if output is None or reports else output_lock(output):
-                run(options)
+            with nullcontext() if output is None or reports else output_lock(output), _spoken(options):
+                result = run(options)
+            if options.get("json"):
+                print(json.dumps(result, indent=1))
+            elif options.get("quiet") and output is not None:
+                print(output)
 
         verbs[name] = checked
         return sub
@@ -357,7 +383,7 @@ def _add_push(parser: ArgumentParser) -> None:
     )
 
 
-def init(options: Namespace) -> None:
+def init(options: Namespace) -> dict[str, Any]:
     """Collect the covariances of a context, cut the adapter's start out of the model's weights, and write it as an
     adapter directory that plain PEFT loads, with `corda.json` (what was run) and `spectra.safetensors`. The weights are
     read from the checkpoint block by block: the whole model is never in memory. A run that was broken off goes on
@@ -379,8 +405,9 @@ def init(options: Namespace) -> None:
             remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
         _push(options, _repo(options))
-        return
+        return _start_made(options.output, config)
     from .adapters.prepare import prepare
+    from .report.terminal import start_cost, start_table
 
     repo = _repo(options)
     start = prepare(
@@ -392,18 +419,34 @@ def init(options: Namespace) -> None:
         park=options.park,
         keep_work=options.keep_work,
     )
-    from .report.terminal import start_cost, start_table
-
+    made = _start_made(options.output, config)
     out.print(start_table(start))
-    out.print(start_cost(start))
+    for sentence in made["verdicts"]:
+        out.print(sentence, highlight=False)
     ranks = {len(layer.A) for layer in start.layers.values()}
     if len(ranks) > 1:
         out.print(
             f"ranks differ by layer, up to {max(ranks) * (1 if config.from_zero else 2)} in the adapter: vLLM's "
             "--max-lora-rank must allow it, and llama.cpp needs `corda export --as lora --uniform`"
         )
+    out.print(start_cost(start))
     out.print(f"written to {options.output}")
     _push(options, repo)
+    following = shlex.join(["corda", "train", "--model", source.model, "--start", str(options.output)])
+    following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'} --output tuned/"
+    rate = f"(its learning rate: {made['learning_rate']:g})"
+    out.print(f"next: {following}  {rate}", highlight=False, soft_wrap=True)
+    return made
+
+
+def _start_made(output: Path, config: CordaConfig) -> dict[str, Any]:
+    """What is known of an adapter's start on disk: corda.json, what its figures mean, and the rate to train it with."""
+    from .report.verdicts import start_verdicts
+    from .training.rates import rate_of
+
+    record = read_json(output / "corda.json")
+    rate = rate_of(str(config.split), config.mode)
+    return {"output": str(output), **record, "verdicts": start_verdicts(record), "learning_rate": rate}
 
 
 def plan(options: Namespace) -> None:
@@ -429,6 +472,12 @@ def plan(options: Namespace) -> None:
     planned = init_plan(model, config, count(config.rounds or 1, options.batch_tokens), options.park, machine)
     for line in report(planned):
         out.print(line, highlight=False)
+    if config.reads_context and not data.data:
+        out.print(
+            f"assumed, as no --context is given: {data.samples or 1} samples of {data.max_length} tokens (--samples, "
+            "--max_length); shorter ones take less",
+            highlight=False,
+        )
     if not planned.fits:
         fitting = what_fits(model, config, count, options.batch_tokens, options.park, machine)
         advice = (
@@ -437,7 +486,7 @@ def plan(options: Namespace) -> None:
         out.print(f"does not fit{advice}", highlight=False)
 
 
-def train(options: Namespace) -> None:
+def train(options: Namespace) -> dict[str, Any]:
     """Train an adapter through TRL, from the start that `corda init` wrote or from a plain LoRA. The loss covers only
     the responses. If a run is interrupted, the same command resumes it from its last checkpoint."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
@@ -471,7 +520,7 @@ def train(options: Namespace) -> None:
         remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
         _push(options, _repo(options))
-        return
+        return {"output": str(options.output), **read_json(options.output / "training.json")}
     from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
     from .data.batches import encode
     from .data.overview import overview
@@ -545,6 +594,7 @@ def train(options: Namespace) -> None:
         out.print(f"drift {drift:.3g} nats per answer token of the context: {kept(drift)}", highlight=False)
     out.print(f"written to {options.output}")
     _push(options, repo)
+    return {"output": str(options.output), **read_json(options.output / "training.json")}
 
 
 def _keep_logs(output: Path) -> None:
@@ -554,7 +604,7 @@ def _keep_logs(output: Path) -> None:
         shutil.move(logs, output)
 
 
-def evaluate(options: Namespace) -> None:
+def evaluate(options: Namespace) -> dict[str, Any]:
     """Measure the base model and the tuned one in one run: loss, drift (mean KL(base‖tuned) per answer token),
     perplexity, multiple-choice accuracy, exact match. Results are printed, and written to --output if it is given."""
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
@@ -573,12 +623,15 @@ def evaluate(options: Namespace) -> None:
         model = load_adapter(model, options.adapter).eval()
     results = measure(model, tokenizer, config)
     out.print(results_table(results))
-    for sentence in verdicts(results):
+    sentences = verdicts(results)
+    for sentence in sentences:
         out.print(sentence, highlight=False)
     if options.adapter is not None and (drift := _drift_in_training(options.adapter)):
         out.print(drift, highlight=False)
+    measured = {"model": source.model, "adapter": str(options.adapter), "results": results}
     if options.output is not None:
-        write_json(options.output, {"model": source.model, "adapter": str(options.adapter), "results": results})
+        write_json(options.output, measured)
+    return {**measured, "verdicts": sentences}
 
 
 def _drift_in_training(adapter: Path) -> str | None:
@@ -618,7 +671,7 @@ def compare(options: Namespace) -> None:
     out.print(f"written to {options.output / 'report.html'}, and report.md, runs.csv, comparison.json beside it")
 
 
-def export(options: Namespace) -> None:
+def export(options: Namespace) -> dict[str, Any]:
     """Turn an adapter into (lora) a plain LoRA on the original model, exact or compressed to a rank; (merged) the whole
     model with it merged in; (residual) the residual model and the rank-r adapter for it."""
     source = _take(ModelConfig, options)
@@ -634,6 +687,7 @@ def export(options: Namespace) -> None:
     read_marks(options.adapter)
     repo = _repo(options)
     model = load_model(source)
+    error = 0.0
     if options.form == "lora":
         error = export_lora(model, options.adapter, options.output, options.r, options.uniform)
         out.print("exact" if options.r is None else f"compressed to rank {options.r}: relative error {error:.3e}")
@@ -642,6 +696,7 @@ def export(options: Namespace) -> None:
         write(model, options.adapter, options.output, load_tokenizer(source))
     out.print(f"written to {options.output}")
     _push(options, repo)
+    return {"output": str(options.output), "form": options.form, "relative_error": error}
 
 
 def demo(options: Namespace) -> None:

@@ -44,6 +44,7 @@ class LayerRecord:
         r: rank.
         shape: (d_out, d_in).
         round, scores, log_pi: see `Choice`.
+        input_energy: tr(C) / d_in, what a random direction sees of the inputs.
         output_energy: tr(W C Wᵀ); two-sided, tr(L Lᵀ W C Wᵀ), see `output_factor`.
         sigma_first, sigma_last: largest and smallest singular value of the adapter's components.
         norm_A, norm_B: Frobenius norms of the factors.
@@ -58,6 +59,7 @@ class LayerRecord:
     round: int | None = None
     scores: list[float] | None = None
     log_pi: float | None = None
+    input_energy: float | None = None
     output_energy: float | None = None
     sigma_first: float | None = None
     sigma_last: float | None = None
@@ -230,7 +232,7 @@ def keep_components(
     energy = None
     if C is not None:
         energy = energies(rows, C).cpu()
-        record = replace(record, output_energy=_output_energy(W, C))
+        record = replace(record, input_energy=float(C.diagonal().mean()), output_energy=_output_energy(W, C))
     if L is not None:
         U = torch.linalg.solve_triangular(L.T, U, upper=True)
     kept_U = None if config.from_zero else U.float().cpu()

@@ -20,6 +20,7 @@ from ..devices import (
     compute_device,
     device_name,
     double_device,
+    has_bfloat16,
     peak_bytes,
     release_cache,
     restart_peak,
@@ -121,6 +122,12 @@ def preprocess(
             stacklevel=2,
         )
     context = _completed(context, config)
+    if config.reads_context and next(model.parameters()).dtype == torch.bfloat16 and not has_bfloat16(device):
+        warnings.warn(
+            "this processor has no instructions for bfloat16, and runs the context many times faster in float32: "
+            "--dtype float32 (in Python, a model loaded with dtype=torch.float32)",
+            stacklevel=2,
+        )
     if config.reads_context:
         record["context"] = check_context(model, context, targets)
     blocks = 0  # through which the context goes a second time

@@ -9,6 +9,7 @@ at least 87 %), at 79 % of what they kept in part (at least 71 %), and at 43 % o
 import math
 import os
 from collections.abc import Iterator, Mapping
+from statistics import median
 from typing import Any
 
 KEPT_WELL, KEPT_IN_PART = 0.15, 0.30  # shares of probability that moved, at most
@@ -108,3 +109,78 @@ def percent(share: float) -> str:
 
 
 SENTENCES = {"keep": _kept, "text": lambda base, tuned: _kept({}, tuned), "learn": _learned, "choices": _chosen}
+
+
+# --- an adapter's start ----------------------------------------------------------------------------------------------
+
+READS_LITTLE, READS_LESS = 1 / 10, 1 / 3  # of what random directions read of the context, at most
+READS_MUCH = 2.0  # times what random directions read of it, at least
+
+
+def start_verdicts(record: Mapping[str, Any]) -> list[str]:
+    """What the figures of an adapter's start mean, in sentences.
+
+    What a layer's A reads of the context is tr(A C Aᵀ) / ‖A‖², beside tr(C) / d_in, what random directions read. Unlike
+    the leak, it does not depend on the length of A nor on the weights.
+
+    Args:
+        record: corda.json.
+    """
+    config = record["config"]
+    layers = {name: layer for name, layer in record["layers"].items() if layer.get("input_energy") and layer["norm_A"]}
+    if not layers:
+        return ["No context oriented the components: nothing here says what the adapter will do to an ability."]
+    reads = {n: layer["leak"] / (layer["norm_A"] ** 2 * layer["input_energy"]) for n, layer in layers.items()}
+    sentences = [(_reads_in_kpm if config["mode"] == "kpm" else _reads_in_ipm)(reads)]
+    if config["mode"] == "kpm":
+        sentences += _doubts(record)
+        if config["split"] == "anchored":
+            sentences.append(_certificate(config, layers))
+    return sentences
+
+
+def _reads_in_kpm(reads: Mapping[str, float]) -> str:
+    middle, worst = median(reads.values()), max(reads, key=lambda name: reads[name])
+    figures = f"A reads the context {_times(1 / middle)} less than random directions would (median layer; the least "
+    figures += f"protected, {worst}: {_times(1 / reads[worst])} less)" if middle else "protected reads nothing, too)"
+    if middle <= READS_LITTLE:
+        return f"good: {figures}."
+    how = "fair" if middle <= READS_LESS else "bad"
+    return f"{how}: {figures}; a smaller --r leaves only directions that are used less."
+
+
+def _reads_in_ipm(reads: Mapping[str, float]) -> str:
+    middle = median(reads.values())
+    figures = f"A reads the task {_times(middle)} as much as random directions would (median layer)"
+    return f"good: {figures}." if middle >= READS_MUCH else f"bad: {figures}: a start that says little of the task."
+
+
+def _doubts(record: Mapping[str, Any]) -> Iterator[str]:
+    """Reasons why a start in kpm may keep less than A's reading of the context says."""
+    config, context = record["config"], record.get("context", {})
+    if enough := context.get("samples_for_full_rank"):
+        yield (
+            f"but of other samples that says little: the context has {context['tokens']:,} tokens for layers of up to "
+            f"{context['widest']:,} inputs; {enough:,} samples would do."
+        )
+    if record["totals"]["ranks"][1] > 2 * config["r"] and config["preset"] != "corda":
+        yield (
+            f"but ranks go up to {record['totals']['ranks'][1]}, and such starts drifted ten times more than with "
+            f"--min_rank {max(1, config['r'] // 2)} --max_rank {2 * config['r']} (docs/measured.md)."
+        )
+    if config["split"] == "balanced":
+        yield "but in balanced A moves as fast as B, and kept hardly more than LoRA: take anchored (docs/measured.md)."
+
+
+def _certificate(config: Mapping[str, Any], layers: Mapping[str, Any]) -> str:
+    r, alpha = config["r"], config["lora_alpha"]
+    scale = 1.0 if alpha is None else alpha / (math.sqrt(r) if config["use_rslora"] else r)
+    moves = [scale * math.sqrt(layer["leak"] / layer["output_energy"]) for layer in layers.values()]
+    return (
+        "certificate: whatever is trained, a layer's output on these samples moves by at most ‖B‖₂ times "
+        f"{percent(median(moves))} of its size (median layer; {percent(max(moves))} at most)."
+    )
+
+
+def _times(x: float) -> str:
+    return f"{x:,.0f} times" if x >= 10 else f"{x:.2g} times"

@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..adapters.held import held_size
+from ..adapters.held import held_size, marks_of
 from ..config import CordaError, LoraStart, TrainConfig
 from ..data.batches import encode
 from ..data.overview import check_fit
@@ -29,7 +29,7 @@ from ..models.targets import check_saved_modules, find_targets, require_causal, 
 from ..progress import console, progress_bar
 from .arguments import trainer_arguments
 from .keeping import Keeper
-from .rates import default_rate
+from .rates import LORA_RATE, rate_of
 from .sampler import SimilarLengths
 
 
@@ -161,6 +161,21 @@ def train(
         "held_out_loss": [[log["step"], log["eval_loss"]] for log in state.log_history if "eval_loss" in log],
         "penalties": {name: [[log["step"], log[f"penalty/{name}"]] for log in logs] for name in trainer.penalties},
     }
+
+
+def default_rate(model: nn.Module) -> tuple[float, str]:
+    """The learning rate to start with for the adapter on a model, and whose rate it is in words.
+
+    Raises CordaError if the model has no adapter of PEFT's.
+    """
+    if not isinstance(model, PeftModel):
+        raise CordaError("the model carries no adapter whose learning rate is known: give a learning_rate")
+    try:
+        marks = marks_of(model)
+    except CordaError:  # an adapter that is not CorDA's
+        return LORA_RATE, "plain LoRA"
+    mode = marks.get("mode", "ipm" if marks["split"] == "seeded" else "kpm")
+    return rate_of(marks["split"], mode), f"the split {marks['split']} in {mode}"
 
 
 def encoded_rows(model: nn.Module, tokenizer: Any, samples: Sequence[Sample], max_length: int) -> datasets.Dataset:
