@@ -16,6 +16,7 @@ from corda_lora.cli import main
 from corda_lora.config import CordaConfig
 from corda_lora.preprocess.pipeline import preprocess
 from corda_lora.report.verdicts import start_verdicts
+from corda_lora.training.rates import rate_of
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def test_json_is_one_object(folder, capfd):
     assert init == init_again
     assert train == train_again
     assert init.items() >= json.loads((folder / "start" / "corda.json").read_text()).items()
-    assert (init["output"], init["learning_rate"], len(init["verdicts"])) == ("start", 0.005, 2)
+    assert (init["output"], init["learning_rate"]) == ("start", rate_of("anchored", "kpm"))
+    assert init["verdicts"] == start_verdicts(init)
     assert train.items() >= json.loads((folder / "tuned" / "training.json").read_text()).items()
     assert evaluation.items() >= json.loads((folder / "results.json").read_text()).items()
     assert export == {"output": "merged", "form": "merged", "relative_error": 0.0}
@@ -93,7 +95,7 @@ def test_plan_says_what_it_assumes(folder, capsys):
     ("dtype", "has", "said"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
 )
 def test_a_processor_without_bfloat16_is_said_before_the_context_runs(dtype, has, said, monkeypatch, recwarn):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    monkeypatch.setattr("corda_lora.preprocess.pipeline.has_bfloat16", lambda device: has)
     model = tiny.build("llama", getattr(torch, dtype))
     preprocess(model, CordaConfig(r=2, target_modules=["q_proj"]), tiny.batches("llama"), progress=False)
     notes = [str(w.message) for w in recwarn if "bfloat16" in str(w.message)]
@@ -161,6 +163,10 @@ def test_verdicts_of_starts():
     assert "--min_rank 2 --max_rank 8" in start_verdicts(uneven)[-1]
     few = record(mode="kpm", split="seeded") | {"context": {"tokens": 9, "widest": 48, "samples_for_full_rank": 64}}
     assert "9 tokens for layers of up to 48 inputs; 64 samples would do" in start_verdicts(few)[-1]
+    nothing = record(mode="kpm", split="anchored")
+    for layer in nothing["layers"].values():
+        layer["leak"] = -1e-12
+    assert start_verdicts(nothing)[0].startswith("good: A reads the context over a million times less")
     assert start_verdicts(record(orientation="identity")) == [
         "No context oriented the components: nothing here says what the adapter will do to an ability."
     ]

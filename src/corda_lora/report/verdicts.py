@@ -130,7 +130,9 @@ def start_verdicts(record: Mapping[str, Any]) -> list[str]:
     layers = {name: layer for name, layer in record["layers"].items() if layer.get("input_energy") and layer["norm_A"]}
     if not layers:
         return ["No context oriented the components: nothing here says what the adapter will do to an ability."]
-    reads = {n: layer["leak"] / (layer["norm_A"] ** 2 * layer["input_energy"]) for n, layer in layers.items()}
+    reads = {  # rounding may make a leak of nothing a little less than 0
+        name: max(layer["leak"], 0.0) / (layer["norm_A"] ** 2 * layer["input_energy"]) for name, layer in layers.items()
+    }
     sentences = [(_reads_in_kpm if config["mode"] == "kpm" else _reads_in_ipm)(reads)]
     if config["mode"] == "kpm":
         sentences += _doubts(record)
@@ -141,8 +143,8 @@ def start_verdicts(record: Mapping[str, Any]) -> list[str]:
 
 def _reads_in_kpm(reads: Mapping[str, float]) -> str:
     middle, worst = median(reads.values()), max(reads, key=lambda name: reads[name])
-    figures = f"A reads the context {_times(1 / middle)} less than random directions would (median layer; the least "
-    figures += f"protected, {worst}: {_times(1 / reads[worst])} less)" if middle else "protected reads nothing, too)"
+    figures = f"A reads the context {_less(middle)} than random directions would (median layer; the least protected, "
+    figures += f"{worst}: {_less(reads[worst])})"
     if middle <= READS_LITTLE:
         return f"good: {figures}."
     how = "fair" if middle <= READS_LESS else "bad"
@@ -175,11 +177,15 @@ def _doubts(record: Mapping[str, Any]) -> Iterator[str]:
 def _certificate(config: Mapping[str, Any], layers: Mapping[str, Any]) -> str:
     r, alpha = config["r"], config["lora_alpha"]
     scale = 1.0 if alpha is None else alpha / (math.sqrt(r) if config["use_rslora"] else r)
-    moves = [scale * math.sqrt(layer["leak"] / layer["output_energy"]) for layer in layers.values()]
+    moves = [scale * math.sqrt(max(layer["leak"], 0.0) / (layer["output_energy"] or 1.0)) for layer in layers.values()]
     return (
         "certificate: whatever is trained, a layer's output on these samples moves by at most ‖B‖₂ times "
         f"{percent(median(moves))} of its size (median layer; {percent(max(moves))} at most)."
     )
+
+
+def _less(share: float) -> str:
+    return f"{_times(1 / share)} less" if share > 1e-6 else "over a million times less"
 
 
 def _times(x: float) -> str:
