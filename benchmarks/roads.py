@@ -2,7 +2,7 @@
 split on a tiny model on the CPU, and prints the table of docs/trainers.md.
 
     python benchmarks/roads.py                # in a few minutes, on two cores
-    python benchmarks/roads.py --roads nf4    # needs bitsandbytes
+    python benchmarks/roads.py --roads nf4 lm_eval    # these need bitsandbytes, and lm-eval
 
 A cell is *right* (the road's own check holds), *refused* with the sentence, or *wrong* with what was found.
 """
@@ -10,6 +10,7 @@ A cell is *right* (the road's own check holds), *refused* with the sentence, or 
 import contextlib
 import copy
 import io
+import json
 import os
 import sys
 import tempfile
@@ -33,6 +34,9 @@ import torch.multiprocessing
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -54,6 +58,9 @@ SPLITS = {
     "corda++ (anchored)": {"split": "anchored", "preset": "corda++", "rounds": 2},
     "corda++ (paper)": {"split": "paper", "preset": "corda++", "rounds": 2},
 }
+
+
+CPU = torch.device("cpu")
 
 
 class WrongError(Exception):
@@ -133,9 +140,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def arguments(case: Case, kind: type = TrainingArguments, **more: Any) -> Any:
+def arguments(folder: Path, kind: type = TrainingArguments, **more: Any) -> Any:
     common = {
-        "output_dir": str(case.folder / "work"),
+        "output_dir": str(folder / "work"),
         "max_steps": 2,
         "learning_rate": 5e-3,
         "per_device_train_batch_size": 2,
@@ -202,13 +209,16 @@ def without_hold(case: Case) -> None:
     demand(any("did not hold" in str(w.message) for w in said), "nobody said that the held part was trained")
 
 
+ROWS = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 8
+
+
 @road("Trainer with `HoldCallback`, weight decay; its checkpoint resumed on a plain-PEFT model")
 def trainer(case: Case) -> None:
-    rows = datasets.Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 8)
+    rows = datasets.Dataset.from_list(ROWS)
     for steps, resume in ((2, False), (4, True)):
         loaded = case.plain()
         before = case.held(loaded)
-        args = arguments(case, max_steps=steps, save_strategy="steps", save_steps=2, weight_decay=0.1)
+        args = arguments(case.folder, max_steps=steps, save_strategy="steps", save_steps=2, weight_decay=0.1)
         Trainer(loaded, args, train_dataset=rows, callbacks=[HoldCallback()]).train(resume_from_checkpoint=resume)
         case.check_held(loaded, before)
 
@@ -219,7 +229,7 @@ def _trl(case: Case, kind: str, rows: list[dict[str, Any]], **options: Any) -> t
     adapted = case.fresh() if kind == "SFT" else copy.deepcopy(case.adapted)
     before = case.held(adapted)
     options = {"processing_class": tokenizer()} | options
-    args = arguments(case, getattr(trl, f"{kind}Config"), **options.pop("args", {}))
+    args = arguments(case.folder, getattr(trl, f"{kind}Config"), **options.pop("args", {}))
     made = getattr(trl, f"{kind}Trainer")(
         adapted, args=args, train_dataset=datasets.Dataset.from_list(rows), callbacks=[HoldCallback()], **options
     )
@@ -289,19 +299,19 @@ def _loss_of(model: Any) -> torch.Tensor:
     return model(**batch, labels=batch["input_ids"]).loss
 
 
-def _worker(rank: int, saved: Path, store: Path, target: Path, sharded: bool) -> None:
+def _worker(rank: int, saved: Path, store: Path, target: Path, kind: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     adapted = load_adapter(tiny.build("llama"), saved, trainable=True)
     model: Any = adapted
-    if sharded:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
+    if kind == "fsdp2":
         mesh = init_device_mesh("cpu", (2,))
         for block in adapted.get_base_model().model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(adapted, mesh=mesh)
+    elif kind == "fsdp1":
+        policy = ModuleWrapPolicy({type(adapted.get_base_model().model.layers[0])})
+        model = FullyShardedDataParallel(adapted, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU)
     else:
         model = torch.nn.parallel.DistributedDataParallel(adapted)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
@@ -309,7 +319,11 @@ def _worker(rank: int, saved: Path, store: Path, target: Path, sharded: bool) ->
         _loss_of(model).backward()
         optimizer.step()
         optimizer.zero_grad()
-    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if kind == "fsdp1":  # of such a model PEFT itself saves nothing
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+            weights = {n.replace(".default", ""): w for n, w in model.state_dict().items() if "lora_" in n}
+    else:
+        weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     weights = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in weights.items()}
     if rank == 0:
         torch.save({name: weight.detach().cpu() for name, weight in weights.items()}, target)
@@ -317,11 +331,15 @@ def _worker(rank: int, saved: Path, store: Path, target: Path, sharded: bool) ->
 
 
 def _ddp(rank: int, saved: Path, store: Path, target: Path) -> None:
-    _worker(rank, saved, store, target, False)
+    _worker(rank, saved, store, target, "ddp")
 
 
 def _fsdp2(rank: int, saved: Path, store: Path, target: Path) -> None:
-    _worker(rank, saved, store, target, True)
+    _worker(rank, saved, store, target, "fsdp2")
+
+
+def _fsdp1(rank: int, saved: Path, store: Path, target: Path) -> None:
+    _worker(rank, saved, store, target, "fsdp1")
 
 
 def _in_one_process(case: Case) -> dict[str, torch.Tensor]:
@@ -340,13 +358,42 @@ def ddp(case: Case) -> None:
     demand(all(torch.equal(weights[name], expected[name]) for name in expected), "not the same bytes as one process")
 
 
-@road("FSDP2 (`fully_shard`, two processes, gloo): saved, and equal to one process")
-def fsdp2(case: Case) -> None:
-    weights, expected = _distributed(case, _fsdp2), _in_one_process(case)
+def _sharded(case: Case, worker: Callable[..., None]) -> None:
+    weights, expected = _distributed(case, worker), _in_one_process(case)
     change = max(float((weights[name] - expected[name]).abs().max()) for name in expected)
     demand(change < 1e-5, f"weights off by {change:.1e}")
     parts = (held_parts(w, case.split) for w in (weights, expected))
     demand(all(map(torch.equal, *parts)), "the held part moved")
+
+
+def _trainer_worker(rank: int, saved: Path, store: Path, target: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29521"}  # that accelerate asks for
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    loaded = PeftModel.from_pretrained(tiny.build("llama"), str(saved), is_trainable=True)
+    args = arguments(store.parent, ddp_find_unused_parameters=False, weight_decay=0.1, per_device_train_batch_size=1)
+    Trainer(loaded, args, train_dataset=datasets.Dataset.from_list(ROWS), callbacks=[HoldCallback()]).train()
+    if rank == 0:
+        torch.save(dict(get_peft_model_state_dict(loaded, save_embedding_layers=False)), target)
+
+
+@road("Trainer under DDP, two processes (gloo), `HoldCallback`, weight decay, on a plain-PEFT model")
+def trainer_ddp(case: Case) -> None:
+    weights, start = _distributed(case, _trainer_worker), case.adapted
+    demand(all(map(torch.equal, held_parts(weights, case.split), case.held(start))), "the held part moved")
+    before = get_peft_model_state_dict(start, save_embedding_layers=False)
+    demand(any(not torch.equal(weights[name], before[name]) for name in before), "nothing was trained")
+
+
+@road("FSDP2 (`fully_shard`, two processes, gloo): saved, and equal to one process")
+def fsdp2(case: Case) -> None:
+    _sharded(case, _fsdp2)
+
+
+@road("FSDP1 (`FullyShardedDataParallel`, `use_orig_params`, two processes, gloo): trains as one process")
+def fsdp1(case: Case) -> None:
+    _sharded(case, _fsdp1)
 
 
 @road("`hotswap_adapter` into a live model")
@@ -389,7 +436,7 @@ def nf4(case: Case) -> None:
     config = CordaConfig(r=4, lora_alpha=8, **case.options)
     adapted = get_corda_model(base(), config, tiny.batches()[:2], progress=False)
     rows = datasets.Dataset.from_list([{"prompt": "1 + 1 =", "completion": " 2"}] * 8)
-    args = arguments(case, trl.SFTConfig, max_length=32, bf16=True)
+    args = arguments(case.folder, trl.SFTConfig, max_length=32, bf16=True)
     made = trl.SFTTrainer(
         adapted, args=args, train_dataset=rows, processing_class=tokenizer(), callbacks=[HoldCallback()]
     )
@@ -423,6 +470,47 @@ def uniform(case: Case) -> None:
             A, B = (getattr(module, key)["default"].weight.bfloat16().double() for key in ("lora_A", "lora_B"))
             error = float((config.lora_alpha / len(A) * B @ A - exact).norm() / exact.norm())
             demand(error < 0.01, f"{name}: {error:.1%} off")
+
+
+QUESTIONS = [{"question": f"{a} + {b} =", "choices": [f" {a + b}", f" {a * b + 1}"]} for a in (1, 2) for b in (1, 3)]
+
+
+@road("lm-eval, `--model hf --model_args pretrained=MODEL,peft=ADAPTER`: the log-likelihoods are PEFT's")
+def lm_eval(case: Case) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    encode = tokenizer()
+    # Where there is an adapter, lm-eval cuts the head to the tokenizer's length.
+    encode.add_tokens([f"<{i}>" for i in range(len(encode), tiny.VOCABULARY)])
+    tiny.build("llama").save_pretrained(case.folder / "base")
+    encode.save_pretrained(case.folder / "base")
+    (case.folder / "sums.json").write_text(json.dumps(QUESTIONS))
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(case.folder / "sums.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+    }
+    (case.folder / "sums.yaml").write_text(json.dumps(task))  # JSON is YAML
+    arguments = {"pretrained": str(case.folder / "base"), "peft": str(case.saved), "dtype": "float32"}
+    tasks = TaskManager(include_path=str(case.folder), include_defaults=False)
+    found = simple_evaluate(
+        "hf", arguments, ["sums"], task_manager=tasks, device="cpu", batch_size=2, bootstrap_iters=0
+    )
+    for sample in found["samples"]["sums"]:
+        question, choices = sample["doc"]["question"], sample["doc"]["choices"]
+        for choice, [(theirs, _)] in zip(choices, sample["resps"], strict=True):
+            ids = torch.tensor([encode(question + choice)["input_ids"]])
+            with torch.no_grad():
+                logp = case.adapted(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            ours = float(logp[-len(encode(choice)["input_ids"]) :].sum())
+            demand(abs(theirs - ours) < 1e-4, f"log-likelihood of {choice!r} {theirs:.4f}, ours {ours:.4f}")
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
