@@ -59,7 +59,7 @@ DATA = {
     "max_length": st.sampled_from([1, 2, 6, 40, 2**31 - 1]),
     "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "int8"]),
     "revision": st.just("main"),
-    "r": st.sampled_from([1, 2, 3, 16, 17, 10**6]),
+    "r": st.sampled_from([1, 2, 3, 16, 17, 64]),  # a plain LoRA may have any rank: 10**6 takes minutes
     "lora_alpha": POSITIVE,
     "lora_dropout": SHARES,
     "target_modules": st.sampled_from(LAYERS) | st.sampled_from(NO_LAYERS),
