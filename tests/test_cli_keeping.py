@@ -100,3 +100,14 @@ def test_few_samples_are_said_and_not_trusted(checkpoint, context, capsys):
     explicit = partial(train, output="more")
     said = refused(capsys, checkpoint, context, "--start", "start", "--keep", 5, call=explicit)
     assert "10 samples with a response" in said
+
+
+def test_early_stopping_tells_the_drift_of_the_adapter_that_is_kept(checkpoint, context):
+    init(checkpoint, context, *TEMPLATES, "--samples", 40)
+    stopping = ["--eval_share", 0.3, "--early_stopping", 1, "--learning_rate", 8.0, "--epochs", 4]
+    train(checkpoint, context, "--start", "start", *stopping)
+    log = trained(context, "tuned")
+    assert log["kept_step"] < log["steps"]
+    step, _, measured, _ = log["drift"][-1]
+    assert step == log["kept_step"]
+    assert measured != log["drift"][-2][2]

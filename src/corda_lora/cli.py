@@ -579,6 +579,8 @@ def train(options: Namespace) -> dict[str, Any]:
         raise SystemExit(1) from error
     records: dict[str, Any] = {"training.json": {"recipe": recipe, **result}}
     if keeper:
+        if keeper.history[-1][0] != result["kept_step"]:  # early stopping went back to an earlier adapter
+            keeper.look(result["kept_step"])
         records["training.json"]["drift"] = keeper.history
     if record is not None:
         records[RECORD] = record

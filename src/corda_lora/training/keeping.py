@@ -174,7 +174,7 @@ class Keeper(TrainerCallback):
             for name, value in read_json(saved).items():
                 setattr(self, name, value)
             return
-        self._look(state.global_step, measures=True)
+        self.look(state.global_step, measures=True)
         if self.max_drift is not None and self.estimate > self.max_drift:
             raise CordaError(
                 f"max_drift is {self.max_drift:g}, but the adapter to start from has a drift of {self.estimate:.3g}"
@@ -184,7 +184,7 @@ class Keeper(TrainerCallback):
         step, end = state.global_step, state.max_steps
         first = math.ceil(end / self.points / 2)  # the first one early: λ is steered by it
         due = {first, *(round(end * i / self.points) for i in range(1, self.points + 1))}
-        self._look(step, measures=step in due)
+        self.look(step, measures=step in due)
         if self.max_drift is not None:
             self._steer(step / end)
 
@@ -193,7 +193,8 @@ class Keeper(TrainerCallback):
         write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", STATE), kept)
 
     @torch.no_grad()
-    def _look(self, step: int, measures: bool) -> None:
+    def look(self, step: int, measures: bool = True) -> None:
+        """Predict the drift of the adapter as it is at a step, and measure it."""
         self.last = float(self.predicted())
         if not measures:
             return
