@@ -538,6 +538,22 @@ def test_the_same_command_again_finds_its_output_whole(checkpoint, data, capsys)
     assert "has something in it already" in refused(capsys, *other, call=lambda *a: train(checkpoint, data, *a))
 
 
+def test_the_same_export_again_finds_its_output_whole(checkpoint, data, capsys):
+    init(checkpoint, data)
+    train(checkpoint, data, "--start", "start", "--max_steps", 2)
+    model = ["--model", checkpoint, "--adapter", "tuned"]
+    for form in (["--r", 2], ["--uniform"], ["--as", "merged"]):
+        output = ["--output", "as_" + form[0].strip("-")]
+        run("export", *model, *form, *output)
+        capsys.readouterr()
+        run("export", *model, *form, *output)
+        assert "is whole already: the same command made it" in capsys.readouterr().out
+        assert "has something in it already" in refused(capsys, "export", *model, "--r", 1, *output)
+    train(checkpoint, data, "--start", "start", "--max_steps", 3, output="other")
+    other = ["--model", checkpoint, "--adapter", "other", "--uniform", "--output", "as_uniform"]
+    assert "has something in it already" in refused(capsys, "export", *other)
+
+
 def test_the_same_command_on_other_data_is_not_the_same(checkpoint, data, capsys):
     more = ["--start", "start", "--max_steps", 2]
     init(checkpoint, data)

@@ -681,21 +681,27 @@ def export(options: Namespace) -> dict[str, Any]:
         raise CordaError("--r goes with --as lora only")
     if options.uniform and options.form != "lora":
         raise CordaError("--uniform goes with --as lora only: a merged model has no ranks")
-    from .adapters.export import export_lora, export_merged, export_residual
-    from .adapters.lora import read_marks
+    from .adapters.export import RECORD, export_lora, export_merged, export_residual
+    from .adapters.lora import WEIGHTS, read_marks
     from .models.loading import load_model, load_tokenizer
 
-    check_output(options.output)
     read_marks(options.adapter)
+    recipe = {"model": asdict(source), "as": options.form, "r": options.r, "uniform": options.uniform}
+    recipe |= {name: sha256_of(options.adapter / name) for name in ("adapter_config.json", WEIGHTS)}
+    if is_made(options.output / RECORD, recipe):
+        out.print(f"{options.output} is whole already: the same command made it")
+        _push(options, _repo(options))
+        return {"output": str(options.output), "form": options.form}
+    check_output(options.output)
     repo = _repo(options)
     model = load_model(source)
     error = 0.0
     if options.form == "lora":
-        error = export_lora(model, options.adapter, options.output, options.r, options.uniform)
+        error = export_lora(model, options.adapter, options.output, options.r, options.uniform, recipe)
         out.print("exact" if options.r is None else f"compressed to rank {options.r}: relative error {error:.3e}")
     else:
         write = export_merged if options.form == "merged" else export_residual
-        write(model, options.adapter, options.output, load_tokenizer(source))
+        write(model, options.adapter, options.output, load_tokenizer(source), recipe)
     out.print(f"written to {options.output}")
     _push(options, repo)
     return {"output": str(options.output), "form": options.form, "relative_error": error}

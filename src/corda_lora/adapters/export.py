@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,23 @@ from torch import Tensor, nn
 
 from ..config import CordaError
 from ..devices import double_device
-from ..files import whole_folder
+from ..files import whole_folder, write_json
 from ..models.targets import tied_layers
 from .card import write_card
 from .lora import load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks
 
+RECORD = "export.json"
 HALVED = ("paper", "balanced")  # splits whose adapter is W's components as they are now, less as they were
 
 
 @torch.no_grad()
 def export_lora(
-    model: nn.Module, directory: Path | str, output: Path, r: int | None = None, uniform: bool = False
+    model: nn.Module,
+    directory: Path | str,
+    output: Path,
+    r: int | None = None,
+    uniform: bool = False,
+    record: Mapping[str, Any] | None = None,
 ) -> float:
     """A plain LoRA on the original model, with the same scale s = lora_alpha / r in every layer.
 
@@ -33,6 +40,7 @@ def export_lora(
         r: compress to this rank.
         uniform: pad all layers to the largest rank with zeros, which changes nothing: for what reads one rank from the
             configuration, or takes lora_alpha / rank of each tensor as the scale (llama.cpp).
+        record: what made the export, written to export.json.
 
     Returns:
         ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all layers (Frobenius); 0 if not compressed.
@@ -73,6 +81,7 @@ def export_lora(
     note = f"Compressed to rank {r}: the update differs by {share:.2e} of its length." if r is not None else ""
     with whole_folder(output) as folder:
         save_plain(peft_model, folder, read_records(Path(directory)), note)
+        _write_record(folder, record)
     return share
 
 
@@ -92,7 +101,13 @@ def compress(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float, float
 
 
 @torch.no_grad()
-def export_merged(model: nn.Module, directory: Path | str, output: Path, tokenizer: Any = None) -> None:
+def export_merged(
+    model: nn.Module,
+    directory: Path | str,
+    output: Path,
+    tokenizer: Any = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
     """The whole model with the adapter merged in, in the dtype it was loaded in.
 
     Raises CordaError if the base is quantized.
@@ -104,10 +119,17 @@ def export_merged(model: nn.Module, directory: Path | str, output: Path, tokeniz
         write_card(peft_model, folder, read_records(Path(directory)), merged=True)
         merged = peft_model.merge_and_unload()
         _save_model(merged, tokenizer, folder)
+        _write_record(folder, record)
 
 
 @torch.no_grad()
-def export_residual(model: nn.Module, directory: Path | str, output: Path, tokenizer: Any = None) -> None:
+def export_residual(
+    model: nn.Module,
+    directory: Path | str,
+    output: Path,
+    tokenizer: Any = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
     """The residual model W' = W − s·B₀A₀ in `output`, and in `output/adapter` the rank-r adapter (B, A) for it: half
     the adapter's work at run time, but the adapter is right on this model only.
 
@@ -138,6 +160,7 @@ def export_residual(model: nn.Module, directory: Path | str, output: Path, token
         (folder / "adapter").mkdir()
         note = f"It belongs to the residual model in `{output.name}`, and is wrong on any other."
         save_plain(peft_model, folder / "adapter", read_records(Path(directory)), note)
+        _write_record(folder, record)
         _save_model(peft_model.unload(), tokenizer, folder)
 
 
@@ -177,3 +200,8 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
+
+
+def _write_record(folder: Path, record: Mapping[str, Any] | None) -> None:
+    if record is not None:
+        write_json(folder / RECORD, record)
