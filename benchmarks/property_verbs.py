@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import commands
-from conftest import character_tokenizer
+import tiny
 
 from corda_lora import cli
 
@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     cli.build_parser = functools.cache(cli.build_parser)  # it takes as long as the rest
-    given = commands.given(character_tokenizer)
+    given = commands.given(tiny.character_tokenizer)
     gc.freeze()  # every training ends with a garbage collection
     ends: collections.Counter[str] = collections.Counter()
     drawn: set[str] = set()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from corda_lora.config import ModelConfig
@@ -44,21 +43,9 @@ def smollm2(tmp_path_factory) -> Path:
     return folder
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each character; <s> before every text, as LLaMA's tokenizer does."""
-    characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:?!#-+*=/'\n$()"
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    raw.decoder = decoders.Fuse()
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **tokens)
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return character_tokenizer()
+    return tiny.character_tokenizer()
 
 
 @pytest.fixture(scope="session")

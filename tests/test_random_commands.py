@@ -3,9 +3,9 @@
 import functools
 
 import pytest
+import tiny
 import torch
 from commands import commands, given, outcome
-from conftest import character_tokenizer
 from hypothesis import given as drawn
 from hypothesis import settings
 
@@ -17,7 +17,7 @@ def folder():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
         patch.setattr(cli, "build_parser", functools.cache(cli.build_parser))  # it takes as long as the rest
-        yield given(character_tokenizer)
+        yield given(tiny.character_tokenizer)
 
 
 @pytest.mark.slow

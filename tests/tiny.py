@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import transformers as t
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from corda_lora.config import CordaConfig
@@ -240,3 +241,15 @@ def answered(count=20, seed=0):
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
         rows.append(Encoded(ids, [False] * (length - answers) + [True] * answers))
     return rows
+
+
+def character_tokenizer() -> t.PreTrainedTokenizerFast:
+    """A token for each character; <s> before every text, as LLaMA's tokenizer does."""
+    characters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:?!#-+*=/'\n$()"
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.decoder = decoders.Fuse()
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return t.PreTrainedTokenizerFast(tokenizer_object=raw, **tokens)
