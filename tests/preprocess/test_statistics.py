@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from corda_lora.config import CordaError
@@ -17,6 +18,7 @@ from corda_lora.preprocess.statistics import (
     drawn_log_likelihood,
     uniform,
 )
+from corda_lora.training.keeping import PredictedDrift
 
 FAMILIES = ["llama", "gpt2_conv1d", "gemma2", "qwen3"]
 
@@ -129,3 +131,13 @@ def test_bad_statistics_are_a_sentence(tmp_path):
     with pytest.raises(CordaError, match="is damaged"):
         Statistics.load(path)
     assert load_file(path)
+
+
+def test_a_layer_that_no_token_reaches_costs_nothing():
+    model = tiny.build("llama")
+    model.register_module("spare", torch.nn.Linear(32, 8, bias=False))
+    targets = {**find_targets(model, ["q_proj"]), "spare": model.spare}
+    found = collect_statistics(model, targets, tiny.answered(), 0, progress=False)
+    assert found.layers.keys() == targets.keys() - {"spare"}
+    adapted = get_peft_model(model, LoraConfig(target_modules=list(targets), init_lora_weights=False))
+    assert PredictedDrift(adapted, found).by_layer().keys() == found.layers.keys()

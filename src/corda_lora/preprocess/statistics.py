@@ -41,7 +41,8 @@ class Statistics:
     """What a context says of a model's layers.
 
     Attributes:
-        layers: by name. Layers with the same input share the tensors of C.
+        layers: by name. Layers with the same input share the tensors of C. A layer that no token reached (an expert) is
+            missing: it does nothing to the context.
         samples, answers, tokens: how many samples, tokens of their answers and tokens in all there were.
         digests: of each layer's weight (see `models.targets.layer_digest`).
     """
@@ -116,7 +117,7 @@ class Answered(NamedTuple):
 
 
 def answered_batches(
-    encoded: Sequence[Encoded], pad_id: int, device: torch.device, batch_tokens: int = 4096
+    encoded: Sequence[Encoded], pad_id: int, device: torch.device, batch_tokens: int = 1024
 ) -> list[Answered]:
     """The samples that have an answer, in batches.
 
@@ -156,7 +157,7 @@ def collect_statistics(
     targets: Mapping[str, nn.Module],
     encoded: Sequence[Encoded],
     pad_id: int,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 1024,
     directions: int = DIRECTIONS,
     progress: bool = True,
 ) -> Statistics:

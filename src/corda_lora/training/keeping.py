@@ -63,8 +63,8 @@ class PredictedDrift:
         layers = lora_layers(peft_model)
         check_statistics(statistics, {name: layer.get_base_layer() for name, layer in layers.items()})
         groups: dict[Any, list[str]] = defaultdict(list)
-        for name, layer in layers.items():
-            A, B = self._factors(layer)
+        for name in (name for name in layers if name in statistics.layers):
+            A, B = self._factors(layers[name])
             C, D = statistics.layers[name]
             groups[A.shape, B.shape, C.factor.shape, D.factor.shape, A.requires_grad].append(name)
         share = 0.5 * statistics.tokens / statistics.answers
@@ -98,7 +98,7 @@ class PredictedDrift:
 
     def __call__(self) -> Tensor:
         """The predicted drift of all layers together, a scalar with a gradient."""
-        return torch.stack([values.sum() for _, values in self._of_groups()]).sum()
+        return sum((values.sum() for _, values in self._of_groups()), torch.zeros(()))
 
     def _of_groups(self) -> list[tuple[list[str], Tensor]]:
         result = []
