@@ -1,6 +1,7 @@
 """`corda train` keeps the context of its start: the price, the bound and the meter, through the command line."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -61,7 +62,7 @@ def test_statistics_of_the_start_are_used(checkpoint, context):
     train(checkpoint, context, "--start", "without", "--keep", 30, output="tuned_without")
     once, again = (trained(context, f"tuned_{start}")["drift"] for start in ("with", "without"))
     assert {row[3] for row in once} == {30}  # the price that the start names
-    assert [row[1] for row in once] == pytest.approx([row[1] for row in again], rel=0.02)
+    assert [row[1] for row in once] == pytest.approx([row[1] for row in again], rel=0.2)  # another draw of y
 
 
 def test_a_plain_lora_keeps_a_context_that_is_given(checkpoint, context, capsys):
@@ -111,3 +112,30 @@ def test_early_stopping_tells_the_drift_of_the_adapter_that_is_kept(checkpoint, 
     step, _, measured, _ = log["drift"][-1]
     assert step == log["kept_step"]
     assert measured != log["drift"][-2][2]
+
+
+def test_another_context_or_price_is_not_the_same_command(checkpoint, context, capsys):
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, "--keep", 30)
+    train(checkpoint, context, "--start", "start", "--max_steps", 2)
+    shutil.rmtree(context / "work" / "start")
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, "--keep", 300)  # A and B are the same bytes
+    again = ["--start", "start", "--max_steps", 2]
+    assert "has something in it already" in refused(capsys, checkpoint, context, *again, call=train)
+    train(checkpoint, context, *again, output="dear")
+    assert trained(context, "dear")["drift"][-1][3] == 300
+    rows = [{**row, "a": row["a"] + "!"} for row in ROWS]
+    (context / "keep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    explicit = partial(train, output="dear")
+    assert "has something in it already" in refused(capsys, checkpoint, context, *again, call=explicit)
+
+
+def test_what_init_was_told_to_keep_is_kept_in_either_mode(checkpoint, context):
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, "--keep", 30, "--mode", "ipm")
+    train(checkpoint, context, "--start", "start", "--max_steps", 2)
+    assert trained(context, "tuned")["drift"][-1][3] == 30
+
+
+def test_a_bound_that_is_not_held_is_said(checkpoint, context, capsys):
+    init(checkpoint, context, *TEMPLATES, "--samples", 40)
+    train(checkpoint, context, "--start", "start", "--max_drift", 1e-6, "--max_steps", 4, "--learning_rate", 0.3)
+    assert "(1e-06 was asked for)" in " ".join(capsys.readouterr().out.split())

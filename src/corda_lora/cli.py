@@ -491,6 +491,10 @@ def train(options: Namespace) -> dict[str, Any]:
     the responses. If a run is interrupted, the same command resumes it from its last checkpoint."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
     keep = _take(KeepConfig, options)
+    if options.start and (
+        own := [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(LoraStart(), f.name)]
+    ):
+        raise CordaError(f"--{own[0]} is of a plain LoRA: leave it out, as the adapter in --start has its own")
     data = _take(DataConfig, options, data=options.data)
     held_out_data = None
     if options.eval_data is not None:
@@ -510,7 +514,12 @@ def train(options: Namespace) -> dict[str, Any]:
     samples = load_samples(data)
     held_out = load_samples(held_out_data) if held_out_data else []
     start = options.start / "adapter_model.safetensors" if options.start else None
+    from .adapters.lora import read_record
+    from .evaluation.meter import kept_digest
+
+    record = read_record(options.start) if options.start else None
     recipe["sha256"] = {
+        "kept": kept_digest(keep, options.start, record),
         "data": digest_of(samples),
         "held_out": digest_of(held_out),
         "start": sha256_of(start) if start and start.is_file() else None,
@@ -521,11 +530,11 @@ def train(options: Namespace) -> dict[str, Any]:
         out.print(f"{options.output} is whole already: the same command made it")
         _push(options, _repo(options))
         return {"output": str(options.output), **read_json(options.output / "training.json")}
-    from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
+    from .adapters.lora import RECORD, load_adapter, read_marks, save_adapter
     from .data.batches import encode
     from .data.overview import overview
     from .devices import accelerator
-    from .evaluation.meter import context_of, make_keeper
+    from .evaluation.meter import make_keeper
     from .models.loading import load_model, load_tokenizer
     from .preprocess.work import open_work
     from .report.verdicts import kept
@@ -536,11 +545,8 @@ def train(options: Namespace) -> dict[str, Any]:
     check_output(options.output)
     check_trainer(config, accelerator(), evaluates=held_out_data is not None or options.eval_share > 0)
     repo = _repo(options)
-    record = None
     if options.start:
         read_marks(options.start)
-        record = read_record(options.start)
-    context_of(keep, options.start, record)
     tokenizer = load_tokenizer(source)
     if held_out_data is None:
         samples, held_out = hold_out(samples, options.eval_share, data.seed)
@@ -593,7 +599,8 @@ def train(options: Namespace) -> dict[str, Any]:
             out.print(f"held-out loss {loss:.4f} at step {step}, whose adapter is kept")
     if keeper:
         drift = keeper.history[-1][2] or 0.0
-        out.print(f"drift {drift:.3g} nats per answer token of the context: {kept(drift)}", highlight=False)
+        asked = f" ({keep.max_drift:g} was asked for)" if keep.max_drift else ""
+        out.print(f"drift {drift:.3g} nats per answer token of the context{asked}: {kept(drift)}", highlight=False)
     out.print(f"written to {options.output}")
     _push(options, repo)
     return {"output": str(options.output), **read_json(options.output / "training.json")}
@@ -642,7 +649,10 @@ def _drift_in_training(adapter: Path) -> str | None:
     history = read_json(path).get("drift") if path.is_file() else None
     if not history:
         return None
-    _, predicted, measured, price = history[-1]
+    try:
+        _, predicted, measured, price = map(float, history[-1])
+    except (TypeError, ValueError, LookupError) as error:
+        raise CordaError(f"{path} is damaged: its drift is no list of measurements") from error
     return (
         f"When it was trained: drift {measured:.3g} on samples of the context, {predicted:.3g} predicted from its "
         f"statistics, at a price of {price:.3g} nats a nat."

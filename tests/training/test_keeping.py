@@ -5,7 +5,9 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import Trainer, TrainingArguments
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from corda_lora.adapters.lora import install, lora_layers
 from corda_lora.config import CordaConfig, CordaError, LoraStart, TrainConfig
@@ -122,8 +124,8 @@ def test_statistics_of_another_model_are_refused(statistics):
 
 def test_a_run_that_was_broken_off_goes_on_with_the_same_price(tokenizer, statistics, tmp_path):
     whole, keeper, _ = run("lora", tokenizer, statistics, 1.0, 0.01, tmp_path / "whole", checkpoints=4)
-    saved = json.loads((tmp_path / "whole/checkpoint-18/keeping.json").read_text())
-    assert saved["keep"] != 1.0
+    state = json.loads((tmp_path / "whole/checkpoint-18/trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["Keeper"]["attributes"]["keep"] != 1.0
     for path in (tmp_path / "whole").glob("checkpoint-24"):
         path.rename(tmp_path / "away")
     again, resumed, _ = run("lora", tokenizer, statistics, 1.0, 0.01, tmp_path / "whole", checkpoints=4)
@@ -159,3 +161,45 @@ def test_the_callback_refuses_scaled_gradients(statistics, tmp_path):
     callback = KeepCallback(adapted("lora", recipe()), statistics, 1.0)
     with pytest.raises(CordaError, match="set max_grad_norm"):
         callback.on_train_begin(arguments, None, None)
+
+
+def test_the_prediction_follows_what_trains_and_where_it_is(statistics):
+    model = adapted("anchored", recipe())
+    callback = KeepCallback(model, statistics)
+    for layer in lora_layers(model).values():  # as a trainer might after the callback was made
+        layer.lora_A["default"].weight.requires_grad_(True)
+        layer.lora_A["default"].weight.data.mul_(2)
+        layer.lora_B["default"].weight.data.normal_()
+    callback.on_train_begin(TrainingArguments("x"), TrainerState(), None)
+    assert float(callback.predicted().detach()) == pytest.approx(float(PredictedDrift(model, statistics)().detach()))
+
+
+@pytest.mark.parametrize("options", [{"max_drift": 0.0}, {"max_drift": float("nan")}, {"points": 0}, {"keep": "5"}])
+def test_options_of_the_callback_are_checked(options, statistics):
+    with pytest.raises(CordaError, match=f"{next(iter(options))} is"):
+        KeepCallback(adapted("lora", recipe()), statistics, **options)
+
+
+def test_an_adapter_that_is_not_active_is_refused(statistics):
+    model = adapted("lora", recipe())
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    with pytest.raises(CordaError, match="no active adapter 'default'"):
+        KeepCallback(model, statistics)
+    with pytest.raises(CordaError, match="nothing says what to keep"):
+        KeepCallback(adapted("lora", recipe()))
+
+
+@pytest.mark.parametrize(("name", "value"), [("answers", 0), ("answers", -5), ("tokens", "x"), ("digests", None)])
+def test_statistics_that_cannot_be_are_damaged(name, value, statistics, tmp_path):
+    statistics.save(tmp_path / "s.safetensors")
+    with safe_open(tmp_path / "s.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["corda"])
+    save_file(tensors, tmp_path / "s.safetensors", {"corda": json.dumps(about | {name: value})})
+    with pytest.raises(CordaError, match="is damaged"):
+        Statistics.load(tmp_path / "s.safetensors")
+    broken = tensors | {next(iter(tensors)): torch.full_like(next(iter(tensors.values())), torch.nan)}
+    save_file(broken, tmp_path / "s.safetensors", {"corda": json.dumps(about)})
+    with pytest.raises(CordaError, match="is damaged"):
+        Statistics.load(tmp_path / "s.safetensors")

@@ -4,6 +4,7 @@ PEFT's `save_pretrained` finds the card and adds its own metadata (library, base
 every later save.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -87,8 +88,10 @@ def is_hub_name(name: str) -> bool:
 
 
 def shown(name: str) -> str:
-    """A name on the hub as it is; of a path the last part."""
-    return f"`{name if is_hub_name(name) else Path(name).name or 'a model without a name'}`"
+    """A name on the hub as it is; of a path the last part. What would end the code span or the table's cell is left
+    out."""
+    text = name if is_hub_name(name) else Path(name).name or "a model without a name"
+    return f"`{re.sub(r'[`|<>]|[^ -~À-￿]', '', text) or 'a name of signs'}`"
 
 
 def _table(heading: str, rows: Mapping[str, str]) -> str:

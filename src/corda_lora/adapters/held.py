@@ -233,14 +233,14 @@ class HoldCallback(TrainerCallback):
     and raises a CordaError at a save, or at the end, if something has moved it all the same."""
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        hold(_unwrapped(model))  # before the trainer wraps the model: DDP waits for the gradient of what was not frozen
+        hold(unwrapped(model))  # before the trainer wraps the model: DDP waits for the gradient of what was not frozen
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.on_init_end(args, state, control, model)  # nobody called it of a callback that was added later
-        self.before = _exact(_unwrapped(model))
+        self.before = _exact(unwrapped(model))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if _exact(_unwrapped(model)) != self.before:
+        if _exact(unwrapped(model)) != self.before:
             raise CordaError(
                 f"the training moved what the adapter holds still, by step {state.global_step}: check weight_decay and "
                 "the optimizer, and that no other code unfreezes lora_A"
@@ -263,7 +263,7 @@ def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The PEFT model inside what accelerate or DDP put around it."""
     while not hasattr(model, "peft_config") and isinstance(inside := getattr(model, "module", None), nn.Module):
         model = inside

@@ -5,7 +5,7 @@ model that fits on its device, with one backward: for one that does not, see `ba
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,11 +78,25 @@ class Statistics:
             inputs = {name: _low(f"{name}.C", stored) for name in set(about["inputs"].values())}
             for name, leader in about["inputs"].items():
                 sides[name] = Sides(inputs[leader], _low(f"{name}.D", stored))
-            return cls(sides, about["samples"], about["answers"], about["tokens"], about["digests"])
+            counts = {name: about[name] for name in ("samples", "answers", "tokens")}
+            if any(type(n) is not int or n < 1 for n in counts.values()) or not all(map(_is_sound, _all(sides))):
+                raise ValueError("of no context")
+            return cls(sides, **counts, digests=dict(about["digests"]))
         except FileNotFoundError as error:
             raise CordaError(f"{path} is missing: it holds the statistics of the context to keep") from error
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CordaError(f"{path} is damaged, or holds no statistics of a context") from error
+
+
+def _all(sides: Mapping[str, Sides]) -> Iterator[Low]:
+    return (M for pair in sides.values() for M in pair)
+
+
+def _is_sound(M: Low) -> bool:
+    """Whether M is a finite positive semidefinite matrix."""
+    F, d = M
+    fits = F.ndim == 2 and d.shape == F.shape[:1]
+    return fits and bool(F.isfinite().all()) and bool(d.isfinite().all()) and bool((d >= 0).all())
 
 
 def _named(name: str, M: Low) -> dict[str, Tensor]:
@@ -176,7 +190,7 @@ def collect_statistics(
     collector = Collector(model, targets, Context([batch.inputs for batch in batches]))
     gradients = Gradients(collector)
     with frozen(model), collector.listening(), gradients.listening():
-        for number, batch in enumerate(track(batches, "both sides", progress)):
+        for number, batch in enumerate(track(batches, "the context", progress)):
             collector.start(number)
             columns = batch.answers.any(0).nonzero().flatten()  # only these go through the output head
             with torch.enable_grad():

@@ -10,7 +10,6 @@ and shows the prediction multiplied by what the last measurement said.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +18,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..adapters.held import unwrapped
 from ..adapters.lora import lora_layers
 from ..algebra.second_order import Low, predicted_drift, quadratic
-from ..config import KEEP, CordaError
-from ..files import read_json, write_json
+from ..config import KEEP, CordaError, Count, NonNegative, Positive, check_value
 from ..models.targets import layer_digest
 from ..preprocess.statistics import Statistics
 
-STATE = "keeping.json"
+STATE = "Keeper"
 
 
 class _Layers(NamedTuple):
@@ -55,13 +54,20 @@ class PredictedDrift:
     Args:
         statistics: of the context, from the model without the adapter.
 
-    Raises CordaError as `check_statistics` does.
+    Raises CordaError as `check_statistics` does, or if the adapter is not active.
     """
 
     def __init__(self, peft_model: PeftModel, statistics: Statistics, adapter: str = "default"):
-        self.model, self.adapter = peft_model, adapter
-        layers = lora_layers(peft_model)
-        check_statistics(statistics, {name: layer.get_base_layer() for name, layer in layers.items()})
+        if adapter not in getattr(peft_model, "active_adapters", ()):
+            raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
+        self.model, self.statistics, self.adapter = peft_model, statistics, adapter
+        check_statistics(statistics, {n: layer.get_base_layer() for n, layer in lora_layers(peft_model).items()})
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Compute what stays as it is, on the device of the adapter: to be called again if the adapter has moved, or
+        other factors train."""
+        layers, statistics = lora_layers(self.model), self.statistics
         groups: dict[Any, list[str]] = defaultdict(list)
         for name in (name for name in layers if name in statistics.layers):
             A, B = self._factors(layers[name])
@@ -151,8 +157,9 @@ class Keeper(TrainerCallback):
         measure: Callable[[], float] | None = None,
         points: int = 5,
     ):
-        if not 0 <= keep < math.inf:
-            raise CordaError(f"keep is {keep}, but must be a number at least 0")
+        check_value("keep", keep, NonNegative)
+        check_value("max_drift", max_drift, Positive | None)
+        check_value("points", points, Count)
         self.predicted, self.keep, self.max_drift = predicted, keep, max_drift
         self.measure, self.points = measure, points
         self.ratio = 1.0  # measured / predicted, at the last measurement
@@ -169,9 +176,9 @@ class Keeper(TrainerCallback):
         return self.last * self.ratio
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = Path(args.output_dir, f"checkpoint-{state.global_step}", STATE)
-        if state.global_step and saved.is_file():
-            for name, value in read_json(saved).items():
+        self.predicted.prepare()  # the trainer may have moved the model since
+        if saved := state.stateful_callbacks.get(STATE):
+            for name, value in saved["attributes"].items():
                 setattr(self, name, value)
             return
         self.look(state.global_step, measures=True)
@@ -186,11 +193,9 @@ class Keeper(TrainerCallback):
         due = {first, *(round(end * i / self.points) for i in range(1, self.points + 1))}
         self.look(step, measures=step in due)
         if self.max_drift is not None:
-            self._steer(step / end)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._steer()
         kept = {name: getattr(self, name) for name in ("keep", "ratio", "last", "history")}
-        write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", STATE), kept)
+        state.stateful_callbacks[STATE] = {"args": {}, "attributes": kept}  # saved with each checkpoint
 
     @torch.no_grad()
     def look(self, step: int, measures: bool = True) -> None:
@@ -205,9 +210,9 @@ class Keeper(TrainerCallback):
             self.ratio = measured / self.last
         self.history.append([step, self.last, measured, self.keep])
 
-    def _steer(self, done: float) -> None:
-        """Raise λ while the drift is above what is allowed, lower it while below. A step changes it by a fifth at most;
-        the steps are smaller the nearer the drift is."""
+    def _steer(self) -> None:
+        """Raise λ while the drift is above what is allowed, lower it while below: by a factor of e^0.2 a step at most,
+        and by less the nearer the drift is. So a run of few steps may not come to its bound."""
         assert self.max_drift is not None
         distance = math.log(max(self.estimate, 1e-12) / self.max_drift)
         self.keep = min(1e6, max(1e-3, self.keep * math.exp(0.2 * max(-1.0, min(1.0, distance)))))
@@ -231,6 +236,7 @@ class KeepCallback(Keeper):
     """
 
     def __init__(self, peft_model: PeftModel, statistics: Statistics | None = None, keep: float = KEEP, **options: Any):
+        peft_model = unwrapped(peft_model)
         statistics = statistics or getattr(peft_model, "statistics", None)
         if statistics is None:
             raise CordaError("nothing says what to keep: give statistics, or get_corda_model a configuration with keep")
