@@ -464,7 +464,7 @@ def test_a_weight_that_is_not_finite_is_named(value, checkpoint, data, capsys):
     assert "the weight of model.layers.1.mlp.up_proj holds NaN or infinity: the checkpoint is damaged" in said
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "xpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "xpu", "meta"])
 def test_a_device_that_is_missing(device, checkpoint, data, capsys):
     said = refused(capsys, "--device", device, call=lambda *a: init(checkpoint, data, *a))
     assert said.startswith(f"corda init: there is no device '{device}' on this machine: ")

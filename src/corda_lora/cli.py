@@ -514,10 +514,13 @@ def train(options: Namespace) -> dict[str, Any]:
     samples = load_samples(data)
     held_out = load_samples(held_out_data) if held_out_data else []
     start = options.start / "adapter_model.safetensors" if options.start else None
-    from .adapters.lora import read_record
+    from .adapters.lora import read_marks, read_record
     from .evaluation.meter import kept_digest
 
-    record = read_record(options.start) if options.start else None
+    record = None
+    if options.start:
+        read_marks(options.start)
+        record = read_record(options.start)
     recipe["sha256"] = {
         "kept": kept_digest(keep, options.start, record),
         "data": digest_of(samples),
@@ -530,7 +533,7 @@ def train(options: Namespace) -> dict[str, Any]:
         out.print(f"{options.output} is whole already: the same command made it")
         _push(options, _repo(options))
         return {"output": str(options.output), **read_json(options.output / "training.json")}
-    from .adapters.lora import RECORD, load_adapter, read_marks, save_adapter
+    from .adapters.lora import RECORD, load_adapter, save_adapter
     from .data.batches import encode
     from .data.overview import overview
     from .devices import accelerator
@@ -545,8 +548,6 @@ def train(options: Namespace) -> dict[str, Any]:
     check_output(options.output)
     check_trainer(config, accelerator(), evaluates=held_out_data is not None or options.eval_share > 0)
     repo = _repo(options)
-    if options.start:
-        read_marks(options.start)
     tokenizer = load_tokenizer(source)
     if held_out_data is None:
         samples, held_out = hold_out(samples, options.eval_share, data.seed)

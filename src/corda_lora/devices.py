@@ -33,7 +33,7 @@ def compute_device(model: nn.Module, chosen: str | None = None) -> torch.device:
     home = next(model.parameters()).device
     if chosen is not None:
         try:
-            torch.empty(0, device=chosen)
+            torch.zeros(1, device=chosen).item()  # "meta" holds no numbers
             return torch.device(chosen)
         except Exception as error:  # of many types: no such name, no driver, not compiled for it, no such number
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
