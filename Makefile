@@ -8,8 +8,9 @@ demo: .venv/ready
 	rm -rf demo
 	$(BIN)/corda demo --output demo
 
+# Two processes, each with whole files.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # For the inner loop: under two minutes on two slow cores. (Comparisons, training and whole commands are in `make test`.)
 QUICK := $(addprefix tests/,algebra data adapters models preprocess test_links.py test_docs.py test_benchmarks.py)

@@ -195,5 +195,7 @@ def test_decomposed_where_float64_is(work, monkeypatch):
 
 def test_a_damping_that_leaves_a_covariance_singular():
     few = [{key: value[:1, :8] for key, value in tiny.batches()[0].items()}]
+    config = CordaConfig(preset="corda+", r=4)
+    config.damping = 1e-20  # below what the command line takes
     with pytest.raises(CordaError, match="raise --damping"):
-        preprocess(tiny.build("llama"), CordaConfig(preset="corda+", r=4, damping=1e-20), few, progress=False)
+        preprocess(tiny.build("llama"), config, few, progress=False)

@@ -294,7 +294,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_run(tmp_path, monkeypatch):
 
 def test_the_verb_names_options_that_fit(tmp_path, capsys):
     model = configuration(tmp_path / "llama", **SEVEN)
-    shown = planned(capsys, "--model", model, "--gpu", "80GB")
+    shown = planned(capsys, "--model", model, "--gpu", "80GB", "--samples", 256)
     assert "6,738,415,616 parameters" in shown
     assert "adapter: 39,976,960 parameters" in shown
     assert "131,072 tokens" in shown

@@ -427,7 +427,7 @@ def test_work_on_another_context_is_refused(unfinished, capsys):
     text = path.read_text()
     try:
         path.write_text(text.replace("capital", "Capital"))
-        assert "another run (tokens was" in refused(arguments, capsys)
+        assert "holds unfinished work of another run (" in refused(arguments, capsys)
     finally:
         path.write_text(text)
 

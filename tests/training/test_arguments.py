@@ -168,7 +168,7 @@ def test_the_logs_of_a_tracker_end_up_in_the_output(folder, monkeypatch):
         (["--trainer.output_dir", "x"], "trainer.output_dir cannot be given: --output says it"),
         (["--trainer.bf16", "true"], "trainer.bf16 cannot be given: --precision says it"),
         (["--trainer.completion_only_loss", "false"], "cannot be given: the loss is on the responses"),
-        (["--trainer.push_to_hub", "true"], "trainer.push_to_hub cannot be given: upload the output"),
+        (["--trainer.push_to_hub", "true"], "trainer.push_to_hub cannot be given: --push and --hub_private_repo"),
         (["--trainer.max_grad_norm", "much"], "trainer.max_grad_norm is 'much', but must be of type float"),
         (["--trainer.optim", "sgdd"], "trainer: sgdd is not a valid OptimizerNames"),
         (["--trainer.optim", "galore_adamw"], "trainer: "),
