@@ -46,7 +46,11 @@ def test_a_start_that_keeps_is_trained_with_the_penalty(checkpoint, context, cap
     assert trained(context, "dear")["drift"][-1][2] < 0.5 * measured[-1]
     model = ["--model", checkpoint, "--keep", context / "keep.jsonl", *TEMPLATES]
     for adapter in ("free", "dear"):
+        capsys.readouterr()
         run("eval", *model, "--adapter", adapter, "--output", f"{adapter}.json")
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("When it was trained: drift" in said) == (adapter == "dear")
+    assert f"{trained(context, 'dear')['drift'][-1][1]:.3g} predicted from its statistics, at a price of 1e+03" in said
     drifts = [
         json.loads((context / "work" / f"{adapter}.json").read_text())["results"]["keep"][str(context / "keep.jsonl")]
         ["tuned"]["drift"] for adapter in ("free", "dear")

@@ -11,11 +11,13 @@ from helpers import start
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from trl import SFTConfig
 
 from corda_lora.adapters.lora import install, load_adapter
 from corda_lora.cli import main
 from corda_lora.config import CompareConfig, CordaError, EvalConfig, LoraStart, TrainConfig
 from corda_lora.data.samples import Sample, hold_out
+from corda_lora.training.arguments import trainer_arguments
 from corda_lora.training.rates import LORA_RATE, RATES
 from corda_lora.training.train import plain_lora, train, trained_share
 
@@ -311,3 +313,10 @@ def test_a_model_that_would_mix_packed_samples_is_refused(family, tokenizer):
     model = plain_lora(tiny.build(family), LoraStart(r=2), config)
     with pytest.raises(CordaError, match="packed samples attend to one another: train without packing"):
         train(model, tokenizer, SUMS, config, progress=False)
+
+
+def test_one_device_is_used_where_there_are_several(monkeypatch):
+    """transformers would spread the model over them by DataParallel, which TRL refuses."""
+    monkeypatch.setattr(SFTConfig, "n_gpu", property(lambda self: 1 if vars(self).get("_n_gpu") == 1 else 2))
+    arguments = trainer_arguments(TrainConfig(precision="fp32"), 1e-3, 1, 64, torch.device("cpu"))
+    assert arguments.n_gpu == 1
