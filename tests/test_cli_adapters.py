@@ -268,3 +268,18 @@ def test_what_was_not_sent_is_sent_by_the_same_command(checkpoint, work, hub, ca
     hub.breaks = None
     run(*command)
     assert (hub.folder / "me" / "start" / "adapter_model.safetensors").is_file()
+
+
+NO_SKETCH = {"held": {"sha256": "", "norm": 1, "sketch": []}}
+
+
+@pytest.mark.parametrize("edit", [{"fingerprint": None}, {"scale": None}, NO_SKETCH])
+def test_edited_marks_are_a_sentence(edit, checkpoint, work, capsys):
+    path = work / "corda" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    marks = config["auto_mapping"]["corda"] | edit
+    config["auto_mapping"]["corda"] = {key: value for key, value in marks.items() if value is not None}
+    path.write_text(json.dumps(config))
+    (work / "corda" / "sha256.json").unlink()
+    said = refused(capsys, "export", checkpoint, "--adapter", "corda", "--output", "out")
+    assert "adapter_config.json is damaged" in said

@@ -130,9 +130,10 @@ def test_checksums(here):
     (here / "a").unlink()
     with pytest.raises(CordaError, match=r"a is missing: start again"):
         check_checksums(here, "start again")
-    (here / "sha256.json").write_text('{"a"')
-    with pytest.raises(CordaError, match=r"sha256.json is damaged: start again"):
-        check_checksums(here, "start again")
+    for damaged in ('{"a"', "[]", "null"):
+        (here / "sha256.json").write_text(damaged)
+        with pytest.raises(CordaError, match=r"sha256.json is damaged: start again"):
+            check_checksums(here, "start again")
 
 
 def test_whether_an_output_was_made_by_a_recipe(here):

@@ -596,7 +596,7 @@ def _check_sweep(name: str, entry: MethodConfig) -> None:
     for option, values in entry.sweep.items():
         if option in entry.options:
             raise CordaError(f"{name} gives {option} under options and under sweep: leave one of them out")
-        numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+        numbers = all(isinstance(value, (int, float)) and value in Range(ge=-1e30, le=1e30) for value in values)
         if not numbers and not all(isinstance(value, str) and "/" not in value for value in values):
             raise CordaError(f"{name} sweeps {option} over {short(values)}, but must over numbers, or over words")
         if len(set(values)) < 2:

@@ -133,8 +133,9 @@ def check_checksums(folder: Path, remedy: str, all_but: Collection[str] = ()) ->
     if not (folder / CHECKSUMS).is_file():
         raise CordaError(f"{folder / CHECKSUMS} is missing: {remedy}")
     try:
-        checksums = dict(read_json(folder / CHECKSUMS))
-    except (CordaError, ValueError, TypeError) as error:
+        checksums = read_json(folder / CHECKSUMS)
+        checksums.keys()
+    except (CordaError, AttributeError) as error:
         raise CordaError(f"{folder / CHECKSUMS} is damaged: {remedy}") from error
     for name in checksums.keys() - set(all_but):
         if not (folder / name).is_file():

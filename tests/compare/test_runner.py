@@ -327,6 +327,7 @@ def test_bad_input_before_anything_runs(refused):
         ("method: lora+, sweep: {ratio: [2, 2]}", "sweeps ratio over one value: give at least two"),
         ("method: lora+, sweep: {ratio: [2, fast]}", r"over \[2, .*\], but must over numbers, or over words"),
         ("method: lora+, sweep: {ratio: [[2], [4]]}", "must over numbers, or over words"),
+        (f"method: lora+, sweep: {{ratio: [2, {10**400}]}}", "must over numbers, or over words"),
         ("method: lora+, sweep: {ratio: [2, 8]}, options: {ratio: 2}", "gives ratio under options and under sweep"),
         ("method: lora+, sweep: {ratoi: [2, 8]}", "method lora\\+ has no option 'ratoi'"),
         (

@@ -11,7 +11,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from corda_lora import CordaConfig, CordaError, get_corda_model
 from corda_lora.data.batches import as_batches
 from corda_lora.models.targets import find_targets
-from corda_lora.preprocess.context import token_masks
+from corda_lora.preprocess.context import answer_mask, token_masks
 
 LENGTHS, LONGEST = [9, 4, 12, 1], 12
 
@@ -125,3 +125,9 @@ def test_rows_that_are_no_tokens(row):
     rows = [{"input_ids": [5, 6]}, row]
     with pytest.raises(CordaError, match="item 1 of the context needs input_ids"):
         as_batches(rows, lambda: None)
+
+
+def test_labels_of_another_shape_than_the_tokens_are_a_sentence():
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.ones(2, 4, dtype=torch.long)}
+    with pytest.raises(CordaError, match=r"labels of shape \(2, 4\) for tokens of shape \(2, 5\)"):
+        answer_mask(batch)

@@ -45,7 +45,7 @@ from ..preprocess.statistics import NAME as STATISTICS
 from ..preprocess.statistics import Statistics
 from ..version import __version__
 from .card import TRAINING, Records, base_name, finish_card, write_card
-from .held import describe_held, freeze, warn_if_trained
+from .held import BUCKETS, describe_held, freeze, warn_if_trained
 
 RECORD = "corda.json"
 TIMING = "timing.json"
@@ -222,9 +222,11 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
     read_record(directory)
     try:
         marks = (json.loads(path.read_text()).get("auto_mapping") or {}).get("corda")
-        if marks is not None and marks["split"] != "seeded":
-            marks["held"]["sha256"], marks["held"]["norm"], marks["held"]["sketch"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if marks is not None:
+            marks["scale"], marks["fingerprint"]
+            if marks["split"] != "seeded":
+                marks["held"]["sha256"], marks["held"]["norm"], marks["held"]["sketch"][BUCKETS - 1]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error
     return marks
 

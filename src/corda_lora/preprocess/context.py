@@ -144,8 +144,10 @@ def _warn_of_padding(model: nn.Module, batches: Sequence[Batch], masks: Sequence
 
 def answer_mask(batch: Batch) -> Tensor:
     """(b, s − 1) bool on the CPU: whether token i + 1 belongs to an answer, and is predicted at token i. These are the
-    tokens with a label; without `labels`, all real tokens."""
+    tokens with a label; without `labels`, all real tokens. Raises CordaError if the labels have another shape."""
     real, labels = token_masks(batch)[0], batch.get("labels")
+    if labels is not None and labels.shape != real.shape:
+        raise CordaError(f"a batch has labels of shape {tuple(labels.shape)} for tokens of shape {tuple(real.shape)}")
     answers = real if labels is None else real & (labels != -100).cpu()
     return real[:, :-1] & answers[:, 1:]
 
