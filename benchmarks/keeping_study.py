@@ -30,7 +30,8 @@ from corda_lora.data.batches import context_batches, encode
 from corda_lora.data.samples import load_samples
 from corda_lora.evaluation.evaluate import loss_and_drift, text_windows
 from corda_lora.models.loading import load_model, load_tokenizer
-from corda_lora.models.targets import find_targets, layer_digest
+from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import layer_digest
 from corda_lora.preprocess.pipeline import preprocess
 from corda_lora.preprocess.statistics import Sides, Statistics, answered_batches, drawn_log_likelihood, uniform
 from corda_lora.training.keeping import Keeper, PredictedDrift

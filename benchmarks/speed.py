@@ -35,7 +35,8 @@ from corda_lora.config import DataConfig, ModelConfig
 from corda_lora.data.batches import context_batches
 from corda_lora.data.samples import load_samples
 from corda_lora.models.loading import load_model, load_tokenizer
-from corda_lora.models.targets import find_targets, weight_of, weight_shape
+from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import weight_of, weight_shape
 from corda_lora.peft import preprocess_corda
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

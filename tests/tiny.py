@@ -165,10 +165,16 @@ MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A model of random weights and biases."""
+def llama_for_nf4(**size: int) -> nn.Module:
+    """Its rows are whole numbers of NF4's blocks of 64."""
+    wide = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": False}
+    return t.LlamaForCausalLM(t.LlamaConfig(**SIZE | wide | size))
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **size: int) -> nn.Module:
+    """A model of random weights and biases; `size` is for llama_for_nf4."""
     torch.manual_seed(seed)
-    model = (FAMILIES | MORE_FAMILIES)[family]()
+    model = llama_for_nf4(**size) if family == "llama_for_nf4" else (FAMILIES | MORE_FAMILIES)[family]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -40,7 +40,8 @@ from .config import CordaError
 from .devices import compute_device, double_device
 from .files import whole_file
 from .models.lockstep import DifferentPathsError, find_blocks, parking
-from .models.targets import check_bare, weight_of, weight_shape
+from .models.targets import check_bare
+from .models.weights import weight_of, weight_shape
 from .preprocess.collect import Collector, Group
 from .preprocess.context import Context
 from .preprocess.walk import Place, walk

@@ -12,7 +12,8 @@ from corda_lora.config import CordaError, TrainConfig
 from corda_lora.data.batches import context_batches
 from corda_lora.methods.baselines import _labelled_batches
 from corda_lora.methods.registry import METHODS, count_parameters
-from corda_lora.models.targets import find_targets, weight_of
+from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import weight_of
 
 
 def test_bitfit_trains_biases_and_refuses_a_model_without(prepare):

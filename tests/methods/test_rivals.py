@@ -17,7 +17,8 @@ from corda_lora.data.batches import context_batches
 from corda_lora.evaluation.answers import answer_log_probs, padded
 from corda_lora.methods.registry import METHODS, check_options
 from corda_lora.methods.rivals import _encoded_context, _shares
-from corda_lora.models.targets import find_targets, weight_of
+from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import weight_of
 
 ON_CONTEXT = {"distill": "distillation", "replay": "replay"}
 

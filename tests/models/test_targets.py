@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from corda_lora.config import CordaError
-from corda_lora.models.targets import find_targets, layer_digest, weight_of
+from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import layer_digest, weight_of
 
 
 def test_a_regular_expression_matches_whole_names():
@@ -50,7 +51,7 @@ def dequantized(module):
 
 
 def test_a_quantized_weight_that_a_forward_has_reordered(monkeypatch):
-    monkeypatch.setattr("corda_lora.models.targets.dequantize_module_weight", dequantized)
+    monkeypatch.setattr("corda_lora.models.weights.dequantize_module_weight", dequantized)
     numbers = torch.randint(16, (6, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     layer = Linear4bit(numbers)
     digest = layer_digest(layer)

@@ -9,7 +9,8 @@ from tiny import start_of
 
 from corda_lora import CordaConfig, CordaError, get_corda_model
 from corda_lora.cli import main
-from corda_lora.models.targets import find_targets, weight_of
+from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import weight_of
 from corda_lora.preprocess.backward import walk_back
 from corda_lora.preprocess.context import Context, answer_mask
 from corda_lora.preprocess.pipeline import preprocess

@@ -12,7 +12,8 @@ from corda_lora import CordaConfig, CordaError
 from corda_lora.adapters.export import export_lora, export_merged, export_residual
 from corda_lora.adapters.lora import install, lora_layers, save_adapter
 from corda_lora.cli import main
-from corda_lora.models.targets import find_targets, weight_shape
+from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import weight_shape
 from corda_lora.preprocess.pipeline import preprocess
 
 LLAMA_COST = sum(sum(weight_shape(m)) for m in find_targets(tiny.build("llama"), "all-linear").values())

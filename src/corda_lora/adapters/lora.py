@@ -39,7 +39,8 @@ from torch import Tensor, nn
 
 from ..config import CordaError
 from ..files import CHECKSUMS, check_checksums, read_json, sha256_of, whole_folder, write_checksums, write_json
-from ..models.targets import check_bare, fingerprint, layer_digest, lora_config
+from ..models.targets import check_bare, lora_config
+from ..models.weights import fingerprint, layer_digest
 from ..preprocess.pipeline import Start
 from ..preprocess.statistics import NAME as STATISTICS
 from ..preprocess.statistics import Statistics

@@ -17,7 +17,7 @@ from ..config import CordaConfig, CordaError, NonNegative
 from ..data.batches import context_batches, encode, pad
 from ..data.samples import Sample
 from ..devices import compute_device, double_device
-from ..models.targets import weight_of, weight_shape
+from ..models.weights import weight_of, weight_shape
 from ..preprocess.context import Context
 from ..preprocess.layer import LayerStart
 from ..preprocess.pipeline import Start

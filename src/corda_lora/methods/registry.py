@@ -25,7 +25,7 @@ from ..adapters.lora import lora_layers
 from ..config import CordaConfig, CordaError, DataConfig, TrainConfig, check_value
 from ..data.samples import Sample, load_samples
 from ..files import whole_file
-from ..models.targets import weight_shape
+from ..models.weights import weight_shape
 
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 SLOW_RATES = tuple(rate / 10 for rate in RATES)  # for methods that train large weights

@@ -23,7 +23,7 @@ from ..config import CordaError, Count, NonNegative, Range
 from ..data.batches import Encoded, context_batches, encode
 from ..devices import compute_device, double_device
 from ..evaluation.answers import answer_log_probs, padded, with_answers
-from ..models.targets import weight_of, weight_shape
+from ..models.weights import weight_of, weight_shape
 from ..preprocess.context import Context
 from ..preprocess.walk import Place, walk
 from .baselines import from_start

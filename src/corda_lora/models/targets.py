@@ -2,22 +2,20 @@
 
 import copy
 import difflib
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import peft
-import torch
 from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import CordaConfig, CordaError, find_all
+from .weights import weight_shape
 
 TASK_TYPES = {
     "ForCausalLM": TaskType.CAUSAL_LM,
@@ -346,39 +344,3 @@ def check_rank(targets: Mapping[str, nn.Module], config: CordaConfig, model: nn.
 def modules_named(model: nn.Module, ending: str) -> dict[str, nn.Module]:
     """The modules whose name has this ending, as PEFT finds `modules_to_save`: `norm` is also `input_layernorm`."""
     return {name: module for name, module in model.named_modules() if name.endswith(ending)}
-
-
-def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a linear layer or Conv1D, quantized or not."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[1]), int(module.weight.shape[0])
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """W (d_out, d_in) of a linear layer; of a quantized one, what its numbers stand for."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        module.state_dict()  # a forward on a CPU left bitsandbytes' numbers in another order: this puts them back
-    if not weight.dtype.is_floating_point or weight.numel() != weight_shape(module)[0] * weight_shape(module)[1]:
-        weight = dequantize_module_weight(module)
-    elif weight.dtype.itemsize == 1:
-        raise CordaError("the base weights are float8, from which components cannot be cut: load the model in bfloat16")
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
-
-
-def layer_digest(module: nn.Module) -> str:
-    """sha256 over up to 4096 evenly spaced numbers of a layer's weight, as bfloat16: the same whatever dtype it was
-    loaded in."""
-    flat = weight_of(module).reshape(-1)
-    step = max(1, flat.numel() // 4096)
-    sample = flat[::step][:4096].to("cpu", torch.float32).to(torch.bfloat16)
-    digest = hashlib.sha256(str(weight_shape(module)).encode())
-    digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint(digests: Mapping[str, str]) -> str:
-    """One sha256 of all layers' digests, which tells whether an adapter was made for these weights."""
-    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..config import CordaError
 from ..devices import synchronize
 from ..models.lockstep import find_blocks, lockstep, on_device, tensors_of, visits
-from ..models.targets import require_causal, weight_shape
+from ..models.targets import require_causal
+from ..models.weights import weight_shape
 from .collect import Collector, Gradients, Group, frozen
 from .context import Batch, Context, answer_mask
 from .statistics import drawn_log_likelihood, uniform

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..algebra.covariance import HALF, Covariance
 from ..config import CordaError
-from ..models.targets import weight_shape
+from ..models.weights import weight_shape
 from .context import Batch, Context, has_decoder, token_masks
 
 

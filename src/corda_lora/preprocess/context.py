@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import CordaError
 from ..data.batches import context_batches
 from ..data.samples import Sample
-from ..models.targets import weight_shape
+from ..models.weights import weight_shape
 
 Batch = Mapping[str, Any]
 

@@ -27,16 +27,8 @@ from ..devices import (
     synchronize,
 )
 from ..models.lockstep import Stored, find_blocks, parking
-from ..models.targets import (
-    choose_targets,
-    fingerprint,
-    layer_digest,
-    left_out,
-    require_causal,
-    tied_layers,
-    weight_of,
-    weight_shape,
-)
+from ..models.targets import choose_targets, left_out, require_causal, tied_layers
+from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
 from ..progress import progress_bar
 from .backward import StepBack, walk_back
 from .collect import Group

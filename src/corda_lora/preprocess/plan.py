@@ -28,7 +28,8 @@ from ..data.samples import load_rounds
 from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
-from ..models.targets import budget_of, choose_targets, weight_shape
+from ..models.targets import budget_of, choose_targets
+from ..models.weights import weight_shape
 from .backward import LOGITS
 from .context import read_context, token_masks
 from .layer import keeps_all

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ..algebra.compactness import allocate, allocation_scores, log_compactness
 from ..config import CordaConfig
-from ..models.targets import budget_of, weight_shape
+from ..models.targets import budget_of
+from ..models.weights import weight_shape
 
 
 class Ranks:

@@ -19,7 +19,8 @@ from ..algebra.second_order import Low, compact
 from ..config import CordaError
 from ..data.batches import Encoded, batch_by_length, pad
 from ..files import whole_file
-from ..models.targets import layer_digest, require_causal
+from ..models.targets import require_causal
+from ..models.weights import layer_digest
 from ..progress import track
 from .collect import Collector, Gradients, frozen
 from .context import Context

@@ -22,7 +22,7 @@ from ..adapters.held import unwrapped
 from ..adapters.lora import lora_layers
 from ..algebra.second_order import Low, predicted_drift, quadratic
 from ..config import KEEP, CordaError, Count, NonNegative, Positive, check_value
-from ..models.targets import layer_digest
+from ..models.weights import layer_digest
 from ..preprocess.statistics import Statistics
 
 STATE = "Keeper"
