@@ -10,7 +10,7 @@ from corda_lora.adapters.lora import lora_layers
 from corda_lora.compare.job import train_prepared
 from corda_lora.config import CordaError, TrainConfig
 from corda_lora.data.batches import context_batches
-from corda_lora.methods.baselines import _labelled_batches
+from corda_lora.methods.baselines import labelled_batches
 from corda_lora.methods.registry import METHODS, count_parameters
 from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import weight_of
@@ -122,7 +122,7 @@ def test_pissa_trains_the_head_of_the_svd(prepare):
 
 def test_lora_ga_starts_on_the_tasks_gradient(prepare):
     prepared, setup, base = prepare("lora-ga")
-    for batch in _labelled_batches(setup, setup.context("learn", 64), base):
+    for batch in labelled_batches(setup, setup.context("learn", 64), base):
         base(**batch).loss.backward()
     for name, layer in lora_layers(prepared.model).items():
         A = torch.nn.functional.normalize(layer.lora_A["default"].weight).double()
@@ -136,7 +136,7 @@ def test_eva_starts_on_the_inputs_and_shares_out_ranks(prepare):
     ranks = [layer.r["default"] for layer in layers.values()]
     assert 4 < max(ranks) <= 8
     assert sum(ranks) <= 4 * len(ranks)
-    batches = _labelled_batches(setup, setup.context("learn"), base)
+    batches = labelled_batches(setup, setup.context("learn"), base)
     for name, C in tiny.covariances_of(base, find_targets(base, "all-linear"), batches).items():
         if name in layers:  # not if all its ranks went to others
             A = layers[name].lora_A["default"].weight.double()

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from corda_lora.adapters.lora import lora_layers
 from corda_lora.compare.job import train_prepared
 from corda_lora.config import CordaError
-from corda_lora.methods.baselines import _labelled_batches
+from corda_lora.methods.baselines import labelled_batches
 from corda_lora.methods.registry import METHODS, check_options, count_parameters
 
 CHANGES_THE_START = {"kasa"}  # it discards components of W
@@ -49,7 +49,7 @@ def test_starts_as_the_base_with_the_budget_and_learns(name, prepare, orders):
 
     @torch.no_grad()
     def loss():
-        batches = _labelled_batches(setup, setup.context("learn"), model)
+        batches = labelled_batches(setup, setup.context("learn"), model)
         return sum(model(**batch).loss for batch in batches)
 
     before, seen = loss(), Seen(model)
@@ -72,7 +72,7 @@ def test_starts_as_the_base_with_the_budget_and_learns(name, prepare, orders):
         ("corda++-kpm-balanced", "corda_lora.methods.corda.prepare"),
         ("milora", "corda_lora.methods.corda.prepare"),
         ("lora-null", "corda_lora.methods.baselines.walk"),
-        ("eva", "corda_lora.methods.baselines._labelled_batches"),
+        ("eva", "corda_lora.methods.baselines.labelled_batches"),
         ("ewc", "corda_lora.methods.rivals._fisher"),
         ("oplora", "torch.linalg.svd"),
         ("sc-lora", "corda_lora.methods.rivals.walk"),

@@ -16,10 +16,10 @@ whole model first. Filtering the r-th component of a layer with the spectrum σ�
 
     log π(C) · σ_{R−r+1} / (σ₁ + ... + σ_{R−r})
 
-which is what is lost over what remains. In mode `kpm` the filtered components become the adapter; in mode `ipm` the
-remaining ones do. The paper filters one component at a time, always the cheapest. The cost grows with r, because the
-numerator rises and the denominator falls. So the greedy loop takes the components in the order of one global sort:
-`allocate`.
+which is what is lost over what remains. Or, in its place, what the context feels of it: `drift_scores`. In mode `kpm`
+the filtered components become the adapter; in mode `ipm` the remaining ones do. The paper filters one component at a
+time, always the cheapest. The cost grows with r, because the numerator rises and the denominator falls. So the greedy
+loop takes the components in the order of one global sort: `allocate`.
 """
 
 import math
@@ -29,6 +29,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .decomposition import energies
 from .solvers import lanczos, lower_inverse
 
 # Up to this size a full symmetric eigendecomposition is used; above it Lanczos is faster, on a GPU and on two cores.
@@ -83,9 +84,12 @@ def compactness_term(W: Tensor, C: Tensor, log_pi: float, r: int = 0) -> Tensor:
 
         ∂σ_i/∂W = u_i v_iᵀ C_λ
 
+    The singular values are those of a Gram matrix in float64, which is many times faster on a GPU than an SVD: those
+    below 1e-8·σ₁ count as zero.
+
     The term is not differentiable where a singular value of the tail is zero (Σσ has a kink, as |x| has), where
     σ_r = σ_{r+1} (which one belongs to the tail?), and where σ₁ = σ₂. There autograd gives the gradient of one of the
-    sides. It is not defined for W C_λ = 0.
+    sides, and of a σ that is zero none. It is not defined for W C_λ = 0.
 
     Args:
         W: (m, n).
@@ -93,8 +97,11 @@ def compactness_term(W: Tensor, C: Tensor, log_pi: float, r: int = 0) -> Tensor:
         log_pi: see `log_compactness`.
         r: the number of components that are free of charge.
     """
-    sigma = torch.linalg.svdvals(W @ C)
-    return log_pi * sigma[r:].sum() / sigma[0]
+    M = (W @ C).double()
+    squares = torch.linalg.eigvalsh(M @ M.T if M.shape[0] <= M.shape[1] else M.T @ M).flip(0)  # σ², descending
+    floor = EPS * squares.detach()[0]
+    sigma = torch.where(squares > floor, squares.clamp(min=floor).sqrt(), 0.0)
+    return (log_pi * sigma[r:].sum() / sigma[0]).to(W.dtype)
 
 
 def allocation_scores(log_pi: float, sigma: Tensor) -> Tensor:
@@ -110,6 +117,31 @@ def allocation_scores(log_pi: float, sigma: Tensor) -> Tensor:
     return torch.where(remaining > 0, scores, torch.where(sigma.flip(0) > 0, torch.inf, 0.0))
 
 
+def drift_scores(rows: Tensor, C: Tensor | None, D: Tensor | None) -> Tensor:
+    """What the r-th component from the tail costs in predicted drift per parameter, for r = 1 ... R: (R,), float64,
+    ascending.
+
+    An update b âᵢ along the component's input direction âᵢ = aᵢ/‖aᵢ‖ has the predicted drift tr(D b âᵢ C âᵢᵀ bᵀ) (see
+    `second_order`). Where training has moved each entry of b, (m,), by one, independently, that is on average
+
+        tr(D) · âᵢ C âᵢᵀ        and over the m + n parameters of the component its cost
+
+    Read for a task in place of what is to be kept, it is the mean square of the gradient at b: what there is to gain.
+    As ranks count from the tail, the r-th component costs at least as much as those behind it.
+
+    Args:
+        rows: a_i (R, n), from the head to the tail.
+        C: of the layer's inputs (n, n); D: of the gradients at its outputs (m, m). None, where no token came to the
+            layer: nothing costs anything.
+    """
+    if C is None or D is None:
+        return rows.new_zeros(len(rows), dtype=torch.float64)
+    lengths = rows.double().square().sum(1).clamp(min=1e-300)
+    leaks = energies(rows.double(), C) / lengths  # of a dead component, 0
+    costs = float(D.diagonal().double().sum()) * leaks / (len(D) + len(C))
+    return costs.flip(0).clamp(min=0).cummax(0).values
+
+
 def allocate(
     scores: Sequence[Tensor],
     costs: Sequence[int],
@@ -121,7 +153,7 @@ def allocate(
     """The rank of every layer: the paper's greedy loop (Alg. 2) as one stable sort of all layers' scores.
 
     Args:
-        scores: the `allocation_scores` of each layer.
+        scores: the `allocation_scores` or the `drift_scores` of each layer.
         costs: the parameters of one component of each layer, d_in + d_out.
         budget: the parameters of all components together. Mode `kpm` stops before it would exceed the budget. Mode
             `ipm` stops as soon as the remaining components fit, less than one component below the budget.

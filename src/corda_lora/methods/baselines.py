@@ -24,7 +24,7 @@ from ..preprocess.pipeline import Start
 from ..preprocess.walk import Place, walk
 from . import adapterdrop as adapterdrop_
 from . import dylora as dylora_
-from .keeping import context_statistics, with_penalty
+from .keeping import AFTER, what_is_kept, with_penalties
 from .registry import SLOW_RATES, Prepared, Setup, count_parameters, method
 
 # --- without low-rank factors ----------------------------------------------------------------------------------------
@@ -59,15 +59,23 @@ def adapterdrop(model: nn.Module, setup: Setup, drop: int | None = None) -> Prep
 # --- LoRA and its relatives, through PEFT ----------------------------------------------------------------------------
 
 
-@method("lora", "LoRA", "Hu et al., arXiv 2106.09685; PEFT", after=("keep",))
-def lora(model: nn.Module, setup: Setup, keep: NonNegative = 0.0, samples: int | None = None) -> Prepared:
+@method("lora", "LoRA", "Hu et al., arXiv 2106.09685; PEFT", after=AFTER)
+def lora(
+    model: nn.Module,
+    setup: Setup,
+    keep: NonNegative = 0.0,
+    samples: int | None = None,
+    keep_generic: NonNegative = 0.0,
+    compactness: NonNegative = 0.0,
+) -> Prepared:
     """
     Args:
         keep: weight λ of the predicted drift in the loss (see `training.keeping`).
         samples: how many samples of the ability to keep it is predicted from. Default: the comparison's number.
+        keep_generic, compactness: as in `corda`.
     """
-    statistics = context_statistics(model, setup, keep, samples)
-    return with_penalty(Prepared(peft.get_peft_model(model, setup.lora())), setup, statistics, keep)
+    kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness)
+    return with_penalties(Prepared(peft.get_peft_model(model, setup.lora())), setup, kept)
 
 
 @method("dora", "DoRA", "Liu et al., arXiv 2402.09353; PEFT")
@@ -183,7 +191,7 @@ def lora_ga(model: nn.Module, setup: Setup, samples: int = 64) -> Prepared:
     config = setup.lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
 
     def step() -> None:
-        for batch in _labelled_batches(setup, setup.context("learn", samples), model):
+        for batch in labelled_batches(setup, setup.context("learn", samples), model):
             model(**batch).loss.backward()
 
     peft.tuners.lora.preprocess_loraga(model, config, step)
@@ -199,7 +207,7 @@ def eva(model: nn.Module, setup: Setup, rho: float = 2.0) -> Prepared:
     model = peft.get_peft_model(model, config)
 
     def directions() -> dict[str, Tensor]:
-        batches = _labelled_batches(setup, setup.context("learn"), model)
+        batches = labelled_batches(setup, setup.context("learn"), model)
         first = peft.get_eva_state_dict(model, batches, show_progress_bar=False)
         ranks = {name: len(rows) for name, rows in first.items()}
         layers = {name: setup.targets[name.removeprefix("base_model.model.")] for name in ranks}
@@ -218,7 +226,7 @@ def dylora(model: nn.Module, setup: Setup) -> Prepared:
     return Prepared(model, callbacks=[callback])
 
 
-def _labelled_batches(
+def labelled_batches(
     setup: Setup, samples: Sequence[Sample], model: nn.Module, size: int = 8
 ) -> list[dict[str, Tensor]]:
     """Batches of `size` samples with labels. The prompt is masked as in training."""

@@ -11,7 +11,7 @@ from ..adapters.lora import load_adapter
 from ..adapters.prepare import prepare
 from ..config import CordaConfig, DataConfig, NonNegative
 from .baselines import adamw_with_ratio
-from .keeping import context_statistics, with_penalty
+from .keeping import AFTER, what_is_kept, with_penalties
 from .registry import RATES, SLOW_RATES, Prepared, Setup, method
 
 
@@ -22,6 +22,8 @@ def corda(
     samples: int | None = None,
     context: str = "",
     keep: NonNegative = 0.0,
+    keep_generic: NonNegative = 0.0,
+    compactness: NonNegative = 0.0,
     **options: Any,
 ) -> Prepared:
     """The adapter's start is cached as an adapter directory.
@@ -31,6 +33,8 @@ def corda(
         samples: how many samples of the context are analysed. Default: the comparison's number.
         context: DATA that is analysed instead of the comparison's.
         keep: weight λ of the predicted drift in the loss (see `training.keeping`).
+        keep_generic: the same on texts that the model itself draws.
+        compactness: weight of the compactness term of CorDA++ in the loss (see `compactness_penalty`).
         options: any options of `CordaConfig`.
     """
     folder = setup.folder / "start"
@@ -42,10 +46,10 @@ def corda(
             data = replace(data, samples=samples or setup.samples)
         shutil.rmtree(setup.folder / "start.work", ignore_errors=True)  # left by a run that was broken off
         prepare(model, config, data, folder, setup.tokenizer)
-    statistics = context_statistics(model, setup, keep, samples)
+    kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
     prepared = Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))
-    return with_penalty(prepared, setup, statistics, keep)
+    return with_penalties(prepared, setup, kept)
 
 
 method("milora", "MiLoRA", "Wang et al., arXiv 2406.09044; ours", prepares_from="weights")(
@@ -66,5 +70,5 @@ for _preset, _title in (("corda", "CorDA"), ("corda+", "CorDA+"), ("corda++", "C
                 "Yang et al., arXiv 2406.05223, 2506.13187; ours",
                 _rates,
                 _data,
-                after=("ratio", "keep"),
+                after=("ratio", *AFTER),
             )(partial(corda, preset=_preset, mode=_mode, split=_split))

@@ -1,34 +1,119 @@
-"""The penalty on predicted drift, for methods whose adapter is a LoRA."""
+"""What a training keeps, for methods whose adapter is a LoRA: terms of the loss that are known from the weights."""
 
-from torch import nn
+import random
+from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from ..adapters.lora import lora_layers
+from ..algebra.compactness import compactness_term, extreme_eigenvalues, log_compactness
+from ..algebra.decomposition import regularize
+from ..algebra.second_order import Low, whole
 from ..data.batches import encode
+from ..models.targets import weight_of
+from ..preprocess.own_text import own_text
 from ..preprocess.statistics import NAME, Statistics, collect_statistics
 from ..training.keeping import Keeper, PredictedDrift
 from .registry import Prepared, Setup
 
-
-def with_penalty(prepared: Prepared, setup: Setup, statistics: Statistics | None, keep: float) -> Prepared:
-    """Add `keep` times the predicted drift to the loss that a prepared model is trained with; nothing without
-    statistics."""
-    if statistics is None:
-        return prepared
-    keeper = Keeper(PredictedDrift(prepared.model, statistics), keep)
-    return prepared._replace(
-        callbacks=[*prepared.callbacks, keeper], penalties={**prepared.penalties, "drift": keeper.penalty}
-    )
+AFTER = ("keep", "keep_generic", "compactness")  # options of methods that change the training alone
+DRAWN = 8  # layers whose compactness a micro-batch looks at: an eigendecomposition each
 
 
-def context_statistics(model: nn.Module, setup: Setup, keep: float, samples: int | None = None) -> Statistics | None:
-    """The statistics of the ability to keep, from the model without an adapter; None where nothing is kept. They are
-    cached in the method's folder, which all values of `keep` share."""
-    if keep == 0:
-        return None
-    path = setup.folder / NAME
+class Kept(NamedTuple):
+    """What is kept, and at what price.
+
+    Attributes:
+        keep, keep_generic: the weights of the drift that is predicted on the ability to keep, and on the model's own
+            texts, in nats of loss for a nat per answer token.
+        compactness: the weight of the layers' mean compactness term.
+        context, generic: the statistics of both; None where nothing needs them.
+    """
+
+    keep: float
+    keep_generic: float
+    compactness: float
+    context: Statistics | None
+    generic: Statistics | None
+
+
+def what_is_kept(
+    model: nn.Module,
+    setup: Setup,
+    keep: float,
+    samples: int | None = None,
+    keep_generic: float = 0.0,
+    compactness: float = 0.0,
+) -> Kept:
+    """
+    Args:
+        samples: how many samples of the ability to keep are looked at. Default: the comparison's number.
+    """
+    context = context_statistics(model, setup, "keep", samples) if keep or compactness else None
+    generic = context_statistics(model, setup, "generic") if keep_generic else None
+    return Kept(keep, keep_generic, compactness, context, generic)
+
+
+def context_statistics(model: nn.Module, setup: Setup, kind: str, samples: int | None = None) -> Statistics:
+    """The statistics of the ability to "keep", of the task ("learn"), or of "generic" text, the model's own, from the
+    model without an adapter. They are cached in the method's folder, which all prices share.
+
+    Args:
+        samples: how many samples there are of the first two. Default: the comparison's number.
+    """
+    path = setup.folder / (NAME if kind == "keep" else f"{kind}.{NAME}")
     if not path.is_file():
-        data = setup.data("keep")
-        encoded = [encode(setup.tokenizer, sample, data.max_length) for sample in setup.context("keep", samples)]
-        pad_id = setup.tokenizer.pad_token_id or 0
+        if kind == "generic":
+            encoded = own_text(model, setup.tokenizer)
+        else:
+            length = setup.data(kind).max_length
+            encoded = [encode(setup.tokenizer, s, length) for s in setup.context(kind, samples)]
         path.parent.mkdir(parents=True, exist_ok=True)
+        pad_id = setup.tokenizer.pad_token_id or 0
         collect_statistics(model, setup.targets, encoded, pad_id, progress=False).save(path)
     return Statistics.load(path)
+
+
+def with_penalties(prepared: Prepared, setup: Setup, kept: Kept) -> Prepared:
+    """Add what is kept to the loss that a prepared model is trained with."""
+    callbacks, penalties = list(prepared.callbacks), dict(prepared.penalties)
+    if kept.keep and kept.context:
+        keeper = Keeper(PredictedDrift(prepared.model, kept.context), kept.keep)
+        callbacks.append(keeper)
+        penalties["drift"] = keeper.penalty
+    if kept.generic:
+        generic = PredictedDrift(prepared.model, kept.generic)
+        penalties["generic"] = lambda: kept.keep_generic * generic()
+    if kept.compactness and kept.context:
+        penalties["compactness"] = compactness_penalty(prepared.model, kept.context, setup, kept.compactness)
+    return prepared._replace(callbacks=callbacks, penalties=penalties)
+
+
+def compactness_penalty(
+    model: nn.Module, statistics: Statistics, setup: Setup, weight: float, damping: float = 0.01
+) -> Callable[[], Tensor]:
+    """`weight` · the mean over layers of log π(C) · Σ_{i>r} σ_i/σ₁ of (W + ΔW) C_λ (see `compactness_term`), with r of
+    the comparison, estimated by `DRAWN` layers that are drawn at each call, without bias."""
+    layers, rng = {n: x for n, x in lora_layers(model).items() if n in statistics.layers}, random.Random(0)
+    known: dict[int, tuple[float, float]] = {}  # extreme eigenvalues of each C: layers with the same input share it
+
+    def C_of(name: str) -> Tensor:
+        device = weight_of(layers[name].get_base_layer()).device
+        return regularize(whole(Low(*(part.to(device) for part in statistics.layers[name].C))), damping)
+
+    def term(name: str) -> Tensor:
+        layer, C, shared = layers[name], C_of(name), id(statistics.layers[name].C.factor)
+        if shared not in known:
+            known[shared] = extreme_eigenvalues(C)
+        A, B = (factor["default"].weight.double() for factor in (layer.lora_A, layer.lora_B))
+        W = weight_of(layer.get_base_layer()).double() + layer.scaling["default"] * B @ A
+        return compactness_term(W, C, log_compactness(len(W), *known[shared]), setup.r)
+
+    def penalty() -> Tensor:
+        drawn = rng.sample(list(layers), min(DRAWN, len(layers)))
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            return weight * torch.stack([term(name) for name in drawn]).mean().float()
+
+    return penalty

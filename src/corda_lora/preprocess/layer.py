@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra.compactness import extreme_eigenvalues, log_compactness, selection_score
+from ..algebra.compactness import (
+    allocation_scores,
+    drift_scores,
+    extreme_eigenvalues,
+    log_compactness,
+    selection_score,
+)
 from ..algebra.covariance import float32_products
 from ..algebra.decomposition import energies, factor, orient, regularize, select, split_components
 from ..algebra.norms import norms
@@ -87,6 +93,7 @@ class Decomposed:
             those of the adapter, (r,).
         energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
         record: what is known of the layer by now.
+        scores: see `scores_of`.
         sides: C and D in small, from which drift is predicted; None if nobody asks for it.
     """
 
@@ -95,6 +102,7 @@ class Decomposed:
     sigma: Tensor
     energy: Tensor | None
     record: LayerRecord
+    scores: Tensor | None = None
     sides: Sides | None = None
 
 
@@ -195,6 +203,24 @@ def decompose_layer(
     if keeps_all(config):
         return components(W, oriented, config.solver)
     return chosen_components(W, oriented, config.mode, config.r, config.solver, fell_back)
+
+
+def scores_of(
+    W: Tensor, C: Tensor | None, D: Tensor | None, U: Tensor, sigma: Tensor, log_pi: float | None, config: CordaConfig
+) -> Tensor | None:
+    """What filtering each component costs, the tail first: (R,), float64, on the device of W. None where ranks are
+    fixed.
+
+    Args:
+        W, C, D: of the layer, (m, n), (n, n) and (m, m); two-sided, LᵀW. C is None where it got no token.
+        U, sigma: all components.
+        log_pi: see `Choice`; None where the layer got no covariance.
+    """
+    if not config.allocates:
+        return None
+    if config.allocation == "drift":
+        return drift_scores(U.T @ W.double(), C, None if D is None else D.to(W.device))
+    return allocation_scores(log_compactness(len(W), 1, 1) if log_pi is None else log_pi, sigma)
 
 
 def output_factor(D: Tensor | None, config: CordaConfig) -> Tensor | None:

@@ -43,6 +43,7 @@ from .layer import (
     extremes_of,
     keep_components,
     output_factor,
+    scores_of,
     start_layer,
 )
 from .ranks import Ranks
@@ -221,7 +222,7 @@ def _finished_before(store: LayerStore, ranks: Ranks, device: torch.device) -> d
     for name, layer in store.load(spectra_only=True):
         assert layer.record.digest is not None
         digests[name] = layer.record.digest
-        ranks.see(name, layer.record.log_pi, layer.sigma.to(double_device(device)))
+        ranks.see(name, None if layer.scores is None else layer.scores.to(double_device(device)))
     return digests
 
 
@@ -267,9 +268,11 @@ def _decompose(
         clock.lap("selection")
         C = covariances[choice.round or 0].to(W.device) if covariances else None
         U, sigma = decompose_layer(W, C, config, partial(fallbacks.append, name))
-        ranks.see(name, choice.log_pi, sigma)
+        scores = scores_of(W, C, D, U, sigma, choice.log_pi, config)
+        ranks.see(name, scores)
         record = LayerRecord(**choice._asdict(), digest=layer_digest(targets[name]), input=members[0])
         decomposed = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record, L)
+        decomposed.scores = None if scores is None else scores.cpu()
         if input_side is not None:
             D = torch.zeros(len(W), len(W)) if D is None else D
             decomposed.sides = Sides(input_side, _small([D], clock.device))

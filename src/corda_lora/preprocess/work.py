@@ -24,7 +24,7 @@ MANIFEST = "finished.json"
 # What runs leave in a folder of work: settings, finished blocks, parked hidden states, checkpoints, the trainer's page,
 # a tracker's logs.
 OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|checkpoint-\d+|README\.md|tmp\w+|runs")
-KEYS = ("rows", "U", "sigma", "energy", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
+KEYS = ("rows", "U", "sigma", "energy", "scores", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
 
 
 def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -> Path:
@@ -112,15 +112,16 @@ class LayerStore:
             with safe_open(self.folder / file, framework="pt") as tensors:
                 names, inputs = set(tensors.keys()), dict[str, Low]()
                 for layer, fields in json.loads(tensors.metadata()["records"]).items():
-                    keys = [k for k in (("sigma",) if spectra_only else KEYS) if f"{layer}|{k}" in names]
+                    keys = [k for k in (("sigma", "scores") if spectra_only else KEYS) if f"{layer}|{k}" in names]
                     parts = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
                     rows, record, sides = parts.get("rows", torch.empty(0, 0)), LayerRecord(**fields), None
+                    sigma, (U, energy, scores) = parts["sigma"], map(parts.get, ("U", "energy", "scores"))
                     if "C.factor" in parts:
                         inputs[layer] = Low(parts["C.factor"], parts["C.diagonal"])
                     if "D.factor" in parts:
                         assert record.input is not None
                         sides = Sides(inputs[record.input], Low(parts["D.factor"], parts["D.diagonal"]))
-                    yield layer, Decomposed(rows, parts.get("U"), parts["sigma"], parts.get("energy"), record, sides)
+                    yield layer, Decomposed(rows, U, sigma, energy, record, scores, sides)
 
 
 def _parts(name: str, layer: Decomposed) -> dict[str, Tensor]:
