@@ -12,7 +12,7 @@ from ..algebra.decomposition import regularize
 from ..algebra.second_order import Low, steepest_rows, whole
 from ..config import CordaConfig, CordaError, NonNegative, Positive
 from ..devices import compute_device, double_device
-from ..models.targets import weight_shape
+from ..models.weights import weight_shape
 from ..preprocess.layer import LayerStart
 from ..preprocess.pipeline import Start
 from ..preprocess.statistics import Statistics

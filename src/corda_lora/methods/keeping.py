@@ -12,7 +12,7 @@ from ..algebra.compactness import compactness_term, extreme_eigenvalues, log_com
 from ..algebra.decomposition import regularize
 from ..algebra.second_order import Low, whole
 from ..data.batches import encode
-from ..models.targets import weight_of
+from ..models.weights import weight_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import NAME, Statistics, collect_statistics
 from ..training.keeping import Keeper, PredictedDrift
