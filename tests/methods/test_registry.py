@@ -14,8 +14,9 @@ from corda_lora.config import CordaError
 from corda_lora.methods.baselines import labelled_batches
 from corda_lora.methods.registry import METHODS, check_options, count_parameters
 
-CHANGES_THE_START = {"kasa"}  # it discards components of W
-BASE = {"bitfit": "qwen2_biased"}  # the others: llama
+QUANTIZED = ("qlora", "loftq", "qpissa", "qera", "cloq", "qcorda", "qcorda-folded", "qcorda-kpm-anchored")
+CHANGES_THE_START = {"kasa", *QUANTIZED}  # it discards components of W; NF4 rounds
+BASE = {"bitfit": "qwen2_biased"} | dict.fromkeys(QUANTIZED, "llama_64")  # the others: llama
 
 
 class Seen(TrainerCallback):
@@ -75,15 +76,16 @@ def test_starts_as_the_base_with_the_budget_and_learns(name, prepare, orders):
         ("eva", "corda_lora.methods.baselines.labelled_batches"),
         ("ewc", "corda_lora.methods.rivals._fisher"),
         ("oplora", "torch.linalg.svd"),
+        ("qcorda-folded", "corda_lora.methods.quantized.collect_sides"),
         ("sc-lora", "corda_lora.methods.rivals.walk"),
         ("peft-corda-kpm", "peft.tuners.lora.corda.calib_cov_distribution"),
     ],
 )
 def test_a_slow_preparation_is_cached(name, computed_by, prepare, monkeypatch):
     assert METHODS[name].prepares_from
-    first, _, _ = prepare(name)
+    first, _, _ = prepare(name, family=BASE.get(name, "llama"))
     monkeypatch.setattr(computed_by, None)  # would raise if it were called
-    second, _, _ = prepare(name)
+    second, _, _ = prepare(name, family=BASE.get(name, "llama"))
     for key, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[key])
 

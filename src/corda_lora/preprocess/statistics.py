@@ -167,27 +167,29 @@ def drawn_log_likelihood(logits: Tensor, u: Tensor) -> Tensor:
     return log_probs.gather(1, y.clamp(max=sums.shape[-1] - 1)).sum()
 
 
-def collect_statistics(
-    model: nn.Module,
-    targets: Mapping[str, nn.Module],
-    encoded: Sequence[Encoded],
-    pad_id: int,
-    batch_tokens: int = 1024,
-    directions: int = DIRECTIONS,
-    progress: bool = True,
-) -> Statistics:
-    """C and D of a causal language model's target layers over samples with answers, with one backward a batch. Padding
-    counts on neither side.
+class WholeSides(NamedTuple):
+    """Layers that share their input, as `collect_sides` finds them.
+
+    Attributes:
+        members: their names.
+        C: (n, n) of that input.
+        Ds: (m, m) of the gradients at the outputs of each, by name.
+    """
+
+    members: list[str]
+    C: Tensor
+    Ds: dict[str, Tensor]
+
+
+def collect_sides(
+    model: nn.Module, targets: Mapping[str, nn.Module], batches: Sequence[Answered], progress: bool = True
+) -> Iterator[WholeSides]:
+    """C and D of a causal language model's target layers, whole, with one backward a batch. Padding counts on neither
+    side. Layers that no token reached are missing.
 
     Args:
         targets: layers by name. Layers that are given the same tensor share C.
-        directions: how many of C and of D are kept (see `compact`).
-
-    Raises CordaError: the model has no causal head; there are too few samples with an answer.
     """
-    require_causal(model)
-    device = next(model.parameters()).device
-    batches = answered_batches(encoded, pad_id, device, batch_tokens)
     collector = Collector(model, targets, Context([batch.inputs for batch in batches]))
     gradients = Gradients(collector)
     with frozen(model), collector.listening(), gradients.listening():
@@ -197,10 +199,33 @@ def collect_statistics(
             with torch.enable_grad():
                 logits = model(**batch.inputs, logits_to_keep=columns).logits[batch.answers[:, columns]]
                 drawn_log_likelihood(logits, uniform(len(logits), number)).backward()
-    layers: dict[str, Sides] = {}
     for members, (C,) in collector.take(list(targets)):
+        yield WholeSides(members, C, gradients.take(members))
+
+
+def collect_statistics(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    encoded: Sequence[Encoded],
+    pad_id: int,
+    batch_tokens: int = 1024,
+    directions: int = DIRECTIONS,
+    progress: bool = True,
+) -> Statistics:
+    """C and D of a causal language model's target layers over samples with answers, in small (see `compact`).
+
+    Args:
+        targets: as of `collect_sides`.
+        directions: how many of C and of D are kept.
+
+    Raises CordaError: the model has no causal head; there are too few samples with an answer.
+    """
+    require_causal(model)
+    batches = answered_batches(encoded, pad_id, next(model.parameters()).device, batch_tokens)
+    layers: dict[str, Sides] = {}
+    for members, C, Ds in collect_sides(model, targets, batches, progress):
         input_side = compact(C, directions)
-        layers |= {name: Sides(input_side, compact(D, directions)) for name, D in gradients.take(members).items()}
+        layers |= {name: Sides(input_side, compact(Ds[name], directions)) for name in members}
     tokens, answers = (sum(int(m.sum()) for m in masks) for masks in zip(*((b.real, b.answers) for b in batches)))
     digests = {name: layer_digest(module) for name, module in targets.items()}
     return Statistics(layers, sum(len(b.real) for b in batches), answers, tokens, digests)

@@ -1,0 +1,217 @@
+"""What quantization to NF4 costs before any training, by the start of the adapter beside it.
+
+    python benchmarks/quantization_error.py --model MODEL --data DATA
+
+MODEL is a directory of SmolLM2-135M-Instruct, DATA the folder that `prepare_data.py` makes. Every linear layer but the
+output head is in bitsandbytes' NF4, with an adapter of rank r in full precision beside it. C and D are of samples of
+GSM8K's training split.
+
+The error of a layer is ‖W − (Q + B A)‖_F / ‖W‖_F: plain, in C_λ^½, and in D_λ^½ · C_λ^½. KL(full‖quantized) and the
+loss are means over the tokens of held-out answers: of GSM8K, whose training split C and D are of, and of NQ-open
+questions and WikiText-2, which are not of the context.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import parser, write
+from torch import Tensor, nn
+
+from corda_lora.algebra.decomposition import regularize
+from corda_lora.config import DataConfig, ModelConfig
+from corda_lora.data.batches import encode
+from corda_lora.data.samples import load_samples
+from corda_lora.devices import accelerator
+from corda_lora.evaluation.answers import TUNED
+from corda_lora.evaluation.base_outputs import BaseOutputs, record_base
+from corda_lora.evaluation.evaluate import loss_and_drift, measured_samples
+from corda_lora.methods import quantized as q
+from corda_lora.models.loading import load_model, load_tokenizer
+from corda_lora.models.targets import find_targets, weight_of
+from corda_lora.models.weights import quantized_layer
+from corda_lora.preprocess.statistics import answered_batches, collect_sides
+
+STARTS: dict[str, q.Start] = {
+    "QLoRA": lambda layer, r: (layer.quantize(layer.W)[0], *layer.zero(r)),
+    "QPiSSA": q.qpissa,
+    "LoftQ": q.loftq,
+    "QERA": q.qera,
+    "CLoQ": q.cloq,
+    "QCorDA, as published": q.qcorda,
+    "folded in C, once": partial(q.folded, rounds=1),
+    "folded in C, 5 times": partial(q.folded, rounds=5),
+    "folded two-sided, once": partial(q.folded, rounds=1, two_sided=True),
+    "folded two-sided, 5 times": partial(q.folded, rounds=5, two_sided=True),
+}
+RIVALS = ("QLoRA", "QPiSSA", "LoftQ")
+METRICS = ("plain", "in C", "two-sided")
+MEASURED = {  # the kind of data, its file, how many samples, and their greatest length
+    "GSM8K": ("learn", "gsm8k_test.jsonl", 48, 512),
+    "NQ-open": ("keep", "nq_test.jsonl", 160, 512),
+    "WikiText-2": ("text", "wikitext2_test.txt", 24, 128),
+}
+BATCH_TOKENS = 2048
+
+
+def main() -> None:
+    args = arguments()
+    began = time.perf_counter()
+    source = ModelConfig(str(args.model), dtype="float32")
+    model, tokenizer = load_model(source).to(accelerator()), load_tokenizer(source)
+    targets = find_targets(model, "all-linear")
+    layers = dict(layers_of(model, tokenizer, targets, args.data / "gsm8k_train.jsonl", args.samples))
+    print(f"{len(layers)} layers, {time.perf_counter() - began:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Measured(model, tokenizer, args.data, Path(folder))
+        full = {name: numbers["loss"] for name, numbers in measured(model).items()}
+        copied = copy.deepcopy(model)
+        rows = []
+        for r in args.ranks:
+            for name, start in STARTS.items():
+                if name == "QLoRA" and rows:  # its B is zero: the same at every rank
+                    rows.append({**next(row for row in rows if row["start"] == name), "r": r})
+                    continue
+                torch.manual_seed(0)
+                errors = {n: put(start, r, layer, copied.get_submodule(n)) for n, layer in layers.items()}
+                rows.append({"start": name, "r": r, "errors": errors, "measured": measured(copied)})
+                seconds = time.perf_counter() - began
+                print(f"r {r}, {name}: {json.dumps(rows[-1]['measured'])} {seconds:.0f} s", flush=True)
+    facts = {"bitsandbytes": version("bitsandbytes"), "seconds": round(time.perf_counter() - began)}
+    write(args, {"full": full, "starts": rows}, tables(full, rows), args.model, **facts)
+
+
+def arguments() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--model", type=Path, required=True)
+    made.add_argument("--data", type=Path, required=True)
+    made.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
+    made.add_argument("--samples", type=int, default=96, help="of GSM8K's training split, for C and D")
+    return made.parse_args()
+
+
+def layers_of(
+    model: nn.Module, tokenizer: Any, targets: dict[str, nn.Module], path: Path, samples: int
+) -> Iterator[tuple[str, q.Layer]]:
+    encoded = [encode(tokenizer, s, 512) for s in load_samples(DataConfig(str(path), samples=samples))]
+    batches = answered_batches(encoded, tokenizer.pad_token_id, next(model.parameters()).device)
+    for members, C, Ds in collect_sides(model, targets, batches):
+        for name in members:
+            yield name, q.Layer(weight_of(targets[name]).float(), torch.float32, C, Ds[name])
+
+
+@torch.no_grad()
+def put(start: q.Start, r: int, layer: q.Layer, linear: nn.Module) -> list[float]:
+    """Give a linear layer the weight Q + B A of a start. Returns the relative errors, in the order of `METRICS`."""
+    stored, A, B = start(layer, r)
+    Q = weight_of(quantized_layer(linear, stored, layer.dtype))
+    W = (Q.double() + B.double() @ A.double()).float()
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    return [(lost / whole) ** 0.5 for lost, whole in zip(energies(layer.W - W, layer), energies(layer.W, layer))]
+
+
+def energies(X: Tensor, layer: q.Layer) -> list[float]:
+    """tr(X Xᵀ), tr(X C Xᵀ) and tr(D X C Xᵀ): sums of so many numbers that float32 gives them to 1e-5."""
+    assert layer.C is not None
+    assert layer.D is not None
+    XC = X @ regularize(layer.C).float()
+    DX = regularize(layer.D / layer.D.diagonal().mean()).float() @ X
+    return [float((left * right).sum()) for left, right in ((X, X), (X, XC), (DX, XC))]
+
+
+class Measured:
+    """Loss and KL(full‖quantized) on held-out data."""
+
+    def __init__(self, full: nn.Module, tokenizer: Any, data: Path, folder: Path):
+        self.tokenizer, self.encoded, record = tokenizer, {}, {}
+        for name, (kind, file, samples, length) in MEASURED.items():
+            if kind == "text":
+                loaded = load_samples(DataConfig(str(data / file), rows="train[:400]"))
+                loaded = measured_samples(kind, tokenizer, loaded, length)[0][:samples]
+            else:
+                loaded = load_samples(DataConfig(str(data / file), samples=samples))
+            self.encoded[name] = [encode(tokenizer, s, length, end=kind == "learn") for s in loaded]
+            record |= record_base(full, tokenizer, self.encoded[name], BATCH_TOKENS, False, name)
+        BaseOutputs.save(folder, record)
+        self.base = BaseOutputs(folder, full)
+
+    def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """{data: {"loss", "kl", "tokens"}}."""
+        results = {}
+        for name, encoded in self.encoded.items():
+            reference = partial(self.base.log_probs, name)
+            numbers = loss_and_drift(model, self.tokenizer, encoded, BATCH_TOKENS, compared=TUNED, reference=reference)[
+                "tuned"
+            ]
+            results[name] = {"loss": numbers["loss"], "kl": numbers["drift"], "tokens": numbers["tokens"]}
+        return results
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def tables(full: dict[str, float], rows: list[dict[str, Any]]) -> list[str]:
+    ranks = sorted({row["r"] for row in rows})
+    by = {(row["start"], row["r"]): row for row in rows}
+    head = ["| | " + " | ".join(f"r = {r}" for r in ranks) + " |", "|---|" + "---:|" * len(ranks)]
+    lines = []
+    for i, metric in enumerate(METRICS):
+        lines += [f"Relative error of a layer, {metric}: mean over all layers.", "", *head]
+        lines += [table_row(name, [f"{mean_error(by[name, r], i):.4f}" for r in ranks]) for name in STARTS]
+        lines += [""]
+    for data in MEASURED:
+        tokens = next(iter(rows))["measured"][data]["tokens"]
+        lines += [f"KL(full‖quantized) on {data}, nats per token ({tokens:.0f} tokens), and the loss in brackets.", ""]
+        lines += [f"The full model's loss is {full[data]:.4f}.", "", *head]
+        for name in STARTS:
+            cells = [by[name, r]["measured"][data] for r in ranks]
+            lines += [table_row(name, [f"{cell['kl']:.4f} ({cell['loss']:.4f})" for cell in cells])]
+        lines += [""]
+    folded = [name for name in STARTS if name.startswith("folded")]
+    others = {"QLoRA, QPiSSA and LoftQ": RIVALS, "QERA and CLoQ, too": (*RIVALS, "QERA", "CLoQ")}
+    for title, rivals in others.items():
+        for i, metric in enumerate(METRICS[1:], 1):
+            lines += [f"Layers on which the error {metric} is below that of {title}, and its share of the best's.", ""]
+            lines += head
+            for name in folded:
+                lines += [table_row(name, [against(by, name, rivals, r, i) for r in ranks])]
+            lines += [""]
+    lines += ["KL on GSM8K as a share of the best of QLoRA, QPiSSA and LoftQ; how much of what QLoRA loses in loss is"]
+    lines += ["back.", "", *head]
+    for name in list(STARTS)[3:]:
+        cells = []
+        for r in ranks:
+            got = by[name, r]["measured"]["GSM8K"]
+            best = min(by[rival, r]["measured"]["GSM8K"]["kl"] for rival in RIVALS)
+            lost = by["QLoRA", r]["measured"]["GSM8K"]["loss"]
+            cells.append(f"{got['kl'] / best:.3f}, {(lost - got['loss']) / (lost - full['GSM8K']):.0%}")
+        lines += [table_row(name, cells)]
+    return lines
+
+
+def table_row(name: str, cells: list[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def mean_error(row: dict[str, Any], metric: int) -> float:
+    return sum(errors[metric] for errors in row["errors"].values()) / len(row["errors"])
+
+
+def against(by: dict[tuple[str, int], dict[str, Any]], name: str, rivals: tuple[str, ...], r: int, metric: int) -> str:
+    """The share of layers on which a start has the smaller error than all rivals, and the mean over layers of its error
+    divided by the best rival's."""
+    mine = by[name, r]["errors"]
+    shares = [mine[n][metric] / min(by[rival, r]["errors"][n][metric] for rival in rivals) for n in mine]
+    return f"{sum(share < 1 for share in shares) / len(shares):.1%}, {sum(shares) / len(shares):.3f}"
+
+
+if __name__ == "__main__":
+    main()
