@@ -9,6 +9,9 @@ GSM8K's training split.
 The error of a layer is ‖W − (Q + B A)‖_F / ‖W‖_F: plain, in C_λ^½, and in D_λ^½ · C_λ^½. KL(full‖quantized) and the
 loss are means over the tokens of held-out answers: of GSM8K, whose training split C and D are of, and of NQ-open
 questions and WikiText-2, which are not of the context.
+
+What is done is kept in --work, so that several calls can share it, one for each rank, say; the first makes C and D. A
+call that finds all done writes the tables.
 """
 
 import argparse
@@ -16,7 +19,6 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,8 @@ from typing import Any
 
 import torch
 from record import parser, write
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from corda_lora.algebra.decomposition import regularize
@@ -34,10 +38,11 @@ from corda_lora.devices import accelerator
 from corda_lora.evaluation.answers import TUNED
 from corda_lora.evaluation.base_outputs import BaseOutputs, record_base
 from corda_lora.evaluation.evaluate import loss_and_drift, measured_samples
+from corda_lora.files import whole_file, write_json
 from corda_lora.methods import quantized as q
 from corda_lora.models.loading import load_model, load_tokenizer
-from corda_lora.models.targets import find_targets, weight_of
-from corda_lora.models.weights import quantized_layer
+from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import quantized_layer, weight_of
 from corda_lora.preprocess.statistics import answered_batches, collect_sides
 
 STARTS: dict[str, q.Start] = {
@@ -55,11 +60,12 @@ STARTS: dict[str, q.Start] = {
 RIVALS = ("QLoRA", "QPiSSA", "LoftQ")
 METRICS = ("plain", "in C", "two-sided")
 MEASURED = {  # the kind of data, its file, how many samples, and their greatest length
-    "GSM8K": ("learn", "gsm8k_test.jsonl", 48, 512),
-    "NQ-open": ("keep", "nq_test.jsonl", 160, 512),
-    "WikiText-2": ("text", "wikitext2_test.txt", 24, 128),
+    "GSM8K": ("learn", "gsm8k_test.jsonl", 24, 512),
+    "NQ-open": ("keep", "nq_test.jsonl", 96, 512),
+    "WikiText-2": ("text", "wikitext2_test.txt", 12, 128),
 }
 BATCH_TOKENS = 2048
+SIDES = "sides.safetensors"
 
 
 def main() -> None:
@@ -68,44 +74,58 @@ def main() -> None:
     source = ModelConfig(str(args.model), dtype="float32")
     model, tokenizer = load_model(source).to(accelerator()), load_tokenizer(source)
     targets = find_targets(model, "all-linear")
-    layers = dict(layers_of(model, tokenizer, targets, args.data / "gsm8k_train.jsonl", args.samples))
-    print(f"{len(layers)} layers, {time.perf_counter() - began:.0f} s", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        measured = Measured(model, tokenizer, args.data, Path(folder))
+    if not (args.work / SIDES).is_file():
+        collect(model, tokenizer, targets, args)
+    sides = safe_open(args.work / SIDES, framework="pt", device=str(accelerator()))
+    measured = Measured(model, tokenizer, args.data, args.work)
+    copied = copy.deepcopy(model)
+    for r in args.ranks:
+        for name, start in STARTS.items():
+            path = args.work / f"{name}, {0 if name == 'QLoRA' else r}.json"  # its B is zero: the same at every rank
+            if path.is_file():
+                continue
+            torch.manual_seed(0)
+            errors = {}
+            for n, target in targets.items():
+                layer = q.Layer(
+                    weight_of(target), torch.float32, sides.get_tensor(f"{n}.C"), sides.get_tensor(f"{n}.D")
+                )
+                errors[n] = put(start, r, layer, copied.get_submodule(n))
+            row = {"errors": errors, "measured": measured(copied), "seconds": round(time.perf_counter() - began)}
+            write_json(path, row)
+            print(f"r {r}, {name}: {json.dumps(row['measured'])} {row['seconds']} s", flush=True)
+    paths = {(n, r): args.work / f"{n}, {0 if n == 'QLoRA' else r}.json" for n in STARTS for r in args.all_ranks}
+    if all(path.is_file() for path in paths.values()):
+        rows = [{"start": n, "r": r, **json.loads(path.read_text())} for (n, r), path in paths.items()]
         full = {name: numbers["loss"] for name, numbers in measured(model).items()}
-        copied = copy.deepcopy(model)
-        rows = []
-        for r in args.ranks:
-            for name, start in STARTS.items():
-                if name == "QLoRA" and rows:  # its B is zero: the same at every rank
-                    rows.append({**next(row for row in rows if row["start"] == name), "r": r})
-                    continue
-                torch.manual_seed(0)
-                errors = {n: put(start, r, layer, copied.get_submodule(n)) for n, layer in layers.items()}
-                rows.append({"start": name, "r": r, "errors": errors, "measured": measured(copied)})
-                seconds = time.perf_counter() - began
-                print(f"r {r}, {name}: {json.dumps(rows[-1]['measured'])} {seconds:.0f} s", flush=True)
-    facts = {"bitsandbytes": version("bitsandbytes"), "seconds": round(time.perf_counter() - began)}
-    write(args, {"full": full, "starts": rows}, tables(full, rows), args.model, **facts)
+        facts = {"bitsandbytes": version("bitsandbytes")}
+        write(args, {"full": full, "starts": rows}, tables(full, rows), args.model, **facts)
 
 
 def arguments() -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--model", type=Path, required=True)
     made.add_argument("--data", type=Path, required=True)
-    made.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
+    made.add_argument("--work", type=Path, required=True, help="a folder for what is done")
+    made.add_argument("--ranks", type=int, nargs="*", default=[8, 32, 128], help="that this call does")
+    made.add_argument("--all_ranks", type=int, nargs="+", default=[8, 32, 128], help="of the tables")
     made.add_argument("--samples", type=int, default=96, help="of GSM8K's training split, for C and D")
-    return made.parse_args()
+    args = made.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
 
 
-def layers_of(
-    model: nn.Module, tokenizer: Any, targets: dict[str, nn.Module], path: Path, samples: int
-) -> Iterator[tuple[str, q.Layer]]:
-    encoded = [encode(tokenizer, s, 512) for s in load_samples(DataConfig(str(path), samples=samples))]
+def collect(model: nn.Module, tokenizer: Any, targets: dict[str, nn.Module], args: argparse.Namespace) -> None:
+    """Write C and D of all layers."""
+    samples = load_samples(DataConfig(str(args.data / "gsm8k_train.jsonl"), samples=args.samples))
+    encoded = [encode(tokenizer, sample, 512) for sample in samples]
     batches = answered_batches(encoded, tokenizer.pad_token_id, next(model.parameters()).device)
+    tensors = {}
     for members, C, Ds in collect_sides(model, targets, batches):
         for name in members:
-            yield name, q.Layer(weight_of(targets[name]).float(), torch.float32, C, Ds[name])
+            tensors |= {f"{name}.C": C.cpu().clone(), f"{name}.D": Ds[name].cpu()}
+    with whole_file(args.work / SIDES) as path:
+        save_file(tensors, path)
 
 
 @torch.no_grad()
@@ -140,8 +160,9 @@ class Measured:
                 loaded = load_samples(DataConfig(str(data / file), samples=samples))
             self.encoded[name] = [encode(tokenizer, s, length, end=kind == "learn") for s in loaded]
             record |= record_base(full, tokenizer, self.encoded[name], BATCH_TOKENS, False, name)
-        BaseOutputs.save(folder, record)
-        self.base = BaseOutputs(folder, full)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            BaseOutputs.save(Path(own), record)
+            self.base = BaseOutputs(Path(own), full)
 
     def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """{data: {"loss", "kl", "tokens"}}."""

@@ -30,8 +30,15 @@ from ..algebra.solvers import chosen_components
 from ..config import CordaError, Count, NonNegative
 from ..data.batches import encode
 from ..devices import compute_device, double_device
-from ..models.targets import weight_of
-from ..models.weights import BLOCK, Stored, check_quantizer, quantize, quantized_layer, quantized_names
+from ..models.weights import (
+    BLOCK,
+    Stored,
+    check_quantizer,
+    quantize,
+    quantized_layer,
+    quantized_names,
+    weight_of,
+)
 from ..preprocess.statistics import answered_batches, collect_sides
 from .baselines import lora
 from .corda import corda
