@@ -77,8 +77,6 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 # Families with something unusual: fused experts, layers that PEFT does not take, layers called twice.
 MORE_FAMILIES: dict[str, Callable[[], nn.Module]] = {
-    # wide enough for the blocks of NF4
-    "llama_64": lambda: t.LlamaForCausalLM(t.LlamaConfig(**(SIZE | {"hidden_size": 64, "intermediate_size": 128}))),
     "deepseek_v2": lambda: t.DeepseekV2ForCausalLM(
         t.DeepseekV2Config(**SIZE | {"num_key_value_heads": 4}, **LATENT, **EXPERTS, n_shared_experts=1)
     ),

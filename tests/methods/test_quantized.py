@@ -19,7 +19,7 @@ from corda_lora.methods.registry import METHODS
 from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import quantized_layer, weight_of
 
-FAMILY = "llama_64"
+FAMILY = "llama_for_nf4"
 NAMES = ["qlora", "loftq", "qpissa", "qera", "cloq", "qcorda", "qcorda-folded", "qcorda-kpm-anchored"]
 
 

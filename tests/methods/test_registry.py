@@ -16,7 +16,7 @@ from corda_lora.methods.registry import METHODS, check_options, count_parameters
 
 QUANTIZED = ("qlora", "loftq", "qpissa", "qera", "cloq", "qcorda", "qcorda-folded", "qcorda-kpm-anchored")
 CHANGES_THE_START = {"kasa", *QUANTIZED}  # it discards components of W; NF4 rounds
-BASE = {"bitfit": "qwen2_biased"} | dict.fromkeys(QUANTIZED, "llama_64")  # the others: llama
+BASE = {"bitfit": "qwen2_biased"} | dict.fromkeys(QUANTIZED, "llama_for_nf4")  # the others: llama
 
 
 class Seen(TrainerCallback):
