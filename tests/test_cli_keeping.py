@@ -143,3 +143,17 @@ def test_a_bound_that_is_not_held_is_said(checkpoint, context, capsys):
     init(checkpoint, context, *TEMPLATES, "--samples", 40)
     train(checkpoint, context, "--start", "start", "--max_drift", 1e-6, "--max_steps", 4, "--learning_rate", 0.3)
     assert "(1e-06 was asked for)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_models_own_texts_are_kept_at_a_price(checkpoint, context, capsys):
+    train(checkpoint, context, "--keep_generic", 3, "--max_steps", 3)
+    assert "of its own accord, at a price of 3" in " ".join(capsys.readouterr().err.split())
+    log = trained(context, "tuned")
+    assert log["penalties"].keys() == {"generic"}
+    assert log["penalties"]["generic"][-1][1] > 0
+    assert "drift" not in log
+    init(checkpoint, context, *TEMPLATES, "--samples", 40)
+    train(checkpoint, context, "--start", "start", "--keep_generic", 3, "--max_steps", 3, output="both")
+    assert trained(context, "both")["penalties"].keys() == {"drift", "generic"}
+    said = refused(capsys, checkpoint, context, "--keep_generic", -1, call=partial(train, output="none"))
+    assert "keep_generic is -1.0, but must be a number at least 0" in said

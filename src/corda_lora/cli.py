@@ -515,14 +515,15 @@ def train(options: Namespace) -> dict[str, Any]:
     held_out = load_samples(held_out_data) if held_out_data else []
     start = options.start / "adapter_model.safetensors" if options.start else None
     from .adapters.lora import read_marks, read_record
-    from .evaluation.meter import kept_digest
+    from .evaluation.meter import kept_digest, load_context
 
     record = None
     if options.start:
         read_marks(options.start)
         record = read_record(options.start)
+    context = load_context(keep, options.start, record)
     recipe["sha256"] = {
-        "kept": kept_digest(keep, options.start, record),
+        "kept": kept_digest(context, options.start, record),
         "data": digest_of(samples),
         "held_out": digest_of(held_out),
         "start": sha256_of(start) if start and start.is_file() else None,
@@ -537,7 +538,7 @@ def train(options: Namespace) -> dict[str, Any]:
     from .data.batches import encode
     from .data.overview import overview
     from .devices import accelerator
-    from .evaluation.meter import make_keeper
+    from .evaluation.meter import generic_penalty, make_keeper
     from .models.loading import load_model, load_tokenizer
     from .preprocess.work import open_work
     from .report.verdicts import kept
@@ -560,7 +561,11 @@ def train(options: Namespace) -> dict[str, Any]:
         peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout or None)
     else:
         peft_model = plain_lora(model, lora, config)
-    keeper, lines = make_keeper(peft_model, tokenizer, keep, options.start, record)
+    keeper, lines = make_keeper(peft_model, tokenizer, keep, context, options.start, record)
+    penalties = {"drift": keeper.penalty} if keeper else {}
+    if keep.keep_generic:
+        penalties["generic"] = generic_penalty(peft_model, tokenizer, keep.keep_generic)
+        lines.append(f"keeps what the model says of its own accord, at a price of {keep.keep_generic:g}")
     for line in lines:
         console.print(line, highlight=False)
     work = open_work(options.output, recipe, lambda folder: last_checkpoint(folder) is not None)
@@ -573,7 +578,7 @@ def train(options: Namespace) -> dict[str, Any]:
             data.max_length,
             work,
             callbacks=[keeper] if keeper else [],
-            penalties={"drift": keeper.penalty} if keeper else {},
+            penalties=penalties,
             held_out=held_out,
         )
     except CordaError:

@@ -447,11 +447,14 @@ class KeepConfig:
             context); else 0.
         max_drift: in place of a fixed price: steer λ so that the drift on samples of the context that were not shown
             ends at this, in nats per answer token.
+        keep_generic: the same weight for texts that the model itself draws, without its adapter. They stand for the
+            abilities that nobody named.
         context: DATA that shows the ability to keep. Default: what the start was made from.
     """
 
     keep: Annotated[float, Range(ge=0, le=1e30)] | None = None
     max_drift: Positive | None = None
+    keep_generic: Annotated[float, Range(ge=0, le=1e30)] = 0.0
     context: str | DataConfig | None = None
 
     def __post_init__(self) -> None:
