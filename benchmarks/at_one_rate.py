@@ -28,9 +28,7 @@ def main() -> None:
         return
     reference = next(iter(curves))
     final = curves[reference][-1]
-    print(
-        f"| at {options.rate:g} | loss at the start | at the end | steps to {reference}'s final loss, {final.loss:.4f} |"
-    )
+    print(f"| at {options.rate:g} | first loss | last | steps to {final.loss:.4f}, {reference}'s final loss |")
     print("|---|---:|---:|---:|")
     for method, curve in curves.items():
         steps = reach(comparison, method, at, final.loss).steps
