@@ -45,12 +45,31 @@ def test_it_is_the_trace_of_the_formula_for_one_layer_and_for_several_at_once():
     ]
     expected = [0.5 * (D @ b @ a @ C @ (b @ a).T).trace() for a, b in zip(A, B)]
     for a, b, drift in zip(A, B, expected):
-        assert float(predicted_drift(a.float(), b.float(), *sides, 0.5)) == pytest.approx(float(drift), rel=1e-4)
+        assert float(predicted_drift(a.float(), b.float(), *sides, torch.tensor(0.5))) == pytest.approx(
+            float(drift), rel=1e-4
+        )
     stacked = [Low(*(torch.stack([x, x]) for x in side)) for side in sides]
     torch.testing.assert_close(
         predicted_drift(A.float(), B.float(), *stacked, torch.tensor([0.5, 0.5])).double(),
         torch.stack(expected), rtol=1e-4, atol=0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_its_gradients_are_those_of_the_formula(still):
+    C, D = (Low(torch.randn(2, n, 3, dtype=torch.float64), torch.rand(2, n, dtype=torch.float64)) for n in (9, 6))
+    A, B = (torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 9), (6, 4)))
+    weight = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    inner = quadratic(A.detach(), C) if still else C
+    found = predicted_drift(None if still else A, B, inner, D, weight)
+    delta = B @ (A.detach() if still else A)
+    whole_C, whole_D = (M.factor @ M.factor.mT + torch.diag_embed(M.diagonal) for M in (C, D))
+    expected = weight * (whole_D @ delta @ whole_C * delta).sum((-2, -1))
+    torch.testing.assert_close(found, expected)
+    both, upstream = (B,) if still else (A, B), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, both, upstream), torch.autograd.grad(expected, both, upstream)
+    )
 
 
 def test_a_quadratic_form_has_the_diagonal_beside_the_directions():

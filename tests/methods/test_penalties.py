@@ -23,7 +23,7 @@ def trained(prepare, monkeypatch):
 
     monkeypatch.setattr("corda_lora.methods.keeping.DRAWN", 1000)  # all layers: nothing is left to chance
 
-    def train(name, options, micro_batch_size=8, averages=False):
+    def train(name, options, micro_batch_size=8, averages=False, calls=None):
         recipe = TrainConfig(
             learning_rate=0.2, max_steps=3, batch_size=8, micro_batch_size=micro_batch_size, precision="fp32",
             warmup=0.0, schedule="constant",
@@ -33,7 +33,10 @@ def trained(prepare, monkeypatch):
         prepared = prepared._replace(optimizer=torch.optim.SGD(parameters, recipe.learning_rate))
         if averages:  # the trainer then averages the losses of micro-batches, and otherwise adds them up
             prepared.model.get_base_model().accepts_loss_kwargs = False
-        start = prepared.penalties[NAME[name]]().item() if NAME[name] in prepared.penalties else 0.0
+        term = prepared.penalties.get(NAME[name], lambda: torch.tensor(0.0))
+        start = term().item()
+        if calls is not None:
+            prepared = prepared._replace(penalties={NAME[name]: lambda: calls.append(name) or term()})
         record = train_prepared(prepared, setup)
         return torch.cat([p.detach().flatten() for p in parameters]), record, start
 
@@ -53,7 +56,9 @@ def test_a_penalty_moves_the_weights_by_as_much_whatever_the_micro_batches(name,
 @pytest.mark.parametrize("averages", [False, True])
 @pytest.mark.parametrize("name", STRONG)
 def test_a_penalty_is_in_the_loss_once_and_logged_by_its_name(name, averages, trained):
-    _, record, start = trained(name, STRONG[name], 4, averages)
+    calls = []
+    _, record, start = trained(name, STRONG[name], 4, averages, calls)
+    assert len(calls) == 3  # steps, of two micro-batches each
     _, plain, zero = trained(name, OFF[name], 4, averages)
     assert start > 0.1
     assert not zero

@@ -66,7 +66,7 @@ def test_a_term_on_the_context_is_what_it_says(name, prepare):
     prepared, setup, base = prepare(name, options={"weight": 3.0, "size": 16})  # all samples in each step
     for layer in lora_layers(prepared.model).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
-    term = prepared.penalties[ON_CONTEXT[name]]()
+    term = prepared.rehearsals[ON_CONTEXT[name]]()
     assert prepared.model.training or name == "replay"
     divergence, cross_entropy = context_losses(prepared, setup, base)
     assert term.item() == pytest.approx(3 * (divergence if name == "distill" else cross_entropy).item(), rel=1e-4)
@@ -94,7 +94,7 @@ def test_the_base_is_run_without_dropout(prepare):
     prepared.model.train()
     for layer in lora_layers(prepared.model).values():  # dropout in front of B = 0 changes nothing
         assert not layer.lora_B["default"].weight.any()
-    assert prepared.penalties["distillation"]().item() == pytest.approx(0, abs=1e-6)
+    assert prepared.rehearsals["distillation"]().item() == pytest.approx(0, abs=1e-6)
     assert prepared.model.training
     assert all(layer.lora_A["default"].weight.requires_grad for layer in lora_layers(prepared.model).values())
 

@@ -128,6 +128,7 @@ def train_prepared(prepared: Prepared, setup: Setup, callbacks: Sequence[Trainer
         optimizer=prepared.optimizer,
         callbacks=[*prepared.callbacks, *callbacks],
         penalties=prepared.penalties,
+        rehearsals=prepared.rehearsals,
     )
 
 

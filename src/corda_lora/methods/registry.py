@@ -38,8 +38,8 @@ class Prepared(NamedTuple):
         model: with exactly the parameters that require a gradient trained.
         optimizer: used instead of AdamW over the trainable parameters.
         callbacks: for the trainer.
-        penalties: terms that are added to the loss, by name. Each is a function that is called in every micro-batch and
-            gives the weighted term, a scalar: the mean of its values over a step's micro-batches is added once.
+        penalties, rehearsals: terms that are added to the loss, of the weights alone and over further samples: see
+            `training.train`.
         compiles: False if `torch.compile` cannot trace the model's blocks.
     """
 
@@ -47,6 +47,7 @@ class Prepared(NamedTuple):
     optimizer: torch.optim.Optimizer | None = None
     callbacks: Sequence[TrainerCallback] = ()
     penalties: Mapping[str, Callable[[], Tensor]] = {}
+    rehearsals: Mapping[str, Callable[[], Tensor]] = {}
     compiles: bool = True
 
 

@@ -53,9 +53,8 @@ def distill(
         peft_model.train()
         return F.kl_div(answer_log_probs(peft_model, ids, mask, answers), base, reduction="sum", log_target=True)
 
-    return Prepared(
-        peft_model, penalties={"distillation": _on_context(peft_model, setup, weight, size, samples, divergence)}
-    )
+    term = _on_context(peft_model, setup, weight, size, samples, divergence)
+    return Prepared(peft_model, rehearsals={"distillation": term})
 
 
 @method("replay", "LoRA + replay", "Rolnick et al., arXiv 1811.11682; ours")
@@ -73,7 +72,7 @@ def replay(
     def cross_entropy(ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
         return F.nll_loss(answer_log_probs(model, ids, mask, answers), ids[:, 1:][answers], reduction="sum")
 
-    return Prepared(model, penalties={"replay": _on_context(model, setup, weight, size, samples, cross_entropy)})
+    return Prepared(model, rehearsals={"replay": _on_context(model, setup, weight, size, samples, cross_entropy)})
 
 
 def _on_context(

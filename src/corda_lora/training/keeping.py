@@ -110,12 +110,10 @@ class PredictedDrift:
         result = []
         for names, layers, inner, D, weight in self.groups:
             with torch.autocast(weight.device.type, enabled=False):
-                factors = [self._factors(layer) for layer in layers]
-                A, B = (torch.stack(side).float() for side in zip(*factors))  # (b, r, n), (b, m, r)
-                if isinstance(inner, Low):
-                    values = predicted_drift(A, B, inner, D, weight)
-                else:
-                    values = weight * (inner * quadratic(B.mT, D)).sum((-2, -1))
+                As, Bs = zip(*(self._factors(layer) for layer in layers))
+                B = torch.stack(Bs).float()  # (b, m, r)
+                A = torch.stack(As).float() if isinstance(inner, Low) else None  # (b, r, n)
+                values = predicted_drift(A, B, inner, D, weight)
             result.append((names, values))
         return result
 

@@ -82,6 +82,7 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     penalties: Mapping[str, Callable[[], Tensor]] | None = None,
+    rehearsals: Mapping[str, Callable[[], Tensor]] | None = None,
     held_out: Sequence[Sample] = (),
 ) -> dict[str, Any]:
     """Train the trainable parameters of `model` in place. The model may carry an adapter.
@@ -93,14 +94,16 @@ def train(
         work: folder for checkpoints. If it holds checkpoints already, training resumes from the newest.
         optimizer: used instead of that of `config` (AdamW) over all trainable parameters.
         callbacks: added to the trainer.
-        penalties: terms of the loss by name. Each function is called in every micro-batch and gives its weighted term,
-            a scalar: the mean of its values over a step's micro-batches is added once.
+        penalties: terms of the loss by name, of the weights alone. Each function gives its weighted term, a scalar. It
+            is called once in a step, whatever the micro-batches.
+        rehearsals: terms of the loss over further samples, by name. Each is called in every micro-batch, and the mean
+            of its values over a step's micro-batches is added once.
         held_out: samples whose loss is measured at each checkpoint, and at the end.
 
     Returns:
-        {"loss": [[step, mean training loss since the last entry, penalties included], ...], "held_out_loss": [[step,
-        loss], ...], "penalties": {name: [[step, mean penalty since the last entry], ...]}, "steps", "kept_step" (whose
-        adapter the model has now), "samples", "seconds", "train_loss", "learning_rate"}.
+        {"loss": [[step, mean training loss since the last entry, further terms included], ...], "held_out_loss":
+        [[step, loss], ...], "penalties": {name: [[step, mean of the term since the last entry], ...]}, "steps",
+        "kept_step" (whose adapter the model has now), "samples", "seconds", "train_loss", "learning_rate"}.
 
     Raises:
         CordaError: the model is no causal language model, its output head carries an adapter or is more than a matrix,
@@ -133,7 +136,7 @@ def train(
         optimizers=(optimizer, None),
         callbacks=[*callbacks, *stopping, _Checksums()],
     )
-    trainer.penalties = penalties or {}
+    trainer.penalties, trainer.rehearsals = penalties or {}, rehearsals or {}
     trainer.remove_callback(PrinterCallback)
     if progress:
         console.print(trained_share(model), highlight=False)
@@ -148,6 +151,7 @@ def train(
         raise DivergedError("the trained parameters were not finite", state.global_step)
     logs = [log for log in state.log_history if "loss" in log]
     losses = [(log["step"], log["loss"]) for log in logs]
+    terms = [*trainer.penalties, *trainer.rehearsals]
     # Remove the mixed-precision wrapper, so that the tuned model is measured in the same precision as the base model.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return {
@@ -159,7 +163,7 @@ def train(
         "train_loss": mean_loss(losses),
         "loss": [list(pair) for pair in losses],
         "held_out_loss": [[log["step"], log["eval_loss"]] for log in state.log_history if "eval_loss" in log],
-        "penalties": {name: [[log["step"], log[f"penalty/{name}"]] for log in logs] for name in trainer.penalties},
+        "penalties": {name: [[log["step"], log[f"penalty/{name}"]] for log in logs] for name in terms},
     }
 
 
@@ -249,10 +253,11 @@ def training_steps(config: TrainConfig, samples: int) -> int:
 
 
 class _Trainer(SFTTrainer):
-    """TRL's trainer with our order of samples, and with penalties in its loss. It stops at a loss that is NaN or
-    infinite."""
+    """TRL's trainer with our order of samples, and with further terms in its loss (see `train`). It stops at a loss
+    that is NaN or infinite."""
 
     penalties: Mapping[str, Callable[[], Tensor]] = {}
+    rehearsals: Mapping[str, Callable[[], Tensor]] = {}
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
@@ -280,18 +285,22 @@ class _Trainer(SFTTrainer):
         )
 
     def compute_loss(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
-        """The loss of a micro-batch, with its share of the penalties.
+        """The loss of a micro-batch, with its share of the rehearsals; that of a step's last one has the penalties.
 
         TRL computes the loss from log-probabilities: whatever a model or a hook adds to `outputs.loss` is ignored."""
         loss = super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
         if not self.model.training:
             return loss
-        values = {name: penalty() for name, penalty in self.penalties.items()}
-        for name, value in values.items():
-            self._metrics["train"][f"penalty/{name}"].append(value.item())
+        parts = self.current_gradient_accumulation_steps
         # Where the loss counts the tokens of the whole step, transformers adds up the micro-batches; else it averages.
         adds_up = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return loss + sum(values.values()) / (self.current_gradient_accumulation_steps if adds_up else 1)
+        penalties = self.penalties if self.accelerator.sync_gradients else {}
+        for terms, share in ((penalties, 1 if adds_up else parts), (self.rehearsals, 1 / parts if adds_up else 1)):
+            for name, term in terms.items():
+                value = term()
+                self._metrics["train"][f"penalty/{name}"].append(value.item())
+                loss = loss + share * value
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
