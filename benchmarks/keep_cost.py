@@ -17,7 +17,7 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from corda_lora.data.batches import Encoded
 from corda_lora.devices import accelerator, peak_bytes, release_cache, restart_peak, synchronize
 from corda_lora.models.lockstep import parking
 from corda_lora.models.targets import find_targets
-from corda_lora.preprocess.backward import walk_back
+from corda_lora.preprocess.backward import StepBack, run_back, walk_back
 from corda_lora.preprocess.collect import Collector
 from corda_lora.preprocess.context import Context
 from corda_lora.preprocess.statistics import DIRECTIONS, NAME, Statistics, answered_batches, collect_statistics
@@ -116,38 +116,30 @@ def samples(count: int, tokens: int, shorter: int = 0) -> list[Encoded]:
     return made
 
 
-def context_of(encoded: Sequence[Encoded], batch_tokens: int) -> Context:
-    """The batches of `collect_statistics`, as `walk_back` takes them."""
-    made = []
-    for batch in answered_batches(encoded, 0, DEVICE, batch_tokens):
-        ids = batch.inputs["input_ids"]
-        labels = torch.full_like(ids, -100)
-        labels[:, 1:] = ids[:, 1:].where(batch.answers, -100)
-        made.append({**batch.inputs, "labels": labels})
-    return Context(made)
-
-
 def equal(say: Callable[[str], None]) -> dict[str, float]:
     """The largest error of block by block, with states parked on the CPU, against one backward; relative to each
     matrix."""
     model = llama(256, 512, 4, 4, 2).float()
-    targets, encoded = find_targets(model, "all-linear"), samples(24, 96, shorter=40)
-    whole = collect_statistics(model, targets, encoded, 0, 1024, directions=512, progress=False)
-    result = {}
+    targets, context = find_targets(model, "all-linear"), Context(answered_batches(samples(24, 96, shorter=40), 0))
+    exact, result = matrices([run_back(model, targets, context)]), {}
     for where in ("device", "cpu"):
-        worst, seen = 0.0, 0
-        for step in walk_back(model, targets, context_of(encoded, 1024), Place(DEVICE, park=parking(where))):
-            for names, (C,) in step.groups or []:
-                for name in names:
-                    for M, (F, d) in zip((C, step.gradients[name]), whole.layers[name]):
-                        exact = F @ F.T + d.diag()
-                        worst = max(worst, float(torch.dist(M.to(exact), exact) / exact.norm()))
-                        seen += 1
-        assert seen == 2 * len(targets)
+        found = matrices(walk_back(model, targets, context, Place(DEVICE, park=parking(where))))
+        assert found.keys() == exact.keys()
+        worst = max(float(torch.dist(M.to(exact[key]), exact[key]) / exact[key].norm()) for key, M in found.items())
         verdict = "equal" if worst < 1e-4 else "NOT EQUAL"
         say(f"block by block, states on the {where}: {verdict} to one backward (largest error {worst:.1e})")
         result[where] = worst
     return result
+
+
+def matrices(steps: Iterable[StepBack]) -> dict[tuple[str, str], Tensor]:
+    """C and D of each layer."""
+    found = {}
+    for step in steps:
+        for names, (C,) in step.groups or []:
+            for name in names:
+                found |= {(name, "C"): C, (name, "D"): step.gradients[name]}
+    return found
 
 
 class Timed:
@@ -173,7 +165,7 @@ def context_statistics(model: Any, encoded: Sequence[Encoded], options: Any) -> 
 def collect(model: Any, options: Any, say: Callable[[str], None]) -> tuple[dict[str, Any], Statistics]:
     targets, place = find_targets(model, "all-linear"), Place(DEVICE)
     encoded = samples(options.samples, options.tokens)
-    context = context_of(encoded, options.batch * options.tokens)
+    context = Context(answered_batches(encoded, 0, options.batch * options.tokens))
     small = Context(context.batches[:1])
     for _ in walk_back(model, targets, small, place):  # kernels are compiled, and libraries begin
         pass
@@ -200,7 +192,7 @@ def collect(model: Any, options: Any, say: Callable[[str], None]) -> tuple[dict[
     with Timed() as took, torch.no_grad(), collector.listening():
         for number, batch in enumerate(context.batches):
             collector.start(number)
-            model.model(batch["input_ids"], batch["attention_mask"])
+            model.model(batch["input_ids"].to(DEVICE), batch["attention_mask"].to(DEVICE))
     row("at once: C", took)
     rows["compact_seconds"] = {}
     for _, (C,) in collector.take([name for name in targets if ".layers.0." in name]):
@@ -209,8 +201,12 @@ def collect(model: Any, options: Any, say: Callable[[str], None]) -> tuple[dict[
         rows["compact_seconds"][len(C)] = took.seconds
     del collector, C
     with Timed() as took:
+        step = run_back(model, targets, context)
+    row("at once: C and D", took, "at once: C")
+    del step
+    with Timed() as took:
         found = context_statistics(model, encoded, options)
-    row("at once: C and D, made compact", took, "at once: C")
+    row("as `corda train` does, made compact", took, "at once: C")
     with tempfile.TemporaryDirectory() as folder, Timed() as took:
         found.save(path := Path(folder) / NAME)
         rows["gib_on_disk"] = path.stat().st_size / GIB

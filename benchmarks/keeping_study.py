@@ -4,8 +4,8 @@
 
 MODEL is a directory of SmolLM2-135M-Instruct, DATA what `prepare_data.py` makes. GSM8K is learned, rank 32, 150 steps
 of 32, and NQ-open is kept. An entry is a split (or `lora`), a learning rate, λ (`keep`), the number of samples that C
-and D are of (`n`), the number of directions kept of them (`k`), whether C is weighted with |g|² of each token
-(`weighted`), the share of running text in C and D (`share`), and `max_drift`.
+and D are of (`n`), the number of directions kept of them (`k`), the share of running text in C and D (`share`), and
+`max_drift`. (The result has two more, of a draft, with C weighted by |g|² of each token: `weighted`.)
 
 Columns: task loss; drift on 500 questions of NQ-open that nobody has seen, on other data, on 256 questions shown, and
 on the 64 of the meter; the prediction, and the same with C and D of 256 questions that the training has not seen.
@@ -32,8 +32,9 @@ from corda_lora.evaluation.evaluate import loss_and_drift, text_windows
 from corda_lora.models.loading import load_model, load_tokenizer
 from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import layer_digest
+from corda_lora.preprocess.context import answer_mask, token_masks
 from corda_lora.preprocess.pipeline import preprocess
-from corda_lora.preprocess.statistics import Sides, Statistics, answered_batches, drawn_log_likelihood, uniform
+from corda_lora.preprocess.statistics import Sides, Statistics, answered_batches, collect_sides
 from corda_lora.training.keeping import Keeper, PredictedDrift
 from corda_lora.training.train import plain_lora, train
 
@@ -48,7 +49,6 @@ ENTRIES: list[dict[str, Any]] = [
     {"split": "anchored", "learning_rate": 1e-2, "keep": 30, "n": 2000},
     {"split": "anchored", "learning_rate": 3e-2, "keep": 100, "n": 2000},
     *(WIDE | {"keep": 30, "n": 2000, "k": k} for k in (32, 4096)),
-    *(WIDE | {"keep": 30, "n": n, "weighted": True} for n in (256, 2000)),
     *(WIDE | {"keep": 30, "share": share} for share in (0.1, 0.3)),
     *(WIDE | {"keep": 10, "n": 2000, "max_drift": drift} for drift in (0.02, 0.05)),
     {"split": "lora", "learning_rate": 5e-3, "keep": 10},
@@ -62,40 +62,12 @@ ENTRIES: list[dict[str, Any]] = [
 COLUMNS = ("task", "nq", "webq", "mbpp", "wikitext", "shown", "meter", "predicted", "predicted_unseen", "seconds")
 
 
-def dense_statistics(model: Any, targets: Any, encoded: Any, weighted: bool = False) -> tuple[dict[str, Any], float]:
+def dense_statistics(model: Any, targets: Any, encoded: Any) -> tuple[dict[str, Any], float]:
     """{layer: (C, D)}, whole, and tokens per answer token."""
-    batches = answered_batches(encoded, 0, next(model.parameters()).device, 8192)
-    C: dict[str, Any] = {}
-    D: dict[str, Any] = {}
-    weights: dict[str, Any] = {}
-    names = {module: name for name, module in targets.items()}
-    real = torch.empty(0)
-
-    def listen(module: Any, args: Any, y: Any) -> None:
-        name, mask = names[module], real
-        x = args[0].detach().reshape(-1, args[0].shape[-1])[mask].float()
-
-        def back(g: Any) -> None:
-            g = g.reshape(-1, g.shape[-1])[mask].float()
-            weight = g.square().sum(1) if weighted else torch.ones(len(g), device=g.device)
-            C[name] = C.get(name, 0) + (x * weight[:, None]).T @ x
-            D[name] = D.get(name, 0) + g.T @ g
-            weights[name] = weights.get(name, 0) + weight.sum()
-
-        y.register_hook(back)
-
-    hooks = [module.register_forward_hook(listen) for module in names]
-    hooks.append(model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.detach().requires_grad_(True)))
-    model.requires_grad_(False).eval()
-    for number, batch in enumerate(batches):
-        real, columns = batch.real.flatten(), batch.answers.any(0).nonzero().flatten()
-        with torch.enable_grad():
-            logits = model(**batch.inputs, logits_to_keep=columns).logits[batch.answers[:, columns]]
-            drawn_log_likelihood(logits, uniform(len(logits), number)).backward()
-    for hook in hooks:
-        hook.remove()
-    tokens, answers = (sum(int(m.sum()) for m in masks) for masks in zip(*((b.real, b.answers) for b in batches)))
-    return {name: (C[name] / weights[name], D[name] / tokens) for name in C}, tokens / answers
+    batches = answered_batches(encoded, 0, 8192)
+    tokens, answers = (sum(int(mask(b).sum()) for b in batches) for mask in (lambda b: token_masks(b)[0], answer_mask))
+    sides = collect_sides(model, targets, batches, progress=False)
+    return {name: (C, Ds[name]) for members, C, Ds in sides for name in members}, tokens / answers
 
 
 def run(entry: dict[str, Any], source: ModelConfig, data: str) -> dict[str, Any]:
@@ -112,7 +84,7 @@ def run(entry: dict[str, Any], source: ModelConfig, data: str) -> dict[str, Any]
     targets = find_targets(model, "all-linear")
     drawn = random.Random(0).sample(load_samples(DataConfig(f"{data}/nq_context.jsonl")), entry.get("n", 256))
     shown, unseen = [encode(tokenizer, sample, 512) for sample in drawn], read("nq_test.jsonl")
-    dense, ratio = dense_statistics(model, targets, shown, entry.get("weighted", False))
+    dense, ratio = dense_statistics(model, targets, shown)
     if share := entry.get("share"):
         text, _ = dense_statistics(model, targets, read("wikitext2_test.txt", rows="train[1500:2300]"))
         dense = {n: tuple((1 - share) * M + share * T for M, T in zip(dense[n], text[n])) for n in dense}

@@ -119,7 +119,7 @@ def collect(model: nn.Module, tokenizer: Any, targets: dict[str, nn.Module], arg
     """Write C and D of all layers."""
     samples = load_samples(DataConfig(str(args.data / "gsm8k_train.jsonl"), samples=args.samples))
     encoded = [encode(tokenizer, sample, 512) for sample in samples]
-    batches = answered_batches(encoded, tokenizer.pad_token_id, next(model.parameters()).device)
+    batches = answered_batches(encoded, tokenizer.pad_token_id)
     tensors = {}
     for members, C, Ds in collect_sides(model, targets, batches):
         for name in members:

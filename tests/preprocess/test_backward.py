@@ -5,6 +5,7 @@ import tiny
 import torch
 
 from corda_lora import CordaError
+from corda_lora.algebra.second_order import drawn_log_likelihood, uniform
 from corda_lora.config import ModelConfig
 from corda_lora.data.batches import Encoded, batch_by_length, pad
 from corda_lora.models.loading import load_model, open_model
@@ -13,7 +14,7 @@ from corda_lora.models.targets import find_targets
 from corda_lora.preprocess import backward
 from corda_lora.preprocess.backward import walk_back
 from corda_lora.preprocess.context import Context, answer_mask, token_masks
-from corda_lora.preprocess.statistics import collect_statistics, drawn_log_likelihood, uniform
+from corda_lora.preprocess.statistics import collect_statistics
 from corda_lora.preprocess.walk import Place
 
 CAUSAL = ["llama", "llama_tied", "qwen2_biased", "qwen3", "mistral", "gemma2", "gemma3", "gpt2_conv1d", "phi3"]

@@ -9,15 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from corda_lora.adapters.lora import lora_layers
+from corda_lora.algebra.second_order import drawn_log_likelihood, uniform
 from corda_lora.config import CordaError
 from corda_lora.models.targets import find_targets
-from corda_lora.preprocess.statistics import (
-    Statistics,
-    answered_batches,
-    collect_statistics,
-    drawn_log_likelihood,
-    uniform,
-)
+from corda_lora.preprocess.context import answer_mask
+from corda_lora.preprocess.statistics import Statistics, answered_batches, collect_statistics
 from corda_lora.training.keeping import PredictedDrift
 
 FAMILIES = ["llama", "gpt2_conv1d", "gemma2", "qwen3"]
@@ -31,21 +28,24 @@ def reference(model, targets, encoded, batch_tokens):
     """C and D of each layer by name: padded batches for the draw of y, then each sample alone."""
     sums = {name: [0.0, 0.0] for name in targets}
     tokens = 0
-    for number, batch in enumerate(answered_batches(encoded, 0, torch.device("cpu"), batch_tokens)):
-        logits = model(**batch.inputs).logits[:, :-1][batch.answers].float()
+    for number, batch in enumerate(answered_batches(encoded, 0, batch_tokens)):
+        answers = answer_mask(batch)
+        logits = (
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][answers].float()
+        )
         u = uniform(len(logits), number)
         y = (logits.softmax(-1).cumsum(-1) <= u[:, None]).sum(-1)  # the first token that brings the sum above u
-        drawn = torch.zeros(batch.answers.shape, dtype=torch.long)
-        drawn[batch.answers] = y
-        for i, real in enumerate(batch.real):
-            ids = batch.inputs["input_ids"][i][real][None]
+        drawn = torch.zeros(answers.shape, dtype=torch.long)
+        drawn[answers] = y
+        for i, real in enumerate(batch["attention_mask"].bool()):
+            ids = batch["input_ids"][i][real][None]
             x, g, hooks = {}, {}, []
             for name, module in targets.items():
                 keep_x = partial(lambda name, x, module, args: x.update({name: args[0][0].detach()}), name, x)
                 keep_g = partial(lambda name, g, module, before, after: g.update({name: after[0][0]}), name, g)
                 hooks.append(module.register_forward_pre_hook(keep_x))
                 hooks.append(module.register_full_backward_hook(keep_g))
-            positions = batch.answers[i].nonzero().flatten()
+            positions = answers[i].nonzero().flatten()
             log_probs = model(input_ids=ids).logits[0, positions].log_softmax(-1)
             log_probs.gather(1, drawn[i, positions][:, None]).sum().backward()
             for hook in hooks:
@@ -66,6 +66,30 @@ def test_both_sides_are_those_of_one_sample_at_a_time(family):
     for name, (C, D) in reference(model, targets, tiny.answered(), 40).items():
         torch.testing.assert_close(dense(found.layers[name].C), C, rtol=1e-4, atol=1e-5 * float(C.diagonal().max()))
         torch.testing.assert_close(dense(found.layers[name].D), D, rtol=1e-4, atol=1e-5 * float(D.diagonal().max()))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_where_there_is_no_room_for_all_layers_they_are_collected_block_by_block(adapted, monkeypatch):
+    model, rooms = tiny.build("llama"), []
+    targets = find_targets(model, "all-linear")
+    expected = collect_statistics(model, targets, tiny.answered(), 0, batch_tokens=40, progress=False)
+    monkeypatch.setattr("corda_lora.preprocess.statistics.free_bytes", lambda device: rooms.append(device) or 1000)
+    monkeypatch.setattr("corda_lora.preprocess.statistics.run_back", None)
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=list(targets), init_lora_weights=False))
+        targets = {name: layer.get_base_layer() for name, layer in lora_layers(model).items()}
+        with model.disable_adapter():
+            found = collect_statistics(model.get_base_model(), targets, tiny.answered(), 0, 40, progress=False)
+    else:
+        found = collect_statistics(model, targets, tiny.answered(), 0, batch_tokens=40, progress=False)
+    assert rooms
+    assert list(found.layers) == list(expected.layers)
+    assert (found.samples, found.answers, found.tokens) == (expected.samples, expected.answers, expected.tokens)
+    for name, sides in expected.layers.items():
+        for M, exact in zip(found.layers[name], sides):
+            torch.testing.assert_close(dense(M), dense(exact), rtol=1e-4, atol=1e-5 * float(exact.diagonal.max()))
+    q, k = (found.layers[f"model.layers.0.self_attn.{x}_proj"].C.factor for x in "qk")
+    assert q is k
 
 
 def test_the_model_is_left_as_it_was():

@@ -39,8 +39,7 @@ def adapted(split, config):
     model = tiny.build("llama")
     if split == "lora":
         return plain_lora(model, LoraStart(r=4), config)
-    batches = [{"input_ids": b.inputs["input_ids"], "attention_mask": b.inputs["attention_mask"]} for b in
-               answered_batches(CONTEXT, 0, torch.device("cpu"))]  # fmt: skip
+    batches = answered_batches(CONTEXT, 0)
     mode = "ipm" if split == "seeded" else "kpm"
     return install(model, preprocess(model, CordaConfig(mode=mode, r=4, split=split), batches, progress=False))
 

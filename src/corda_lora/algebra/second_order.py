@@ -128,3 +128,22 @@ def steepest_rows(M: Tensor, C: Tensor, damping: float = 0.01) -> tuple[Tensor, 
 def whole(M: Low) -> Tensor:
     """F Fᵀ + diag(d), (n, n)."""
     return M.factor @ M.factor.mT + M.diagonal.diag()
+
+
+def uniform(count: int, batch: int, seed: int = 0) -> Tensor:
+    """The random numbers (count,) in [0, 1) by which the answers of a batch are drawn: one for each, in order."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed + 7919 * batch))
+
+
+def drawn_log_likelihood(logits: Tensor, u: Tensor) -> Tensor:
+    """Σ log p(y) of one y drawn from each row of logits (a, vocabulary): a scalar, whose gradients at a layer's outputs
+    have the mean square D.
+
+    Args:
+        u: (a,) in [0, 1). y is the first token up to which the probabilities add up to more than u. So the same u gives
+            the same y on any device, whether the rows are drawn together or a part at a time.
+    """
+    log_probs = logits.float().log_softmax(-1)
+    sums = log_probs.detach().exp().cumsum(-1)  # (a, vocabulary)
+    y = torch.searchsorted(sums, u[:, None].to(sums) * sums[:, -1:], right=True)  # (a, 1)
+    return log_probs.gather(1, y.clamp(max=sums.shape[-1] - 1)).sum()

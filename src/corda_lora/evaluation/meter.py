@@ -139,4 +139,4 @@ def _collected(peft_model: PeftModel, tokenizer: Any, encoded: list[Encoded]) ->
     """The statistics of samples, from the model without its adapter."""
     layers = {name: layer.get_base_layer() for name, layer in lora_layers(peft_model).items()}
     with peft_model.disable_adapter():
-        return collect_statistics(peft_model, layers, encoded, tokenizer.pad_token_id or 0)
+        return collect_statistics(peft_model.get_base_model(), layers, encoded, tokenizer.pad_token_id or 0)

@@ -19,7 +19,7 @@ from ..training.keeping import Keeper, PredictedDrift
 from .registry import Prepared, Setup
 
 AFTER = ("keep", "keep_generic", "compactness")  # options of methods that change the training alone
-DRAWN = 8  # layers whose compactness a micro-batch looks at: an eigendecomposition each
+DRAWN = 8  # layers whose compactness a step looks at: an eigendecomposition each
 
 
 class Kept(NamedTuple):

@@ -158,7 +158,7 @@ def _layers(model: nn.Module, setup: Setup, of_task: bool, samples: int | None) 
     if of_task:
         max_length = setup.data("learn").max_length
         encoded = [encode(setup.tokenizer, sample, max_length) for sample in setup.context("learn", samples)]
-        batches = answered_batches(encoded, setup.tokenizer.pad_token_id or 0, device)
+        batches = answered_batches(encoded, setup.tokenizer.pad_token_id or 0)
         for members, C, Ds in collect_sides(model, setup.targets, batches, progress=False):
             for name in members:
                 W = weight_of(left.pop(name)).to(where, torch.float32)

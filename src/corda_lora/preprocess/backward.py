@@ -8,6 +8,8 @@ The numbers are those of one backward through the whole model.
 
 The blocks must form a chain: each is given what the block before it returned, and the tail reads no block but the last.
 A model that is built otherwise is refused.
+
+`run_back` is the one backward through the whole model, where this fits.
 """
 
 import weakref
@@ -19,14 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..algebra.second_order import drawn_log_likelihood, uniform
 from ..config import CordaError
 from ..devices import synchronize
 from ..models.lockstep import find_blocks, lockstep, on_device, tensors_of, visits
 from ..models.targets import require_causal
 from ..models.weights import weight_shape
+from ..progress import track
 from .collect import Collector, Gradients, Group, frozen
 from .context import Batch, Context, answer_mask
-from .statistics import drawn_log_likelihood, uniform
 from .walk import Place, inputs_of, tensors_beside
 
 LOGITS = 2**25  # so many numbers the output head computes at a time
@@ -106,6 +109,28 @@ def walk_back(
     if unseen := [name for names in inside.values() for name in names]:
         with on_device([t for name in unseen for t in tensors_of(targets[name])], device, place.stored):
             yield StepBack(unseen, None if finished.issuperset(unseen) else [Group([n], []) for n in unseen], {})
+
+
+def run_back(model: nn.Module, targets: Mapping[str, nn.Module], context: Context, progress: bool = False) -> StepBack:
+    """The same of a model that fits, with one backward a batch: one step with the layers that were run.
+
+    Raises CordaError: the model is no causal language model; activations or gradients have NaN or Inf.
+    """
+    require_causal(model)
+    device = next(model.parameters()).device
+    collector = Collector(model, targets, context)
+    gradients = Gradients(collector)
+    inputs = inputs_of(model, context.batches, device)
+    with frozen(model), collector.listening(), gradients.listening(), torch.enable_grad():
+        for number, batch in enumerate(track(context.batches, "the context", progress)):
+            collector.start(number)
+            answers = answer_mask(batch).to(device)
+            columns = answers.any(0).nonzero().flatten()  # only these go through the output head
+            logits = model(**inputs[number], logits_to_keep=columns).logits[answers[:, columns]]  # (a, vocabulary)
+            drawn_log_likelihood(logits, uniform(len(logits), number)).backward()
+    groups = collector.take(list(targets))
+    seen = [name for members, _ in groups for name in members]
+    return StepBack(seen, groups, gradients.take(seen))
 
 
 class _Call(NamedTuple):

@@ -1,29 +1,35 @@
 """Both sides of every layer on a context: C of its inputs, D of the gradients at its outputs; in memory and on disk.
 
 They predict what a change of the weights does to the context (see `algebra.second_order`). Here they are collected of a
-model that fits on its device, with one backward: for one that does not, see `backward`.
+model that is on its device whole.
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..algebra.covariance import float32_products
 from ..algebra.second_order import Low, compact
 from ..config import CordaError
 from ..data.batches import Encoded, batch_by_length, pad
+from ..devices import free_bytes
 from ..files import whole_file
+from ..models.lockstep import find_blocks, parking
 from ..models.targets import require_causal
-from ..models.weights import layer_digest
-from ..progress import track
-from .collect import Collector, Gradients, frozen
-from .context import Context
+from ..models.weights import layer_digest, weight_shape
+from ..progress import progress_bar
+from .backward import StepBack, run_back, walk_back
+from .context import Batch, Context, answer_mask, token_masks
+from .walk import Place, choose_parking
 
 LEAST_SAMPLES = 16  # below this the statistics say nothing of other samples of the same kind
 DIRECTIONS = 128  # of C and of D that are kept
@@ -117,54 +123,19 @@ def check_samples(answered: int) -> None:
         )
 
 
-class Answered(NamedTuple):
-    """A batch of samples on a device.
-
-    Attributes:
-        inputs: what the model's forward takes.
-        real: (b, s) bool, which tokens are not padding.
-        answers: (b, s − 1) bool; position i asks for the prediction of token i + 1.
-    """
-
-    inputs: dict[str, Any]
-    real: Tensor
-    answers: Tensor
-
-
-def answered_batches(
-    encoded: Sequence[Encoded], pad_id: int, device: torch.device, batch_tokens: int = 1024
-) -> list[Answered]:
-    """The samples that have an answer, in batches.
+def answered_batches(encoded: Sequence[Encoded], pad_id: int, batch_tokens: int = 1024) -> list[Batch]:
+    """The samples that have an answer, in padded batches whose labels are the answers.
 
     Raises CordaError if there are fewer than `LEAST_SAMPLES`."""
     encoded = [e for e in encoded if e.targets]
     check_samples(len(encoded))
-    batches = []
+    batches: list[Batch] = []
     for indices in batch_by_length([len(e.ids) for e in encoded], batch_tokens):
         ids, mask = pad([encoded[i].ids for i in indices], pad_id)
-        answers = pad([encoded[i].answer for i in indices], False)[0][:, 1:].bool().to(device)
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        batches.append(Answered(inputs, mask.bool().to(device), answers))
+        answer, _ = pad([encoded[i].answer for i in indices], False)
+        labels = ids.masked_fill(~answer.bool(), -100)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return batches
-
-
-def uniform(count: int, batch: int, seed: int = 0) -> Tensor:
-    """The random numbers (count,) in [0, 1) by which the answers of a batch are drawn: one for each, in order."""
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed + 7919 * batch))
-
-
-def drawn_log_likelihood(logits: Tensor, u: Tensor) -> Tensor:
-    """Σ log p(y) of one y drawn from each row of logits (a, vocabulary): a scalar, whose gradients at a layer's outputs
-    have the mean square D.
-
-    Args:
-        u: (a,) in [0, 1). y is the first token up to which the probabilities add up to more than u. So the same u gives
-            the same y on any device, whether the rows are drawn together or a part at a time.
-    """
-    log_probs = logits.float().log_softmax(-1)
-    sums = log_probs.detach().exp().cumsum(-1)  # (a, vocabulary)
-    y = torch.searchsorted(sums, u[:, None].to(sums) * sums[:, -1:], right=True)  # (a, 1)
-    return log_probs.gather(1, y.clamp(max=sums.shape[-1] - 1)).sum()
 
 
 class WholeSides(NamedTuple):
@@ -182,25 +153,45 @@ class WholeSides(NamedTuple):
 
 
 def collect_sides(
-    model: nn.Module, targets: Mapping[str, nn.Module], batches: Sequence[Answered], progress: bool = True
+    model: nn.Module, targets: Mapping[str, nn.Module], batches: Sequence[Batch], progress: bool = True
 ) -> Iterator[WholeSides]:
-    """C and D of a causal language model's target layers, whole, with one backward a batch. Padding counts on neither
+    """C and D of a causal language model's target layers, whole, over batches with answers. Padding counts on neither
     side. Layers that no token reached are missing.
+
+    The matrices are as large as the weights, or larger (63 GB of a LLaMA of 7 billion parameters). Where half of the
+    device's free memory holds those of all layers, each batch goes back through the whole model at once; else all go
+    block by block (see `backward`), and a block's matrices are dropped before the next one's are made.
 
     Args:
         targets: layers by name. Layers that are given the same tensor share C.
+
+    Raises CordaError: the model has no causal head; where it goes block by block, what `walk_back` refuses.
     """
-    collector = Collector(model, targets, Context([batch.inputs for batch in batches]))
-    gradients = Gradients(collector)
-    with frozen(model), collector.listening(), gradients.listening():
-        for number, batch in enumerate(track(batches, "the context", progress)):
-            collector.start(number)
-            columns = batch.answers.any(0).nonzero().flatten()  # only these go through the output head
-            with torch.enable_grad():
-                logits = model(**batch.inputs, logits_to_keep=columns).logits[batch.answers[:, columns]]
-                drawn_log_likelihood(logits, uniform(len(logits), number)).backward()
-    for members, (C,) in collector.take(list(targets)):
-        yield WholeSides(members, C, gradients.take(members))
+    require_causal(model)
+    context, device = Context(batches), next(model.parameters()).device
+    with float32_products("highest"):
+        for _, groups, gradients in _steps(model, targets, context, device, progress):
+            while groups:  # popped: a group that is done frees its matrices
+                members, Cs = groups.pop(0)
+                for C in Cs:  # none of a layer that no token reached
+                    yield WholeSides(members, C, {name: gradients.pop(name) for name in members})
+
+
+def _steps(
+    model: nn.Module, targets: Mapping[str, nn.Module], context: Context, device: torch.device, progress: bool
+) -> Iterator[StepBack]:
+    """All layers at once where there is room, else block by block."""
+    size = 4 * sum(m * m + n * n for m, n in map(weight_shape, targets.values()))
+    if 2 * size < (free_bytes(device) or psutil.virtual_memory().available):
+        yield run_back(model, targets, context, progress)
+        return
+    blocks = len(find_blocks(model, list(targets)))
+    with tempfile.TemporaryDirectory() as folder, progress_bar("the context", 2 * blocks, progress) as advance:
+        where = choose_parking("auto", model, context.batches, device, states=2 + blocks)
+        place = Place(device, park=parking(where, Path(folder)))
+        for step in walk_back(model, targets, context, place, on_block=advance):
+            yield step
+            advance()
 
 
 def collect_statistics(
@@ -212,20 +203,28 @@ def collect_statistics(
     directions: int = DIRECTIONS,
     progress: bool = True,
 ) -> Statistics:
-    """C and D of a causal language model's target layers over samples with answers, in small (see `compact`).
+    """C and D of a causal language model's target layers over samples with answers, in small (see `compact`) and on the
+    CPU.
 
     Args:
         targets: as of `collect_sides`.
         directions: how many of C and of D are kept.
 
-    Raises CordaError: the model has no causal head; there are too few samples with an answer.
+    Raises CordaError as `collect_sides` does, and if there are too few samples with an answer.
     """
     require_causal(model)
-    batches = answered_batches(encoded, pad_id, next(model.parameters()).device, batch_tokens)
+    device, batches = next(model.parameters()).device, answered_batches(encoded, pad_id, batch_tokens)
     layers: dict[str, Sides] = {}
+
+    def small(M: Tensor) -> Low:
+        return Low(*(part.cpu() for part in compact(M.to(device), directions)))
+
     for members, C, Ds in collect_sides(model, targets, batches, progress):
-        input_side = compact(C, directions)
-        layers |= {name: Sides(input_side, compact(Ds[name], directions)) for name in members}
-    tokens, answers = (sum(int(m.sum()) for m in masks) for masks in zip(*((b.real, b.answers) for b in batches)))
+        input_side = small(C)
+        layers |= {name: Sides(input_side, small(Ds.pop(name))) for name in members}
     digests = {name: layer_digest(module) for name, module in targets.items()}
-    return Statistics(layers, sum(len(b.real) for b in batches), answers, tokens, digests)
+    samples, answers, tokens = (
+        sum(int(n) for n in each)
+        for each in zip(*((len(b["labels"]), answer_mask(b).sum(), token_masks(b)[0].sum()) for b in batches))
+    )
+    return Statistics({n: layers[n] for n in targets if n in layers}, samples, answers, tokens, digests)
