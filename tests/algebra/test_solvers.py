@@ -137,7 +137,7 @@ def test_a_tall_weight_that_cholesky_cannot_factor():
 @pytest.mark.parametrize("apart", [1.0, 1e-12, 0.0])
 def test_orthonormal_basis_of_rows_that_are_nearly_one(apart, device):
     X = torch.randn(1, 50, dtype=torch.float64) + apart * torch.randn(6, 50, dtype=torch.float64)
-    Q = solvers._orthonormal(X.to(device), loss=1e-13)[0].cpu()
+    Q = solvers.orthonormal(X.to(device), loss=1e-13)[0].cpu()
     torch.testing.assert_close(Q @ Q.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-9)
     assert (X[0] - X[0] @ Q.T @ Q).norm() < 1e-9 * X[0].norm()
 
@@ -150,7 +150,7 @@ def test_what_making_a_block_orthonormal_says_of_the_spectrum(kind):
     theta = theta / theta[0]
     Q = orthogonal(300, 40).T
     for _ in range(2):
-        Q, found = solvers._orthonormal(Q * theta)
+        Q, found = solvers.orthonormal(Q * theta)
     for i in (0, 19):
         assert 0.6 < found[i] / theta[i] < 1.5
     assert 0.4 < found[-1] / theta[39] < 1.1

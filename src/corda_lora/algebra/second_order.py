@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..devices import double_device
 from .decomposition import factor
+from .solvers import orthonormal
 
 
 class Low(NamedTuple):
@@ -35,19 +37,22 @@ class Low(NamedTuple):
 def compact(M: Tensor, k: int) -> Low:
     """M (n, n) by its k leading eigenvectors and the diagonal of the rest, in float32.
 
-    The trace is M's. With k ≥ n nothing is lost. The eigenvectors are found by subspace iteration (`torch.svd_lowrank`,
-    Halko et al., arXiv 0909.4061), from a start that is the same at each call.
+    The trace is M's. With k ≥ n nothing is lost. The eigenvectors are found by subspace iteration on k + 8 vectors
+    (Halko et al., arXiv 0909.4061, algorithm 4.4), from a start that is the same at each call.
     """
-    M = M.float()
+    M, where = M.float(), double_device(M.device)
     if k >= len(M):
-        values, vectors = torch.linalg.eigh(M.double())
-        vectors = vectors.float()
+        values, vectors = torch.linalg.eigh(M.to(where).double())
+    elif not bool(M.any()):
+        values, vectors = M.new_zeros(k), M.new_zeros(len(M), k)
     else:
-        with torch.random.fork_rng(devices=[M.device] if M.is_cuda else []):
-            torch.manual_seed(0)
-            vectors, values, _ = torch.svd_lowrank(M, q=min(k + 8, len(M)), niter=2)
-        vectors, values = vectors[:, :k], values[:k]
-    F = vectors * values.clamp_min(0).sqrt().to(vectors)  # (n, k)
+        start = torch.randn(min(k + 8, len(M)), len(M), generator=torch.Generator().manual_seed(0))
+        X = start.to(where, torch.float64)
+        for _ in range(4):
+            X, _ = orthonormal((X.to(M) @ M).to(X))  # (k + 8, n)
+        values, V = torch.linalg.eigh((X.to(M) @ M).to(X) @ X.T)  # ascending
+        values, vectors = values[-k:].flip(0), X.T @ V[:, -k:].flip(1)
+    F = (vectors * values.clamp_min(0).sqrt()).to(M)  # (n, k)
     return Low(F, (M.diagonal() - F.square().sum(1)).clamp_min(0))
 
 

@@ -194,7 +194,7 @@ def _subspace(W: Tensor, orient: Orient, mode: str, r: int) -> tuple[Tensor, Ten
     if mode == "kpm":
         return back(X.flip(1)), 1 / values.flip(0)
     if untouched:  # X holds right singular vectors of M; their errors are removed from U by making it orthonormal
-        return _orthonormal((F @ X).T, loss=1e-13)[0].T, values
+        return orthonormal((F @ X).T, loss=1e-13)[0].T, values
     return back(X), values
 
 
@@ -278,14 +278,14 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
         return None
     H = mirror(add_gram(None, F))
     X = torch.randn(b, R, generator=torch.Generator(F.device).manual_seed(0), dtype=F.dtype, device=F.device)
-    Q, _ = _orthonormal(X @ H)
-    Q, powers = _orthonormal(Q @ H)
+    Q, _ = orthonormal(X @ H)
+    Q, powers = orthonormal(Q @ H)
     first, kth, last = _at(powers, k)  # approximations to the eigenvalues θ_1, θ_k, θ_b of H
     # The expected error of a random block after two products with H (Halko et al., SIAM Review 53, 2011, thm. 10.5).
     error = math.sqrt(R / (b - k)) * (last / kth) ** 2 if b < R else 0.0
     for _ in range(sweeps):
         if error < TOLERANCE / 2 or not kth > first / TOWERS:
-            Q, _ = _orthonormal(Q, loss=1e-13)
+            Q, _ = orthonormal(Q, loss=1e-13)
             QF = Q @ F.T  # (b, l)
             V, sigma = _gram_components(QF, noise=EPS * size)  # (b, b), (b,)
             Q, theta = V.T @ Q, sigma.square()
@@ -316,7 +316,7 @@ def leading_singular_vectors(F: Tensor, k: int, sweeps: int = 40) -> tuple[Tenso
         room = math.log(1e12) / max(fast - slow, 1e-3)
         degree = max(1, min(math.ceil(enough), int(room), 100))
         factors = (H,) if kth > 1e-8 * first else (F.T, F)
-        Q, powers = _orthonormal(_filter(factors, Q, last, degree))
+        Q, powers = orthonormal(_filter(factors, Q, last, degree))
         grown = _at(powers, k)  # the polynomial's values at θ_1, θ_k, θ_b, which give new estimates of these
         first, kth, last = [last * (1 + math.cosh(math.acosh(max(x, 1)) / degree)) / 2 for x in grown]
         error *= grown[2] / grown[1]
@@ -345,7 +345,7 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
     return now
 
 
-def _orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
+def orthonormal(X: Tensor, loss: float = 1e-6) -> tuple[Tensor, Tensor]:
     """An orthonormal basis Q (b, R) of the rows of X (b, R), and |diag T| (b,), descending, of the triangular T in
     X = T Q.
 
