@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -427,17 +428,35 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(change, what, tmp_path):
     [
         ("adapter_config.json", lambda config: config.update(lora_alpha=32), "is damaged: make the adapter again"),
         ("adapter_config.json", lambda config: config["target_modules"].pop(), "is damaged: target_modules lacks"),
-        ("corda.json", lambda r: next(iter(r["layers"].values())).update(r=3), r"\.safetensors has .*lora_A.weight of"),
-        ("corda.json", lambda record: record["layers"].popitem(), r"\.safetensors has .* of shape .* says None"),
-        ("corda.json", lambda record: record.pop("config"), "is damaged: KeyError"),
+        ("corda.json", lambda record: record["config"].update(mode="ipm"), "is damaged: make the adapter again"),
+        ("training.json", lambda record: record.update(steps=9), "is damaged: make the adapter again"),
     ],
 )
 def test_files_that_were_edited_are_refused_by_name(name, change, message, tmp_path):
     model, found = start()
-    folder = saved(install(copy.deepcopy(model), found), found, tmp_path / "a")
+    folder = tmp_path / "a"
+    records = {"corda.json": {"model": "tiny", **found.record}, "training.json": {"steps": 3}}
+    save_adapter(install(copy.deepcopy(model), found), folder, records)
     load_adapter(copy.deepcopy(model), folder)
     edit(folder / name, change)
-    with pytest.raises(CordaError, match=rf"{name if 'is damaged' in message else ''}.*{message}"):
+    with pytest.raises(CordaError, match=rf"{name} {message}"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: next(iter(r["layers"].values())).update(r=3), r"\.safetensors has .*lora_A.weight of"),
+        (lambda record: record["layers"].popitem(), r"\.safetensors has .* of shape .* says None"),
+        (lambda record: record.pop("config"), r"corda\.json is damaged: KeyError"),
+    ],
+)
+def test_a_record_of_another_adapter_is_refused_without_checksums_too(change, message, tmp_path):
+    model, found = start()
+    folder = saved(install(copy.deepcopy(model), found), found, tmp_path / "a")
+    (folder / "sha256.json").unlink()  # as on the hub
+    edit(folder / "corda.json", change)
+    with pytest.raises(CordaError, match=message):
         load_adapter(model, folder)
 
 
@@ -486,7 +505,11 @@ def test_no_adapter_or_a_damaged_record_is_refused(tmp_path):
     (folder / "corda.json").write_text('{"fingerprint": 3')
     with pytest.raises(CordaError, match=r"corda\.json is damaged"):
         load_adapter(tiny.build("llama"), folder)
-    (folder / "corda.json").unlink()  # it is not needed
+    (folder / "corda.json").unlink()
+    with pytest.raises(CordaError, match=r"corda\.json is missing: .* or remove sha256\.json if the change is meant"):
+        load_adapter(tiny.build("llama"), folder)
+    (folder / "sha256.json").unlink()
+    load_adapter(tiny.build("llama"), folder)  # it is not needed
     config = json.loads((folder / "adapter_config.json").read_text())
     del config["auto_mapping"]["corda"]["held"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -589,6 +612,23 @@ def test_export_residual(family, split, tmp_path):
     loaded = PeftModel.from_pretrained(residual, tmp_path / "residual" / "adapter")
     assert loaded.peft_config["default"].r == 4
     same(tiny.logits(loaded, family), moved)
+
+
+def test_a_residuals_adapter_belongs_to_the_residual(tmp_path, monkeypatch):
+    """Its base is the residual, which it names by its path; on the original model it would be silently wrong."""
+    model, found, adapted, moved = tuned()
+    adapted.peft_config["default"].revision = "of the original"
+    monkeypatch.chdir(tmp_path)
+    export_residual(copy.deepcopy(model), saved(adapted, found, Path("a")), Path("residual"))
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained("residual/adapter")
+    same(tiny.logits(plain), moved)
+    assert plain.peft_config["default"].base_model_name_or_path == str(tmp_path / "residual")
+    assert "| base model | `residual` |" in Path("residual/adapter/README.md").read_text()
+    export_lora(plain.unload(), Path("residual/adapter"), Path("again"), uniform=True)
+    for folder in ("residual/adapter", "again"):
+        same(tiny.logits(load_adapter(AutoModelForCausalLM.from_pretrained("residual"), folder)), moved)
+        with pytest.raises(CordaError, match=rf"{folder} was made for other weights .* \(its base was .*/residual\)"):
+            load_adapter(copy.deepcopy(model), folder)
 
 
 def test_an_anchored_adapter_has_no_residual(tmp_path):

@@ -14,8 +14,9 @@ from ..config import CordaError
 from ..devices import double_device
 from ..files import whole_folder, write_json
 from ..models.targets import tied_layers
+from ..models.weights import fingerprint, layer_digest
 from .card import write_card
-from .lora import load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks
+from .lora import BASE, load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks
 
 RECORD = "export.json"
 HALVED = ("paper", "balanced")  # splits whose adapter is W's components as they are now, less as they were
@@ -76,12 +77,13 @@ def export_lora(
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(A), nn.Parameter(B)
         layer.r["default"], layer.scaling["default"] = len(A), scale
     set_ranks(config, dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks, scale)
-    config.auto_mapping = None  # nothing of it is held still any more
+    base = (config.auto_mapping or {}).get(BASE)  # of a residual's adapter
+    config.auto_mapping = {BASE: base} if base else None  # nothing of it is held still any more
     share = (error / total) ** 0.5 if r is not None and total else 0.0
     note = f"Compressed to rank {r}: the update differs by {share:.2e} of its length." if r is not None else ""
     with whole_folder(output) as folder:
-        save_plain(peft_model, folder, read_records(Path(directory)), note)
         _write_record(folder, record)
+        save_plain(peft_model, folder, read_records(Path(directory)), note)
     return share
 
 
@@ -131,7 +133,8 @@ def export_residual(
     record: Mapping[str, Any] | None = None,
 ) -> None:
     """The residual model W' = W − s·B₀A₀ in `output`, and in `output/adapter` the rank-r adapter (B, A) for it: half
-    the adapter's work at run time, but the adapter is right on this model only.
+    the adapter's work at run time, but the adapter is right on this model only. It names the model by its path, and has
+    its fingerprint: `load_adapter` refuses any other.
 
     Raises CordaError if the adapter has no residual (B started from zero, or it is a plain LoRA), or the base is
     quantized.
@@ -155,7 +158,8 @@ def export_residual(
         layer.r["default"] = len(A)
     config = peft_model.peft_config["default"]
     set_ranks(config, {name: layer.r["default"] for name, layer in layers.items()}, marks["scale"])
-    config.auto_mapping = None
+    config.base_model_name_or_path, config.revision = str(output.absolute()), None
+    config.auto_mapping = {BASE: fingerprint({n: layer_digest(layer.get_base_layer()) for n, layer in layers.items()})}
     with whole_folder(output) as folder:
         (folder / "adapter").mkdir()
         note = f"It belongs to the residual model in `{output.name}`, and is wrong on any other."

@@ -54,6 +54,7 @@ SPECTRA = "spectra.safetensors"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SCALES = "scales"  # in CHECKSUMS, beside the names of files
+BASE = "corda_base"  # in `auto_mapping`: fingerprint of the residual model that a plain LoRA is for
 HINT_AT_TIES = "Model has `tie_word_embeddings=True`"  # a vague warning of PEFT's: `preprocess` says what to do
 
 
@@ -233,7 +234,8 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
 
 
 def _write_checksums(folder: Path) -> None:
-    write_checksums(folder, "*.safetensors", CONFIG)
+    """Of all but the card, whose metadata PEFT renews, and which a publisher edits."""
+    write_checksums(folder, "*.safetensors", "*.json")
     checksums = read_json(folder / CHECKSUMS)
     write_json(folder / CHECKSUMS, checksums | {SCALES: _scales_digest(folder)})
 
@@ -279,14 +281,12 @@ def load_adapter(
     marks = read_marks(directory)
     with _fitting(directory / CONFIG):
         config = peft.PeftConfig.from_pretrained(str(directory))
-    if marks is not None:
-        with _fitting(directory / WEIGHTS):
-            weights = load_peft_weights(str(directory), device="cpu")
-        if marks["fingerprint"] and _fingerprint_of(model, weights) != marks["fingerprint"]:
-            raise CordaError(
-                f"the adapter in {directory} was made for other weights than these "
-                f"(its base was {config.base_model_name_or_path or 'not recorded'})"
-            )
+    made_for = marks["fingerprint"] if marks is not None else (config.auto_mapping or {}).get(BASE)
+    if made_for and _fingerprint_of(model, _shapes_in(directory / WEIGHTS)) != made_for:
+        raise CordaError(
+            f"the adapter in {directory} was made for other weights than these "
+            f"(its base was {config.base_model_name_or_path or 'not recorded'})"
+        )
     if trainable and lora_dropout is not None:
         config.lora_dropout = lora_dropout
     with _fitting(directory / WEIGHTS), warnings.catch_warnings(record=True) as said:
@@ -310,6 +310,8 @@ def load_adapter(
                 f"{marks['scale']:g}: somebody changed lora_alpha or r",
                 stacklevel=2,
             )
+        with _fitting(directory / WEIGHTS):
+            weights = load_peft_weights(str(directory), device="cpu")
         warn_if_trained(weights, marks, str(directory))
     if trainable and marks is not None:
         freeze(peft_model, marks["split"])
