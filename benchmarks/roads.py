@@ -1,8 +1,8 @@
 """Is a CorDA adapter right wherever it is taken? Runs the roads (save and load, Trainer, TRL, accelerate, ...) for each
 split on a tiny model on the CPU, and prints the table of docs/trainers.md.
 
-    python benchmarks/roads.py                # in a few minutes, on two cores
-    python benchmarks/roads.py --roads nf4 lm_eval    # these need bitsandbytes, and lm-eval
+    pip install lm-eval bitsandbytes    # which two of the roads need
+    python benchmarks/roads.py          # in a quarter of an hour, on two cores
 
 A cell is *right* (the road's own check holds), *refused* with the sentence, or *wrong* with what was found.
 """
@@ -16,9 +16,9 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ import torch
 import torch.multiprocessing
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -178,6 +180,16 @@ def plain_peft(case: Case) -> None:
     demand(change < 1e-4, f"logits off by {change:.1e}")
 
 
+@road("`AutoModelForCausalLM.from_pretrained(ADAPTER)` of transformers, as its `pipeline` does")
+def transformers_alone(case: Case) -> None:
+    tiny.build("llama").save_pretrained(case.folder / "base")
+    config = json.loads((case.saved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(case.folder / "base")
+    (case.saved / "adapter_config.json").write_text(json.dumps(config))
+    change = float((tiny.logits(AutoModelForCausalLM.from_pretrained(case.saved)) - case.logits).abs().max())
+    demand(change < 1e-4, f"logits off by {change:.1e}")
+
+
 @road("`load_adapter(..., trainable=True)`: goes on as if never saved")
 def goes_on(case: Case) -> None:
     loaded = load_adapter(tiny.build("llama"), case.saved, trainable=True)
@@ -287,21 +299,33 @@ def trl_rloo(case: Case) -> None:
 
 def _distributed(case: Case, worker: Callable[..., None]) -> dict[str, torch.Tensor]:
     """What rank 0 of two processes saved."""
-    store = case.folder / "store"
-    store.unlink(missing_ok=True)
-    target = case.folder / "distributed.pt"
-    torch.multiprocessing.spawn(worker, (case.saved, store, target), nprocs=2)
-    return dict(torch.load(target, weights_only=True))
+    (case.folder / "store").unlink(missing_ok=True)
+    target = case.folder / "distributed"
+    torch.multiprocessing.spawn(worker, (case.saved, case.folder / "store", target), nprocs=2)
+    return load_file(target / "adapter_model.safetensors")
 
 
-def _loss_of(model: Any) -> torch.Tensor:
-    batch = tiny.batches()[0]
-    return model(**batch, labels=batch["input_ids"]).loss
+def _start(rank: int, store: Path) -> None:
+    """One of two processes, for torch and for accelerate."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # that accelerate asks for, and nobody uses
+
+
+def _two_steps(model: Any, adapted: PeftModel, ranks: Sequence[int]) -> None:
+    """Two steps; the gradient is the mean over the batches of two ranks, of which this process has some."""
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
+    for _ in range(2):
+        for rank in ranks:
+            batch = tiny.batches()[rank]
+            (model(**batch, labels=batch["input_ids"]).loss / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _worker(rank: int, saved: Path, store: Path, target: Path, kind: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    _start(rank, store)
     adapted = load_adapter(tiny.build("llama"), saved, trainable=True)
     model: Any = adapted
     if kind == "fsdp2":
@@ -314,86 +338,87 @@ def _worker(rank: int, saved: Path, store: Path, target: Path, kind: str) -> Non
         model = FullyShardedDataParallel(adapted, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU)
     else:
         model = torch.nn.parallel.DistributedDataParallel(adapted)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
-    for _ in range(2):
-        _loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    _two_steps(model, adapted, [rank])
     if kind == "fsdp1":  # of such a model PEFT itself saves nothing
         with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
             weights = {n.replace(".default", ""): w for n, w in model.state_dict().items() if "lora_" in n}
+        if rank == 0:
+            target.mkdir()
+            save_file(weights, target / "adapter_model.safetensors")
     else:
-        weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    weights = {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in weights.items()}
-    if rank == 0:
-        torch.save({name: weight.detach().cpu() for name, weight in weights.items()}, target)
+        weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in adapted.state_dict().items()}
+        if rank == 0:
+            adapted.save_pretrained(str(target), state_dict=weights)
     torch.distributed.destroy_process_group()
 
 
-def _ddp(rank: int, saved: Path, store: Path, target: Path) -> None:
-    _worker(rank, saved, store, target, "ddp")
-
-
-def _fsdp2(rank: int, saved: Path, store: Path, target: Path) -> None:
-    _worker(rank, saved, store, target, "fsdp2")
-
-
-def _fsdp1(rank: int, saved: Path, store: Path, target: Path) -> None:
-    _worker(rank, saved, store, target, "fsdp1")
-
-
-def _in_one_process(case: Case) -> dict[str, torch.Tensor]:
+def _in_one_process(case: Case) -> Path:
+    folder = case.folder / "one"
     loaded = load_adapter(tiny.build("llama"), case.saved, trainable=True)
-    optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
-    for _ in range(2):
-        _loss_of(loaded).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return dict(get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    _two_steps(loaded, loaded, [0, 1])
+    loaded.save_pretrained(str(folder))
+    return folder
 
 
-@road("DDP, two processes (gloo): the same bytes as one")
+@road("DDP, two processes (gloo): `save_pretrained` writes the same bytes as one process")
 def ddp(case: Case) -> None:
-    weights, expected = _distributed(case, _ddp), _in_one_process(case)
-    demand(all(torch.equal(weights[name], expected[name]) for name in expected), "not the same bytes as one process")
+    _distributed(case, partial(_worker, kind="ddp"))
+    files = (folder / "adapter_model.safetensors" for folder in (_in_one_process(case), case.folder / "distributed"))
+    demand(len({file.read_bytes() for file in files}) == 1, "not the same bytes as one process")
 
 
-def _sharded(case: Case, worker: Callable[..., None]) -> None:
-    weights, expected = _distributed(case, worker), _in_one_process(case)
+def _sharded(case: Case, kind: str) -> None:
+    weights = _distributed(case, partial(_worker, kind=kind))
+    expected = load_file(_in_one_process(case) / "adapter_model.safetensors")
+    demand(weights.keys() == expected.keys(), f"{len(weights)} tensors saved of {len(expected)}")
     change = max(float((weights[name] - expected[name]).abs().max()) for name in expected)
     demand(change < 1e-5, f"weights off by {change:.1e}")
     parts = (held_parts(w, case.split) for w in (weights, expected))
     demand(all(map(torch.equal, *parts)), "the held part moved")
 
 
-def _trainer_worker(rank: int, saved: Path, store: Path, target: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29521"}  # that accelerate asks for
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+@road("FSDP2 (`fully_shard`, two processes, gloo): saved, and equal to one process")
+def fsdp2(case: Case) -> None:
+    _sharded(case, "fsdp2")
+
+
+@road("FSDP1 (`use_orig_params`, two processes, gloo), saved from its full state: equal to one process")
+def fsdp1(case: Case) -> None:
+    _sharded(case, "fsdp1")
+
+
+def _trainer_worker(rank: int, saved: Path, store: Path, target: Path, options: dict[str, Any]) -> None:
+    _start(rank, store)
     loaded = PeftModel.from_pretrained(tiny.build("llama"), str(saved), is_trainable=True)
-    args = arguments(store.parent, ddp_find_unused_parameters=False, weight_decay=0.1, per_device_train_batch_size=1)
-    Trainer(loaded, args, train_dataset=datasets.Dataset.from_list(ROWS), callbacks=[HoldCallback()]).train()
-    if rank == 0:
-        torch.save(dict(get_peft_model_state_dict(loaded, save_embedding_layers=False)), target)
+    args = arguments(store.parent, ddp_find_unused_parameters=False, per_device_train_batch_size=1, **options)
+    rows = datasets.Dataset.from_list(ROWS)
+    trainer = Trainer(loaded, args, train_dataset=rows, callbacks=[HoldCallback()])
+    trainer.train()
+    trainer.save_model(str(target))
+    torch.distributed.destroy_process_group()
+
+
+def _by_trainer(case: Case, **options: Any) -> None:
+    weights, start = _distributed(case, partial(_trainer_worker, options=options)), case.adapted
+    before = get_peft_model_state_dict(start, save_embedding_layers=False)
+    demand(weights.keys() == before.keys(), f"{len(weights)} tensors saved of {len(before)}")
+    demand(all(map(torch.equal, held_parts(weights, case.split), case.held(start))), "the held part moved")
+    demand(any(not torch.equal(weights[name], before[name]) for name in before), "nothing was trained")
 
 
 @road("Trainer under DDP, two processes (gloo), `HoldCallback`, weight decay, on a plain-PEFT model")
 def trainer_ddp(case: Case) -> None:
-    weights, start = _distributed(case, _trainer_worker), case.adapted
-    demand(all(map(torch.equal, held_parts(weights, case.split), case.held(start))), "the held part moved")
-    before = get_peft_model_state_dict(start, save_embedding_layers=False)
-    demand(any(not torch.equal(weights[name], before[name]) for name in before), "nothing was trained")
+    _by_trainer(case, weight_decay=0.1)
 
 
-@road("FSDP2 (`fully_shard`, two processes, gloo): saved, and equal to one process")
-def fsdp2(case: Case) -> None:
-    _sharded(case, _fsdp2)
+@road("Trainer under FSDP2, two processes (gloo), `HoldCallback`, on a plain-PEFT model: saved by the Trainer")
+def trainer_fsdp2(case: Case) -> None:
+    _by_trainer(case, fsdp=True)
 
 
-@road("FSDP1 (`FullyShardedDataParallel`, `use_orig_params`, two processes, gloo): trains as one process")
-def fsdp1(case: Case) -> None:
-    _sharded(case, _fsdp1)
+@road("Trainer under FSDP1, two processes (gloo), `HoldCallback`, on a plain-PEFT model: saved by the Trainer")
+def trainer_fsdp1(case: Case) -> None:
+    _by_trainer(case, fsdp=True, fsdp_config={"version": 1, "use_orig_params": True, "sync_module_states": False})
 
 
 @road("`hotswap_adapter` into a live model")
