@@ -47,6 +47,7 @@ Count = Annotated[int, Range(ge=1, le=LARGEST)]
 CountOrZero = Annotated[int, Range(ge=0, le=LARGEST)]
 Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]  # NumPy's range
 KEEP = 10.0  # the default of λ: see docs/keeping.md
+OTHERS_LEAK = 1.1  # times as much as the samples of a context, others may leak before more samples are asked for
 CONTEXT_SAMPLES = 1000  # the default number of samples of a context
 Positive = Annotated[float, Range(ge=1e-9, le=1e30)]  # models compute in float32, which ends at 3e38
 NonNegative = Annotated[float, Range(ge=0)]

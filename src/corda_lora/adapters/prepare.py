@@ -1,6 +1,7 @@
 """A model and samples of an ability → the start of an adapter on disk: what `corda init` runs."""
 
 import hashlib
+import warnings
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -12,18 +13,23 @@ from torch import nn
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.batches import encode
 from ..data.overview import check_fit, overview
-from ..data.samples import digest_of, load_rounds
+from ..data.samples import digest_of, load_others, load_rounds
+from ..devices import compute_device
 from ..files import check_output, remove_folder
 from ..models.loading import load_tokenizer, open_model
-from ..models.lockstep import on_device, tensors_of
-from ..models.targets import modules_named
+from ..models.lockstep import Stored, on_device, tensors_of
+from ..models.targets import choose_targets, modules_named
 from ..preprocess.context import Context, has_decoder, read_context
+from ..preprocess.held_out import enough_samples, held_out_leaks, times_as_much
 from ..preprocess.pipeline import Start, preprocess
 from ..preprocess.plan import check_room, init_plan
+from ..preprocess.walk import Place
 from ..preprocess.work import MANIFEST, open_work
 from ..progress import console
 from ..version import __version__
 from .lora import RECORD, TIMING, install, save_adapter
+
+OTHERS = 64  # samples beside those shown whose leak is measured
 
 
 def prepare(
@@ -102,6 +108,8 @@ def prepare(
         if not (work / MANIFEST).is_file():  # nothing was finished
             remove_folder(work)
         raise
+    if data and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
+        _add_held_out(start, model, stored, tokenizer, data, batch_tokens)
     spectra = {name: layer.spectrum for name, layer in start.layers.items()}
     whole = [m for ending in config.modules_to_save or () for m in modules_named(model, ending).values()]
     with on_device([t for m in whole for t in tensors_of(m) if t in stored], torch.device("cpu"), stored):
@@ -111,3 +119,25 @@ def prepare(
     if not keep_work:
         remove_folder(work)
     return start
+
+
+def _add_held_out(
+    start: Start, model: nn.Module, stored: Stored, tokenizer: Any, data: DataConfig, batch_tokens: int
+) -> None:
+    """Add to the record how much other samples of the data leak, if there are others: of each layer, how many times as
+    much as those shown, and how many samples would be enough."""
+    with warnings.catch_warnings():  # of rows that are left out: it has been said
+        warnings.simplefilter("ignore")
+        others = load_others(data, OTHERS)
+    if len(others) < OTHERS // 4:
+        return
+    config, record = start.config, start.record
+    batches = read_context(tokenizer, [others], data.max_length, batch_tokens, has_decoder(model)).batches
+    place = Place(compute_device(model, config.device), stored)
+    leaks = held_out_leaks(model, choose_targets(model, config), start.layers, batches, place, config.skip_tokens)
+    for name, leak in leaks.items():
+        record["layers"][name]["held_out_leak"] = leak
+    shown = {name: layer.record.leak for name, layer in start.layers.items() if layer.record.leak is not None}
+    times, samples = times_as_much(shown, leaks), record["context"]["samples"]
+    if times is not None:
+        record["held_out"] = {"samples": len(others), "times": times, "enough": enough_samples(samples, times)}

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
+from ..config import OTHERS_LEAK
+
 KEPT_WELL, KEPT_IN_PART = 0.15, 0.30  # shares of probability that moved, at most
 UNCHANGED = 1e-6  # nats: below, a drift is rounding
 LEARNED = 1.05  # times as likely as before, at least
@@ -136,6 +138,8 @@ def start_verdicts(record: Mapping[str, Any]) -> list[str]:
     sentences = [(_reads_in_kpm if config["mode"] == "kpm" else _reads_in_ipm)(reads)]
     if config["mode"] == "kpm":
         sentences += _doubts(record)
+        if others := record.get("held_out"):
+            sentences.append(_others(record["context"]["samples"], **others))
         if config["split"] == "anchored":
             sentences.append(_certificate(config, layers))
     return sentences
@@ -172,6 +176,13 @@ def _doubts(record: Mapping[str, Any]) -> Iterator[str]:
         )
     if config["split"] == "balanced":
         yield "but in balanced A moves as fast as B, and kept hardly more than LoRA: take anchored (docs/measured.md)."
+
+
+def _others(shown: int, samples: int, times: float, enough: int) -> str:
+    sentence = f"sample: {samples} others leak {_times(times)} as much as the {shown:,} shown (median layer)"
+    if enough <= shown:
+        return f"{sentence}; for the directions of A that is enough, while a price (--keep) goes on gaining by more."
+    return f"{sentence}; with about {float(f'{enough:.2g}'):,.0f} it would be {OTHERS_LEAK:g} times."
 
 
 def _certificate(config: Mapping[str, Any], layers: Mapping[str, Any]) -> str:
