@@ -124,6 +124,17 @@ def test_ranks_by_drift_cost_less_drift_than_equal_ranks(orientation):
     assert spent["drift"][0] < 0.5 * spent["equal"][0]
 
 
+def test_allocation_by_drift_from_the_command_line(checkpoint, tmp_path, capsys):
+    rows = [{"prompt": f"The capital of {i}?", "response": f" It is city {i * 7 % 50}."} for i in range(20)]
+    (tmp_path / "context.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = ["--model", str(checkpoint), "--context", str(tmp_path / "context.jsonl"), "--output", str(tmp_path / "s")]
+    main(["init", *where, "--preset", "corda+", "--allocation", "drift", "--r", "4"])
+    record = json.loads((tmp_path / "s" / "corda.json").read_text())
+    assert record["config"]["allocation"] == "drift"
+    assert len({layer["r"] for layer in record["layers"].values()}) > 2
+    assert "such starts drifted ten times more" not in capsys.readouterr().out
+
+
 def test_in_ipm_the_layers_on_which_most_hangs_get_more():
     _, start = started("seeded", "ipm", allocation="drift", keep=1.0)
     _, plain = started("seeded", "ipm", preset="corda", keep=1.0)

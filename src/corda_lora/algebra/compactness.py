@@ -29,7 +29,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .decomposition import energies
 from .solvers import lanczos, lower_inverse
 
 # Up to this size a full symmetric eigendecomposition is used; above it Lanczos is faster, on a GPU and on two cores.
@@ -117,29 +116,24 @@ def allocation_scores(log_pi: float, sigma: Tensor) -> Tensor:
     return torch.where(remaining > 0, scores, torch.where(sigma.flip(0) > 0, torch.inf, 0.0))
 
 
-def drift_scores(rows: Tensor, C: Tensor | None, D: Tensor | None) -> Tensor:
+def drift_scores(leaks: Tensor, sensitivity: float, parameters: int) -> Tensor:
     """What the r-th component from the tail costs in predicted drift per parameter, for r = 1 ... R: (R,), float64,
     ascending.
 
     An update b âᵢ along the component's input direction âᵢ = aᵢ/‖aᵢ‖ has the predicted drift tr(D b âᵢ C âᵢᵀ bᵀ) (see
     `second_order`). Where training has moved each entry of b, (m,), by one, independently, that is on average
 
-        tr(D) · âᵢ C âᵢᵀ        and over the m + n parameters of the component its cost
+        tr(D) · âᵢ C âᵢᵀ        and over the parameters of the component its cost
 
-    Read for a task in place of what is to be kept, it is the mean square of the gradient at b: what there is to gain.
+    Read of a task in place of what is to be kept, it is the mean square of the gradient at b: what there is to gain.
     As ranks count from the tail, the r-th component costs at least as much as those behind it.
 
     Args:
-        rows: a_i (R, n), from the head to the tail.
-        C: of the layer's inputs (n, n); D: of the gradients at its outputs (m, m). None, where no token came to the
-            layer: nothing costs anything.
+        leaks: âᵢ C âᵢᵀ (R,), from the head to the tail.
+        sensitivity: tr(D).
+        parameters: of one component, m + n.
     """
-    if C is None or D is None:
-        return rows.new_zeros(len(rows), dtype=torch.float64)
-    lengths = rows.double().square().sum(1).clamp(min=1e-300)
-    leaks = energies(rows.double(), C) / lengths  # of a dead component, 0
-    costs = float(D.diagonal().double().sum()) * leaks / (len(D) + len(C))
-    return costs.flip(0).clamp(min=0).cummax(0).values
+    return (sensitivity * leaks.double().clamp(min=0) / parameters).flip(0).cummax(0).values
 
 
 def allocate(

@@ -219,8 +219,17 @@ def scores_of(
     if not config.allocates:
         return None
     if config.allocation == "drift":
-        return drift_scores(U.T @ W.double(), C, None if D is None else D.to(W.device))
+        leaks = (
+            sigma.new_zeros(len(sigma)) if C is None else torch.cat([_leaks(W, C, part) for part in U.split(512, 1)])
+        )
+        return drift_scores(leaks, 0.0 if D is None else float(D.diagonal().sum()), sum(W.shape))
     return allocation_scores(log_compactness(len(W), 1, 1) if log_pi is None else log_pi, sigma)
+
+
+def _leaks(W: Tensor, C: Tensor, U: Tensor) -> Tensor:
+    """â C âᵀ of the rows a = uᵀW, each at length one; 0 of a component that is dead."""
+    rows = U.T @ W.double()
+    return energies(rows, C) / rows.square().sum(1).clamp(min=1e-300)
 
 
 def output_factor(D: Tensor | None, config: CordaConfig) -> Tensor | None:
