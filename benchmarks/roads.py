@@ -301,7 +301,8 @@ def _distributed(case: Case, worker: Callable[..., None]) -> dict[str, torch.Ten
     """What rank 0 of two processes saved."""
     (case.folder / "store").unlink(missing_ok=True)
     target = case.folder / "distributed"
-    torch.multiprocessing.spawn(worker, (case.saved, case.folder / "store", target), nprocs=2)
+    arguments = (case.saved, case.folder / "store", target)
+    torch.multiprocessing.start_processes(worker, arguments, nprocs=2, start_method="forkserver")  # imports once
     return load_file(target / "adapter_model.safetensors")
 
 
