@@ -34,7 +34,8 @@ def get_corda_model(
 ) -> "PeftModel":
     """Adapt a model to a context: a `PeftModel` to train as ever. (CorDA, arXiv 2406.05223 and 2506.13187.)
 
-    The model's own weights are not changed, and the adapted model's first output is the model's to the last bit.
+    The model's own weights are not changed, and the adapted model's first output is the model's to the last bit. With
+    `config.quantization` the model becomes one in 4 bits, in place, and the adapter fits that one only.
     `save_pretrained` writes an ordinary LoRA that plain PEFT loads on the original model (rank 2r, or r with the
     splits `anchored` and `seeded`); `load_adapter(..., trainable=True)` goes on training it.
 
@@ -56,6 +57,7 @@ def get_corda_model(
         CordaError: see `preprocess`.
     """
     from .adapters.lora import install
+    from .adapters.quantize import quantize_in_place
     from .data.batches import as_batches
     from .data.overview import check_fit
     from .models.loading import tokenizer_of
@@ -73,6 +75,8 @@ def get_corda_model(
         check_fit(model, (ids for batch in context for ids in batch["input_ids"].tolist()))
         context = Context(context, rounds)
     start = preprocess(model, config, context, progress)
+    if config.quantization:
+        quantize_in_place(model, start)
     adapted: Any = install(model, start)
     if start.statistics is not None:
         adapted.statistics = start.statistics

@@ -5,6 +5,7 @@
 import argparse
 import inspect
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # One block after another of other sizes: without this the accelerator's memory is cut into pieces nobody can use.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of much that is in order here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where there are no kernels to download
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log has no use for them
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
@@ -315,6 +317,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     )
     sub.set_defaults({"samples": CONTEXT_SAMPLES})
     sub.add_argument("--context", type=str | None, help="DATA that shows the ability to keep (kpm) or to learn (ipm)")
+    sub.add_argument("--original", type=str | None, help="the full weights of a MODEL that is in 4 bits already")
     sub.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
     sub.add_argument(
         "--park",
@@ -353,6 +356,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
 
     sub = verb("eval", evaluate, "measure what was learned and what was kept", ModelConfig, EvalConfig)
     sub.add_argument("--adapter", type=Path | None, help="adapter directory; without it, the base model alone")
+    sub.add_argument(
+        "--original", type=str | None, help="the full model, to measure a quantized MODEL and its adapter against"
+    )
     sub.add_argument("--output", type=Path | None, help="JSON file to write the numbers to")
 
     sub = verb(
@@ -368,6 +374,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         "--as", dest="form", type=Literal["lora", "merged", "residual"], default="lora", help="what to write"
     )
     sub.add_argument("--r", type=Count | None, help="compress the LoRA to this rank; the error is printed")
+    sub.add_argument(
+        "--original", type=str | None, help="write the LoRA for the full model that a quantized MODEL was made from"
+    )
     sub.add_argument(
         "--uniform", action="store_true", help="pad the LoRA's layers to one rank with zeros, for llama.cpp"
     )
@@ -393,7 +402,8 @@ def init(options: Namespace) -> dict[str, Any]:
     if data is None and config.reads_context:
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
     recipe = {"model": source.model, "revision": source.revision, "dtype": source.dtype, "config": asdict(config)}
-    recipe |= {"batch_tokens": options.batch_tokens}
+    original = None if options.original is None else replace(source, model=options.original, revision=None)
+    recipe |= {"batch_tokens": options.batch_tokens} | ({"original": original.model} if original else {})
     recipe |= {"data": asdict(data) if data and config.reads_context else None}
     if data and config.reads_context and (options.output / "corda.json").is_file():
         from .data.samples import digest_of, load_rounds
@@ -418,6 +428,7 @@ def init(options: Namespace) -> dict[str, Any]:
         batch_tokens=options.batch_tokens,
         park=options.park,
         keep_work=options.keep_work,
+        original=original,
     )
     made = _start_made(options.output, config)
     out.print(start_table(start))
@@ -432,7 +443,8 @@ def init(options: Namespace) -> dict[str, Any]:
     out.print(start_cost(start))
     out.print(f"written to {options.output}")
     _push(options, repo)
-    following = shlex.join(["corda", "train", "--model", source.model, "--start", str(options.output)])
+    model = str(options.output / "base") if config.quantization else source.model
+    following = shlex.join(["corda", "train", "--model", model, "--start", str(options.output)])
     following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'} --output tuned/"
     rate = f"(its learning rate: {made['learning_rate']:g})"
     out.print(f"next: {following}  {rate}", highlight=False, soft_wrap=True)
@@ -445,7 +457,7 @@ def _start_made(output: Path, config: CordaConfig) -> dict[str, Any]:
     from .training.rates import rate_of
 
     record = read_json(output / "corda.json")
-    rate = rate_of(str(config.split), config.mode)
+    rate = rate_of("residual" if config.has_residual else str(config.split), config.mode)
     return {"output": str(output), **record, "verdicts": start_verdicts(record), "learning_rate": rate}
 
 
@@ -626,17 +638,29 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     from .adapters.lora import load_adapter, read_marks
     from .devices import accelerator
     from .evaluation.evaluate import evaluate as measure
+    from .evaluation.evaluate import evaluate_beside
     from .models.loading import load_model, load_tokenizer
     from .report.terminal import results_table
     from .report.verdicts import verdicts
 
-    if options.adapter is not None:
-        read_marks(options.adapter)
+    marks = read_marks(options.adapter) if options.adapter is not None else None
+    original = options.original or (marks or {}).get("original")
+    if original is None and marks and marks["split"] == "residual":
+        raise CordaError(
+            "without its adapter the quantized residual is no model to compare with: give --original, the full model"
+        )
     tokenizer = load_tokenizer(source)
-    model = load_model(source).to(accelerator())
-    if options.adapter is not None:
-        model = load_adapter(model, options.adapter).eval()
-    results = measure(model, tokenizer, config)
+
+    def load_tuned() -> Any:
+        model = load_model(source).to(accelerator())
+        return model if options.adapter is None else load_adapter(model, options.adapter).eval()
+
+    if original is None:
+        results = measure(load_tuned(), tokenizer, config)
+    else:
+        full = replace(source, model=original, revision=None)
+        out.print(f"measured beside the full model, {original}", highlight=False)
+        results = evaluate_beside(lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config)
     out.print(results_table(results))
     sentences = verdicts(results)
     for sentence in sentences:
@@ -697,12 +721,17 @@ def export(options: Namespace) -> dict[str, Any]:
         raise CordaError("--r goes with --as lora only")
     if options.uniform and options.form != "lora":
         raise CordaError("--uniform goes with --as lora only: a merged model has no ranks")
-    from .adapters.export import RECORD, export_lora, export_merged, export_residual
+    if options.original is not None and options.form != "lora":
+        raise CordaError("--original goes with --as lora only: the others are of MODEL itself")
+    from .adapters.export import RECORD, export_for_original, export_lora, export_merged, export_residual
     from .adapters.lora import WEIGHTS, read_marks
     from .models.loading import load_model, load_tokenizer
+    from .report.verdicts import another_function
 
     read_marks(options.adapter)
     recipe = {"model": asdict(source), "as": options.form, "r": options.r, "uniform": options.uniform}
+    original = None if options.original is None else replace(source, model=options.original, revision=None)
+    recipe |= {"original": original.model} if original else {}
     recipe |= {name: sha256_of(options.adapter / name) for name in ("adapter_config.json", WEIGHTS)}
     if is_made(options.output / RECORD, recipe):
         out.print(f"{options.output} is whole already: the same command made it")
@@ -711,16 +740,29 @@ def export(options: Namespace) -> dict[str, Any]:
     check_output(options.output)
     repo = _repo(options)
     model = load_model(source)
-    error = 0.0
+    result: dict[str, Any] = {"output": str(options.output), "form": options.form, "relative_error": 0.0}
     if options.form == "lora":
-        error = export_lora(model, options.adapter, options.output, options.r, options.uniform, recipe)
-        out.print("exact" if options.r is None else f"compressed to rank {options.r}: relative error {error:.3e}")
+        arguments = (options.adapter, options.output, options.r, options.uniform, recipe)
+        if original:
+            result["relative_error"], result["differs"] = export_for_original(model, original, *arguments)
+            out.print(another_function(result["differs"]), highlight=False)
+        else:
+            result["relative_error"] = export_lora(model, *arguments)
+        if options.r is not None:
+            out.print(f"compressed to rank {options.r}: relative error {result['relative_error']:.3e}")
+        elif not original:
+            out.print("exact")
+    elif options.form == "merged":
+        quantized = getattr(model, "is_quantized", False)
+        error = export_merged(model, options.adapter, options.output, load_tokenizer(source), recipe)
+        result["relative_error"] = error
+        if quantized:
+            out.print(f"dequantized, and merged: rounding changed the weights by {error:.1e} of their length")
     else:
-        write = export_merged if options.form == "merged" else export_residual
-        write(model, options.adapter, options.output, load_tokenizer(source), recipe)
+        export_residual(model, options.adapter, options.output, load_tokenizer(source), recipe)
     out.print(f"written to {options.output}")
     _push(options, repo)
-    return {"output": str(options.output), "form": options.form, "relative_error": error}
+    return result
 
 
 def demo(options: Namespace) -> None:

@@ -254,6 +254,13 @@ class CordaConfig:
             activations of the first token are far larger than any other's. Leave it at 0 for a context to keep: the
             adapter may otherwise change what the first token does.
         target_modules: the layers to adapt, as in PEFT: endings of names, a regular expression, or `all-linear`.
+        quantization: `nf4` quantizes the model's linear layers to 4 bits (QLoRA's NF4, through bitsandbytes). With the
+            splits paper and balanced, what is quantized is the residual W - s·BA of an adapter of rank r (QCorDA), and
+            balanced is the default in ipm; else the weight itself.
+        double_quantization: quantize the scales of the blocks, too: 4.13 instead of 4.5 bits a number.
+        fold: how many times the adapter becomes the best fit, in the metric of the context, of what quantization lost,
+            and the weight without it is quantized again. With orientation two_sided the metric is two-sided. 0 leaves
+            the components of W in the adapter, as published. Default: 5 where a residual is quantized.
         keep: the weight λ, in the loss of the training to come, of the drift that the adapter is predicted to cause on
             the context: nats of loss for a nat of drift per answer token. Above 0 the start also holds what predicts
             it, in statistics.safetensors. For that the context also runs backward, one block at a time. With 0 the
@@ -284,6 +291,9 @@ class CordaConfig:
     damping: Positive = 0.01
     skip_tokens: CountOrZero = 0
     target_modules: str | list[str] = "all-linear"
+    quantization: Literal["nf4"] | None = None
+    double_quantization: bool = False
+    fold: CountOrZero | None = None
     keep: Annotated[float, Range(ge=0, le=1e30)] = 0.0
     lora_alpha: Positive | None = None
     use_rslora: bool = False
@@ -296,12 +306,31 @@ class CordaConfig:
 
     def __post_init__(self) -> None:
         if self.split is None:
-            self.split = "anchored" if self.mode == "kpm" else "seeded"
+            takes_out = self.quantization or self.fold
+            self.split = "anchored" if self.mode == "kpm" else "balanced" if takes_out else "seeded"
         if self.rounds is None:
             self.rounds = 5 if self.preset == "corda++" else 1
+        if self.fold is None:
+            self.fold = 5 if self.quantization and not self.from_zero else 0
         check_fields(self)
         _check_lora(self)
         assert self.rounds is not None
+        if self.double_quantization and not self.quantization:
+            raise CordaError("double_quantization goes with a quantization: nf4")
+        if self.fold and self.from_zero:
+            raise CordaError(
+                f"fold puts what quantization lost into B A, but split {self.split} starts with B = 0: --split balanced"
+            )
+        if self.has_residual and self.allocates:
+            raise CordaError(
+                f"a layer is quantized without what its adapter holds, but preset {self.preset} gives it its rank when "
+                "all are done: preset corda, or split anchored or seeded"
+            )
+        if self.has_residual and self.keep:
+            raise CordaError(
+                "keep predicts the drift from W, but the base is quantized without a part of W: split anchored or "
+                "seeded, or keep 0"
+            )
         if self.rounds > 1 and self.orientation == "identity":
             raise CordaError("orientation identity needs no context, so there are no rounds of it to choose from")
         if not self.allocates and (self.min_rank != 1 or self.max_rank is not None or self.budget is not None):
@@ -319,6 +348,11 @@ class CordaConfig:
     def from_zero(self) -> bool:
         """Whether B starts from zero, so that the adapter is rank r on the weight as it is: nothing is taken out."""
         return self.split in ("anchored", "seeded")
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the adapter is right only on a base without what it holds at the start: rank r, all of it trained."""
+        return not self.from_zero and bool(self.quantization or self.fold)
 
     @property
     def reads_context(self) -> bool:

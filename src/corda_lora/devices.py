@@ -26,11 +26,15 @@ def accelerator() -> torch.device:
 
 def compute_device(model: nn.Module, chosen: str | None = None) -> torch.device:
     """Where a model's blocks are run: the `chosen` device, or where the model is, or the accelerator for a model on the
-    CPU.
+    CPU. A quantized model is run where it is.
 
-    Raises CordaError if this machine has no such device.
+    Raises CordaError if this machine has no such device, or a quantized model is on another.
     """
     home = next(model.parameters()).device
+    if getattr(model, "is_quantized", False):
+        if chosen is not None and torch.device(chosen).type != home.type:
+            raise CordaError(f"the quantized model is on {home}, and runs there: leave device {chosen!r} out")
+        return home
     if chosen is not None:
         try:
             torch.zeros(1, device=chosen).item()  # "meta" holds no numbers

@@ -135,7 +135,11 @@ def _measured(start: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
     if layers:
         leak = sum(layer["leak"] / layer["output_energy"] for layer in layers) / len(layers)
         yield "leak of the start: tr(A C Aᵀ) / tr(W C Wᵀ), mean of the layers", f"{leak:.2e}"
-        yield "share of the context's output energy in its components", f"{start['totals']['energy_share']:.2e}"
+        if "energy_share" in start["totals"]:
+            yield "share of the context's output energy in its components", f"{start['totals']['energy_share']:.2e}"
+    if errors := [layer["context_error"] for layer in start.get("layers", {}).values() if "context_error" in layer]:
+        error = sum(errors) / len(errors)
+        yield "what quantization lost and the start does not hold, relative, in the context's metric", f"{error:.2e}"
     if "train_loss" in training:
         yield "training loss, mean of all steps (nats per token)", f"{training['train_loss']:.4f}"
     for step, loss in training.get("held_out_loss", ()):

@@ -10,13 +10,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..config import CordaError
+from ..algebra.folding import best_fit
+from ..config import CordaError, ModelConfig
 from ..devices import double_device
 from ..files import whole_folder, write_json
+from ..models.loading import open_model
+from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import tied_layers
-from ..models.weights import fingerprint, layer_digest
+from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
 from .card import write_card
 from .lora import BASE, load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks
+from .quantize import dequantize_in_place
 
 RECORD = "export.json"
 HALVED = ("paper", "balanced")  # splits whose adapter is W's components as they are now, less as they were
@@ -31,7 +35,7 @@ def export_lora(
     uniform: bool = False,
     record: Mapping[str, Any] | None = None,
 ) -> float:
-    """A plain LoRA on the original model, with the same scale s = lora_alpha / r in every layer.
+    """A plain LoRA on the adapter's base model, with the same scale s = lora_alpha / r in every layer.
 
     Factors that start from zero are written as they are. Those of the splits `paper` and `balanced`, [B, −B₀] and
     [A; A₀], nearly cancel, and would be rounded apart in half precision: their product is factored anew (to float32's
@@ -50,24 +54,92 @@ def export_lora(
         CordaError: r is above the adapter's largest rank, or the adapter is no plain LoRA (DoRA).
     """
     marks = read_marks(Path(directory))
+    peft_model, scale, factors = _factors(model, directory)
+    halved = marks is not None and marks["split"] in HALVED
+    base = (peft_model.peft_config["default"].auto_mapping or {}).get(BASE)  # of a residual's adapter
+    if marks is not None and marks["split"] == "residual":
+        base = marks["fingerprint"]
+    return _write_lora(peft_model, scale, factors, Path(directory), output, r, uniform, record, halved, base)
+
+
+@torch.no_grad()
+def export_for_original(
+    model: nn.Module,
+    original: ModelConfig,
+    directory: Path | str,
+    output: Path,
+    r: int | None = None,
+    uniform: bool = False,
+    record: Mapping[str, Any] | None = None,
+) -> tuple[float, dict[str, float]]:
+    """A plain LoRA on the full model that a quantized base was made from. It has twice the adapter's rank: s·B A less
+    the best fit, of the adapter's rank, of what the base lacks, W − Q. What that misses makes it another function than
+    the adapter on its base.
+
+    Args:
+        original: the full model, whose weights are read layer by layer.
+        r, uniform, record: as in `export_lora`.
+
+    Returns:
+        what `export_lora` returns, and by layer how far the weights, with their adapters, are apart, over ‖W‖.
+
+    Raises:
+        CordaError: as `export_lora` does; the original has other layers.
+    """
+    peft_model, scale, factors = _factors(model, directory)
+    full, stored = open_model(original)
+    differs: dict[str, float] = {}
+    for name, layer in lora_layers(peft_model).items():
+        A, B = factors[name]
+        taken, put, differs[name] = _lacking(full, stored, name, weight_of(layer.get_base_layer()), len(A))
+        factors[name] = torch.cat([A, taken.to(A)]), torch.cat([B, -put.to(B) / scale], dim=1)
+    peft_model.peft_config["default"].base_model_name_or_path = original.model
+    error = _write_lora(peft_model, scale, factors, Path(directory), output, r, uniform, record, refactor=True)
+    return error, differs
+
+
+def _factors(model: nn.Module, directory: Path | str) -> tuple[PeftModel, float, dict[str, tuple[Tensor, Tensor]]]:
+    """The adapter on its model, its most common scale, and each layer's A and B for this scale."""
     peft_model = load_adapter(model, directory)
     layers, config = lora_layers(peft_model), peft_model.peft_config["default"]
     if config.use_dora:
         raise CordaError(f"the adapter in {directory} is a DoRA, whose norms no plain LoRA has: --as merged")
     scale = Counter(layer.scaling["default"] for layer in layers.values()).most_common(1)[0][0]
-    factors = {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers.items()}
+    factors = {}
+    for name, layer in layers.items():
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        factors[name] = (A, B if layer.scaling["default"] == scale else B * (layer.scaling["default"] / scale))
+    return peft_model, scale, factors
+
+
+def _write_lora(
+    peft_model: PeftModel,
+    scale: float,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    directory: Path,
+    output: Path,
+    r: int | None,
+    uniform: bool,
+    record: Mapping[str, Any] | None,
+    refactor: bool,
+    base: str | None = None,
+) -> float:
+    """Write factors in place of the adapter's; see `export_lora`.
+
+    Args:
+        refactor: factor their products anew.
+        base: the fingerprint of the only model that the adapter is right on.
+    """
+    layers, config = lora_layers(peft_model), peft_model.peft_config["default"]
     largest = max(len(A) for A, _ in factors.values())
     if r is not None and r > largest:
         raise CordaError(f"rank {r} is no compression: the adapter's largest rank is {largest}")
     error = total = 0.0
-    for name, layer in layers.items():
-        A, B = factors[name]
-        if layer.scaling["default"] != scale:
-            B = B * (layer.scaling["default"] / scale)
-        if r is not None or (marks is not None and marks["split"] in HALVED):
+    if r is not None or refactor:
+        for name, (A, B) in factors.items():
             A, B, rest, whole = compress(A, B, min(r or len(A), len(A)))
             error, total = error + rest, total + whole
-        factors[name] = (A, B)
+            factors[name] = (A, B)
     ranks = {name: len(A) for name, (A, _) in factors.items()}  # never above min(d_in, d_out), where 2r may be
     for name, layer in layers.items():
         A, B = factors[name]
@@ -77,14 +149,29 @@ def export_lora(
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(A), nn.Parameter(B)
         layer.r["default"], layer.scaling["default"] = len(A), scale
     set_ranks(config, dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks, scale)
-    base = (config.auto_mapping or {}).get(BASE)  # of a residual's adapter
     config.auto_mapping = {BASE: base} if base else None  # nothing of it is held still any more
     share = (error / total) ** 0.5 if r is not None and total else 0.0
     note = f"Compressed to rank {r}: the update differs by {share:.2e} of its length." if r is not None else ""
     with whole_folder(output) as folder:
         _write_record(folder, record)
-        save_plain(peft_model, folder, read_records(Path(directory)), note)
+        save_plain(peft_model, folder, read_records(directory), note)
     return share
+
+
+def _lacking(full: nn.Module, stored: Stored, name: str, Q: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    """A (r, d_in) and B (d_out, r) with the best fit of W − Q of a layer, and what it misses as a share of ‖W‖."""
+    try:
+        module = full.get_submodule(name)
+        same = weight_shape(module) == tuple(Q.shape)
+    except AttributeError:
+        same = False
+    if not same:
+        raise CordaError(f"the original has no {name} of shape {tuple(Q.shape)}: it is another model")
+    with on_device(tensors_of(module), double_device(Q.device), stored):
+        W = weight_of(module).double()
+        lost = W - Q.to(W)
+        A, B = best_fit(lost, min(r, *lost.shape))
+        return A, B, float((lost - B @ A).norm() / W.norm())
 
 
 def compress(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
@@ -109,19 +196,40 @@ def export_merged(
     output: Path,
     tokenizer: Any = None,
     record: Mapping[str, Any] | None = None,
-) -> None:
-    """The whole model with the adapter merged in, in the dtype it was loaded in.
+) -> float:
+    """The whole model with the adapter merged in, in the dtype it was loaded in. Of a quantized base, the weights are
+    what they stand for, in full.
 
-    Raises CordaError if the base is quantized.
+    Returns:
+        ‖round(W + s·BA) − (W + s·BA)‖ / ‖W + s·BA‖ over all adapted layers: what rounding to the model's dtype changes.
+
+    Raises CordaError if the base is quantized by anything but bitsandbytes' 4 bits.
     """
-    _needs_full_weights(model, "merged")
     peft_model = load_adapter(model, directory)
+    if getattr(model, "is_quantized", False):
+        if not getattr(model, "is_loaded_in_4bit", False):
+            raise CordaError("the base model is quantized, and only bitsandbytes' 4 bits can be merged into")
+        dequantize_in_place(peft_model.unload())
+        peft_model = PeftModel.from_pretrained(model, str(directory))
     _untie(peft_model)
+    error = _rounding(peft_model)
     with whole_folder(output) as folder:
         write_card(peft_model, folder, read_records(Path(directory)), merged=True)
         merged = peft_model.merge_and_unload()
         _save_model(merged, tokenizer, folder)
         _write_record(folder, record)
+    return error
+
+
+def _rounding(peft_model: PeftModel) -> float:
+    """What merging rounds away: see `export_merged`."""
+    error = total = 0.0
+    for layer in lora_layers(peft_model).values():
+        W = layer.get_base_layer().weight
+        exact = W.double() + layer.get_delta_weight("default")
+        error += float((exact.to(W.dtype) - exact).square().sum())
+        total += float(exact.square().sum())
+    return (error / total) ** 0.5 if total else 0.0
 
 
 @torch.no_grad()
@@ -140,9 +248,12 @@ def export_residual(
     quantized.
     """
     marks = read_marks(Path(directory))
+    if marks is not None and marks["split"] == "residual":
+        raise CordaError(f"the adapter in {directory} is on a residual model already: there is nothing to export")
     if marks is None or marks["split"] not in HALVED:
         raise CordaError(f"the adapter in {directory} is a LoRA on the original model: there is no residual to export")
-    _needs_full_weights(model, "residual")
+    if getattr(model, "is_quantized", False):
+        raise CordaError("the base model is quantized, and --as residual needs its full weights: load it unquantized")
     peft_model = load_adapter(model, directory)
     _untie(peft_model)
     layers = lora_layers(peft_model)
@@ -166,11 +277,6 @@ def export_residual(
         save_plain(peft_model, folder / "adapter", read_records(Path(directory)), note)
         _write_record(folder, record)
         _save_model(peft_model.unload(), tokenizer, folder)
-
-
-def _needs_full_weights(model: nn.Module, form: str) -> None:
-    if getattr(model, "is_quantized", False):
-        raise CordaError(f"the base model is quantized, and --as {form} needs its full weights: load it unquantized")
 
 
 def _untie(peft_model: PeftModel) -> None:

@@ -3,6 +3,7 @@
     anchored           A, the whole factor
     paper, balanced    the second half of A and of B: the start, which is subtracted (see `lora`)
     seeded             nothing
+    residual           nothing: the start was taken out of the base (see `quantize`), so all of A and B trains
 
 A whole factor is frozen by PEFT's own means (`frozen_peft_weight_names`). Half of a factor is held by `HalvedLinear`:
 its `weight` is one ordinary parameter, so that whatever copies, casts, shards, swaps or saves a LoRA does the same with
@@ -28,6 +29,7 @@ from transformers import TrainerCallback
 from ..config import CordaError
 
 BUCKETS = 64
+FREE = ("seeded", "residual")  # splits that hold nothing
 
 
 class HalvedLinear(nn.Linear):
@@ -133,7 +135,7 @@ def marks_of(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, 
 
 def freeze(peft_model: nn.Module, split: str, adapter_name: str = "default") -> None:
     """Let an optimizer move only what trains in this split."""
-    if split == "seeded":
+    if split in FREE:
         return
     for layer in (m for m in peft_model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A):
         if split == "anchored":
@@ -206,7 +208,7 @@ def describe_held(weights: Mapping[str, Tensor], split: str) -> dict[str, Any]:
 def moved(weights: Mapping[str, Tensor], marks: Mapping[str, Any]) -> float:
     """By how much the held part differs from what it was at the start, as a share of its length; 0 if it was only
     rounded to bfloat16 or float16."""
-    if marks["split"] == "seeded":
+    if marks["split"] in FREE:
         return 0.0
     recorded, now = marks["held"], describe_held(weights, marks["split"])
     if now["sha256"] == recorded["sha256"]:

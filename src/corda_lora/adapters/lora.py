@@ -10,7 +10,8 @@ start. The same function is
 an ordinary LoRA of rank 2r on the original weights, half of which is held still. That is what is installed here, so
 everything PEFT does with a LoRA (save, load, merge, disable, unload, several side by side) is right as it is, a saved
 directory loads in plain PEFT, and at the start the two halves cancel exactly in any dtype. `anchored` (A held, B from
-zero) and `seeded` (A trained, too) need no second half: rank r. How a part is held: see `held`.
+zero) and `seeded` (A trained, too) need no second half: rank r. Nor does an adapter on a quantized residual (`residual`
+in its marks), which is written once, as a model of its own: see `quantize`. How a part is held: see `held`.
 
 What makes the adapter CorDA's (split, scale, fingerprint of the base, a description of the held part) is under "corda"
 in `auto_mapping`, a free field of PEFT's configuration: whatever saves the adapter writes it to adapter_config.json,
@@ -46,13 +47,14 @@ from ..preprocess.statistics import NAME as STATISTICS
 from ..preprocess.statistics import Statistics
 from ..version import __version__
 from .card import TRAINING, Records, base_name, finish_card, write_card
-from .held import BUCKETS, describe_held, freeze, warn_if_trained
+from .held import BUCKETS, FREE, describe_held, freeze, warn_if_trained
 
 RECORD = "corda.json"
 TIMING = "timing.json"
 SPECTRA = "spectra.safetensors"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BASE_FOLDER = "base"  # of an adapter's quantized base, in its directory
 SCALES = "scales"  # in CHECKSUMS, beside the names of files
 BASE = "corda_base"  # in `auto_mapping`: fingerprint of the residual model that a plain LoRA is for
 HINT_AT_TIES = "Model has `tie_word_embeddings=True`"  # a vague warning of PEFT's: `preprocess` says what to do
@@ -61,7 +63,7 @@ HINT_AT_TIES = "Model has `tie_word_embeddings=True`"  # a vague warning of PEFT
 def install(model: nn.Module, start: Start) -> PeftModel:
     """Put the start on the model it was made from: a `PeftModel`, whose output is the model's own to the last bit. The
     start's tensors become the adapter's."""
-    halves = 1 if start.config.from_zero else 2
+    halves = 1 if start.config.from_zero or start.config.has_residual else 2
     config = lora_config(model, start.layers)
     for option in ("lora_dropout", "exclude_modules", "layers_to_transform", "modules_to_save"):
         setattr(config, option, getattr(start.config, option))
@@ -76,11 +78,13 @@ def install(model: nn.Module, start: Start) -> PeftModel:
         device, dtype = layer.get_base_layer().weight.device, layer.lora_A["default"].weight.dtype
         layer.lora_A["default"].weight = nn.Parameter(A.to(device, dtype))
         layer.lora_B["default"].weight = nn.Parameter(B.to(device, dtype))
-    split = str(start.config.split)
+    split = "residual" if start.config.has_residual else str(start.config.split)
     weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     marks = {"mode": start.config.mode, "split": split, "scale": start.config.scale}
     marks["fingerprint"] = start.record.get("fingerprint")
-    if split != "seeded":
+    if split == "residual":
+        marks["original"] = getattr(model, "name_or_path", "") or None
+    if split not in FREE:
         marks["held"] = describe_held(weights, split)
     peft_model.peft_config["default"].auto_mapping = {"corda": marks}
     freeze(peft_model, split)
@@ -116,13 +120,19 @@ def save_adapter(
     records: Mapping[str, Mapping[str, Any]],
     spectra: Mapping[str, Tensor] | None = None,
     statistics: Statistics | None = None,
+    base: Path | None = None,
 ) -> None:
     """Write a standard PEFT adapter directory, right on the original model in plain PEFT, with a model card and the
     records (name of a JSON file → what is in it), `spectra.safetensors` (singular values by layer) and
-    `statistics.safetensors` (of the context) beside it. The directory appears whole or not at all.
+    `statistics.safetensors` (of the context) beside it. The directory appears whole or not at all. The quantized model
+    in the folder `base`, if there is one, is moved into it, and the adapter names it as its base.
 
     Raises CordaError if the directory exists and holds anything, or the disk is full.
     """
+    if base is not None:
+        config = peft_model.peft_config["default"]
+        config.base_model_name_or_path = str((directory / BASE_FOLDER).absolute())
+        config.fan_in_fan_out = False  # its layers are linear layers, whatever they were
     with whole_folder(directory) as folder:
         save_plain(peft_model, folder, records)
         versions = {"corda-lora": __version__} | {p: version(p) for p in ("torch", "transformers", "peft")}
@@ -133,6 +143,8 @@ def save_adapter(
         if statistics is not None:
             statistics.save(folder / STATISTICS)
         _write_checksums(folder)
+        if base is not None:
+            base.rename(folder / BASE_FOLDER)
 
 
 def save_plain(peft_model: PeftModel, folder: Path, records: Records, note: str = "") -> None:
@@ -178,11 +190,17 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     return record
 
 
+def on_residual(record: Mapping[str, Any]) -> bool:
+    """Whether corda.json is of an adapter that holds a part of the model: see `CordaConfig.has_residual`."""
+    config = record["config"]
+    return config["split"] in ("paper", "balanced") and bool(config.get("quantization") or config.get("fold"))
+
+
 def _recorded_shapes(record: Mapping[str, Any]) -> dict[str, list[int]]:
     """The shapes of the factors that a record tells of, by the names that PEFT saves them under."""
     if "layers" not in record:
         return {}
-    halves = 1 if record["config"]["split"] in ("anchored", "seeded") else 2
+    halves = 1 if record["config"]["split"] in ("anchored", "seeded") or on_residual(record) else 2
     shapes = {}
     for name, layer in record["layers"].items():
         r, (d_out, d_in) = halves * layer["r"], layer["shape"]
@@ -226,7 +244,7 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
         marks = (json.loads(path.read_text()).get("auto_mapping") or {}).get("corda")
         if marks is not None:
             marks["scale"], marks["fingerprint"]
-            if marks["split"] != "seeded":
+            if marks["split"] not in FREE:
                 marks["held"]["sha256"], marks["held"]["norm"], marks["held"]["sketch"][BUCKETS - 1]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error

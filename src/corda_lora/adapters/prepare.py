@@ -16,7 +16,7 @@ from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_others, load_rounds
 from ..devices import compute_device
 from ..files import check_output, remove_folder
-from ..models.loading import load_tokenizer, open_model
+from ..models.loading import load_model, load_tokenizer, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import choose_targets, modules_named
 from ..preprocess.context import Context, has_decoder, read_context
@@ -27,7 +27,8 @@ from ..preprocess.walk import Place
 from ..preprocess.work import MANIFEST, open_work
 from ..progress import console
 from ..version import __version__
-from .lora import RECORD, TIMING, install, save_adapter
+from .lora import BASE_FOLDER, RECORD, TIMING, install, save_adapter
+from .quantize import write_base
 
 OTHERS = 64  # samples beside those shown whose leak is measured
 
@@ -42,6 +43,7 @@ def prepare(
     park: str = "auto",
     keep_work: bool = False,
     progress: bool = True,
+    original: ModelConfig | None = None,
 ) -> Start:
     """Cut an adapter's start out of a model, and write it as an adapter directory that plain PEFT loads on that model.
 
@@ -56,12 +58,15 @@ def prepare(
         data: samples of the ability to keep (kpm) or to learn (ipm). Not needed with orientation `identity`, unless
             `keep` is above 0.
         output: the directory to write, with corda.json (what was run), timing.json, spectra.safetensors and, if `keep`
-            is above 0, statistics.safetensors.
+            is above 0, statistics.safetensors. With `quantization`, the quantized base of the adapter is in its folder
+            `base`.
         tokenizer: Default: that of the checkpoint.
         batch_tokens: tokens of the context a forward.
         park: see `preprocess`.
         keep_work: do not remove OUTPUT.work in the end.
         progress: show a progress bar.
+        original: where `source` is in 4 bits already, the checkpoint of its full weights: the context runs through
+            them, and the components are theirs. Default: the values that the quantized weights stand for.
 
     Raises:
         CordaError: see `preprocess`, `load_rounds` and `open_model`; something is in the way of the output, or its disk
@@ -74,9 +79,14 @@ def prepare(
     check_output(output)
     assert config.rounds is not None
     rounds = load_rounds(data, config.rounds) if data else []
+    base: nn.Module | None = None
     if isinstance(source, ModelConfig):
-        model, stored = open_model(source)
-        tokenizer = load_tokenizer(source) if data and tokenizer is None else tokenizer
+        if original is not None:
+            base = load_model(source)
+            if not getattr(base, "is_quantized", False):
+                raise CordaError(f"original is for a model that is quantized already, but {source.model} is not")
+        model, stored = open_model(original or source)
+        tokenizer = load_tokenizer(source) if (data or config.quantization) and tokenizer is None else tokenizer
     else:
         model, stored = source, {}
     context = Context()
@@ -97,24 +107,32 @@ def prepare(
     if isinstance(source, ModelConfig):
         dtype = source.dtype
         record |= {"model": source.model, "revision": source.revision, "dtype": dtype, "batch_tokens": batch_tokens}
+        record |= {"original": original.model} if original else {}
     tokens = b"".join(batch["input_ids"].numpy().tobytes() for batch in context.batches)
     run = {**record, "config": asdict(config), "dtype": dtype, "batch_tokens": batch_tokens}
     run |= {"tokens": hashlib.sha256(tokens).hexdigest(), "corda-lora": __version__}
     run |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     work = open_work(output, run, lambda folder: (folder / MANIFEST).is_file())
     try:
-        start = preprocess(model, config, context, progress, stored, work, park)
+        start = preprocess(model, config, context, progress, stored, work, park, base)
     except CordaError:
         if not (work / MANIFEST).is_file():  # nothing was finished
             remove_folder(work)
         raise
     if data and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
         _add_held_out(start, model, stored, tokenizer, data, batch_tokens)
+    quantized = work / BASE_FOLDER if config.quantization else None
+    if quantized:
+        write_base(model, start, quantized, stored, tokenizer)
     spectra = {name: layer.spectrum for name, layer in start.layers.items()}
     whole = [m for ending in config.modules_to_save or () for m in modules_named(model, ending).values()]
     with on_device([t for m in whole for t in tensors_of(m) if t in stored], torch.device("cpu"), stored):
-        adapted = install(model, start)
-        save_adapter(adapted, output, {RECORD: record | start.record, TIMING: start.took}, spectra, start.statistics)
+        adapted = install(model if base is None else base, start)
+        marks = adapted.peft_config["default"].auto_mapping["corda"]
+        if original and "original" in marks:
+            marks["original"] = original.model
+        records = {RECORD: record | start.record, TIMING: start.took}
+        save_adapter(adapted, output, records, spectra, start.statistics, quantized)
         adapted.unload()
     if not keep_work:
         remove_folder(work)

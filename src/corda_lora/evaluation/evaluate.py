@@ -5,9 +5,11 @@ both, one after the other, and none of the base model's outputs are stored. Wher
 one base model, or where its weights are overwritten, its outputs are stored once: see `base_outputs`.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -126,6 +128,29 @@ def evaluate(
         if record is not None and kind in KEPT:
             record |= record_base(model, tokenizer, request.encoded, config.batch_tokens, progress, request.label)
         results.setdefault(kind, {})[name] = _run(request, measures[kind])
+    return results
+
+
+def evaluate_beside(
+    load_base: Callable[[], nn.Module],
+    load_tuned: Callable[[], nn.Module],
+    tokenizer: Any,
+    config: EvalConfig,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`evaluate`, where the base model is another than the tuned one without its adapter. The base model is measured
+    first, and is gone before the tuned one is loaded."""
+    record: dict[str, Tensor] = {}
+    model = load_base()
+    results = evaluate(model, tokenizer, config, progress, record=record)
+    with tempfile.TemporaryDirectory() as folder:
+        BaseOutputs.save(Path(folder), record)
+        base = BaseOutputs(Path(folder), model)
+        del model, record
+        tuned = evaluate(load_tuned(), tokenizer, config, progress, base)
+    for kind, datas in tuned.items():
+        for name, sides_of in datas.items():
+            results[kind][name] |= sides_of
     return results
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from torch import Tensor
 
-from ..adapters.lora import lora_layers
+from ..adapters.lora import lora_layers, on_residual
 from ..config import CONTEXT_SAMPLES, KEEP, CordaError, DataConfig, KeepConfig
 from ..data.batches import Encoded, encode
 from ..data.samples import Sample, digest_of, load_others, load_samples
@@ -36,6 +36,8 @@ def context_of(config: KeepConfig, start: Path | None, record: dict[str, Any] | 
     if isinstance(config.context, DataConfig):
         return replace(config.context, samples=config.context.samples or CONTEXT_SAMPLES)
     try:
+        if record and on_residual(record) and not (config.keep or config.max_drift):
+            return None  # nothing predicts the drift
         if record and record.get("data") and (record["config"]["mode"] == "kpm" or record["config"].get("keep")):
             return DataConfig(**record["data"])
         if start and (start / TRAINING).is_file():  # a plain LoRA that was trained to keep something

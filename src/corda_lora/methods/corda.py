@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.lora import load_adapter
+from ..adapters.lora import BASE_FOLDER, load_adapter
 from ..adapters.prepare import prepare
-from ..config import CordaConfig, DataConfig, NonNegative
+from ..config import CordaConfig, DataConfig, ModelConfig, NonNegative
+from ..models.loading import load_model
 from .baselines import adamw_with_ratio
 from .keeping import AFTER, what_is_kept, with_penalties
 from .registry import RATES, SLOW_RATES, Prepared, Setup, method
@@ -46,6 +47,8 @@ def corda(
             data = replace(data, samples=samples or setup.samples)
         shutil.rmtree(setup.folder / "start.work", ignore_errors=True)  # left by a run that was broken off
         prepare(model, config, data, folder, setup.tokenizer)
+    if (folder / BASE_FOLDER).is_dir():
+        model = load_model(ModelConfig(str(folder / BASE_FOLDER))).to(next(model.parameters()).device)
     kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
     prepared = Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))

@@ -32,7 +32,7 @@ from ..data.batches import encode
 from ..devices import compute_device, double_device
 from ..models.weights import (
     BLOCK,
-    Stored,
+    Quantized,
     check_quantizer,
     quantize,
     quantized_layer,
@@ -60,10 +60,10 @@ class Layer(NamedTuple):
     C: Tensor | None = None
     D: Tensor | None = None
 
-    def quantize(self, W: Tensor) -> tuple[Stored, Tensor]:
+    def quantize(self, W: Tensor) -> tuple[Quantized, Tensor]:
         return quantize(W, self.dtype)
 
-    def quantize_by_columns(self, W: Tensor) -> tuple[Stored, Tensor]:
+    def quantize_by_columns(self, W: Tensor) -> tuple[Quantized, Tensor]:
         """As `quantize`, with each number's level chosen by OPTQ. The blocks and their scales are stored alike."""
         stored, values = quantize(W, self.dtype)
         if self.C is None:
@@ -79,34 +79,34 @@ class Layer(NamedTuple):
         return self.W.new_zeros(r, n), self.W.new_zeros(m, r)
 
 
-Start = Callable[[Layer, int], tuple[Stored, Tensor, Tensor]]  # (layer, r) → what is stored, A (r, n), B (m, r)
+Start = Callable[[Layer, int], tuple[Quantized, Tensor, Tensor]]  # (layer, r) → what is stored, A (r, n), B (m, r)
 
 
-def loftq(layer: Layer, r: int) -> tuple[Stored, Tensor, Tensor]:
+def loftq(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
     return fold(layer.W, layer.quantize, *layer.zero(r))
 
 
-def qpissa(layer: Layer, r: int) -> tuple[Stored, Tensor, Tensor]:
+def qpissa(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
     A, B = best_fit(layer.W, r)
     return layer.quantize(layer.W - (B @ A).to(layer.W))[0], A, B
 
 
-def qera(layer: Layer, r: int) -> tuple[Stored, Tensor, Tensor]:
+def qera(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
     return fold(layer.W, layer.quantize, *layer.zero(r), layer.C, rounds=1)
 
 
-def cloq(layer: Layer, r: int) -> tuple[Stored, Tensor, Tensor]:
+def cloq(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
     stored, A, B = fold(layer.W, layer.quantize_by_columns, *layer.zero(r), layer.C, rounds=1)
     lengths = B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
     return stored, A * lengths[:, None], B / lengths  # split as in the paper
 
 
-def qcorda(layer: Layer, r: int) -> tuple[Stored, Tensor, Tensor]:
+def qcorda(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
     A, B = head(layer, r, "paper")
     return layer.quantize(layer.W - (B @ A).to(layer.W))[0], A, B
 
 
-def folded(layer: Layer, r: int, rounds: int = 5, two_sided: bool = False) -> tuple[Stored, Tensor, Tensor]:
+def folded(layer: Layer, r: int, rounds: int = 5, two_sided: bool = False) -> tuple[Quantized, Tensor, Tensor]:
     A, B = head(layer, r, "balanced")
     return fold(layer.W, layer.quantize, A, B, layer.C, layer.D if two_sided else None, rounds)
 
@@ -181,7 +181,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 @torch.no_grad()
 def in_nf4(
-    peft_model: peft.PeftModel, names: Iterable[str], stored: Mapping[str, Stored] | None = None
+    peft_model: peft.PeftModel, names: Iterable[str], stored: Mapping[str, Quantized] | None = None
 ) -> peft.PeftModel:
     """The adapted model with the layers of these names in NF4, in place.
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..config import CordaError, ModelConfig, short
+from .weights import compute_as_stored
 
 # Tables that older versions stored with the weights; models compute them now.
 TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
@@ -60,6 +61,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         model.hf_quantizer = None
         model.is_quantized = False
         del model.config.quantization_config
+    compute_as_stored(model)
     return model.eval()
 
 

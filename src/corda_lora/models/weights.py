@@ -10,7 +10,6 @@ round by data of their own, so a residual would have to pass through their progr
 """
 
 import hashlib
-import logging
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import CordaError
 
 BLOCK = 64  # numbers that share a scale
-Stored = dict[
+Quantized = dict[
     str, Tensor
 ]  # what a checkpoint holds of a quantized weight, by the end of its name: weight, weight.absmax
 
@@ -100,7 +99,6 @@ def check_quantizer(device: torch.device) -> None:
 
 
 def _bitsandbytes() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where it finds no kernels to download
     import bitsandbytes
 
     return bitsandbytes
@@ -118,7 +116,7 @@ def check_blocks(layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def quantize(W: Tensor, dtype: torch.dtype, double: bool = False) -> tuple[Stored, Tensor]:
+def quantize(W: Tensor, dtype: torch.dtype, double: bool = False) -> tuple[Quantized, Tensor]:
     """The NF4 of W (d_out, d_in): what is stored, and the values (d_out, d_in) in float32 that the layer will compute
     with, both on W's device. W is rounded to float32 first.
 
@@ -130,19 +128,30 @@ def quantize(W: Tensor, dtype: torch.dtype, double: bool = False) -> tuple[Store
     packed, state = functional.quantize_4bit(
         W.float().contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
     )
-    state.dtype = dtype
+    state.dtype, state.code = dtype, state.code.clone()  # all layers share one, which safetensors would refuse
     stored = {"weight": packed} | {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     return stored, functional.dequantize_4bit(packed, state).float()
 
 
-def quantized_layer(layer: nn.Module, stored: Stored, dtype: torch.dtype) -> nn.Module:
+def values_of(stored: Quantized) -> Tensor:
+    """The values (d_out, d_in), in float32, that a stored weight stands for, on its device."""
+    bnb, packed = _bitsandbytes(), stored["weight"]
+    state = bnb.functional.QuantState.from_dict(_state(stored), packed.device)
+    return bnb.functional.dequantize_4bit(packed, state).float()
+
+
+def _state(stored: Quantized) -> dict[str, Tensor]:
+    """What bitsandbytes makes a quant state of; it takes entries out."""
+    return {name.removeprefix("weight."): tensor for name, tensor in stored.items() if name != "weight"}
+
+
+def quantized_layer(layer: nn.Module, stored: Quantized, dtype: torch.dtype) -> nn.Module:
     """bitsandbytes' layer with a stored weight, and the bias, of a linear layer or Conv1D, on the same device."""
     classes, (m, n) = _bitsandbytes().nn, weight_shape(layer)
     device = layer.weight.device
     with torch.device("meta"):
         made = classes.Linear4bit(n, m, bias=layer.bias is not None, compute_dtype=dtype, quant_type="nf4")
-    state = {name.removeprefix("weight."): tensor for name, tensor in stored.items() if name != "weight"}
-    made.weight = classes.Params4bit.from_prequantized(stored["weight"], state, device=device, module=made)
+    made.weight = classes.Params4bit.from_prequantized(stored["weight"], _state(stored), device=device, module=made)
     made.bias = layer.bias
     made.source_cls = type(layer)  # as transformers notes it
     compute_as_stored(made)

@@ -21,10 +21,12 @@ from ..algebra.compactness import (
 )
 from ..algebra.covariance import float32_products
 from ..algebra.decomposition import energies, factor, orient, regularize, select, split_components
+from ..algebra.folding import best_fit, fold, metric_norm
 from ..algebra.norms import norms
 from ..algebra.solvers import chosen_components, components, say_fallback, singular_values, triangle
 from ..config import CordaConfig, CordaError
 from ..devices import factors_slowly
+from ..models.weights import Quantized, values_of
 from .statistics import Sides
 
 
@@ -54,8 +56,11 @@ class LayerRecord:
         output_energy: tr(W C Wᵀ); two-sided, tr(L Lᵀ W C Wᵀ), see `output_factor`.
         sigma_first, sigma_last: largest and smallest singular value of the adapter's components.
         norm_A, norm_B: Frobenius norms of the factors.
-        energy_share: share of the output energy in the adapter's components.
+        energy_share: share of the output energy in the adapter's components, if it holds components.
         leak: tr(A C Aᵀ).
+        error: ‖W − Q − s·BA‖ / ‖W‖, where Q are the values that the quantized weight stands for.
+        context_error: the same in the metric of the context (see `folding.metric_norm`), which is two-sided where the
+            context also runs backward.
         digest: of the weight, see `layer_digest`. It is not in corda.json, which has the fingerprint of all layers.
         input: the layer that was given the same input first, itself included. It is not in corda.json either.
     """
@@ -73,6 +78,8 @@ class LayerRecord:
     norm_B: float | None = None
     energy_share: float | None = None
     leak: float | None = None
+    error: float | None = None
+    context_error: float | None = None
     digest: str | None = None
     input: str | None = None
 
@@ -95,6 +102,9 @@ class Decomposed:
         record: what is known of the layer by now.
         scores: see `scores_of`.
         sides: C and D in small, from which drift is predicted; None if nobody asks for it.
+        folded: A (r, d_in) and B (d_out, r), float32 on the CPU, where they are no components but what quantization
+            lost.
+        stored: the quantized weight, on the CPU, if it was quantized with the decomposition.
     """
 
     rows: Tensor
@@ -104,6 +114,8 @@ class Decomposed:
     record: LayerRecord
     scores: Tensor | None = None
     sides: Sides | None = None
+    folded: tuple[Tensor, Tensor] | None = None
+    stored: Quantized | None = None
 
 
 @dataclass
@@ -290,6 +302,8 @@ def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
     U = rows.new_zeros(m, r) if layer.U is None else layer.U[:, chosen].double()
     assert config.split is not None
     B, A = split_components(U, sigma, rows, config.split, config.scale)
+    if layer.folded is not None:
+        A, B = (factor.double() for factor in layer.folded)
     record = replace(
         layer.record,
         r=r,
@@ -298,10 +312,56 @@ def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
         norm_A=float(A.norm()),
         norm_B=float(B.norm()),
     )
-    if layer.energy is not None:
+    if layer.energy is not None and layer.folded is None:
         energy, output_energy = layer.energy[chosen], layer.record.output_energy
         stretch = (A.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-300)) ** 2  # A_i is a_i, longer or shorter
         share = float(energy.sum()) / output_energy if output_energy else 0.0
         record = replace(record, energy_share=share, leak=float((stretch * energy).sum()))
     spectrum = layer.sigma.clone()  # not a view of the file that it was read from
     return LayerStart(A.float(), B.float(), spectrum, record)
+
+
+def quantize_layer(
+    W: Tensor,
+    layer: Decomposed,
+    r: int,
+    config: CordaConfig,
+    store: Callable[[Tensor], tuple[Quantized, Tensor]],
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    values: Tensor | None = None,
+) -> Decomposed:
+    """A decomposed layer with its weight quantized: W (m, n) itself where B starts from zero, else W − s·B A. With
+    `config.fold`, B A are fitted to what that lost.
+
+    Args:
+        r: the rank. B and A are as `start_layer` gives them.
+        store: quantizes a float32 matrix: what is stored, and its values in float32.
+        C, D: the metric of the fit and of the record's errors. Default: the identity.
+        values: Q (m, n) of a weight that is quantized already, which then stays as it is.
+
+    Raises CordaError if the metric is singular.
+    """
+    start, s = start_layer(layer, r, config), config.scale
+    W, A, B, stored, folded = W.float(), start.A.to(W.device), start.B.to(W.device), None, None
+    with _said_if_singular("a covariance is singular to float64"):
+        if config.fold and values is None:
+            stored, A, B = fold(W, store, A, s * B, C, D, config.fold, config.damping)
+            values = values_of(stored).to(W.device)
+        elif values is None:
+            stored, values = store(W - s * (B @ A))
+        elif config.fold:
+            A, B = best_fit(W - values, r, C, D, config.damping)
+        if config.fold:
+            A, B = (A / s**0.5).float(), (B / s**0.5).float()
+            folded = (A.cpu(), B.cpu())
+            if C is not None:
+                layer.record = replace(layer.record, leak=float(energies(A.double(), C).sum()))
+        lost = W - values - s * (B @ A)
+        record = replace(
+            layer.record,
+            error=float(lost.norm() / W.norm().clamp(min=1e-30)),
+            context_error=metric_norm(lost, C, D, config.damping) / (metric_norm(W, C, D, config.damping) or 1.0),
+        )
+    stored = stored and {name: tensor.cpu() for name, tensor in stored.items()}
+    return replace(layer, record=record, folded=folded, stored=stored)

@@ -3,7 +3,7 @@
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,18 @@ from ..devices import (
 )
 from ..models.lockstep import Stored, find_blocks, parking
 from ..models.targets import choose_targets, left_out, require_causal, tied_layers
-from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
+from ..models.weights import (
+    Quantized,
+    check_quantizer,
+    digest_of,
+    fingerprint,
+    is_4bit,
+    layer_digest,
+    quantize,
+    quantized_names,
+    weight_of,
+    weight_shape,
+)
 from ..progress import progress_bar
 from .backward import StepBack, walk_back
 from .collect import Group
@@ -43,6 +54,7 @@ from .layer import (
     extremes_of,
     keep_components,
     output_factor,
+    quantize_layer,
     scores_of,
     start_layer,
 )
@@ -61,6 +73,7 @@ class Start:
         record: what was run and what came out, for corda.json. The same command gives the same record.
         took: seconds by stage, and memory.
         statistics: of the context, where `config.keep` is above 0.
+        quantized: gives the quantized weight of a layer, where `config.quantization` asks for it.
     """
 
     config: CordaConfig
@@ -68,6 +81,7 @@ class Start:
     record: dict[str, Any]
     took: dict[str, Any]
     statistics: Statistics | None = None
+    quantized: Callable[[str], Quantized] | None = None
 
 
 @torch.no_grad()
@@ -79,6 +93,7 @@ def preprocess(
     stored: Stored | None = None,
     work: Path | None = None,
     park: str = "auto",
+    base: nn.Module | None = None,
 ) -> Start:
     """Collect the context's covariances and cut the adapter's start out of every target layer. The model's weights
     are read, not changed.
@@ -95,15 +110,18 @@ def preprocess(
         work: folder for finished blocks, from which a run that was killed goes on. Default: a temporary one.
         park: where the hidden states of waiting batches are: `device`, `cpu`, `disk`, or `auto`: the first of them
             that has room.
+        base: the model in 4 bits that the adapter is for, where `model` has the full weights of it.
 
     Raises:
         CordaError: a target that matches nothing, a rank above a layer's, a budget that cannot be met, an empty or
-            all-padding context, more rounds than batches, what `walk_back` refuses, work that is damaged or was done on
-            other weights, NaN or Inf in the activations. All but the last two before any long work.
+            all-padding context, more rounds than batches, what `walk_back` and `check_quantization` refuse, work that
+            is damaged or was done on other weights, NaN or Inf in the activations. All but the last two before any long
+            work.
     """
     began = time.perf_counter()
     targets = choose_targets(model, config)
     device = compute_device(model, config.device)
+    check_quantization(model, targets, config, device, base)
     record: dict[str, Any] = {"config": asdict(config)}
     if omitted := left_out(model, targets, config):
         record["left_out"] = [name for names in omitted.values() for name in names]
@@ -154,7 +172,9 @@ def preprocess(
                 block: dict[str, Decomposed] = {}
                 while groups:  # popped: a group that is done frees its covariances
                     group = groups.pop(0)
-                    for name, decomposed in _decompose(group, gradients, targets, config, ranks, clock, fallbacks):
+                    for name, decomposed in _decompose(
+                        group, gradients, targets, config, ranks, clock, fallbacks, base
+                    ):
                         block[name] = decomposed
                         advance()
                 save(block)
@@ -164,7 +184,8 @@ def preprocess(
         warn_of_fallbacks(fallbacks)
         layers, sides, record["totals"] = _start(store, targets, ranks, config)
         clock.lap("factors")
-    digests = {name: layer.record.digest or "" for name, layer in layers.items()}
+        quantized = _quantized(store, layers, in_memory=work is None) if config.quantization else None
+    digests = _digests(layers, base, quantized)
     record["fingerprint"] = fingerprint(digests)
     statistics = None
     if config.keep:
@@ -178,7 +199,60 @@ def preprocess(
     took["seconds"] = {"all": time.perf_counter() - began} | clock.seconds
     if clock.peaks:
         took["peak_accelerator_bytes"] = clock.peaks
-    return Start(config, layers, record, took, statistics)
+    return Start(config, layers, record, took, statistics, quantized)
+
+
+def check_quantization(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    config: CordaConfig,
+    device: torch.device,
+    base: nn.Module | None,
+) -> None:
+    """Raises CordaError if the model cannot be quantized as is asked: bitsandbytes is missing or does not know the
+    device, it is in 4 bits already, a target is none of the layers that are quantized, or a row of it is no whole
+    number of blocks. Also if something is to be folded back, but nothing says what quantization lost; or if a layer of
+    the model has another shape in `base`."""
+    in_4bit = next((name for name, module in targets.items() if is_4bit(module)), None)
+    if config.quantization:
+        if in_4bit or base is not None:
+            raise CordaError("the model is quantized already: leave quantization out, or give the full model")
+        check_quantizer(device)
+        quantized_names(model, targets)
+    elif config.fold and base is None:
+        raise CordaError(
+            "fold puts what quantization lost into the adapter, and for that the full weights are needed: "
+            + ("--original MODEL" if in_4bit else "--quantization nf4")
+        )
+    modules = dict(base.named_modules()) if base is not None else {}
+    for name, module in targets.items() if base is not None else ():
+        if name not in modules or weight_shape(modules[name]) != weight_shape(module):
+            raise CordaError(
+                f"{name} has another shape in the quantized model, or is not there: it is of another model"
+            )
+
+
+def _quantized(store: LayerStore, names: Iterable[str], in_memory: bool) -> Callable[[str], Quantized]:
+    """Gives the quantized weights in a store, where `in_memory` after the store is gone."""
+
+    def read(name: str) -> Quantized:
+        quantized = store.quantized(name)
+        assert quantized is not None
+        return quantized
+
+    return {name: read(name) for name in names}.__getitem__ if in_memory else read
+
+
+def _digests(
+    layers: Mapping[str, LayerStart], base: nn.Module | None, quantized: Callable[[str], Quantized] | None
+) -> dict[str, str]:
+    """The digest of each layer's weight in the model that the adapter is for."""
+    if base is not None:
+        return {name: layer_digest(base.get_submodule(name)) for name in layers}
+    if quantized is not None:
+        shapes = {name: (len(layer.B), layer.A.shape[1]) for name, layer in layers.items()}
+        return {name: digest_of(shape, quantized(name)["weight"]) for name, shape in shapes.items()}
+    return {name: layer.record.digest or "" for name, layer in layers.items()}
 
 
 class _Clock:
@@ -241,6 +315,7 @@ def _decompose(
     ranks: Ranks,
     clock: _Clock,
     fallbacks: list[str],
+    base: nn.Module | None,
 ) -> Iterator[tuple[str, Decomposed]]:
     """Decompose the layers of a group: choose a covariance, decompose, keep the components that may be chosen.
 
@@ -249,6 +324,12 @@ def _decompose(
     """
     solving = double_device(clock.device)
     members, covariances = group
+    dtype: Any = targets[members[0]].weight.dtype
+
+    def store(X: Tensor) -> tuple[Quantized, Tensor]:
+        stored, values = quantize(X.to(clock.device), dtype, config.double_quantization)
+        return stored, values.to(X.device)
+
     input_side = None
     if config.keep:
         n = weight_shape(targets[members[0]])[1]
@@ -271,12 +352,20 @@ def _decompose(
         scores = scores_of(W, C, D, U, sigma, choice.log_pi, config)
         ranks.see(name, scores)
         record = LayerRecord(**choice._asdict(), digest=layer_digest(targets[name]), input=members[0])
-        decomposed = keep_components(W, C, U, sigma, ranks.of_seen()[name], config, record, L)
+        r = ranks.of_seen()[name]
+        decomposed = keep_components(W, C, U, sigma, r, config, record, L)
         decomposed.scores = None if scores is None else scores.cpu()
+        del U
+        if config.quantization or base is not None:
+            W = weight_of(targets[name]).to(solving)  # not LᵀW
+            values = None if base is None else weight_of(base.get_submodule(name)).to(solving).float()
+            outputs = None if L is None or D is None else D.to(solving)
+            decomposed = quantize_layer(W, decomposed, r, config, store, C, outputs, values)
+            del values, outputs
         if input_side is not None:
             D = torch.zeros(len(W), len(W)) if D is None else D
             decomposed.sides = Sides(input_side, _small([D], clock.device))
-        del W, C, U, L, D
+        del W, C, L, D
         clock.lap("decomposition")
         yield name, decomposed
 
@@ -306,7 +395,7 @@ def _start(
         "ranks": [min(by_name.values()), max(by_name.values())],
     }
     records = [layer.record for layer in layers.values() if layer.record.leak is not None]
-    if records:
+    if records and not config.fold:
         energy = sum(r.output_energy or 0.0 for r in records)
         adapted = sum((r.energy_share or 0.0) * (r.output_energy or 0.0) for r in records)
         totals["energy_share"] = adapted / energy if energy else 0.0

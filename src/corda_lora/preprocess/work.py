@@ -17,13 +17,15 @@ from torch import Tensor
 from ..algebra.second_order import Low
 from ..config import CordaError
 from ..files import is_partial, sha256_of, whole_file, work_folder, write_text
+from ..models.weights import Quantized
 from .layer import Decomposed, LayerRecord
 from .statistics import Sides
 
 MANIFEST = "finished.json"
-# What runs leave in a folder of work: settings, finished blocks, parked hidden states, checkpoints, the trainer's page,
-# a tracker's logs.
+# What runs leave in a folder of work: settings, finished blocks, a quantized base, parked hidden states, checkpoints,
+# the trainer's page, a tracker's logs.
 OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|checkpoint-\d+|README\.md|tmp\w+|runs")
+FOLDED, STORED = ("folded.A", "folded.B"), "stored."
 KEYS = ("rows", "U", "sigma", "energy", "scores", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
 
 
@@ -112,7 +114,8 @@ class LayerStore:
             with safe_open(self.folder / file, framework="pt") as tensors:
                 names, inputs = set(tensors.keys()), dict[str, Low]()
                 for layer, fields in json.loads(tensors.metadata()["records"]).items():
-                    keys = [k for k in (("sigma", "scores") if spectra_only else KEYS) if f"{layer}|{k}" in names]
+                    wanted = ("sigma", "scores") if spectra_only else (*KEYS, *FOLDED)
+                    keys = [k for k in wanted if f"{layer}|{k}" in names]
                     parts = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
                     rows, record, sides = parts.get("rows", torch.empty(0, 0)), LayerRecord(**fields), None
                     sigma, (U, energy, scores) = parts["sigma"], map(parts.get, ("U", "energy", "scores"))
@@ -121,7 +124,16 @@ class LayerStore:
                     if "D.factor" in parts:
                         assert record.input is not None
                         sides = Sides(inputs[record.input], Low(parts["D.factor"], parts["D.diagonal"]))
-                    yield layer, Decomposed(rows, U, sigma, energy, record, scores, sides)
+                    folded = (parts[FOLDED[0]], parts[FOLDED[1]]) if FOLDED[0] in parts else None
+                    yield layer, Decomposed(rows, U, sigma, energy, record, scores, sides, folded)
+
+    def quantized(self, layer: str) -> Quantized | None:
+        """The quantized weight of a layer; None if it was not quantized with the decomposition."""
+        file = next(file for file, layers in zip(self.files, self.blocks) if layer in layers)
+        prefix = f"{layer}|{STORED}"
+        with safe_open(self.folder / file, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name.removeprefix(prefix): tensors.get_tensor(name) for name in names} or None
 
 
 def _parts(name: str, layer: Decomposed) -> dict[str, Tensor]:
@@ -130,6 +142,8 @@ def _parts(name: str, layer: Decomposed) -> dict[str, Tensor]:
     for side, low in layer.sides._asdict().items() if layer.sides else ():
         if side == "D" or layer.record.input == name:
             parts |= {f"{side}.{key}": x for key, x in low._asdict().items()}
+    parts |= dict(zip(FOLDED, layer.folded or ()))
+    parts |= {f"{STORED}{key}": x for key, x in (layer.stored or {}).items()}
     return {key: x.contiguous() for key, x in parts.items() if x is not None}
 
 

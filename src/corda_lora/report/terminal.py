@@ -43,7 +43,7 @@ def start_table(start: Any) -> Table:
             " × ".join(map(str, records[0]["shape"])),
             str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}–{max(ranks)} ({mean(ranks):.0f})",
             *([" ".join(str(chosen[i]) for i in range(config.rounds))] if rounds else []),
-            f"{mean(r['energy_share'] for r in seen):.2e}" if seen else "",
+            f"{mean(r['energy_share'] for r in seen):.2e}" if seen and not config.fold else "",
             f"{mean(r['leak'] / r['output_energy'] for r in seen):.2e}" if seen else "",
             f"{mean(r['norm_A'] for r in records):.3g}",
             f"{mean(r['norm_B'] for r in records):.3g}",

@@ -129,9 +129,16 @@ def start_verdicts(record: Mapping[str, Any]) -> list[str]:
         record: corda.json.
     """
     config = record["config"]
+    errors = {name: layer["context_error"] for name, layer in record["layers"].items() if "context_error" in layer}
+    quantized = [_lost(record, errors)] if errors else []
+    if config.get("fold"):
+        return quantized  # the adapter holds no components
     layers = {name: layer for name, layer in record["layers"].items() if layer.get("input_energy") and layer["norm_A"]}
     if not layers:
-        return ["No context oriented the components: nothing here says what the adapter will do to an ability."]
+        return [
+            *quantized,
+            "No context oriented the components: nothing here says what the adapter will do to an ability.",
+        ]
     reads = {  # rounding may make a leak of nothing a little less than 0
         name: max(layer["leak"], 0.0) / (layer["norm_A"] ** 2 * layer["input_energy"]) for name, layer in layers.items()
     }
@@ -142,7 +149,34 @@ def start_verdicts(record: Mapping[str, Any]) -> list[str]:
             sentences.append(_others(record["context"]["samples"], **others))
         if config["split"] == "anchored":
             sentences.append(_certificate(config, layers))
-    return sentences
+    return quantized + sentences
+
+
+def _lost(record: Mapping[str, Any], errors: Mapping[str, float]) -> str:
+    """What quantization lost and the adapter does not make up for.
+
+    Args:
+        errors: of each layer, relative, in the metric of the context.
+    """
+    middle, worst = median(errors.values()), max(errors, key=lambda name: errors[name])
+    plain = median(record["layers"][name]["error"] for name in errors)
+    return (
+        f"quantized: with its adapter a layer is off by {_precise(middle)} of its size on the context (median layer; "
+        f"the worst, {worst}: {_precise(errors[worst])}), and by {_precise(plain)} of its weights' length."
+    )
+
+
+def another_function(differs: Mapping[str, float]) -> str:
+    """What it means to take an adapter off its quantized base, onto the full model."""
+    middle, worst = median(differs.values()), max(differs, key=lambda name: differs[name])
+    return (
+        f"on the full model this is another function than on the quantized one: with its adapter a layer differs by "
+        f"{_precise(middle)} of the weights' length (median; the most, {worst}: {_precise(differs[worst])})."
+    )
+
+
+def _precise(share: float) -> str:
+    return f"{100 * share:.2g}\u00a0%"
 
 
 def _reads_in_kpm(reads: Mapping[str, float]) -> str:

@@ -60,6 +60,9 @@ class PredictedDrift:
     def __init__(self, peft_model: PeftModel, statistics: Statistics, adapter: str = "default"):
         if adapter not in getattr(peft_model, "active_adapters", ()):
             raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
+        marks = (peft_model.peft_config[adapter].auto_mapping or {}).get("corda", {})
+        if marks.get("split") == "residual":
+            raise CordaError("a part of the model is in the adapter, so its drift cannot be predicted: leave keep out")
         self.model, self.statistics, self.adapter = peft_model, statistics, adapter
         check_statistics(statistics, {n: layer.get_base_layer() for n, layer in lora_layers(peft_model).items()})
         self.prepare()

@@ -10,6 +10,7 @@ RATES = {
     "paper": {"kpm": 1e-4, "ipm": 2e-4},
     "balanced": {"kpm": 1e-3, "ipm": 5e-4},
     "seeded": {"kpm": 3e-3, "ipm": 3e-3},
+    "residual": {"kpm": 1e-3, "ipm": 5e-4},  # not swept: those of `balanced`, as folded factors are
 }
 LORA_RATE = 3e-3
 

@@ -1,0 +1,132 @@
+"""Over a model in 4 bits, at the command line: init, train, eval, export, and what is refused."""
+
+import json
+import sys
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from corda_lora.cli import main
+
+KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(20)]
+LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 33)]
+
+
+@pytest.fixture
+def model(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("full")
+    tiny.build("llama_for_nf4", num_hidden_layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+    for name, rows in (("keep", KEEP), ("learn", LEARN)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(verb, *arguments):
+    main([verb, *map(str, arguments)])
+
+
+def init(model, *more, output="start"):
+    run("init", "--model", model, "--context", "keep.jsonl", "--r", 4, "--device", "cpu", "--output", output, *more)
+
+
+def train(model, start, *more, output="tuned"):
+    recipe = ["--learning_rate", 0.01, "--batch_size", 4, "--max_steps", 6, "--data", "learn.jsonl"]
+    run("train", "--model", model, "--start", start, *recipe, "--output", output, *more)
+
+
+def refused(capsys, verb, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(verb, *arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("split", ["balanced", "anchored"])
+def test_the_four_commands(split, precision, model, here, capsys):
+    mode = "kpm" if split == "anchored" else "ipm"
+    init(model, "--mode", mode, "--quantization", "nf4")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "quantized: with its adapter a layer is off by" in said
+    assert "corda train --model start/base --start start --data" in said
+    train("start/base", "start", "--precision", precision)
+    log = json.loads((here / "tuned" / "training.json").read_text())
+    assert log["loss"][-1][1] < log["loss"][0][1]
+    run(
+        "eval",
+        "--model",
+        "start/base",
+        "--adapter",
+        "tuned",
+        "--learn",
+        "learn.jsonl",
+        "--keep",
+        "keep.jsonl",
+        "--exact_match",
+        "text",
+        "--max_new_tokens",
+        2,
+        "--output",
+        "eval.json",
+    )
+    said = capsys.readouterr().out
+    assert ("measured beside the full model" in said) == (split == "balanced")
+    results = json.loads((here / "eval.json").read_text())["results"]
+    sides = results["learn"]["learn.jsonl"]
+    assert sides["tuned"]["loss"] < sides["base"]["loss"]
+    assert results["keep"]["keep.jsonl"]["tuned"]["drift"] > 0
+    run("export", "--model", "start/base", "--adapter", "tuned", "--as", "merged", "--output", "merged")
+    assert "dequantized, and merged: rounding changed the weights by" in " ".join(capsys.readouterr().out.split())
+    base = AutoModelForCausalLM.from_pretrained("start/base", device_map="cpu").train()
+    with torch.no_grad():
+        expected = tiny.logits(PeftModel.from_pretrained(base, "tuned").train())
+        merged = tiny.logits(AutoModelForCausalLM.from_pretrained("merged"))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
+    run("export", "--model", "start/base", "--adapter", "tuned", "--original", model, "--output", "onto")
+    assert "this is another function than on the quantized one" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_full_model_for_eval_can_be_named(model, here, capsys):
+    init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0)
+    config = json.loads((here / "start" / "adapter_config.json").read_text())
+    assert config["auto_mapping"]["corda"]["original"] == str(model)
+    del config["auto_mapping"]["corda"]["original"]
+    (here / "start" / "adapter_config.json").write_text(json.dumps(config))
+    (here / "start" / "sha256.json").unlink()
+    arguments = ["--model", "start/base", "--adapter", "start", "--keep", "keep.jsonl"]
+    assert "give --original, the full model" in refused(capsys, "eval", *arguments)
+    run("eval", *arguments, "--original", model)
+
+
+def test_the_same_command_again(model, capsys):
+    for _ in range(2):
+        init(model, "--mode", "ipm", "--quantization", "nf4")
+    assert "start is whole already: the same command made it" in capsys.readouterr().out
+
+
+def test_what_is_refused(model, here, capsys, monkeypatch):
+    arguments = ["--model", model, "--context", "keep.jsonl", "--output", "start"]
+    assert "fold puts what quantization lost" in refused(capsys, "init", *arguments, "--fold", 1, "--split", "balanced")
+    heads = ["--quantization", "nf4", "--target_modules", "[lm_head, q_proj]"]
+    assert "lm_head stays in full precision" in refused(capsys, "init", *arguments, *heads)
+    assert "quantization is nf5" in refused(capsys, "init", *arguments, "--quantization", "nf5")
+    assert "--original goes with --as lora only" in refused(
+        capsys, "export", "--model", model, "--adapter", "x", "--as", "merged", "--original", model, "--output", "y"
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("corda_lora.models.weights.find_spec", lambda name: None)
+    said = refused(capsys, "init", *arguments, "--quantization", "nf4")
+    assert "the package bitsandbytes is needed: pip install bitsandbytes" in said
+    assert sorted(p.name for p in here.iterdir()) == ["keep.jsonl", "learn.jsonl"]
