@@ -316,3 +316,25 @@ def test_drift_from_a_residual_cannot_be_predicted():
 
     with pytest.raises(CordaError, match="a part of the model is in the adapter"):
         PredictedDrift(adapted, replace(statistics.statistics))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["paper", "two-sided", "double", "anchored"])
+def test_on_a_gpu(kind, source, rows, tmp_path):
+    full = source(built(torch.bfloat16))
+    for device in ("cpu", "cuda"):
+        prepare(full, config_of(**KINDS[kind], device=device), rows, tmp_path / device, progress=False)
+    config = ModelConfig(str(tmp_path / "cuda" / "base"))
+    loaded = load_adapter(load_model(config), tmp_path / "cuda", trainable=True)
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cuda"}
+    batch = {key: value.cuda() for key, value in tiny.batches()[0].items()}
+    logits = loaded(**batch).logits
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "cuda" / "base", device_map="cpu")
+    compute_as_stored(base)
+    on_cpu = load_adapter(base, tmp_path / "cuda")  # the fingerprint is that of the CPU's
+    assert (logits.cpu() - tiny.logits(on_cpu)).norm() < 0.02 * logits.norm()
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in loaded.parameters() if p.requires_grad)
+    errors = [json.loads((tmp_path / d / "corda.json").read_text())["layers"] for d in ("cpu", "cuda")]
+    for name in errors[0]:
+        assert errors[0][name]["context_error"] == pytest.approx(errors[1][name]["context_error"], rel=0.2)
