@@ -3,8 +3,7 @@
     python benchmarks/sample_size.py --model MODEL --context nq_context.jsonl --others nq_test.jsonl
 
 The components are chosen from the first n of the shuffled context. Their leak is measured on these n, on 64 others (as
-`corda init` does) and on 500 more. `enough` is what `enough_samples` makes of the 64. Medians over the layers of a few
-blocks.
+`corda init` does) and on 500 more. `enough` is what `enough_samples` makes of that. Medians over the layers of a few blocks.
 """
 
 import random
@@ -26,7 +25,7 @@ from corda_lora.preprocess.layer import decompose_layer
 from corda_lora.preprocess.walk import Place, walk
 
 COUNTS = (64, 128, 256, 512, 1000, 2000)
-BLOCKS = (0, 1, 4, 9, 14, 19, 24, 28, 29)
+BLOCKS = (1, 7, 14)
 
 
 @torch.no_grad()
@@ -49,6 +48,7 @@ def main() -> None:
         rounds += [i] * len(more)
         tokens.append(sum(int(batch["attention_mask"].sum()) for batch in more))
     config, leaks = CordaConfig(mode="kpm", r=32), {n: [] for n in COUNTS}
+    unmeasured = set(targets)
     for _, groups in walk(model, targets, Context(batches, rounds), Place(torch.device("cpu"))):
         for members, Cs in groups or []:
             total, seen = torch.zeros_like(Cs[0]), 0
@@ -59,6 +59,9 @@ def main() -> None:
                     rows = decompose_layer(W, total / seen, config)[0].T @ W.double()
                     A = rows / rows.norm(dim=1, keepdim=True)
                     leaks[n].append([float(energies(A, M).sum()) for M in (total / seen, *Cs[-2:])])
+            unmeasured -= set(members)
+        if not unmeasured:
+            break
     table = []
     for n in COUNTS:
         few, many = (median(leak[i] / leak[0] for leak in leaks[n]) for i in (1, 2))
