@@ -3,7 +3,8 @@
     python benchmarks/sample_size.py --model MODEL --context nq_context.jsonl --others nq_test.jsonl
 
 The components are chosen from the first n of the shuffled context. Their leak is measured on these n, on 64 others (as
-`corda init` does) and on 500 more. `enough` is what `enough_samples` makes of that. Medians over the layers of a few blocks.
+`corda init` does) and on 500 more. `enough` is what `enough_samples` makes of that. Medians over the layers of three
+blocks.
 """
 
 import random

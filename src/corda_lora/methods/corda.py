@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapters.lora import BASE_FOLDER, load_adapter
 from ..adapters.prepare import prepare
-from ..config import CordaConfig, DataConfig, ModelConfig, NonNegative
+from ..config import CordaConfig, Count, DataConfig, ModelConfig, NonNegative
 from ..models.loading import load_model
 from .baselines import adamw_with_ratio
 from .keeping import AFTER, what_is_kept, with_penalties
@@ -25,6 +25,7 @@ def corda(
     keep: NonNegative = 0.0,
     keep_generic: NonNegative = 0.0,
     compactness: NonNegative = 0.0,
+    draws: Count = 1,
     **options: Any,
 ) -> Prepared:
     """The adapter's start is cached as an adapter directory.
@@ -36,6 +37,7 @@ def corda(
         keep: weight λ of the predicted drift in the loss (see `training.keeping`).
         keep_generic: the same on texts that the model itself draws.
         compactness: weight of the compactness term of CorDA++ in the loss (see `compactness_penalty`).
+        draws: how many answers are drawn after each sample of the context, to predict the drift from.
         options: any options of `CordaConfig`.
     """
     folder = setup.folder / "start"
@@ -49,7 +51,7 @@ def corda(
         prepare(model, config, data, folder, setup.tokenizer)
     if (folder / BASE_FOLDER).is_dir():
         model = load_model(ModelConfig(str(folder / BASE_FOLDER))).to(next(model.parameters()).device)
-    kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness)
+    kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness, draws)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
     prepared = Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))
     return with_penalties(prepared, setup, kept)

@@ -46,22 +46,27 @@ def what_is_kept(
     samples: int | None = None,
     keep_generic: float = 0.0,
     compactness: float = 0.0,
+    draws: int = 1,
 ) -> Kept:
     """
     Args:
         samples: how many samples of the ability to keep are looked at. Default: the comparison's number.
+        draws: how many answers are drawn after each (see `collect_statistics`).
     """
-    context = context_statistics(model, setup, "keep", samples) if keep or compactness else None
+    context = context_statistics(model, setup, "keep", samples, draws) if keep or compactness else None
     generic = context_statistics(model, setup, "generic") if keep_generic else None
     return Kept(keep, keep_generic, compactness, context, generic)
 
 
-def context_statistics(model: nn.Module, setup: Setup, kind: str, samples: int | None = None) -> Statistics:
+def context_statistics(
+    model: nn.Module, setup: Setup, kind: str, samples: int | None = None, draws: int = 1
+) -> Statistics:
     """The statistics of the ability to "keep", of the task ("learn"), or of "generic" text, the model's own, from the
     model without an adapter. They are cached in the method's folder, which all prices share.
 
     Args:
         samples: how many samples there are of the first two. Default: the comparison's number.
+        draws: see `collect_statistics`.
     """
     path = setup.folder / (NAME if kind == "keep" else f"{kind}.{NAME}")
     if not path.is_file():
@@ -72,7 +77,7 @@ def context_statistics(model: nn.Module, setup: Setup, kind: str, samples: int |
             encoded = [encode(setup.tokenizer, s, length) for s in setup.context(kind, samples)]
         path.parent.mkdir(parents=True, exist_ok=True)
         pad_id = setup.tokenizer.pad_token_id or 0
-        collect_statistics(model, setup.targets, encoded, pad_id, progress=False).save(path)
+        collect_statistics(model, setup.targets, encoded, pad_id, draws=draws, progress=False).save(path)
     return Statistics.load(path)
 
 
