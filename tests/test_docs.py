@@ -56,8 +56,8 @@ def inputs(tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=96,
-        hidden_size=144,
-        intermediate_size=160,
+        hidden_size=192,
+        intermediate_size=192,  # rows of whole blocks of 64, for NF4
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=256,

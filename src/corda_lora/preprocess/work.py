@@ -24,7 +24,7 @@ from .statistics import Sides
 MANIFEST = "finished.json"
 # What runs leave in a folder of work: settings, finished blocks, a quantized base, parked hidden states, checkpoints,
 # the trainer's page, a tracker's logs.
-OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|checkpoint-\d+|README\.md|tmp\w+|runs")
+OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|base|checkpoint-\d+|README\.md|tmp\w+|runs")
 FOLDED, STORED = ("folded.A", "folded.B"), "stored."
 KEYS = ("rows", "U", "sigma", "energy", "scores", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
 
