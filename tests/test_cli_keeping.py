@@ -1,7 +1,12 @@
 """`corda train` keeps the context of its start: the price, the bound and the meter, through the command line."""
 
+import contextlib
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -56,6 +61,49 @@ def test_a_start_that_keeps_is_trained_with_the_penalty(checkpoint, context, cap
         ["tuned"]["drift"] for adapter in ("free", "dear")
     ]  # fmt: skip
     assert drifts[1] < 0.3 * drifts[0]  # in the saved adapter, as another command measures it
+
+
+def shown_bar(text):
+    """The last state of the training's progress bar: its steps, and what stands between them and the times."""
+    return re.findall(r"training +\S+ (\d+/\d+) (.*?) +\d+:\d\d:\d\d", text)[-1]
+
+
+def on_terminal(command):
+    """What a command writes to a terminal of 80 columns, in a process of its own."""
+    controller, terminal = os.openpty()
+    code = f"from corda_lora.cli import main; main({command.split()!r})"
+    environment = os.environ | {"COLUMNS": "80", "TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        written = b""
+        with contextlib.suppress(OSError):  # nobody holds the terminal any more
+            while more := os.read(controller, 4096):
+                written += more
+        os.close(controller)
+    assert process.returncode == 0, written.decode()
+    return written.decode()
+
+
+def test_the_drift_is_shown_beside_the_progress(checkpoint, context, capsys):
+    """On a terminal, where the bar is drawn anew as it moves, and in a log, where it is written when it is done."""
+    init(checkpoint, context, *TEMPLATES, "--samples", 40)
+    recipe = (
+        f"train --model {checkpoint} --data ../learn.jsonl --start start --precision fp32 --batch_size 4 --epochs 3"
+    )
+    seen = on_terminal(f"{recipe} --output tuned")
+    assert seen.count("\x1b[2K") > 1
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    measured = trained(context, "tuned")["drift"][-1][2]
+    assert shown_bar(plain) == ("24/24", f"drift ≈ {measured:.2g}")
+
+    capsys.readouterr()
+    run(*f"{recipe} --output logged".split())
+    log = capsys.readouterr().err
+    assert "\x1b" not in log
+    assert shown_bar(log) == ("24/24", f"drift ≈ {trained(context, 'logged')['drift'][-1][2]:.2g}")
+
+    run(*f"{recipe} --keep 0 --output free".split())
+    assert shown_bar(capsys.readouterr().err) == ("24/24", "")
 
 
 def test_statistics_of_the_start_are_used(checkpoint, context):

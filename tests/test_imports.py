@@ -23,8 +23,9 @@ LEVELS = [
     {"methods"},
     {"compare"},
     {"report"},
+    {"__init__"},
     {"demo"},
-    {"__init__", "cli"},
+    {"cli"},
 ]
 
 

