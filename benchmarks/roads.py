@@ -1,7 +1,7 @@
 """Is a CorDA adapter right wherever it is taken? Runs the roads (save and load, Trainer, TRL, accelerate, ...) for each
 split on a tiny model on the CPU, and prints the table of docs/trainers.md.
 
-    pip install lm-eval bitsandbytes    # which two of the roads need
+    pip install lm-eval bitsandbytes deepspeed    # which three of the roads need
     python benchmarks/roads.py          # in a quarter of an hour, on two cores
 
 A cell is *right* (the road's own check holds), *refused* with the sentence, or *wrong* with what was found.
@@ -9,6 +9,7 @@ A cell is *right* (the road's own check holds), *refused* with the sentence, or 
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 import os
@@ -368,8 +369,8 @@ def ddp(case: Case) -> None:
     demand(len({file.read_bytes() for file in files}) == 1, "not the same bytes as one process")
 
 
-def _sharded(case: Case, kind: str) -> None:
-    weights = _distributed(case, partial(_worker, kind=kind))
+def _sharded(case: Case, worker: Callable[..., None]) -> None:
+    weights = _distributed(case, worker)
     expected = load_file(_in_one_process(case) / "adapter_model.safetensors")
     demand(weights.keys() == expected.keys(), f"{len(weights)} tensors saved of {len(expected)}")
     change = max(float((weights[name] - expected[name]).abs().max()) for name in expected)
@@ -380,12 +381,48 @@ def _sharded(case: Case, kind: str) -> None:
 
 @road("FSDP2 (`fully_shard`, two processes, gloo): saved, and equal to one process")
 def fsdp2(case: Case) -> None:
-    _sharded(case, "fsdp2")
+    _sharded(case, partial(_worker, kind="fsdp2"))
 
 
 @road("FSDP1 (`use_orig_params`, two processes, gloo), saved from its full state: equal to one process")
 def fsdp1(case: Case) -> None:
-    _sharded(case, "fsdp1")
+    _sharded(case, partial(_worker, kind="fsdp1"))
+
+
+def _deepspeed_worker(rank: int, saved: Path, store: Path, target: Path, stage: int) -> None:
+    _start(rank, store)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    for decay in (0.1, 0.0):
+        adapted = load_adapter(tiny.build("llama"), saved, trainable=True)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "gradient_clipping": 0.0,  # by default it is 1
+            "optimizer": {"type": "AdamW", "params": {"lr": 5e-3, "weight_decay": decay, "torch_adam": True}},
+        }
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        engine = deepspeed.initialize(model=adapted, config=config, model_parameters=trained)[0]
+        try:
+            for _ in range(2):
+                batch = tiny.batches()[rank]
+                engine.backward(engine(**batch, labels=batch["input_ids"]).loss)
+                engine.step()
+        except CordaError:  # that weight decay is refused, where half of a factor is held
+            continue
+    with deepspeed.zero.GatheredParameters(list(adapted.parameters()), enabled=stage == 3):
+        if rank == 0:
+            adapted.save_pretrained(str(target))
+        torch.distributed.barrier()
+
+
+@road("DeepSpeed, ZeRO 2 and 3 (two processes, CPU, gloo): saved, and equal to one process; weight decay refused")
+def deepspeed(case: Case) -> None:
+    importlib.import_module("deepspeed")
+    for stage in (2, 3):
+        _sharded(case, partial(_deepspeed_worker, stage=stage))
 
 
 def _trainer_worker(rank: int, saved: Path, store: Path, target: Path, options: dict[str, Any]) -> None:

@@ -274,6 +274,20 @@ def test_sharded_it_trains_as_whole(split, one_process, tmp_path):
             hold(late)
 
 
+@pytest.mark.parametrize("mark", ["get_full_hp_param", "ds_id"])  # of ZeRO 1 and 2; of ZeRO 3
+def test_weight_decay_on_the_flat_copies_of_deepspeed_is_refused(mark, tmp_path):
+    """DeepSpeed's optimizer steps on copies, so that the held half could not be put back."""
+    _, adapted, _ = saved_by_peft("paper", tmp_path)
+    weights = [p for p in adapted.parameters() if p.requires_grad]
+    flat = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+    flat.grad = torch.zeros_like(flat)
+    for weight in weights:
+        setattr(weight, mark, 0)
+    torch.optim.AdamW([flat], weight_decay=0.0).step()
+    with pytest.raises(CordaError, match="held half of the adapter in DeepSpeed: train with weight_decay 0"):
+        torch.optim.AdamW([flat], weight_decay=0.1).step()
+
+
 class _Loosen(HoldCallback):
     """Something else that sets free what is held, after the callback."""
 

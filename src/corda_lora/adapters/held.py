@@ -70,6 +70,11 @@ _before: WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor]]] =
 
 
 def _keep_held_halves(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+    if decays and any(_in_deepspeed(layer.weight) for layer in _halved):
+        raise CordaError(
+            "weight decay would shrink the held half of the adapter in DeepSpeed: train with weight_decay 0"
+        )
     decay = {id(p): group.get("weight_decay") for group in optimizer.param_groups for p in group["params"]}
     layers = [layer for layer in _halved if id(layer.weight) in decay]
     for layer in layers:
@@ -85,6 +90,11 @@ def _keep_held_halves(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _is_shard(weight: Tensor) -> bool:
     """Of FSDP2, or of FSDP1, which flattens."""
     return isinstance(weight, DTensor) or weight.ndim != 2
+
+
+def _in_deepspeed(weight: Tensor) -> bool:
+    """Of its ZeRO 1 and 2, or 3: the optimizer steps on flat copies, in which no half is to be found."""
+    return hasattr(weight, "get_full_hp_param") or hasattr(weight, "ds_id")
 
 
 def _put_held_halves_back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
