@@ -56,6 +56,8 @@ STARTS: dict[str, q.Start] = {
     "folded in C, 5 times": partial(q.folded, rounds=5),
     "folded two-sided, once": partial(q.folded, rounds=1, two_sided=True),
     "folded two-sided, 5 times": partial(q.folded, rounds=5, two_sided=True),
+    "folded in C, 5 times, rounded as CLoQ": partial(q.folded, rounds=5, by_columns=True),
+    "folded two-sided, 5 times, rounded as CLoQ": partial(q.folded, rounds=5, two_sided=True, by_columns=True),
 }
 RIVALS = ("QLoRA", "QPiSSA", "LoftQ")
 METRICS = ("plain", "in C", "two-sided")
@@ -80,7 +82,7 @@ def main() -> None:
     measured = Measured(model, tokenizer, args.data, args.work)
     copied = copy.deepcopy(model)
     for r in args.ranks:
-        for name, start in STARTS.items():
+        for name in args.starts:
             path = args.work / f"{name}, {0 if name == 'QLoRA' else r}.json"  # its B is zero: the same at every rank
             if path.is_file():
                 continue
@@ -90,11 +92,13 @@ def main() -> None:
                 layer = q.Layer(
                     weight_of(target), torch.float32, sides.get_tensor(f"{n}.C"), sides.get_tensor(f"{n}.D")
                 )
-                errors[n] = put(start, r, layer, copied.get_submodule(n))
+                errors[n] = put(STARTS[name], r, layer, copied.get_submodule(n))
             row = {"errors": errors, "measured": measured(copied), "seconds": round(time.perf_counter() - began)}
             write_json(path, row)
             print(f"r {r}, {name}: {json.dumps(row['measured'])} {row['seconds']} s", flush=True)
-    paths = {(n, r): args.work / f"{n}, {0 if n == 'QLoRA' else r}.json" for n in STARTS for r in args.all_ranks}
+    paths = {
+        (n, r): args.work / f"{n}, {0 if n == 'QLoRA' else r}.json" for n in args.all_starts for r in args.all_ranks
+    }
     if all(path.is_file() for path in paths.values()):
         rows = [{"start": n, "r": r, **json.loads(path.read_text())} for (n, r), path in paths.items()]
         full = {name: numbers["loss"] for name, numbers in measured(model).items()}
@@ -108,7 +112,9 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--data", type=Path, required=True)
     made.add_argument("--work", type=Path, required=True, help="a folder for what is done")
     made.add_argument("--ranks", type=int, nargs="*", default=[8, 32, 128], help="that this call does")
+    made.add_argument("--starts", nargs="*", default=list(STARTS), choices=STARTS, help="that this call does")
     made.add_argument("--all_ranks", type=int, nargs="+", default=[8, 32, 128], help="of the tables")
+    made.add_argument("--all_starts", nargs="+", default=list(STARTS), choices=STARTS, help="of the tables")
     made.add_argument("--samples", type=int, default=96, help="of GSM8K's training split, for C and D")
     args = made.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -182,23 +188,26 @@ class Measured:
 def tables(full: dict[str, float], rows: list[dict[str, Any]]) -> list[str]:
     ranks = sorted({row["r"] for row in rows})
     by = {(row["start"], row["r"]): row for row in rows}
+    starts = list(dict.fromkeys(row["start"] for row in rows))
     head = ["| | " + " | ".join(f"r = {r}" for r in ranks) + " |", "|---|" + "---:|" * len(ranks)]
     lines = []
     for i, metric in enumerate(METRICS):
         lines += [f"Relative error of a layer, {metric}: mean over all layers.", "", *head]
-        lines += [table_row(name, [f"{mean_error(by[name, r], i):.4f}" for r in ranks]) for name in STARTS]
+        lines += [table_row(name, [f"{mean_error(by[name, r], i):.4f}" for r in ranks]) for name in starts]
         lines += [""]
     for data in MEASURED:
         tokens = next(iter(rows))["measured"][data]["tokens"]
         lines += [f"KL(full‖quantized) on {data}, nats per token ({tokens:.0f} tokens), and the loss in brackets.", ""]
         lines += [f"The full model's loss is {full[data]:.4f}.", "", *head]
-        for name in STARTS:
+        for name in starts:
             cells = [by[name, r]["measured"][data] for r in ranks]
             lines += [table_row(name, [f"{cell['kl']:.4f} ({cell['loss']:.4f})" for cell in cells])]
         lines += [""]
-    folded = [name for name in STARTS if name.startswith("folded")]
+    folded = [name for name in starts if name.startswith("folded")]
     others = {"QLoRA, QPiSSA and LoftQ": RIVALS, "QERA and CLoQ, too": (*RIVALS, "QERA", "CLoQ")}
     for title, rivals in others.items():
+        if not set(rivals) <= set(starts):
+            continue
         for i, metric in enumerate(METRICS[1:], 1):
             lines += [f"Layers on which the error {metric} is below that of {title}, and its share of the best's.", ""]
             lines += head
@@ -207,7 +216,7 @@ def tables(full: dict[str, float], rows: list[dict[str, Any]]) -> list[str]:
             lines += [""]
     lines += ["KL on GSM8K as a share of the best of QLoRA, QPiSSA and LoftQ; how much of what QLoRA loses in loss is"]
     lines += ["back.", "", *head]
-    for name in list(STARTS)[3:]:
+    for name in [name for name in starts if name not in RIVALS]:
         cells = []
         for r in ranks:
             got = by[name, r]["measured"]["GSM8K"]

@@ -1,6 +1,7 @@
 """Starts over a base in NF4: what each is, against its definition in float64, and how near each comes."""
 
 import inspect
+from functools import partial
 
 import pytest
 import tiny
@@ -60,7 +61,9 @@ def test_each_start_is_nearest_in_its_own_metric(shape):
     qera, once, often = (metric_norm(lost(layer, start), C) for start in (q.qera, once, often))
     assert often <= once < 0.96 * min(in_C.values())
     assert qera < 0.96 * in_C["qlora"]
-    assert metric_norm(lost(layer, q.cloq), C) < qera
+    cloq, columns = (metric_norm(lost(layer, start), C) for start in (q.cloq, partial(q.folded, by_columns=True)))
+    assert cloq < qera
+    assert columns < 0.96 * often
     two_sided = {n: metric_norm(E, C, D) for n, E in both.items()}
     assert two_sided[5] <= two_sided[1] < 0.96 * min(metric_norm(E, C, D) for E in errors.values())
 

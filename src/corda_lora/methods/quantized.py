@@ -9,7 +9,8 @@ included. The starts differ in which values are quantized, Q, and in B A beside 
     LoftQ       five times: Q of W − B A, and B A the best fit of W − Q
     QERA        Q of W, and B A the best fit of W − Q in C^½
     CLoQ        the same, with Q rounded column by column by C (OPTQ), not to the nearest levels
-    folded      QCorDA, then once or several times: B A the best fit of W − Q in C^½, or two-sided, and Q of W − B A
+    folded      QCorDA, then once or several times: B A the best fit of W − Q in C^½, or two-sided, and Q of W − B A;
+                rounded to the nearest levels, or as in CLoQ
 
 C and D are of the task (see `algebra.folding`).
 """
@@ -106,9 +107,12 @@ def qcorda(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
     return layer.quantize(layer.W - (B @ A).to(layer.W))[0], A, B
 
 
-def folded(layer: Layer, r: int, rounds: int = 5, two_sided: bool = False) -> tuple[Quantized, Tensor, Tensor]:
+def folded(
+    layer: Layer, r: int, rounds: int = 5, two_sided: bool = False, by_columns: bool = False
+) -> tuple[Quantized, Tensor, Tensor]:
     A, B = head(layer, r, "balanced")
-    return fold(layer.W, layer.quantize, A, B, layer.C, layer.D if two_sided else None, rounds)
+    quantize = layer.quantize_by_columns if by_columns else layer.quantize
+    return fold(layer.W, quantize, A, B, layer.C, layer.D if two_sided else None, rounds)
 
 
 def head(layer: Layer, r: int, split: str) -> tuple[Tensor, Tensor]:
@@ -227,15 +231,22 @@ method("qcorda", "QCorDA", "Yang et al., arXiv 2506.13187; ours", SLOW_RATES, "l
 
 @method("qcorda-folded", "QCorDA, folded", "Yang et al., arXiv 2506.13187; ours", RATES, "learn")
 def qcorda_folded(
-    model: nn.Module, setup: Setup, rounds: Count = 5, two_sided: bool = True, samples: Count | None = None
+    model: nn.Module,
+    setup: Setup,
+    rounds: Count = 5,
+    two_sided: bool = True,
+    by_columns: bool = False,
+    samples: Count | None = None,
 ) -> Prepared:
     """
     Args:
         rounds: how often the weight is quantized and the adapter fitted.
         two_sided: fit in D^½ · C^½. Otherwise in C^½.
+        by_columns: round as CLoQ does (OPTQ), not to the nearest levels.
         samples: how many samples of the task C and D are of. Default: the comparison's number.
     """
-    return over_nf4(model, setup, partial(folded, rounds=rounds, two_sided=two_sided), True, samples)
+    start = partial(folded, rounds=rounds, two_sided=two_sided, by_columns=by_columns)
+    return over_nf4(model, setup, start, True, samples)
 
 
 @method(
