@@ -83,7 +83,7 @@ def main() -> None:
     copied = copy.deepcopy(model)
     for r in args.ranks:
         for name in args.starts:
-            path = args.work / f"{name}, {0 if name == 'QLoRA' else r}.json"  # its B is zero: the same at every rank
+            path = path_of(name, r, args)
             if path.is_file():
                 continue
             torch.manual_seed(0)
@@ -96,14 +96,17 @@ def main() -> None:
             row = {"errors": errors, "measured": measured(copied), "seconds": round(time.perf_counter() - began)}
             write_json(path, row)
             print(f"r {r}, {name}: {json.dumps(row['measured'])} {row['seconds']} s", flush=True)
-    paths = {
-        (n, r): args.work / f"{n}, {0 if n == 'QLoRA' else r}.json" for n in args.all_starts for r in args.all_ranks
-    }
+    paths = {(n, r): path_of(n, r, args) for n in args.all_starts for r in args.all_ranks}
     if all(path.is_file() for path in paths.values()):
         rows = [{"start": n, "r": r, **json.loads(path.read_text())} for (n, r), path in paths.items()]
         full = {name: numbers["loss"] for name, numbers in measured(model).items()}
         facts = {"bitsandbytes": version("bitsandbytes")}
         write(args, {"full": full, "starts": rows}, tables(full, rows), args.model, **facts)
+
+
+def path_of(start: str, r: int, args: argparse.Namespace) -> Path:
+    """Where a result is kept. QLoRA's B is zero: its result is the same at every rank."""
+    return args.work / f"{start}, {0 if start == 'QLoRA' else r}.json"
 
 
 def arguments() -> argparse.Namespace:
