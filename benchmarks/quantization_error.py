@@ -58,6 +58,9 @@ STARTS: dict[str, q.Start] = {
     "folded two-sided, 5 times": partial(q.folded, rounds=5, two_sided=True),
     "folded in C, 5 times, rounded as CLoQ": partial(q.folded, rounds=5, by_columns=True),
     "folded two-sided, 5 times, rounded as CLoQ": partial(q.folded, rounds=5, two_sided=True, by_columns=True),
+    "folded two-sided, 5 times, rounded as CLoQ, from B = 0": partial(
+        q.folded, rounds=5, two_sided=True, by_columns=True, from_head=False
+    ),
 }
 RIVALS = ("QLoRA", "QPiSSA", "LoftQ")
 METRICS = ("plain", "in C", "two-sided")

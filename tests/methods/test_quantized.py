@@ -64,6 +64,8 @@ def test_each_start_is_nearest_in_its_own_metric(shape):
     cloq, columns = (metric_norm(lost(layer, start), C) for start in (q.cloq, partial(q.folded, by_columns=True)))
     assert cloq < qera
     assert columns < 0.96 * often
+    from_zero = lost(layer, partial(q.folded, rounds=1, from_head=False))  # then it is QERA's
+    assert metric_norm(from_zero, C) == pytest.approx(qera, rel=1e-9)
     two_sided = {n: metric_norm(E, C, D) for n, E in both.items()}
     assert two_sided[5] <= two_sided[1] < 0.96 * min(metric_norm(E, C, D) for E in errors.values())
 

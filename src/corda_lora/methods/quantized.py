@@ -108,9 +108,9 @@ def qcorda(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
 
 
 def folded(
-    layer: Layer, r: int, rounds: int = 5, two_sided: bool = False, by_columns: bool = False
+    layer: Layer, r: int, rounds: int = 5, two_sided: bool = False, by_columns: bool = False, from_head: bool = True
 ) -> tuple[Quantized, Tensor, Tensor]:
-    A, B = head(layer, r, "balanced")
+    A, B = head(layer, r, "balanced") if from_head else layer.zero(r)
     quantize = layer.quantize_by_columns if by_columns else layer.quantize
     return fold(layer.W, quantize, A, B, layer.C, layer.D if two_sided else None, rounds)
 
@@ -236,6 +236,7 @@ def qcorda_folded(
     rounds: Count = 5,
     two_sided: bool = True,
     by_columns: bool = False,
+    from_head: bool = True,
     samples: Count | None = None,
 ) -> Prepared:
     """
@@ -243,9 +244,10 @@ def qcorda_folded(
         rounds: how often the weight is quantized and the adapter fitted.
         two_sided: fit in D^½ · C^½. Otherwise in C^½.
         by_columns: round as CLoQ does (OPTQ), not to the nearest levels.
+        from_head: begin with QCorDA's head of W in the adapter. Otherwise W itself is quantized first.
         samples: how many samples of the task C and D are of. Default: the comparison's number.
     """
-    start = partial(folded, rounds=rounds, two_sided=two_sided, by_columns=by_columns)
+    start = partial(folded, rounds=rounds, two_sided=two_sided, by_columns=by_columns, from_head=from_head)
     return over_nf4(model, setup, start, True, samples)
 
 
