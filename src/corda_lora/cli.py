@@ -697,9 +697,9 @@ def compare(options: Namespace) -> None:
     if options.jobs and "forkserver" in multiprocessing.get_all_start_methods():
         from multiprocessing import forkserver
 
-        # Processes are forked from a server with the same imports (see `compare.runner`): it imports them meanwhile.
+        # Processes are forked from a server with the same imports (see `compare.preload`): it imports them meanwhile.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["corda_lora.compare.runner"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["corda_lora.compare.preload"])
         forkserver.ensure_running()
     from .compare.runner import compare as run_comparison
     from .report.report import write_report

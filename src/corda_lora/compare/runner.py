@@ -181,12 +181,12 @@ class _Session:
     left to do."""
 
     def __init__(self, comparison: Comparison, slots: list[str]):
-        # Processes are forked from a server that has imported everything and touched no GPU.
+        # Processes are forked from a server that has imported what it can without touching a GPU: see `preload`.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self.context: Any = multiprocessing.get_context(kind)
         if kind == "forkserver":
-            self.context.set_forkserver_preload([__name__])
+            self.context.set_forkserver_preload([f"{__package__}.preload"])
         self.threads = max(1, (os.cpu_count() or 1) // len(slots))
         self.counter = self.context.Value("q", 0)  # steps that runs have taken since it was last read
         self.commit = _commit()  # now, before anybody edits the checkout
