@@ -1,10 +1,12 @@
 """The penalty is trained with, and the meter tells the drift: through `train()`, on a tiny model."""
 
 import json
+import os
 
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -132,6 +134,38 @@ def test_a_run_that_was_broken_off_goes_on_with_the_same_price(tokenizer, statis
     assert [row[0] for row in resumed.history] == [row[0] for row in keeper.history]
     for a, b in zip(whole.parameters(), again.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process that uses a GPU cannot fork")
+@pytest.mark.parametrize("callback", [False, True])
+def test_in_two_processes_its_gradient_enters_once(callback, tokenizer, statistics, tmp_path):
+    config = recipe(learning_rate=0.1, max_steps=1, micro_batch_size=4, trainer={"max_grad_norm": 0.0})
+
+    def trained(keep):
+        model = adapted("lora", config)
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        predicted = PredictedDrift(model, statistics)
+        keeper = KeepCallback(model, statistics, keep) if callback else Keeper(predicted, keep)
+        penalties = {} if callback else {"drift": keeper.penalty}
+        gradient = torch.autograd.grad(50 * predicted(), weights)
+        sgd = torch.optim.SGD(weights, config.learning_rate)
+        train(model, tokenizer, TASK, config, 64, None, False, sgd, [keeper], penalties)
+        return torch.cat([p.detach().flatten() for p in weights]), torch.cat([g.flatten() for g in gradient])
+
+    def work(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for, and not used
+        AcceleratorState._reset_state(True)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+        (free, expected), (kept, _) = trained(0.0), trained(50.0)
+        assert AcceleratorState().num_processes == 2
+        torch.testing.assert_close((free - kept) / config.learning_rate, expected, rtol=1e-3, atol=1e-4)
+        (tmp_path / f"{rank} is right").touch()
+
+    torch.multiprocessing.start_processes(work, nprocs=2, start_method="fork")
+    assert len(list(tmp_path.glob("* is right"))) == 2
 
 
 @pytest.mark.parametrize("accumulated", [1, 4])
