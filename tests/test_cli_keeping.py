@@ -137,6 +137,9 @@ def test_what_cannot_be_kept_is_refused_before_work(checkpoint, context, capsys)
     assert "keep is 0, so nothing can hold max_drift" in refused(
         capsys, checkpoint, context, "--keep", 0, "--max_drift", 0.1, call=train
     )
+    assert "keep is 0, so nothing of the context would be kept" in refused(
+        capsys, checkpoint, context, "--keep", 0, "--context", "nowhere.jsonl", call=train
+    )
     init(checkpoint, context, *TEMPLATES, "--samples", 40)
     (context / "keep.jsonl").rename(context / "away.jsonl")
     said = refused(capsys, checkpoint, context, "--start", "start", call=train)
@@ -205,3 +208,17 @@ def test_the_models_own_texts_are_kept_at_a_price(checkpoint, context, capsys):
     assert trained(context, "both")["penalties"].keys() == {"drift", "generic"}
     said = refused(capsys, checkpoint, context, "--keep_generic", -1, call=partial(train, output="none"))
     assert "keep_generic is -1.0, but must be a number at least 0" in said
+
+
+def test_a_training_that_goes_on_keeps_what_the_one_before_kept_at_its_price(checkpoint, context):
+    given = ["--context", context / "keep.jsonl", "--context.prompt", "{q}", "--context.response", " {a}"]
+    given += ["--context.samples", 40, "--max_steps", 2]
+    train(checkpoint, context, *given, "--keep", 3, output="first")
+    train(checkpoint, context, "--start", "first", "--max_steps", 2, output="second")
+    assert trained(context, "second")["drift"][-1][3] == 3
+    train(checkpoint, context, "--start", "first", "--max_steps", 2, "--keep", 7, output="third")
+    assert trained(context, "third")["drift"][-1][3] == 7
+    init(checkpoint, context, *TEMPLATES, "--samples", 40)
+    train(checkpoint, context, "--start", "start", "--max_steps", 2, "--keep", 0, output="free")
+    train(checkpoint, context, "--start", "free", "--max_steps", 2, output="still_free")
+    assert "drift" not in trained(context, "still_free")

@@ -20,6 +20,7 @@ LEVELS = [
     {"adapters"},
     {"training"},
     {"evaluation"},
+    {"tune"},
     {"methods"},
     {"compare"},
     {"report"},

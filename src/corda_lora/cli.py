@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -60,7 +59,6 @@ from .files import (
     is_made,
     output_lock,
     read_json,
-    remove_folder,
     remove_work,
     sha256_of,
     write_json,
@@ -502,133 +500,42 @@ def train(options: Namespace) -> dict[str, Any]:
     """Train an adapter through TRL, from the start that `corda init` wrote or from a plain LoRA. The loss covers only
     the responses. If a run is interrupted, the same command resumes it from its last checkpoint."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
-    keep = _take(KeepConfig, options)
-    if options.start and (
-        own := [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(LoraStart(), f.name)]
-    ):
+    keep, data = _take(KeepConfig, options), _take(DataConfig, options, data=options.data)
+    own = [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(LoraStart(), f.name)]
+    if options.start and own:
         raise CordaError(f"--{own[0]} is of a plain LoRA: leave it out, as the adapter in --start has its own")
-    data = _take(DataConfig, options, data=options.data)
-    held_out_data = None
+    held_out: DataConfig | float = options.eval_share
     if options.eval_data is not None:
         if options.eval_share:
             raise CordaError("--eval_share holds out samples of --data: leave it or --eval_data out")
-        held_out_data = replace(data, data=options.eval_data, rows=options.eval_rows, samples=None)
-    recipe = {
-        "model": asdict(source),
-        "start": str(options.start) if options.start else asdict(lora),
-        "data": asdict(data),
-        "held_out": asdict(held_out_data) if held_out_data else options.eval_share,
-        "train": asdict(config),
-        "keep": asdict(keep),
-    }
-    from .data.samples import digest_of, hold_out, load_samples
+        held_out = replace(data, data=options.eval_data, rows=options.eval_rows, samples=None)
+    from .report.verdicts import kept
+    from .training.train import DivergedError
+    from .tune import check_tuning, is_tuned, read_tuning, tune
 
-    samples = load_samples(data)
-    held_out = load_samples(held_out_data) if held_out_data else []
-    start = options.start / "adapter_model.safetensors" if options.start else None
-    from .adapters.lora import read_marks, read_record
-    from .evaluation.meter import kept_digest, load_context
-
-    record = None
-    if options.start:
-        read_marks(options.start)
-        record = read_record(options.start)
-    context = load_context(keep, options.start, record)
-    recipe["sha256"] = {
-        "kept": kept_digest(context, options.start, record),
-        "data": digest_of(samples),
-        "held_out": digest_of(held_out),
-        "start": sha256_of(start) if start and start.is_file() else None,
-    }
-    if is_made(options.output / "training.json", {"recipe": recipe}):
-        _keep_logs(options.output)
-        remove_work(options.output, recipe)
+    tuning = read_tuning(source, data, config, options.start or lora, held_out, keep)
+    if is_tuned(tuning, options.output):
         out.print(f"{options.output} is whole already: the same command made it")
         _push(options, _repo(options))
         return {"output": str(options.output), **read_json(options.output / "training.json")}
-    from .adapters.lora import RECORD, load_adapter, save_adapter
-    from .data.batches import encode
-    from .data.overview import overview
-    from .devices import accelerator
-    from .evaluation.meter import generic_penalty, make_keeper
-    from .models.loading import load_model, load_tokenizer
-    from .preprocess.work import open_work
-    from .report.verdicts import kept
-    from .training.arguments import check_trainer
-    from .training.train import DivergedError, last_checkpoint, plain_lora
-    from .training.train import train as run_training
-
-    check_output(options.output)
-    check_trainer(config, accelerator(), evaluates=held_out_data is not None or options.eval_share > 0)
+    check_tuning(tuning, options.output)
     repo = _repo(options)
-    tokenizer = load_tokenizer(source)
-    if held_out_data is None:
-        samples, held_out = hold_out(samples, options.eval_share, data.seed)
-    for name, part in ((data.data, samples), (options.eval_data or "held out", held_out)):
-        if part:
-            encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in part]
-            console.print(overview(name, tokenizer, part, encoded, data.max_length, end=True))
-    model = load_model(source).to(accelerator())
-    if options.start:
-        peft_model = load_adapter(model, options.start, trainable=True, lora_dropout=config.lora_dropout or None)
-    else:
-        peft_model = plain_lora(model, lora, config)
-    keeper, lines = make_keeper(peft_model, tokenizer, keep, context, options.start, record)
-    penalties = {"drift": keeper.penalty} if keeper else {}
-    if keep.keep_generic:
-        penalties["generic"] = generic_penalty(peft_model, tokenizer, keep.keep_generic)
-        lines.append(f"keeps what the model says of its own accord, at a price of {keep.keep_generic:g}")
-    for line in lines:
-        console.print(line, highlight=False)
-    work = open_work(options.output, recipe, lambda folder: last_checkpoint(folder) is not None)
     try:
-        result = run_training(
-            peft_model,
-            tokenizer,
-            samples,
-            config,
-            data.max_length,
-            work,
-            callbacks=[keeper] if keeper else [],
-            penalties=penalties,
-            held_out=held_out,
-        )
-    except CordaError:
-        if last_checkpoint(work) is None:  # the work folder holds nothing to resume from
-            remove_folder(work)
-        raise
+        result = tune(tuning, options.output)
     except DivergedError as error:
-        remove_folder(work)  # resuming from its checkpoints would end the same way
         print(f"corda train: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-    records: dict[str, Any] = {"training.json": {"recipe": recipe, **result}}
-    if keeper:
-        if keeper.history[-1][0] != result["kept_step"]:  # early stopping went back to an earlier adapter
-            keeper.look(result["kept_step"])
-        records["training.json"]["drift"] = keeper.history
-    if record is not None:
-        records[RECORD] = record
-    save_adapter(peft_model, options.output, records)
-    _keep_logs(options.output)
-    remove_folder(work)
     out.print(f"loss {result['train_loss']:.4f} over {result['steps']} steps, {result['seconds']:.0f} s")
     for step, loss in result["held_out_loss"]:
         if step == result["kept_step"]:
             out.print(f"held-out loss {loss:.4f} at step {step}, whose adapter is kept")
-    if keeper:
-        drift = keeper.history[-1][2] or 0.0
+    if "drift" in result:
+        drift = result["drift"][-1][2] or 0.0
         asked = f" ({keep.max_drift:g} was asked for)" if keep.max_drift else ""
         out.print(f"drift {drift:.3g} nats per answer token of the context{asked}: {kept(drift)}", highlight=False)
     out.print(f"written to {options.output}")
     _push(options, repo)
     return {"output": str(options.output), **read_json(options.output / "training.json")}
-
-
-def _keep_logs(output: Path) -> None:
-    """Move a tracker's logs out of the folder of work."""
-    logs = output.with_name(output.name + ".work") / "runs"
-    if logs.is_dir():
-        shutil.move(logs, output)
 
 
 def evaluate(options: Namespace) -> dict[str, Any]:

@@ -478,8 +478,8 @@ class KeepConfig:
 
     Args:
         keep: the weight λ of the predicted drift in the loss: nats of loss for a nat of drift per answer token of the
-            context. Default: that of the start; 10 where something else says what to keep (a start of mode kpm, or a
-            context); else 0.
+            context. Default: that of the start, or of the training that it is from; 10 where something else says what
+            to keep (a start of mode kpm, or a context); else 0.
         max_drift: in place of a fixed price: steer λ so that the drift on samples of the context that were not shown
             ends at this, in nats per answer token.
         keep_generic: the same weight for texts that the model itself draws, without its adapter. They stand for the
@@ -496,6 +496,8 @@ class KeepConfig:
         check_fields(self)
         if self.keep == 0 and self.max_drift is not None:
             raise CordaError("keep is 0, so nothing can hold max_drift: leave one of them out")
+        if self.keep == 0 and self.context is not None:
+            raise CordaError("keep is 0, so nothing of the context would be kept: leave one of them out")
         if isinstance(self.context, str):
             self.context = DataConfig(self.context)
 

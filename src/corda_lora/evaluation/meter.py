@@ -23,66 +23,85 @@ TRAINING = "training.json"
 MEASURED = 64  # samples that the meter measures the drift on
 
 
-def context_of(config: KeepConfig, start: Path | None, record: dict[str, Any] | None) -> DataConfig | None:
-    """The samples of the ability to keep, as given, or as the start was made from (mode kpm); None if nothing is kept.
+class KeptContext(NamedTuple):
+    """The ability to keep.
+
+    Attributes:
+        data: where its samples are from.
+        samples: those that are shown.
+        price: λ, at which it is kept, or which is steered from there.
+        statistics: the file with those of the samples, if there is one already.
+    """
+
+    data: DataConfig
+    samples: list[Sample]
+    price: float
+    statistics: Path | None
+
+
+def load_context(config: KeepConfig, start: Path | None, record: dict[str, Any] | None) -> KeptContext | None:
+    """The ability to keep, and its price: as given, or else as the training kept it that the start is from, or else
+    what the start was made from (mode kpm). None if nothing is kept.
 
     Args:
         record: corda.json of the start.
 
-    Raises CordaError if something is to be kept, and nothing says what.
+    Raises CordaError if something is to be kept, and nothing says what; or as `load_samples` does.
     """
     if config.keep == 0:
         return None
-    if isinstance(config.context, DataConfig):
-        return replace(config.context, samples=config.context.samples or CONTEXT_SAMPLES)
     try:
-        if record and on_residual(record) and not (config.keep or config.max_drift):
-            return None  # nothing predicts the drift
-        if record and record.get("data") and (record["config"]["mode"] == "kpm" or record["config"].get("keep")):
-            return DataConfig(**record["data"])
-        if start and (start / TRAINING).is_file():  # a plain LoRA that was trained to keep something
-            kept = read_json(start / TRAINING)["recipe"].get("keep") or {}
-            if kept.get("context"):
-                return replace(DataConfig(**kept["context"]), samples=kept["context"]["samples"] or CONTEXT_SAMPLES)
+        data, price, path = _kept_before(start, record)
+        unknown = record is not None and on_residual(record)  # nothing predicts the drift
     except (KeyError, TypeError, AttributeError) as error:
         raise CordaError(f"{start} has a damaged corda.json or {TRAINING}: {error!r}") from error
-    if config.keep or config.max_drift:
+    if isinstance(config.context, DataConfig):
+        data, price, path = _with_samples(config.context), None, None
+    elif unknown and not (config.keep or config.max_drift):
+        return None
+    price = next((known for known in (config.keep, price) if known is not None), KEEP)
+    if data is None and (config.keep or config.max_drift):
         whose = f"{start} was not made from samples to keep" if start else "a plain LoRA knows of nothing to keep"
         raise CordaError(f"{whose}: give a --context")
-    return None
-
-
-class KeptContext(NamedTuple):
-    """The ability to keep: its data, and the samples of it that are shown."""
-
-    data: DataConfig
-    samples: list[Sample]
-
-
-def load_context(config: KeepConfig, start: Path | None, record: dict[str, Any] | None) -> KeptContext | None:
-    """The samples of the ability to keep; None if nothing is kept.
-
-    Raises CordaError as `context_of` and `load_samples` do.
-    """
-    data = context_of(config, start, record)
-    if data is None:
+    if data is None or (price == 0 and config.max_drift is None):
         return None
     try:
-        return KeptContext(data, load_samples(data))
+        return KeptContext(data, load_samples(data), price or KEEP, path)
     except CordaError as error:
         if config.context is not None:
             raise
         raise CordaError(f"{error}; {start} was made from it: give a --context, or --keep 0") from error
 
 
-def kept_digest(context: KeptContext | None, start: Path | None, record: dict[str, Any] | None) -> str | None:
-    """What tells whether the same is kept at the same price: of the context's samples, the statistics beside the start
-    and its own price; None if nothing is kept."""
+def _kept_before(
+    start: Path | None, record: dict[str, Any] | None
+) -> tuple[DataConfig | None, float | None, Path | None]:
+    """The samples that the training kept that an adapter is from, or that its start was made from (mode kpm); the price
+    that either names; and the file of statistics beside the start."""
+    trained = read_json(start / TRAINING) if start and (start / TRAINING).is_file() else {"recipe": {}}
+    before = trained["recipe"].get("keep") or {}
+    price = before.get("keep")
+    if before.get("context"):
+        return _with_samples(DataConfig(**before["context"])), price, None
+    if record and record.get("data"):
+        of_start = record["config"].get("keep") or None
+        if record["config"]["mode"] == "kpm" or of_start:
+            path = Path(start or "") / NAME
+            price = of_start if price is None else price
+            return DataConfig(**record["data"]), price, path if path.is_file() else None
+    return None, price, None
+
+
+def _with_samples(data: DataConfig) -> DataConfig:
+    return replace(data, samples=data.samples or CONTEXT_SAMPLES)
+
+
+def kept_digest(context: KeptContext | None) -> str | None:
+    """What tells whether the same is kept at the same price: of the context's samples, its statistics and the price;
+    None if nothing is kept."""
     if context is None:
         return None
-    path = start / NAME if start else None
-    price = record["config"].get("keep") if record else None
-    return f"{digest_of(context.samples)} {sha256_of(path) if path and path.is_file() else ''} {price}"
+    return f"{digest_of(context.samples)} {sha256_of(context.statistics) if context.statistics else ''} {context.price}"
 
 
 def make_keeper(
@@ -90,18 +109,16 @@ def make_keeper(
     tokenizer: Any,
     config: KeepConfig,
     context: KeptContext | None,
-    start: Path | None,
-    record: dict[str, Any] | None,
 ) -> tuple[Keeper | None, list[str]]:
     """The keeper of a training, and what to say of it in lines; None if nothing is kept.
 
-    The statistics are those beside the start, or are collected here from the model without its adapter.
+    The statistics are those of the context's file, or are collected here from the model without its adapter.
 
     Raises CordaError as `load_others` does, and where there are too few samples.
     """
     if context is None:
         return None, []
-    data, samples = context
+    data, samples, keep, path = context
     with warnings.catch_warnings():  # of rows that are left out: `load_context` has said it
         warnings.simplefilter("ignore")
         other_samples = load_others(data, MEASURED)
@@ -109,16 +126,13 @@ def make_keeper(
     answered = sum(e.targets > 0 for e in shown)
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:
         return None, [f"no drift is predicted, and none held down: the context has {answered} samples with a response"]
-    path = start / NAME if start and config.context is None else None
-    statistics = Statistics.load(path) if path and path.is_file() else _collected(peft_model, tokenizer, shown)
+    statistics = Statistics.load(path) if path else _collected(peft_model, tokenizer, shown)
     few = len(others) < MEASURED // 4
     measured = shown[:MEASURED] if few else others
 
     def drift() -> float:
         return loss_and_drift(peft_model.eval(), tokenizer, measured)["tuned"]["drift"]
 
-    of_start = record["config"].get("keep") if record and config.context is None else None
-    keep = (of_start or KEEP) if config.keep is None else config.keep
     price = f"at a price of {keep:g} nats for a nat of drift"
     if config.max_drift:
         price = f"at a price that begins at {keep:g} and is steered to a drift of {config.max_drift:g}"

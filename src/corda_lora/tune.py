@@ -1,0 +1,183 @@
+"""Samples of a task and the start of an adapter → a trained adapter on disk: what `corda train` runs.
+
+tuning = read_tuning(ModelConfig("HuggingFaceTB/SmolLM2-135M"), DataConfig("new.jsonl"), start=Path("start"))
+tune(tuning, Path("tuned"))
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import devices
+from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
+from .config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
+from .data.batches import encode
+from .data.overview import overview
+from .data.samples import Sample, digest_of, hold_out, load_samples
+from .evaluation.meter import TRAINING, KeptContext, generic_penalty, kept_digest, load_context, make_keeper
+from .files import check_output, is_made, remove_folder, remove_work, sha256_of, work_folder
+from .models.loading import load_model, load_tokenizer
+from .preprocess.work import open_work
+from .progress import console
+from .training.arguments import check_trainer
+from .training.train import DivergedError, last_checkpoint, plain_lora, train
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is to be trained: the arguments of `read_tuning`, and what was read.
+
+    Attributes:
+        samples: of the task.
+        evaluated: samples whose loss is measured at each checkpoint.
+        context: the ability to keep; None if nothing is kept.
+        record: corda.json of the start; None if it has none.
+        recipe: what tells this training from others, for training.json.
+    """
+
+    source: ModelConfig
+    data: DataConfig
+    config: TrainConfig
+    start: Path | LoraStart
+    held_out: DataConfig | float
+    keep: KeepConfig
+    samples: list[Sample]
+    evaluated: list[Sample]
+    context: KeptContext | None
+    record: dict[str, Any] | None
+    recipe: dict[str, Any]
+
+
+def read_tuning(
+    source: ModelConfig,
+    data: DataConfig,
+    config: TrainConfig | None = None,
+    start: Path | LoraStart | None = None,
+    held_out: DataConfig | float = 0.0,
+    keep: KeepConfig | None = None,
+) -> Tuning:
+    """Read the samples that a training needs, before any long work.
+
+    Args:
+        data: samples of the task.
+        start: an adapter's directory, from `prepare` or from an earlier training; or a plain LoRA, the default.
+        held_out: samples to measure the loss of, or the share of `data` that is held out for it.
+        keep: what is kept of the model. Default: see `KeepConfig`.
+
+    Raises CordaError: samples that cannot be read; a start that is damaged; nothing says what to keep.
+    """
+    config, start, keep = config or TrainConfig(), start or LoraStart(), keep or KeepConfig()
+    samples = load_samples(data)
+    evaluated = load_samples(held_out) if isinstance(held_out, DataConfig) else []
+    folder = start if isinstance(start, Path) else None
+    weights, record = None, None
+    if folder:
+        read_marks(folder)
+        weights, record = folder / "adapter_model.safetensors", read_record(folder)
+    context = load_context(keep, folder, record)
+    recipe = {
+        "model": asdict(source),
+        "start": asdict(start) if isinstance(start, LoraStart) else str(start),
+        "data": asdict(data),
+        "held_out": asdict(held_out) if isinstance(held_out, DataConfig) else held_out,
+        "train": asdict(config),
+        "keep": asdict(keep),
+        "sha256": {
+            "kept": kept_digest(context),
+            "data": digest_of(samples),
+            "held_out": digest_of(evaluated),
+            "start": sha256_of(weights) if weights and weights.is_file() else None,
+        },
+    }
+    if not isinstance(held_out, DataConfig):
+        samples, evaluated = hold_out(samples, held_out, data.seed)
+    return Tuning(source, data, config, start, held_out, keep, samples, evaluated, context, record, recipe)
+
+
+def is_tuned(tuning: Tuning, output: Path) -> bool:
+    """Whether the output is whole and was made by this training. What a killed run left beside it is tidied up."""
+    if not is_made(output / TRAINING, {"recipe": tuning.recipe}):
+        return False
+    _keep_logs(output)
+    remove_work(output, tuning.recipe)
+    return True
+
+
+def check_tuning(tuning: Tuning, output: Path) -> None:
+    """Raises CordaError if something is in the way of the output, or the trainer's options do not go together."""
+    check_output(output)
+    check_trainer(tuning.config, devices.accelerator(), evaluates=bool(tuning.held_out))
+
+
+def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
+    """Train, and write the adapter's directory, with training.json. A training that was broken off goes on from its
+    last checkpoint, in the folder OUTPUT.work, when it is called again with the same arguments.
+
+    Returns what is in training.json: what `train` returns, the recipe, and, where something is kept, "drift": the
+    meter's history (see `training.keeping.Keeper`).
+
+    Raises:
+        CordaError: see `check_tuning`, `load_model`, `load_adapter`, `make_keeper`, `train`; OUTPUT.work belongs to
+            another training.
+        DivergedError: as `train` does.
+    """
+    check_tuning(tuning, output)
+    tokenizer, length = load_tokenizer(tuning.source), tuning.data.max_length
+    where = tuning.held_out.data if isinstance(tuning.held_out, DataConfig) else "held out"
+    for name, samples in ((tuning.data.data, tuning.samples), (where, tuning.evaluated)):
+        if samples:
+            encoded = [encode(tokenizer, sample, length, end=True) for sample in samples]
+            console.print(overview(name, tokenizer, samples, encoded, length, end=True))
+    peft_model = _adapted(tuning)
+    keeper, lines = make_keeper(peft_model, tokenizer, tuning.keep, tuning.context)
+    penalties = {"drift": keeper.penalty} if keeper else {}
+    if price := tuning.keep.keep_generic:
+        penalties["generic"] = generic_penalty(peft_model, tokenizer, price)
+        lines.append(f"keeps what the model says of its own accord, at a price of {price:g}")
+    for line in lines:
+        console.print(line, highlight=False)
+    work = open_work(output, tuning.recipe, lambda folder: last_checkpoint(folder) is not None)
+    try:
+        result = train(
+            peft_model,
+            tokenizer,
+            tuning.samples,
+            tuning.config,
+            length,
+            work,
+            callbacks=[keeper] if keeper else [],
+            penalties=penalties,
+            held_out=tuning.evaluated,
+        )
+    except CordaError:
+        if last_checkpoint(work) is None:  # the work folder holds nothing to resume from
+            remove_folder(work)
+        raise
+    except DivergedError:
+        remove_folder(work)  # resuming from its checkpoints would end the same way
+        raise
+    training = {"recipe": tuning.recipe, **result}
+    if keeper:
+        if keeper.history[-1][0] != result["kept_step"]:  # early stopping went back to an earlier adapter
+            keeper.look(result["kept_step"])
+        training["drift"] = keeper.history
+    save_adapter(peft_model, output, {TRAINING: training} | ({RECORD: tuning.record} if tuning.record else {}))
+    _keep_logs(output)
+    remove_folder(work)
+    return training
+
+
+def _adapted(tuning: Tuning) -> Any:
+    """The model with the adapter to train."""
+    model = load_model(tuning.source).to(devices.accelerator())
+    if isinstance(tuning.start, LoraStart):
+        return plain_lora(model, tuning.start, tuning.config)
+    return load_adapter(model, tuning.start, trainable=True, lora_dropout=tuning.config.lora_dropout or None)
+
+
+def _keep_logs(output: Path) -> None:
+    """Move a tracker's logs out of the folder of work."""
+    logs = work_folder(output) / "runs"
+    if logs.is_dir():
+        shutil.move(logs, output)
