@@ -468,7 +468,8 @@ def plan(options: Namespace) -> None:
         raise CordaError("--tflops and --tflops64 are of a card: give its memory with --gpu")
     from .devices import compute_device
     from .preprocess.machine import described_machine, this_machine
-    from .preprocess.plan import init_plan, planned_model, planned_tokens, report, what_fits
+    from .preprocess.plan import init_plan, planned_model, planned_tokens, what_fits
+    from .report.terminal import plan_lines
 
     model: Any = planned_model(source)
     if options.gpu is None:
@@ -480,7 +481,7 @@ def plan(options: Namespace) -> None:
         return planned_tokens(source, data, rounds, batch_tokens, model.config.is_encoder_decoder)
 
     planned = init_plan(model, config, count(config.rounds or 1, options.batch_tokens), options.park, machine)
-    for line in report(planned):
+    for line in plan_lines(planned):
         out.print(line, highlight=False)
     if config.reads_context and not data.data:
         out.print(

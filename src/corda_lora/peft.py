@@ -73,44 +73,14 @@ def preprocess_corda(
         CordaError (a ValueError): where PEFT raises one; a layer that was never run; a file that holds something else.
             Raised before the model runs wherever possible. After an error no layer has a new attribute.
     """
-    options = lora_config.corda_config
-    if options is None:
-        raise CordaError("lora_config has no corda_config: give it one, with a corda_method")
-    for given in (model, hooked_model):
-        if given is not None:
-            check_bare(given)
-    for file in (options.cache_file, options.covariance_file):
-        if file is not None and not _exists(file):
-            _check_folder(Path(file))
-    config = _maybe_include_all_linear_layers(copy.copy(lora_config), model)
-    targets = dict(target_modules(model, config)) if config.target_modules else {}
-    if not targets:
-        raise CordaError(f"target_modules {config.target_modules!r} matches no linear layer of {type(model).__name__}")
+    config, targets = _checked(model, lora_config, hooked_model)
+    options = config.corda_config
     if _exists(options.cache_file):
-        cached = _read(options.cache_file, [f"{name}.eigens.{part}" for name in targets for part in PARTS])
-        for name, module in targets.items():
-            device = module.weight.device
-            module.eigens = CordaEigens(
-                **{part: cached[f"{name}.eigens.{part}"].to(device, copy=True) for part in PARTS}
-            )
+        _set_cached(options.cache_file, targets)
         return
-
-    method, rank_pattern = options.corda_method, config.rank_pattern
-    if method is None:
-        raise CordaError("corda_method is required when cache_file is not provided.")
-    if method not in ("ipm", "kpm"):
-        raise CordaError(f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'.")
-    ranks = {name: rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config.r) for name in targets}
-    for name, module in targets.items():
-        R = min(weight_shape(module))
-        if ranks[name] > R:
-            raise CordaError(f"rank mismatch: {R} vs. {ranks[name]}: {name} has only {R} components")
-
-    hooked = model if hooked_model is None else hooked_model
-    device = compute_device(hooked)
-    solving = double_device(device)
-    homes = {name: module.weight.device for name, module in targets.items()}  # blocks are moved to `device` and back
-    from_file = _exists(options.covariance_file)
+    ranks, hooked = _ranks_of(config, targets), model if hooked_model is None else hooked_model
+    homes = {name: module.weight.device for name, module in targets.items()}  # blocks are moved to the device and back
+    device, from_file = compute_device(hooked), _exists(options.covariance_file)
     attributes: dict[str, dict[str, Any]] = {}  # layer -> the attributes that it gets in the end
     to_write: dict[str, Tensor] = {}  # layer -> its covariance
     fallbacks: list[str] = []  # layers that the solver gave up on
@@ -122,28 +92,22 @@ def preprocess_corda(
                 "the file is broken" if from_file else "a sample is divided by its largest number, which must not be 0"
             )
             raise CordaError(f"Invalid value found in covariance of {names[0]}: {why}")
+        solving, fields = double_device(device), {"corda_method": options.corda_method}
         oriented = partial(orient, C=C.to(solving), orientation="covariance")
         C = C.to(targets[names[0]].weight.dtype) if options.use_float16_for_covariance else C
         for name in names:
             W = weight_of(targets[name]).to(solving)  # (m, n)
-            parts = corda_eigens(W, oriented, method, ranks[name], partial(fallbacks.append, name))
-            layer: dict[str, Any] = {"eigens": CordaEigens(*(part.to(homes[name]) for part in parts))}
+            parts = corda_eigens(W, oriented, options.corda_method, ranks[name], partial(fallbacks.append, name))
+            attributes[name] = {"eigens": CordaEigens(*(part.to(homes[name]) for part in parts))}
             if not options.prune_temporary_fields:
-                layer |= {"covariance_matrix": C.to(homes[name]), "corda_method": method, "rank": ranks[name]}
-                if samples is not None:
-                    layer["sample_count"] = samples
-            attributes[name] = layer
+                attributes[name] |= fields | {"covariance_matrix": C.to(homes[name]), "rank": ranks[name]}
+                attributes[name] |= {} if samples is None else {"sample_count": samples}
             if options.covariance_file is not None and not from_file:
                 to_write[name] = C.cpu()
 
     with float32_products("highest"):
         if from_file:
-            covariances = _read(options.covariance_file, list(targets))
-            for name in track(list(targets), "Collecting eigens", options.verbose):
-                n = weight_shape(targets[name])[1]
-                if covariances[name].shape != (n, n):
-                    raise CordaError(f"{options.covariance_file} is of another model: {name} has {n} inputs")
-                decompose([name], covariances[name].clone())  # not a view of the file
+            _covariances_of_file(options, targets, decompose)
         elif run_model is None:
             raise CordaError("run_model must be specified when covariance file and cache file aren't built.")
         else:
@@ -163,6 +127,61 @@ def preprocess_corda(
     for name, layer in attributes.items():
         for attribute, value in layer.items():
             setattr(targets[name], attribute, value)
+
+
+def _checked(
+    model: nn.Module, lora_config: LoraConfig, hooked_model: nn.Module | None
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """The configuration with all its target modules named, and the layers. Raises CordaError before any work."""
+    options = lora_config.corda_config
+    if options is None:
+        raise CordaError("lora_config has no corda_config: give it one, with a corda_method")
+    for given in (model, hooked_model):
+        if given is not None:
+            check_bare(given)
+    for file in (options.cache_file, options.covariance_file):
+        if file is not None and not _exists(file):
+            _check_folder(Path(file))
+    config = _maybe_include_all_linear_layers(copy.copy(lora_config), model)
+    targets = dict(target_modules(model, config)) if config.target_modules else {}
+    if not targets:
+        raise CordaError(f"target_modules {config.target_modules!r} matches no linear layer of {type(model).__name__}")
+    return config, targets
+
+
+def _ranks_of(config: LoraConfig, targets: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The rank of each layer. Raises CordaError if there is no method, or a layer has fewer components."""
+    method, pattern = config.corda_config.corda_method, config.rank_pattern
+    if method is None:
+        raise CordaError("corda_method is required when cache_file is not provided.")
+    if method not in ("ipm", "kpm"):
+        raise CordaError(f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'.")
+    ranks = {name: pattern.get(get_pattern_key(pattern.keys(), name), config.r) for name in targets}
+    for name, module in targets.items():
+        R = min(weight_shape(module))
+        if ranks[name] > R:
+            raise CordaError(f"rank mismatch: {R} vs. {ranks[name]}: {name} has only {R} components")
+    return ranks
+
+
+def _set_cached(file: str | Path, targets: Mapping[str, Any]) -> None:
+    """Set the `eigens` that a file holds."""
+    cached = _read(file, [f"{name}.eigens.{part}" for name in targets for part in PARTS])
+    for name, module in targets.items():
+        parts = {part: cached[f"{name}.eigens.{part}"].to(module.weight.device, copy=True) for part in PARTS}
+        module.eigens = CordaEigens(**parts)
+
+
+def _covariances_of_file(
+    options: Any, targets: Mapping[str, nn.Module], done: Callable[[Sequence[str], Tensor], None]
+) -> None:
+    """Call `done` with each layer and its covariance out of the file."""
+    covariances = _read(options.covariance_file, list(targets))
+    for name in track(list(targets), "Collecting eigens", options.verbose):
+        n = weight_shape(targets[name])[1]
+        if covariances[name].shape != (n, n):
+            raise CordaError(f"{options.covariance_file} is of another model: {name} has {n} inputs")
+        done([name], covariances[name].clone())  # not a view of the file
 
 
 def corda_eigens(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..algebra.compactness import DENSE
@@ -494,8 +493,8 @@ def check_room(plan: Plan, output: Path) -> None:
     needed = plan.disk_bytes - sum(file.stat().st_size for file in finished)
     if free < needed:
         raise CordaError(
-            f"the disk of {output} has {_size(free)} free, but {_size(needed)} are needed: {_size(plan.adapter_bytes)} "
-            f"for the adapter, the rest for unfinished work beside it"
+            f"the disk of {output} has {size_text(free)} free, but {size_text(needed)} are needed: "
+            f"{size_text(plan.adapter_bytes)} for the adapter, the rest for unfinished work beside it"
         )
 
 
@@ -524,35 +523,6 @@ def what_fits(
     return None
 
 
-def report(plan: Plan) -> list[Table | str]:
-    """A plan as lines and a table to print."""
-    on_cpu = plan.machine.accelerator is None
-    table = Table()
-    for column in ("stage", "time", *(() if on_cpu else ("accelerator",)), "CPU"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for name, seconds, accelerator, cpu in plan.stages:
-        table.add_row(
-            name, _time(seconds), *(_size(x) if x else "" for x in ((cpu,) if on_cpu else (accelerator, cpu)))
-        )
-    share = plan.adapter_parameters / plan.parameters
-    waiting = "hidden states" if plan.park == "device" else "hidden states and covariances"
-    return [
-        f"on {plan.machine.name}",
-        table,
-        f"model: {plan.parameters:,} parameters",
-        f"adapter: {plan.adapter_parameters:,} parameters ({share:.2%}), a file of {_size(plan.adapter_bytes)}",
-        f"context: {plan.tokens.total:,} tokens; {_size(plan.parked_bytes)} of {waiting} wait (park {plan.park})",
-        f"written: {_size(plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes)}; needed on the disk: "
-        f"{_size(plan.disk_bytes)}",
-        f"time: about {_time(plan.seconds)}, for {plan.flops:.2e} floating-point operations",
-    ]
-
-
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in words."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _time(seconds: float) -> str:
-    if not seconds >= 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

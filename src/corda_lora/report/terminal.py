@@ -1,4 +1,4 @@
-"""The tables that `corda init` and `corda eval` print."""
+"""The tables that `corda init`, `corda plan` and `corda eval` print."""
 
 import os
 from collections import Counter, defaultdict
@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ..evaluation.measures import MEASURES, Measure
+from ..preprocess.plan import Plan, size_text
 
 
 def start_table(start: Any) -> Table:
@@ -56,6 +57,36 @@ def start_cost(start: Any) -> str:
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in start.took["seconds"].items())
     peak = max(start.took.get("peak_accelerator_bytes", {"": 0}).values())
     return stages + (f"; accelerator at most {peak / 2**30:.2f} GiB" if peak else "")
+
+
+def plan_lines(plan: Plan) -> list[Table | str]:
+    """A plan as lines and a table to print."""
+    on_cpu = plan.machine.accelerator is None
+    table = Table()
+    for column in ("stage", "time", *(() if on_cpu else ("accelerator",)), "CPU"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, seconds, accelerator, cpu in plan.stages:
+        table.add_row(
+            name, _time(seconds), *(size_text(x) if x else "" for x in ((cpu,) if on_cpu else (accelerator, cpu)))
+        )
+    share = plan.adapter_parameters / plan.parameters
+    waiting = "hidden states" if plan.park == "device" else "hidden states and covariances"
+    return [
+        f"on {plan.machine.name}",
+        table,
+        f"model: {plan.parameters:,} parameters",
+        f"adapter: {plan.adapter_parameters:,} parameters ({share:.2%}), a file of {size_text(plan.adapter_bytes)}",
+        f"context: {plan.tokens.total:,} tokens; {size_text(plan.parked_bytes)} of {waiting} wait (park {plan.park})",
+        f"written: {size_text(plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes)}; needed on the disk: "
+        f"{size_text(plan.disk_bytes)}",
+        f"time: about {_time(plan.seconds)}, for {plan.flops:.2e} floating-point operations",
+    ]
+
+
+def _time(seconds: float) -> str:
+    if not seconds >= 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def results_table(results: dict[str, Any]) -> Table:
