@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from . import devices
+from .adapters.card import TRAINING
 from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
 from .config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
 from .data.batches import encode
 from .data.overview import overview
 from .data.samples import Sample, digest_of, hold_out, load_samples
-from .evaluation.meter import TRAINING, KeptContext, generic_penalty, kept_digest, load_context, make_keeper
+from .evaluation.meter import KeptContext, generic_penalty, kept_digest, load_context, make_keeper
 from .files import check_output, is_made, remove_folder, remove_work, sha256_of, work_folder
 from .models.loading import load_model, load_tokenizer
 from .preprocess.work import open_work

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from torch import Tensor
 
+from ..adapters.card import TRAINING
 from ..adapters.lora import lora_layers, on_residual
 from ..config import CONTEXT_SAMPLES, KEEP, CordaError, DataConfig, KeepConfig
 from ..data.batches import Encoded, encode
@@ -19,7 +20,6 @@ from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, collect_sta
 from ..training.keeping import Keeper, PredictedDrift
 from .evaluate import loss_and_drift
 
-TRAINING = "training.json"
 MEASURED = 64  # samples that the meter measures the drift on
 
 
