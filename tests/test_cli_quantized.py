@@ -101,7 +101,7 @@ def test_the_four_commands(split, precision, model, here, capsys):
 def test_the_full_model_for_eval_can_be_named(model, here, capsys):
     init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0)
     config = json.loads((here / "start" / "adapter_config.json").read_text())
-    assert config["auto_mapping"]["corda"]["original"] == str(model)
+    assert config["auto_mapping"]["corda"]["original"] == {"model": str(model), "revision": None}
     del config["auto_mapping"]["corda"]["original"]
     (here / "start" / "adapter_config.json").write_text(json.dumps(config))
     (here / "start" / "sha256.json").unlink()

@@ -552,7 +552,7 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     from .report.verdicts import verdicts
 
     marks = read_marks(options.adapter) if options.adapter is not None else None
-    original = options.original or (marks or {}).get("original")
+    original = (marks or {}).get("original") if options.original is None else {"model": options.original}
     if original is None and marks and marks["split"] == "residual":
         raise CordaError(
             "without its adapter the quantized residual is no model to compare with: give --original, the full model"
@@ -566,8 +566,8 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     if original is None:
         results = measure(load_tuned(), tokenizer, config)
     else:
-        full = replace(source, model=original, revision=None)
-        out.print(f"measured beside the full model, {original}", highlight=False)
+        full = replace(source, **{"revision": None, **original})
+        out.print(f"measured beside the full model, {full.model}", highlight=False)
         results = evaluate_beside(lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config)
     out.print(results_table(results))
     sentences = verdicts(results)

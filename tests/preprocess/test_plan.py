@@ -7,6 +7,7 @@ import resource
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -16,11 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from corda_lora.adapters.lora import install, save_adapter
+from corda_lora.adapters.quantize import write_base
 from corda_lora.cli import main
 from corda_lora.config import CordaConfig, CordaError, ModelConfig
 from corda_lora.models.loading import empty_model
 from corda_lora.models.lockstep import find_blocks
 from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import quantize
 from corda_lora.preprocess.layer import (
     LayerRecord,
     choose_covariance,
@@ -28,6 +31,7 @@ from corda_lora.preprocess.layer import (
     extremes_of,
     keep_components,
     output_factor,
+    quantize_layer,
 )
 from corda_lora.preprocess.machine import H100, described_machine
 from corda_lora.preprocess.pipeline import preprocess
@@ -35,6 +39,7 @@ from corda_lora.preprocess.plan import (
     Layer,
     Tokens,
     _decomposition,
+    _quantization,
     _selection,
     check_room,
     count_tokens,
@@ -124,6 +129,23 @@ def test_what_runs_backward_leaves_files_of_the_planned_size(options, tmp_path):
     assert plan.disk_bytes == plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes
 
 
+@pytest.mark.parametrize("options", [{"fold": 0, "split": "paper"}, {"fold": 2}, {"double_quantization": True}])
+def test_a_quantized_base_has_the_planned_size(options, tmp_path):
+    model = tiny.build("llama_for_nf4")
+    config = CordaConfig(r=3, device="cpu", mode="ipm", quantization="nf4", **options)
+    plan = init_plan(model, config, tiny.batches())
+    (work := tmp_path / "work").mkdir()
+    start = preprocess(model, config, tiny.batches(), progress=False, work=work)
+    written = sum(tensor_bytes(path) for path in work.glob("*.safetensors"))
+    assert plan.work_bytes == pytest.approx(written, rel=0.1)  # beside how it is quantized, in JSON
+    write_base(model, start, tmp_path / "base", {})
+    base = sum(tensor_bytes(path) for path in (tmp_path / "base").glob("*.safetensors"))
+    assert plan.base_bytes == pytest.approx(base, rel=0.3)  # of such small layers the tables are much
+    assert plan.disk_bytes == plan.work_bytes + plan.adapter_bytes + plan.base_bytes
+    save_adapter(install(model, start), tmp_path / "start", {})
+    assert plan.adapter_bytes == tensor_bytes(tmp_path / "start" / "adapter_model.safetensors")
+
+
 def test_allocation_keeps_more_on_the_disk_and_no_larger_adapter(tmp_path):
     model, config = tiny.build("llama"), CordaConfig(r=3, preset="corda+", device="cpu")
     plan = init_plan(model, config, tiny.batches())
@@ -189,6 +211,21 @@ def test_memory_of_a_decomposition_is_what_is_allocated(shape, mode, solver):
     kept, _ = allocated(lambda: keep_components(W, C, U, sigma, 8, config, LayerRecord()))
     planned = _decomposition(Layer("", m, n, ""), 8, True, config, on_cpu=True)
     assert 0.95 < 8 * planned[1] / max(most, kept + U.nbytes) < 1.4
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
+@pytest.mark.parametrize("options", [{"fold": 0}, {"fold": 2}, {"fold": 1, "orientation": "two_sided"}])
+def test_memory_of_quantizing_is_what_is_allocated(shape, options):
+    torch.manual_seed(0)
+    m, n = shape
+    config = CordaConfig(mode="ipm", r=8, quantization="nf4", **options)
+    W, X, G = torch.randn(m, n), torch.randn(2 * n, n), torch.randn(2 * m, m)
+    C, D = X.T @ X, G.T @ G if config.orientation == "two_sided" else None
+    U, sigma = decompose_layer(W, C, replace(config, orientation="covariance"))
+    kept = keep_components(W, C, U, sigma, 8, config, LayerRecord())
+    store = partial(quantize, dtype=torch.float32)
+    most, _ = allocated(lambda: quantize_layer(W, kept, 8, config, store, C, D))
+    assert 0.95 < 8 * _quantization(Layer("", m, n, ""), True, config)[1] / most < 1.3
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])

@@ -83,7 +83,8 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     marks = {"mode": start.config.mode, "split": split, "scale": start.config.scale}
     marks["fingerprint"] = start.record.get("fingerprint")
     if split == "residual":
-        marks["original"] = getattr(model, "name_or_path", "") or None
+        name = getattr(model, "name_or_path", "")
+        marks["original"] = {"model": name, "revision": None} if name else None
     if split not in FREE:
         marks["held"] = describe_held(weights, split)
     peft_model.peft_config["default"].auto_mapping = {"corda": marks}

@@ -129,8 +129,9 @@ def prepare(
     with on_device([t for m in whole for t in tensors_of(m) if t in stored], torch.device("cpu"), stored):
         adapted = install(model if base is None else base, start)
         marks = adapted.peft_config["default"].auto_mapping["corda"]
-        if original and "original" in marks:
-            marks["original"] = original.model
+        full = original or source
+        if "original" in marks and isinstance(full, ModelConfig):
+            marks["original"] = {"model": full.model, "revision": full.revision}
         records = {RECORD: record | start.record, TIMING: start.took}
         save_adapter(adapted, output, records, spectra, start.statistics, quantized)
         adapted.unload()

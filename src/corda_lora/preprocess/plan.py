@@ -28,7 +28,7 @@ from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
 from ..models.targets import budget_of, choose_targets
-from ..models.weights import weight_shape
+from ..models.weights import BLOCK, weight_shape
 from .backward import LOGITS
 from .context import read_context, token_masks
 from .layer import keeps_all
@@ -109,6 +109,7 @@ class Plan:
         parked_bytes: bytes that wait there.
         adapter_bytes: size of adapter_model.safetensors.
         statistics_bytes: size of statistics.safetensors.
+        base_bytes: size of the quantized base, about.
         work_bytes: size of the decomposed layers, which are on the disk until the adapter is written.
     """
 
@@ -121,6 +122,7 @@ class Plan:
     adapter_parameters: int
     adapter_bytes: int
     statistics_bytes: int
+    base_bytes: int
     work_bytes: int
     flops: int
 
@@ -135,7 +137,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        written = self.work_bytes + self.adapter_bytes + self.statistics_bytes
+        written = self.work_bytes + self.adapter_bytes + self.statistics_bytes + self.base_bytes
         return written + (self.parked_bytes if self.park == "disk" else 0)
 
     @property
@@ -309,6 +311,8 @@ def init_plan(
             costs = [
                 ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, on_cpu)) for layer in members
             ]
+            if config.quantization:
+                costs += [("decomposition", *_quantization(layer, seen, config)) for layer in members]
             if config.keep:
                 costs.append(("decomposition", *_compaction(members)))
             if seen and (rounds > 1 or config.allocates):
@@ -323,6 +327,9 @@ def init_plan(
         sides = sum(_small(members[0].n) + sum(_small(layer.m) for layer in members) for members in groups.values())
         statistics += 2 * sides * (config.keep > 0)  # in bfloat16
         unfinished = sum(kept[name] * (4 * columns[name] + 8) + 8 * sigmas[name] for name in columns)
+        if config.quantization:
+            folded = {layer.name: 4 * config.r * (layer.m + layer.n) * bool(config.fold) for layer in layers}
+            unfinished += sum(_stored(layer, config) + folded[layer.name] for layer in layers)
         stored.append(unfinished + 4 * sides * (config.keep > 0))
 
     if config.runs_back and tokens.total:  # the tail, as if every token were an answer
@@ -330,7 +337,11 @@ def init_plan(
         logits = 5 * 4 * min(LOGITS, shapes.head // max(1, shapes.hidden) * tokens.batch)
         batch = 3 * tokens.batch * shapes.hidden * item
         peak["forward"] = max(peak["forward"], always + shapes.head * item + logits + batch)
-    adapter = 4 * shapes.budget * (1 if config.from_zero else 2)  # rank 2r where the start is subtracted again
+    halves = 1 if config.from_zero or config.has_residual else 2  # rank 2r where the start is subtracted again
+    adapter, base = 4 * shapes.budget * halves, 0
+    if config.quantization:
+        inside = sum(parameters for parameters, _, _ in shapes.blocks)
+        base = inside * 9 // 16 + (shapes.parameters - inside) * item  # as if blocks had nothing but linear layers
     seconds = {stage: sum(flop / _rate(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
     reading = ((1 + config.runs_back) * sum(weights for _, weights, _ in shapes.blocks) + rest) / machine.read
     parked_bytes = waiting + (max(parked) if park != "device" else 0)
@@ -361,6 +372,7 @@ def init_plan(
         shapes.budget,
         adapter,
         statistics,
+        base,
         work_bytes,
         flops,
     )
@@ -464,6 +476,24 @@ def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu
     if two_sided:  # L throughout; in the beginning also D_λ and D, or W
         numbers = m * m + max(numbers, 2 * W, 2 * m * m)
     return work, numbers
+
+
+def _quantization(layer: Layer, seen: bool, config: CordaConfig) -> tuple[dict[str, int], int]:
+    """FLOP of `quantize_layer`, and the float64 numbers that are held at once."""
+    _, m, n, _ = layer
+    R, W, fold = min(m, n), m * n, config.fold or 0
+    two_sided = seen and config.orientation == "two_sided"
+    metric = 2 * W * (n * seen + m * two_sided)  # X C, or D X C, of X (m, n)
+    work = {"double": (2 * fold + 2) * metric + fold * 2 * W * (R + 2 * config.r), "eigen": fold * EIGH * R**3}
+    numbers = n * n * seen + m * m * two_sided + 17 * W // 4  # C_λ and D_λ; W, what is stored of it, and its values
+    return work, numbers + (fold > 0) * ((7 + 4 * two_sided) * W // 4 + (1 + two_sided) * R * R)
+
+
+def _stored(layer: Layer, config: CordaConfig) -> int:
+    """Bytes of a layer in NF4: its numbers, their scales and the tables of levels."""
+    blocks = layer.m * layer.n // BLOCK
+    scales = blocks + blocks // 64 + 1024 if config.double_quantization else 4 * blocks
+    return layer.m * layer.n // 2 + scales + 64
 
 
 def _small(n: int) -> int:

@@ -71,14 +71,15 @@ def plan_lines(plan: Plan) -> list[Table | str]:
         )
     share = plan.adapter_parameters / plan.parameters
     waiting = "hidden states" if plan.park == "device" else "hidden states and covariances"
+    written = plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes + plan.base_bytes
     return [
         f"on {plan.machine.name}",
         table,
         f"model: {plan.parameters:,} parameters",
         f"adapter: {plan.adapter_parameters:,} parameters ({share:.2%}), a file of {size_text(plan.adapter_bytes)}",
         f"context: {plan.tokens.total:,} tokens; {size_text(plan.parked_bytes)} of {waiting} wait (park {plan.park})",
-        f"written: {size_text(plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes)}; needed on the disk: "
-        f"{size_text(plan.disk_bytes)}",
+        *([f"quantized base: {size_text(plan.base_bytes)}"] if plan.base_bytes else []),
+        f"written: {size_text(written)}; needed on the disk: {size_text(plan.disk_bytes)}",
         f"time: about {_time(plan.seconds)}, for {plan.flops:.2e} floating-point operations",
     ]
 
