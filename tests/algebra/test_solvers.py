@@ -159,8 +159,8 @@ def test_what_making_a_block_orthonormal_says_of_the_spectrum(kind):
 @pytest.mark.parametrize("kind", ["flat", "power"])
 def test_the_small_eigenproblem_is_solved_once(kind, monkeypatch):
     """It is what a GPU is slowest at."""
-    original, sizes = solvers._eigh, []
-    monkeypatch.setattr(solvers, "_eigh", lambda G: (sizes.append(len(G)), original(G))[1])
+    original, sizes = solvers.eigh, []
+    monkeypatch.setattr(solvers, "eigh", lambda G: (sizes.append(len(G)), original(G))[1])
     torch.manual_seed(5)
     values, V = spectrum(kind, 400), orthogonal(400, 400)
     sigma, X = solvers.leading_singular_vectors((orthogonal(400, 400) * values) @ V.T, 20)

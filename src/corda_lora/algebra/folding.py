@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from .decomposition import factor, regularize, split_components
+from .solvers import eigh
 
 Stored = TypeVar("Stored")
 DAMPING = 0.01
@@ -122,7 +123,7 @@ def _fit(E: Tensor, r: int, C: Tensor | None, D: Tensor | None) -> tuple[Tensor,
         return B.T, A.T
     L = None if D is None else factor(D, damping=0)
     LE = E if L is None else L.T @ E  # (m, n)
-    squares, U = torch.linalg.eigh((LE if C is None else LE @ C) @ LE.T)  # ascending
+    squares, U = eigh((LE if C is None else LE @ C) @ LE.T)  # ascending
     U, sigma = U[:, -r:].flip(1), squares[-r:].flip(0).clamp(min=0).sqrt()
     rows = U.T @ LE  # (r, n)
     columns = U if L is None else torch.linalg.solve_triangular(L.T, U, upper=True)  # (m, r)

@@ -85,7 +85,7 @@ def _gram_components(M: Tensor, noise: float | None = None) -> tuple[Tensor, Ten
     """U (R, R) and σ (R,), descending, of M (R, n), R ≤ n, by `eigh` of its Gram matrix. Components too far below σ₁
     are found again from M projected onto their space."""
     G = add_gram(None, M.T) if len(M) > 512 else M @ M.T  # `eigh` reads the lower triangle
-    squares, U = _eigh(G)  # ascending
+    squares, U = eigh(G)  # ascending
     U, sigma = U.flip(1), squares.clamp(min=0).sqrt().flip(0)
     noise = EPS * float(torch.linalg.norm(M)) if noise is None else noise
     resolved = int((sigma >= RESOLVED * sigma[0]).sum())
@@ -97,7 +97,7 @@ def _gram_components(M: Tensor, noise: float | None = None) -> tuple[Tensor, Ten
     return U, sigma
 
 
-def _eigh(G: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(G: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.linalg.eigh`, repeated on the CPU if cuSOLVER reports that it did not converge (seen once)."""
     try:
         eigenvalues, U = torch.linalg.eigh(G)
