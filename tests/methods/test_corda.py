@@ -7,6 +7,7 @@ import torch
 from corda_lora.adapters.lora import lora_layers
 from corda_lora.config import CordaError
 from corda_lora.methods.registry import Setup
+from corda_lora.models.weights import is_4bit, weight_of
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("kpm", "keep"), ("ipm", "learn")])
@@ -52,3 +53,23 @@ def test_another_context_and_fewer_samples_of_it(prepare, setup_of, files):
     for name, layer in lora_layers(as_task.model).items():
         assert torch.equal(other[name], layer.lora_A["default"].weight)
         assert len({tuple(A[name].flatten().tolist()) for A in (own, other, fewer, swapped)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("corda-ipm-balanced", {"fold": 1}), ("corda-kpm-anchored", {"keep": 1.0})]
+)
+def test_over_a_quantized_base(name, options, prepare):
+    options = options | {"quantization": "nf4"}
+    prepared, _, full = prepare(name, family="llama_for_nf4", options=options)
+    again, _, _ = prepare(name, family="llama_for_nf4", options=options)  # from the cache
+    assert bool(prepared.penalties) == ("keep" in options)
+    other = dict(lora_layers(again.model))
+    for layer_name, layer in lora_layers(prepared.model).items():
+        assert is_4bit(layer.get_base_layer())
+        Q, delta = weight_of(layer.get_base_layer()), layer.get_delta_weight("default").detach()
+        W = full.get_submodule(layer_name).weight
+        assert (W - Q - delta).norm() < 0.1 * W.norm()
+        assert torch.equal(Q + delta, weight_of(other[layer_name].get_base_layer()) + delta)
+    if name == "corda-ipm-balanced":
+        with pytest.raises(CordaError, match="so its drift cannot be predicted"):
+            prepare(name, family="llama_for_nf4", options=options | {"keep": 1.0})

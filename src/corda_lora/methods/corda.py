@@ -51,6 +51,7 @@ def corda(
         prepare(model, config, data, folder, setup.tokenizer)
     if (folder / BASE_FOLDER).is_dir():
         model = load_model(ModelConfig(str(folder / BASE_FOLDER))).to(next(model.parameters()).device)
+        setup = replace(setup, targets={name: model.get_submodule(name) for name in setup.targets})
     kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness, draws)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
     prepared = Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))
