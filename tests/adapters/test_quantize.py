@@ -16,7 +16,7 @@ from corda_lora import CordaConfig, CordaError, get_corda_model, load_adapter
 from corda_lora.adapters.export import export_for_original, export_lora, export_merged, export_residual
 from corda_lora.adapters.lora import install, lora_layers
 from corda_lora.adapters.prepare import prepare
-from corda_lora.adapters.quantize import quantize_in_place, write_base
+from corda_lora.adapters.quantize import dequantize_in_place, quantize_in_place, write_base
 from corda_lora.config import DataConfig, ModelConfig
 from corda_lora.models.loading import load_model, open_model
 from corda_lora.models.lockstep import find_blocks
@@ -141,6 +141,17 @@ def test_plain_peft_on_plain_transformers(kind, dtype, source, rows, tmp_path):
     loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
     tolerance = 1e-4 if dtype == torch.float32 else 0.03  # `tiny` rounded its rotary tables
     torch.testing.assert_close(training_logits(loaded), training_logits(adapted), rtol=0, atol=tolerance)
+
+
+def test_another_dtype_is_computed_in(source, rows, tmp_path):
+    model = built(torch.bfloat16)
+    prepare(source(model), config_of(**PAPER), rows, tmp_path / "start", progress=False)
+    base = str(tmp_path / "start" / "base")
+    loaded = load_model(ModelConfig(base, dtype="float32"))
+    full = copy.deepcopy(loaded)
+    dequantize_in_place(full)
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(full.float()), rtol=0, atol=1e-4)
+    assert (tiny.logits(load_model(ModelConfig(base))) - tiny.logits(loaded)).abs().max() > 1e-3
 
 
 def test_a_conv1d(source, rows, tmp_path):

@@ -61,7 +61,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         model.hf_quantizer = None
         model.is_quantized = False
         del model.config.quantization_config
-    compute_as_stored(model)
+    compute_as_stored(model, None if config.dtype == "auto" else getattr(torch, config.dtype))
     return model.eval()
 
 

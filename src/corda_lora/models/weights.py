@@ -158,12 +158,18 @@ def quantized_layer(layer: nn.Module, stored: Quantized, dtype: torch.dtype) -> 
     return made.train(layer.training)
 
 
-def compute_as_stored(model: nn.Module) -> None:
+def compute_as_stored(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Have bitsandbytes compute with the weights as they are stored. On a CPU with AVX512-BF16 its first forward that
-    does not train would round the scales to bfloat16, in place: other weights from then on."""
+    does not train would round the scales to bfloat16, in place: other weights from then on.
+
+    Args:
+        dtype: to compute in, and of the weights' values. Default: that of the model's configuration.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+            if dtype is not None:
+                module.compute_dtype = module.weight.quant_state.dtype = dtype  # type: ignore[assignment, union-attr]
 
 
 def quantized_names(model: nn.Module, targets: Iterable[str] = ()) -> tuple[list[str], list[str]]:
