@@ -85,6 +85,9 @@ OPTIONS = {
         "orientation": st.sampled_from(["covariance", "diagonal", "identity", "two_sided"]),
         "solver": st.sampled_from(["auto", "gram", "subspace", "svd"]),
         "damping": POSITIVE,
+        "quantization": st.sampled_from(["nf4", "nf5", "none"]),  # the model's rows are no whole blocks
+        "double_quantization": SWITCH,
+        "fold": st.sampled_from([0, 1, -1]),
         "skip_tokens": st.sampled_from([0, 1, 5, 2**31 - 1]),
         "device": st.sampled_from(["cpu", "gpu", "meta", "cpu:7"]),
         "batch_tokens": COUNTS,
