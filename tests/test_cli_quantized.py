@@ -110,9 +110,12 @@ def test_the_full_model_for_eval_can_be_named(model, here, capsys):
     run("eval", *arguments, "--original", model)
 
 
-def test_the_same_command_again(model, capsys):
+def test_the_same_command_again(model, here, capsys):
     for _ in range(2):
         init(model, "--mode", "ipm", "--quantization", "nf4")
+    card = (here / "start" / "README.md").read_text()
+    assert "base_model:" not in card  # of a path, which the hub would refuse
+    assert "what quantization lost and the start does not hold" in card
     assert "start is whole already: the same command made it" in capsys.readouterr().out
 
 
