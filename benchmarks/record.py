@@ -53,7 +53,7 @@ def write(
     facts: dict[str, Any] = {
         "command": command(),
         "options": {
-            key: value
+            key: str(value) if isinstance(value, Path) else value
             for key, value in vars(options).items()
             if key not in ("name", "results") and "/" not in str(value)
         },

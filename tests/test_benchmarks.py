@@ -33,14 +33,16 @@ def test_a_benchmark_finds_what_it_imports(name, load):
 
 def test_a_result_says_how_it_was_made(load, checkpoint, tmp_path, monkeypatch):
     record = load("record")
-    monkeypatch.setattr(sys, "argv", ["benchmarks/speed.py", "--r", "8", "--results", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/speed.py", "--r", "8", "--work", "made", "--results", str(tmp_path)])
     monkeypatch.setenv("COMMIT", "abc1234")
     options = record.parser("")
     options.add_argument("--r", type=int)
+    options.add_argument("--work", type=Path)
     record.write(options.parse_args(), {"seconds": 1.5}, ["| seconds |", "|---:|", "| 1.5 |"], checkpoint)
     (result,) = tmp_path.glob("speed_20??-??-??_*.json")
     written = json.loads(result.read_text())
-    assert written["command"] == "python benchmarks/speed.py --r 8 --results RESULTS"
+    assert written["command"] == "python benchmarks/speed.py --r 8 --work made --results RESULTS"
+    assert written["options"] == {"r": 8, "work": "made"}
     assert written["commit"] == "abc1234"
     assert written["rows"] == {"seconds": 1.5}
     assert written["versions"]["torch"]
