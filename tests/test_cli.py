@@ -635,8 +635,11 @@ def test_a_full_disk(error, checkpoint, data, monkeypatch, capsys):
     assert (data / "work" / "tuned" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("form", ["merged", "residual"])
-def test_a_quantized_base_is_refused(form, checkpoint, data, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [("merged", "only bitsandbytes' 4 bits can be merged into"), ("residual", "--as residual needs its full weights")],
+)
+def test_a_quantized_base_is_refused(form, why, checkpoint, data, monkeypatch, capsys):
     from corda_lora.models import loading as models
 
     init(checkpoint, data, "--split", "balanced")
@@ -650,7 +653,7 @@ def test_a_quantized_base_is_refused(form, checkpoint, data, monkeypatch, capsys
     monkeypatch.setattr(models, "load_model", quantized)
     arguments = ["--adapter", "start", "--as", form, "--output", "out"]
     said = refused(capsys, "export", "--model", checkpoint, *arguments)
-    assert f"the base model is quantized, and --as {form} needs its full weights" in said
+    assert f"the base model is quantized, and {why}" in said
     assert not (data / "work" / "out").exists()
 
 

@@ -57,6 +57,8 @@ def ends(folder):
             content = b""
         elif path.suffix == ".json":
             content = without_times(json.loads(content))
+        if path.name == "sha256.json":  # JSON with times in it has another checksum each time
+            content = {name: checksum for name, checksum in content.items() if not name.endswith(".json")}
         made[str(path.relative_to(folder))] = content
     return made
 

@@ -253,10 +253,11 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
 
 
 def _write_checksums(folder: Path) -> None:
-    """Of all but the card, whose metadata PEFT renews, and which a publisher edits."""
+    """Of all but the card, whose metadata PEFT renews, and which a publisher edits, and the times, which differ between
+    runs that are otherwise the same."""
     write_checksums(folder, "*.safetensors", "*.json")
-    checksums = read_json(folder / CHECKSUMS)
-    write_json(folder / CHECKSUMS, checksums | {SCALES: _scales_digest(folder)})
+    checksums = read_json(folder / CHECKSUMS) | {SCALES: _scales_digest(folder)}
+    write_json(folder / CHECKSUMS, {name: checksum for name, checksum in checksums.items() if name != TIMING})
 
 
 def _scales_digest(directory: Path) -> str:
