@@ -100,7 +100,11 @@ def test_the_drift_is_shown_beside_the_progress(checkpoint, context, capsys):
     run(*f"{recipe} --output logged".split())
     log = capsys.readouterr().err
     assert "\x1b" not in log
-    assert shown_bar(log) == ("24/24", f"drift ≈ {trained(context, 'logged')['drift'][-1][2]:.2g}")
+    history = trained(context, "logged")["drift"]
+    assert shown_bar(log) == ("24/24", f"drift ≈ {history[-1][2]:.2g}")
+    said = re.findall(r"^step (\d+): drift (\S+)$", log, flags=re.MULTILINE)
+    assert said == [(str(step), f"{measured:.2g}") for step, _, measured, _ in history if step > 0]
+    assert "step 4: drift" not in plain
 
     run(*f"{recipe} --keep 0 --output free".split())
     assert shown_bar(capsys.readouterr().err) == ("24/24", "")

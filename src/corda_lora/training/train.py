@@ -322,7 +322,7 @@ class _Steps(TrainerCallback):
     """Advances a progress bar by the trainer's steps. The first call also advances it by the steps before a resume.
 
     It also has the loss logged with every checkpoint and at the end, so that the log covers all steps, also those
-    before a resume, and says the loss of held-out samples when it is measured."""
+    before a resume, and says the loss of held-out samples when it is measured; in a log, the drift, too."""
 
     def __init__(self, advance: Callable[..., None], show: bool, keeper: Keeper | None):
         self.advance, self.show, self.shown, self.keeper = advance, show, 0, keeper
@@ -331,6 +331,10 @@ class _Steps(TrainerCallback):
         note = {"note": f"drift ≈ {self.keeper.estimate:.2g}"} if self.keeper else {}
         self.advance(state.global_step - self.shown, **note)
         self.shown = state.global_step
+        if self.show and self.keeper and not console.is_terminal:  # a log has the bar at the end alone
+            step, _, measured, _ = self.keeper.history[-1]
+            if step == state.global_step and measured is not None:
+                console.print(f"step {step}: drift {measured:.2g}", highlight=False)
         control.should_log |= control.should_save or state.global_step == state.max_steps
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
