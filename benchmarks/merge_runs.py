@@ -36,7 +36,7 @@ def main(output: Path, sources: list[Path]) -> None:
     merged = merge([json.loads(path.read_text()) for path in sources])
     merged["name"] = output.name.partition("_20")[0]
     write_report(output, merged)
-    (output / "comparison.json").write_text(json.dumps(merged, indent=1) + "\n")
+    (output / "comparison.json").write_text(json.dumps(merged) + "\n")
 
 
 if __name__ == "__main__":

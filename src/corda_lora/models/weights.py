@@ -22,9 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from ..config import CordaError
 
 BLOCK = 64  # numbers that share a scale
-Quantized = dict[
-    str, Tensor
-]  # what a checkpoint holds of a quantized weight, by the end of its name: weight, weight.absmax
+# What a checkpoint holds of a quantized weight, by the end of its name: weight, weight.absmax, ...
+Quantized = dict[str, Tensor]
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
