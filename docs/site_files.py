@@ -18,6 +18,8 @@ def on_files(files: Files, config: Any) -> Files:
     for path in sorted((ROOT / "benchmarks").rglob("*")):
         if path.suffix in SHOWN and "__pycache__" not in path.parts:
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    readme = files.get_file_from_path("benchmarks/README.md")
+    readme.dest_uri = "benchmarks/README/index.html"  # docs/benchmarks.md is benchmarks/index.html
     return files
 
 

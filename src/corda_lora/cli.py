@@ -52,6 +52,8 @@ from .config import (
     short,
     why_not,
 )
+from .evaluation.measures import KINDS
+from .evaluation.tasks.registry import TASKS
 from .files import (
     check_name,
     check_output,
@@ -69,7 +71,6 @@ from .recipes import load_recipe
 T = TypeVar("T")
 out = Console(markup=False, emoji=False)
 LONGEST_MESSAGE = 480  # characters
-KINDS = [f.name for f in fields(EvalConfig) if f.default_factory is list]  # of data that `corda eval` measures
 WITH_RESULT = ("init", "train", "eval", "export")  # verbs that return one, for --quiet and --json
 
 SUMMARY = "Fine-tune language models without making them forget: CorDA for Hugging Face models."
@@ -353,6 +354,8 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     _add_push(sub)
 
     sub = verb("eval", evaluate, "measure what was learned and what was kept", ModelConfig, EvalConfig)
+    known = ", ".join(f"{task.name} ({task.meaning})" for task in TASKS.values())
+    next(action for action in sub._actions if action.dest == "tasks").help += f" There are {known}."
     sub.add_argument("--adapter", type=Path | None, help="adapter directory; without it, the base model alone")
     sub.add_argument(
         "--original", type=str | None, help="the full model, to measure a quantized MODEL and its adapter against"
@@ -547,6 +550,7 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     from .devices import accelerator
     from .evaluation.evaluate import evaluate as measure
     from .evaluation.evaluate import evaluate_beside
+    from .evaluation.tasks.registry import checked_tasks
     from .models.loading import load_model, load_tokenizer
     from .report.terminal import results_table
     from .report.verdicts import verdicts
@@ -557,6 +561,7 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         raise CordaError(
             "without its adapter the quantized residual is no model to compare with: give --original, the full model"
         )
+    checked_tasks(config)
     tokenizer = load_tokenizer(source)
 
     def load_tuned() -> Any:

@@ -568,6 +568,9 @@ class EvalConfig:
             expression, such as "#### (-?[0-9,.]+)", compares the first group of its last match.
         max_new_tokens: the number of tokens at which a greedy answer is cut.
         batch_tokens: the number of tokens in a forward.
+        tasks: names of benchmarks, as a list or with commas between: see docs/benchmarks.md.
+        data_dir: a directory with the benchmarks' data, which is else taken from the hub.
+        limit: the number of samples of each benchmark, the first ones. Default: all.
     """
 
     keep: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
@@ -579,9 +582,14 @@ class EvalConfig:
     exact_match: str = ""
     max_new_tokens: Count = 64
     batch_tokens: Count = 8192
+    tasks: str | list[str] = field(default_factory=list)
+    data_dir: Path | None = None
+    limit: Count | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.tasks, str):
+            self.tasks = [name.strip() for name in self.tasks.split(",") if name.strip()]
         if self.exact_match != "text":
             check_pattern("exact_match", self.exact_match)
 

@@ -105,7 +105,7 @@ class Comparison:
     def shared(self) -> dict[str, Any]:
         """The settings that all runs share. Entries, rates and seeds are not among them: they may be added later."""
         settings = {key: value for key, value in asdict(self.recipe).items() if key not in ("methods", "seeds")}
-        return json.loads(json.dumps({"model": asdict(self.source), **settings}))
+        return json.loads(json.dumps({"model": asdict(self.source), **settings}, default=str))
 
     def open(self, digests: Sequence[Sequence[str]] = ()) -> None:
         """Make the directory, or check that it belongs to this comparison.

@@ -34,6 +34,7 @@ from ..devices import accelerator, machine_name, release_cache, restart_peak, vi
 from ..evaluation.choices import check_choices
 from ..evaluation.evaluate import measured_samples
 from ..evaluation.measures import KINDS
+from ..evaluation.tasks.registry import checked_tasks
 from ..files import write_json
 from ..methods.registry import METHODS, check_options
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
@@ -118,6 +119,7 @@ def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | Non
     prepared = [("task", comparison.learn)] + ([] if comparison.keep is None else [("context", comparison.keep)])
     measured = [(kind, data) for kind in KINDS for data in comparison.recipe.eval.data(kind)]
     digests = []
+    checked_tasks(comparison.recipe.eval)
     for use, data in [*prepared, *measured]:
         samples = load_samples(data)
         digests.append([f"{use} {data.data}", digest_of(samples)])

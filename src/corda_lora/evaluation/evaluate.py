@@ -24,6 +24,7 @@ from .base_outputs import BaseOutputs, record_base
 from .choices import UNCUT, check_choices, read_choices
 from .generation import read_continuations
 from .measures import KEPT, KINDS, MEASURES, Measure, agreement, drift, loss, means, recall, tokens
+from .tasks.registry import Scores, checked_tasks
 
 
 @dataclass(frozen=True)
@@ -89,24 +90,27 @@ def evaluate(
     progress: bool = True,
     base: BaseOutputs | None = None,
     record: dict[str, Tensor] | None = None,
+    scores: dict[str, dict[str, Scores]] | None = None,
 ) -> dict[str, Any]:
     """Measure all data in `config`, on the base model and, if `model` carries an adapter, on the tuned one.
 
     Args:
         base: the base model's stored outputs. With them, only `model` is run, as the tuned model.
         record: a dictionary to fill with what `BaseOutputs.save` stores. `model` has to be the base model.
+        scores: a dictionary to fill with what each sample of each task scored: {task: {"base": Scores, "tuned": ...}}.
 
     Returns:
         {kind: {data: {"base": {measure: value}, "tuned": {...}}}}: kinds as in `KINDS`, data by name, measures as in
-        `MEASURES`.
+        `MEASURES`. The kind "tasks" has the benchmarks, each with its metric and its number of samples.
 
     Raises:
         CordaError: data cannot be loaded, or no measure of its kind is defined for the model. All data is loaded
             before anything is measured.
     """
     loaded = {kind: [(data, load_samples(data)) for data in config.data(kind)] for kind in KINDS}
-    if not any(loaded.values()):
-        raise CordaError("nothing to measure: give some of keep, learn, text, choices")
+    tasks = checked_tasks(config)
+    if not any(loaded.values()) and not tasks:
+        raise CordaError("nothing to measure: give some of keep, learn, text, choices, tasks")
     for data, samples in loaded["choices"]:
         check_choices(data.data, samples)
     measures = {kind: measures_of(kind, config, model) for kind in KINDS if loaded[kind]}
@@ -128,6 +132,17 @@ def evaluate(
         if record is not None and kind in KEPT:
             record |= record_base(model, tokenizer, request.encoded, config.batch_tokens, progress, request.label)
         results.setdefault(kind, {})[name] = _run(request, measures[kind])
+    for task in tasks:
+        by_side = {}
+        for side, active in compared.items():
+            with active():
+                by_side[side] = task.run(model, tokenizer, config)
+        results.setdefault("tasks", {})[task.name] = {
+            side: {task.metric: task.mean(scored.values, scored.labels), "samples": len(scored.values)}
+            for side, scored in by_side.items()
+        }
+        if scores is not None:
+            scores.setdefault(task.name, {}).update(by_side)
     return results
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .generation import Continuations
 
 KINDS = ("keep", "learn", "text", "choices")  # of data: the fields of EvalConfig
+# Measures of the kind "tasks" are of benchmarks: see `tasks.registry`.
 KEPT = ("keep", "text")  # of these, the data whose drift is compared: what the model should not forget
 
 
@@ -166,7 +167,7 @@ def perplexity(answers: Answers) -> float:
 
 @measure(
     "continuations",
-    ("learn",),
+    ("learn", "tasks"),
     better="high",
     form=".1%",
     title="right answers",
@@ -181,13 +182,29 @@ def exact_match(continuations: Continuations) -> float:
 # --- what the likelihoods of given choices give ----------------------------------------------------------------------
 
 
-@measure("choices", ("choices",), better="high", form=".1%", title="right answers")
+@measure("choices", ("choices", "tasks"), better="high", form=".1%", title="right answers")
 def accuracy(choices: Choices) -> float:
     """Samples whose right choice has the highest log-likelihood, summed over its tokens, after the prompt (as
     lm-evaluation-harness's `acc`)."""
     return choices.right()
 
 
-@measure("choices", ("choices",), per="")
+@measure("choices", ("choices", "tasks"), per="")
 def samples(choices: Choices) -> float:
     return choices.samples
+
+
+# --- the metrics of benchmarks that nothing above is called as -------------------------------------------------------
+
+
+def metric(name: str, form: str, meaning: str = "", title: str = "score") -> None:
+    """Register the metric of a task. The task itself computes it: see `tasks.registry.Task.mean`."""
+    MEASURES[name] = Measure(
+        name, lambda scores: sum(scores.values), "tasks", ("tasks",), "sample", "high", form, "", meaning, title
+    )
+
+
+metric("pass@1", ".1%", "programs that pass all tests", title="right answers")
+metric("score", ".2f", "of 10, as judged")
+metric("matthews", ".3f", "Matthews correlation")
+metric("pearson", ".3f", "Pearson correlation")

@@ -110,7 +110,13 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}\u00a0%" if share >= 0.01 else f"{100 * share:.1g}\u00a0%"
 
 
-SENTENCES = {"keep": _kept, "text": lambda base, tuned: _kept({}, tuned), "learn": _learned, "choices": _chosen}
+SENTENCES = {
+    "keep": _kept,
+    "text": lambda base, tuned: _kept({}, tuned),
+    "learn": _learned,
+    "choices": _chosen,
+    "tasks": lambda base, tuned: iter(()),
+}
 
 
 # --- an adapter's start ----------------------------------------------------------------------------------------------

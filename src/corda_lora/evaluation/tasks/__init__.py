@@ -1,0 +1,3 @@
+"""Every benchmark that a model can be scored on, by name (see `registry`)."""
+
+# Each module enters its tasks into registry.TASKS: from . import MODULE
