@@ -574,7 +574,8 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         full = replace(source, **{"revision": None, **original})
         out.print(f"measured beside the full model, {full.model}", highlight=False)
         results = evaluate_beside(lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config)
-    out.print(results_table(results))
+    if (table := results_table(results)).row_count:  # none if all that was asked for waits for a judge
+        out.print(table)
     sentences = verdicts(results)
     for sentence in sentences:
         out.print(sentence, highlight=False)

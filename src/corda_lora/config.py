@@ -553,6 +553,31 @@ class ModelConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """Who judges the answers of the task mt_bench: a model at an endpoint that speaks OpenAI's protocol. If it asks for
+    a key, put it into the environment variable OPENAI_API_KEY.
+
+    Args:
+        url: the endpoint, such as https://api.openai.com/v1. Without it, answers are written, and not judged.
+        model: the judge's name at the endpoint.
+        price: of a million tokens, shown and said alike: what the judging costs at most is said before it begins.
+        folder: the directory of answers and judgments, in FastChat's form. What is there is not done again.
+    """
+
+    url: str = ""
+    model: str = ""
+    price: NonNegative | None = None
+    folder: Path = Path("mt_bench")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.url and not re.match(r"https?://[^/\s]", self.url):
+            raise CordaError(f"judge.url is {short(self.url)}, but must begin with http:// or https://")
+        if bool(self.url) != bool(self.model):
+            raise CordaError("a judge is an endpoint and a model there: give both judge.url and judge.model")
+
+
+@dataclass
 class EvalConfig:
     """What is measured. Data is a name on the hub or a file, a mapping of DataConfig's options, or a list of these.
 
@@ -571,6 +596,7 @@ class EvalConfig:
         tasks: names of benchmarks, as a list or with commas between: see docs/benchmarks.md.
         data_dir: a directory with the benchmarks' data, which is else taken from the hub.
         limit: the number of samples of each benchmark, the first ones. Default: all.
+        judge: who judges the answers of mt_bench: see JudgeConfig.
     """
 
     keep: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
@@ -585,6 +611,7 @@ class EvalConfig:
     tasks: str | list[str] = field(default_factory=list)
     data_dir: Path | None = None
     limit: Count | None = None
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -5,6 +5,7 @@ both, one after the other, and none of the base model's outputs are stored. Wher
 one base model, or where its weights are overwritten, its outputs are stored once: see `base_outputs`.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .base_outputs import BaseOutputs, record_base
 from .choices import UNCUT, check_choices, read_choices
 from .generation import read_continuations
 from .measures import KEPT, KINDS, MEASURES, Measure, agreement, drift, loss, means, recall, tokens
-from .tasks.registry import Scores, checked_tasks
+from .tasks.registry import Scores, Task, checked_tasks
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,7 @@ def evaluate(
         for side, active in compared.items():
             with active():
                 by_side[side] = task.run(model, tokenizer, config)
-        results.setdefault("tasks", {})[task.name] = {
-            side: {task.metric: task.mean(scored.values, scored.labels), "samples": len(scored.values)}
-            for side, scored in by_side.items()
-        }
+        results.setdefault("tasks", {})[task.name] = {side: _score(task, scored) for side, scored in by_side.items()}
         if scores is not None:
             scores.setdefault(task.name, {}).update(by_side)
     return results
@@ -209,6 +207,12 @@ def _run(request: Request, measures: Sequence[Measure]) -> dict[str, dict[str, f
         for side, values in means(shared, PASSES[reads](request)).items():
             results.setdefault(side, {}).update(values)
     return results
+
+
+def _score(task: Task, scored: Scores) -> dict[str, float]:
+    """The metric, unless it is NaN (no answer was judged), and the number of samples."""
+    value = task.mean(scored.values, scored.labels)
+    return ({} if math.isnan(value) else {task.metric: value}) | {"samples": len(scored.values)}
 
 
 def text_windows(tokenizer: Any, samples: Sequence[Sample], length: int) -> list[Sample]:

@@ -49,8 +49,10 @@ def read_continuations(
             yield side, Continuations(answers, responses, config.exact_match)
 
 
-def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations, up to the end-of-text token."""
+def generate(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
+) -> list[str]:
+    """Continuations up to the end-of-text token: greedy, or drawn at a temperature."""
     flipped, mask = pad([p[::-1] for p in prompts], tokenizer.pad_token_id or 0)
     ids, mask = flipped.flip(1), mask.flip(1)  # padded on the left, so that all prompts end in the last column
     device = next(model.parameters()).device
@@ -58,7 +60,8 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        do_sample=temperature > 0,
+        **({"temperature": temperature} if temperature else {}),
         pad_token_id=tokenizer.pad_token_id,
     )
     return list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))

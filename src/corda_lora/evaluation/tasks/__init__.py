@@ -1,3 +1,4 @@
 """Every benchmark that a model can be scored on, by name (see `registry`)."""
 
 # Each module enters its tasks into registry.TASKS: from . import MODULE
+from . import mt_bench  # noqa: F401

@@ -1,0 +1,444 @@
+"""MT-Bench (Zheng et al., arXiv 2306.05685): 80 questions of two turns, answered by the model and judged by another.
+
+Questions, judge prompts, temperatures and the reading of a rating are FastChat's (fastchat/llm_judge), and so are the
+files in `judge.folder`, so that its tools read them:
+
+    model_answer/MODEL.jsonl             a line for each question that is answered
+    model_judgment/JUDGE_single.jsonl    a line for each answer that is judged
+
+Lines are written as they come. What is there already is neither answered nor judged again.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from ...config import CordaError, EvalConfig, JudgeConfig
+from ...progress import console, progress_bar, track
+from .registry import Scores, task
+
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # other categories: greedy
+ANSWER_TOKENS = 1024  # at which an answer is cut
+WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge is shown a right answer
+KINDS = {(ref, turn): f"single{'-math' * ref}-v1{'-multi-turn' * (turn == 2)}" for ref in (0, 1) for turn in (1, 2)}
+RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+JUDGE_TOKENS = 2048
+KEY = "OPENAI_API_KEY"
+SECONDS = 120.0  # until a call has timed out
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a call is tried again
+AT_ONCE = 4  # calls
+HOPELESS = 5  # calls that failed one after the other: no more are made
+# A tokenizer without a chat template gets Alpaca's, in which CorDA's authors train.
+ALPACA = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{% if loop.first %}{{ bos_token or '' }}Below is "
+    "an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "{% endif %}### Instruction:\n{{ message['content'] }}\n\n### Response:"
+    "{% else %}{{ message['content'] }}\n\n{% endif %}{% endfor %}"
+)
+
+
+class Call(NamedTuple):
+    """What a judge is asked: about one turn of one question."""
+
+    question: dict[str, Any]
+    turn: int
+    prompt: dict[str, Any]
+    text: str
+
+
+def mean(values: Sequence[float], labels: Sequence[float]) -> float:
+    """The mean of the questions that have a rating; NaN if none has."""
+    rated = [value for value in values if not math.isnan(value)]
+    return fmean(rated) if rated else math.nan
+
+
+def check(config: EvalConfig) -> None:
+    """Raises CordaError if the questions, or what judging needs, cannot be read."""
+    questions = read_questions(config)
+    if config.judge.url:
+        prompts = read_prompts(config)
+        calls_of(questions, {q["question_id"]: ["", ""] for q in questions}, prompts)
+
+
+@task("mt_bench", "score", "answers to two turns, judged by --judge.model: 1 to 10", mean=mean, check=check)
+def mt_bench(model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
+    """The value of a question is the mean of its turns' ratings, and NaN if there is none."""
+    questions, name, judge = read_questions(config), name_of(model), config.judge
+    path = judge.folder / "model_answer" / f"{name}.jsonl"
+    answers = answered(model, tokenizer, questions, path, config.batch_tokens)
+    ratings: dict[tuple[Any, int], float] = {}
+    if judge.url:
+        ratings = judged(calls_of(questions, answers, read_prompts(config)), name, judge, tokenizer)
+    else:
+        warnings.warn(
+            f"mt_bench: {len(answers)} questions are answered, but not judged: the answers are in {path}; give "
+            "--judge.url and --judge.model for a score",
+            stacklevel=2,
+        )
+    values, details = [], []
+    for question in questions:
+        number = question["question_id"]
+        rated = [ratings.get((number, turn)) for turn in (1, 2)]
+        values.append(mean([math.nan if rating is None else rating for rating in rated], []))
+        details.append(
+            {
+                "question": number,
+                "category": question["category"],
+                "asked": question["turns"],
+                "answered": answers[number],
+                "expected": question["reference"],
+                "ratings": rated,
+            }
+        )
+    return Scores(values, details)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_questions(config: EvalConfig) -> list[dict[str, Any]]:
+    """The questions, each with a "reference": right answers to both turns, or None.
+
+    Raises CordaError if there is no such file, or it is of another form.
+    """
+    path = _find(config, "question.jsonl")
+    questions = read_lines(path, {"question_id": (int, str), "category": str, "turns": list})[: config.limit]
+    references: dict[Any, list[str]] = {}
+    if right := next((p for p in _places(config, "reference_answer/gpt-4.jsonl") if p.is_file()), None):
+        lines = read_lines(right, {"question_id": (int, str), "choices": list})
+        references = {line["question_id"]: line["choices"][0]["turns"] for line in lines}
+    for question in questions:
+        if len(question["turns"]) != 2:
+            raise CordaError(f"{path}: question {question['question_id']} has {len(question['turns'])} turns, not two")
+        found = references.get(question["question_id"], question.get("reference"))
+        question["reference"] = found if isinstance(found, list) and len(found) == 2 else None
+    if not questions:
+        raise CordaError(f"{path} has no questions")
+    return questions
+
+
+def read_prompts(config: EvalConfig) -> dict[str, dict[str, Any]]:
+    """The judge's prompts by name. Raises CordaError if one is missing."""
+    path = _find(config, "judge_prompts.jsonl")
+    texts = {"name": str, "system_prompt": str, "prompt_template": str}
+    prompts = {line["name"]: line for line in read_lines(path, texts)}
+    if missing := set(KINDS.values()) - prompts.keys():
+        raise CordaError(f"{path} has no prompt {min(missing)}, which FastChat's has")
+    return prompts
+
+
+def _places(config: EvalConfig, name: str) -> list[Path]:
+    """Where a file of FastChat's may be: in the data's directory, or in its mt_bench/."""
+    folder = config.data_dir
+    return [] if folder is None else [folder / "mt_bench" / name, folder / name]
+
+
+def _find(config: EvalConfig, name: str) -> Path:
+    """Raises CordaError if the file is in neither place."""
+    found = next((path for path in _places(config, name) if path.is_file()), None)
+    if found is None:
+        where = f"{config.data_dir} has none" if config.data_dir else "give it by --data_dir"
+        raise CordaError(
+            f"mt_bench needs {name} of FastChat's fastchat/llm_judge/data, which is not on the hub: {where}"
+        )
+    return found
+
+
+def read_lines(path: Path, types: dict[str, Any], whole: bool = True) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines.
+
+    Args:
+        types: the keys that each has, with the types of their values.
+        whole: raise for a line that is none, and do not leave it out: a process that was killed may leave half a line.
+
+    Raises CordaError if there is such a line.
+    """
+    read = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            value = json.loads(line)
+            fits = all(isinstance(value[key], kind) for key, kind in types.items())
+        except (ValueError, TypeError, LookupError):
+            fits = False
+        if fits:
+            read.append(value)
+        elif whole and line.strip():
+            raise CordaError(f"{path} line {number} is not as FastChat writes it: an object with {', '.join(types)}")
+    return read
+
+
+def add_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a line in one call, so that several processes can write the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(line | {"tstamp": time.time()}, ensure_ascii=False) + "\n"
+    if path.is_file() and (size := path.stat().st_size):
+        with open(path, "rb") as file:
+            file.seek(size - 1)
+            text = text if file.read() == b"\n" else "\n" + text  # after half a line
+    with open(path, "ab", buffering=0) as file:
+        file.write(text.encode())
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def name_of(model: Any) -> str:
+    """The name that answers are kept under: the model's, and a digest of its weights, with the adapter on or off."""
+    off = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        if not (off and re.search(r"\.(lora_\w+|modules_to_save)\.", name)):
+            numbers = tensor.detach().flatten()[:256].float().cpu().numpy()
+            digest.update(str(tuple(tensor.shape)).encode() + numbers.tobytes())
+    path = Path(getattr(model.config, "_name_or_path", "") or "model")
+    return f"{re.sub(r'[^A-Za-z0-9.-]', '-', path.name)}-{digest.hexdigest()[:8]}"
+
+
+def answered(
+    model: Any, tokenizer: Any, questions: Sequence[dict[str, Any]], path: Path, batch_tokens: int
+) -> dict[Any, list[str]]:
+    """The answers to both turns of each question, by its id, out of the file or from the model."""
+    import torch
+
+    if not tokenizer.chat_template:
+        console.print("mt_bench: the tokenizer has no chat template, so the questions are put in Alpaca's")
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = ALPACA
+    known: dict[Any, list[str]] = {}
+    if path.is_file():
+        lines = read_lines(path, {"question_id": (int, str), "choices": list}, whole=False)
+        known = {line["question_id"]: line["choices"][0]["turns"] for line in lines}
+    cut = 0
+    for batch in track(_batches(questions, known, batch_tokens), "mt_bench"):
+        torch.manual_seed(0)
+        turns, dropped = _answer(model, tokenizer, batch)
+        cut += dropped
+        for question, texts in zip(batch, turns):
+            if (number := question["question_id"]) not in known:
+                choices = [{"index": 0, "turns": texts}]
+                digest = hashlib.sha256(f"{path.stem} {number}".encode()).hexdigest()[:22]
+                add_line(path, {"question_id": number, "answer_id": digest, "model_id": path.stem, "choices": choices})
+                known[number] = texts
+    if cut:
+        warnings.warn(f"mt_bench: {cut} questions leave no room for an answer in the model's context", stacklevel=2)
+    return {question["question_id"]: known[question["question_id"]] for question in questions}
+
+
+def _batches(
+    questions: Sequence[dict[str, Any]], known: dict[Any, list[str]], batch_tokens: int
+) -> list[list[dict[str, Any]]]:
+    """Questions of one temperature, as many as fit; only batches in which one is not answered. A batch is drawn with
+    one seed, so its answers are the same where it is answered again."""
+    size = max(1, batch_tokens // (2 * ANSWER_TOKENS))
+    groups: dict[float, list[dict[str, Any]]] = {}
+    for question in questions:
+        groups.setdefault(TEMPERATURES.get(question["category"], 0.0), []).append(question)
+    batches = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    return [batch for batch in batches if any(question["question_id"] not in known for question in batch)]
+
+
+def _answer(model: Any, tokenizer: Any, batch: Sequence[dict[str, Any]]) -> tuple[list[list[str]], int]:
+    """The answers to both turns of questions of one temperature, and how many had no room."""
+    from ...data.chats import render_question
+    from ..generation import generate
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    chats: list[list[dict[str, str]]] = [[] for _ in batch]
+    cut = 0
+    for turn in (0, 1):
+        for chat, question in zip(chats, batch):
+            chat.append({"role": "user", "content": question["turns"][turn]})
+        texts = [render_question(tokenizer, chat) for chat in chats]
+        prompts = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < limit]
+        cut += len(prompts) - len(fitting)
+        said = [""] * len(prompts)
+        if fitting:
+            shown = [prompts[i] for i in fitting]
+            room = min(ANSWER_TOKENS, limit - max(map(len, shown)))
+            temperature = TEMPERATURES.get(batch[0]["category"], 0.0)
+            for i, text in zip(fitting, generate(model, tokenizer, shown, int(room), temperature)):
+                said[i] = text.strip()
+        for chat, text in zip(chats, said):
+            chat.append({"role": "assistant", "content": text})
+    return [[chat[1]["content"], chat[3]["content"]] for chat in chats], cut
+
+
+# --- the judge -------------------------------------------------------------------------------------------------------
+
+
+def calls_of(
+    questions: Sequence[dict[str, Any]], answers: dict[Any, list[str]], prompts: dict[str, dict[str, Any]]
+) -> list[Call]:
+    """What the judge is asked about each turn of each question.
+
+    Raises CordaError if a prompt has a field that FastChat's has not.
+    """
+    calls = []
+    for question in questions:
+        asked, said, right = question["turns"], answers[question["question_id"]], question["reference"]
+        compared = right is not None and question["category"] in WITH_REFERENCE
+        fields = {"question": asked[0], "answer": said[0]}
+        fields |= {f"question_{i}": text for i, text in enumerate(asked, 1)}
+        fields |= {f"answer_{i}": text for i, text in enumerate(said, 1)}
+        fields |= {f"ref_answer_{i}": text for i, text in enumerate(right or [], 1)}
+        for turn in (1, 2):
+            prompt = prompts[KINDS[compared, turn]]
+            try:
+                calls.append(Call(question, turn, prompt, prompt["prompt_template"].format(**fields)))
+            except (LookupError, ValueError, AttributeError) as error:
+                raise CordaError(
+                    f"the judge's prompt {prompt['name']} has another field than FastChat's: {error}"
+                ) from error
+    return calls
+
+
+def judged(calls: Sequence[Call], name: str, judge: JudgeConfig, tokenizer: Any) -> dict[tuple[Any, int], float]:
+    """Ratings by question and turn, out of the file or from the judge. The same answer to the same question is judged
+    once, whatever model gave it. What the judge does not rate is left out, counted, and said."""
+    path = judge.folder / "model_judgment" / f"{judge.model.replace('/', '--')}_single.jsonl"
+    lines = read_lines(path, {"user_prompt": str, "score": (int, float)}, whole=False) if path.is_file() else []
+    known = {line["user_prompt"]: line for line in lines if line["score"] != -1}
+    here = {line["user_prompt"] for line in known.values() if line.get("model") == name}
+    todo = [call for call in calls if call.text not in known]
+    if todo:
+        console.print(cost(todo, judge, tokenizer))
+    missing = Counter[str]()
+    for call, said in _said(todo, judge):
+        score, why = (-1.0, said) if isinstance(said, _Failure) else (rating(said), "no rating in what was said")
+        if score == -1:
+            missing[str(why)] += 1
+        if not isinstance(said, _Failure):
+            known[call.text] = {"judgment": said, "score": score}
+            _write(path, call, name, judge, known[call.text])
+            here.add(call.text)
+    ratings = {}
+    for call in calls:
+        line = known.get(call.text)
+        if line is not None and line["score"] != -1:
+            ratings[call.question["question_id"], call.turn] = float(line["score"])
+            if call.text not in here:
+                _write(path, call, name, judge, line)
+    if missing:
+        reasons = ", ".join(f"{why}: {count}" for why, count in missing.most_common())
+        warnings.warn(
+            f"mt_bench: {missing.total()} of {len(calls)} judgments are missing ({reasons}); the mean is of the "
+            "others, and the same command asks for these again",
+            stacklevel=2,
+        )
+    return ratings
+
+
+def _write(path: Path, call: Call, name: str, judge: JudgeConfig, line: dict[str, Any]) -> None:
+    add_line(
+        path,
+        {
+            "question_id": call.question["question_id"],
+            "model": name,
+            "judge": [judge.model, call.prompt["name"]],
+            "user_prompt": call.text,
+            "judgment": line["judgment"],
+            "score": line["score"],
+            "turn": call.turn,
+        },
+    )
+
+
+def cost(calls: Sequence[Call], judge: JudgeConfig, tokenizer: Any) -> str:
+    """What judging takes, in a line. The judge's tokens are counted with the model's tokenizer."""
+    shown = sum(len(tokenizer(call.prompt["system_prompt"] + call.text).input_ids) for call in calls)
+    said = JUDGE_TOKENS * len(calls)
+    line = f"mt_bench: {len(calls)} calls to {judge.model} at {judge.url}, with about {shown:,} tokens shown"
+    line += f" and at most {said:,} said"
+    if judge.price is None:
+        return line
+    return f"{line}; at {judge.price:g} a million tokens at most {judge.price * (shown + said) / 1e6:.2f}"
+
+
+def rating(judgment: str) -> float:
+    """The rating in what a judge said; -1 if there is none."""
+    match = next((found for pattern in RATINGS if (found := pattern.search(judgment))), None)
+    return float(match[1]) if match else -1.0
+
+
+class _Failure(str):
+    """Why there is no answer."""
+
+
+def _said(calls: Sequence[Call], judge: JudgeConfig) -> Iterator[tuple[Call, str]]:
+    """(call, what the judge said, or a `_Failure`) as they come."""
+    import httpx
+
+    key = os.environ.get(KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    failed, lock = 0, threading.Lock()  # calls, one after the other
+
+    def ask(call: Call) -> str:
+        nonlocal failed
+        if failed >= HOPELESS:
+            return _Failure(f"not asked, as {HOPELESS} calls failed one after the other")
+        said = _ask(client, call, judge)
+        with lock:
+            failed = failed + 1 if isinstance(said, _Failure) else 0
+        return said
+
+    with (
+        httpx.Client(base_url=judge.url.rstrip("/"), headers=headers, timeout=SECONDS) as client,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+        progress_bar("judging", len(calls)) as advance,
+    ):
+        futures = {pool.submit(ask, call): call for call in calls}
+        try:
+            for future in as_completed(futures):
+                advance()
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ask(client: Any, call: Call, judge: JudgeConfig) -> str:
+    """What the judge said, or a `_Failure`. Asks again after a time-out, a broken connection, and 429 or 5xx."""
+    import httpx
+
+    body = {
+        "model": judge.model,
+        "messages": [
+            {"role": "system", "content": call.prompt["system_prompt"]},
+            {"role": "user", "content": call.text},
+        ],
+        "temperature": 0,
+        "max_tokens": JUDGE_TOKENS,
+    }
+    for wait in (*WAITS, None):
+        asked_to_wait = 0.0
+        try:
+            response = client.post("/chat/completions", json=body)
+            if response.status_code == 200:
+                return str(response.json()["choices"][0]["message"]["content"])
+            failure = _Failure(f"HTTP {response.status_code}")
+            if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                return failure
+            with suppress(ValueError):
+                asked_to_wait = min(float(response.headers.get("retry-after", 0)), 60)
+        except httpx.TimeoutException:
+            failure = _Failure("time-out")
+        except httpx.HTTPError:
+            failure = _Failure("no connection")
+        except (ValueError, LookupError, TypeError):
+            return _Failure("an answer that is none of the protocol's")
+        if wait is not None:
+            time.sleep(max(wait, asked_to_wait))
+    return failure

@@ -1,0 +1,284 @@
+"""MT-Bench through the command line, against an endpoint on this machine that speaks the protocol, or does not."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import tiny
+from helpers import CHATML, saved, tuned, with_template
+
+from corda_lora import cli
+from corda_lora.adapters.lora import load_adapter
+from corda_lora.evaluation.tasks import mt_bench
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["a poem", "a b"]},
+    {"question_id": 101, "category": "reasoning", "turns": ["who is it?", "why?"], "reference": ["me", "so {it} is"]},
+    {"question_id": 111, "category": "math", "turns": ["1+1?", "and 2+2?"], "reference": ["2", "4"]},
+    {"question_id": 151, "category": "humanities", "turns": ["what is art?", "more"]},
+]
+SINGLE = "[Question]\n{question}\n[Answer]\n{answer}"
+BOTH = "Q1 {question_1} A1 {answer_1} Q2 {question_2} A2 {answer_2}"
+PROMPTS = {
+    "single-v1": SINGLE,
+    "single-math-v1": SINGLE + " [Right] {ref_answer_1}",
+    "single-v1-multi-turn": BOTH,
+    "single-math-v1-multi-turn": BOTH + " [Right] {ref_answer_1} and {ref_answer_2}",
+}
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(mt_bench, "ANSWER_TOKENS", 6)
+    monkeypatch.setattr(mt_bench, "WAITS", (0.0, 0.0))
+    monkeypatch.delenv(mt_bench.KEY, raising=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.build("llama").save_pretrained(folder)
+    with_template(tokenizer, CHATML).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "mt_bench").mkdir(parents=True)
+    write_lines(folder / "mt_bench" / "question.jsonl", QUESTIONS)
+    prompts = [{"name": n, "system_prompt": f"You judge ({n}).", "prompt_template": p} for n, p in PROMPTS.items()]
+    write_lines(folder / "judge_prompts.jsonl", [*prompts, {**prompts[0], "name": "pair-v2"}])
+    return folder
+
+
+@pytest.fixture
+def evaluate(model, data, tmp_path, capsys):
+    """`corda eval --tasks mt_bench`: the score of the base model, or None, and what was said."""
+
+    def run(*arguments, where=model):
+        command = ["eval", "--model", where, "--tasks", "mt_bench", "--data_dir", data, "--json"]
+        command += ["--judge.folder", tmp_path / "mt", *arguments]
+        cli.main([str(word) for word in command])
+        said = capsys.readouterr()
+        results = json.loads(said.out)["results"]["tasks"]["mt_bench"]
+        assert results["base"]["samples"] == len(QUESTIONS)
+        return results["base"].get("score"), " ".join(said.err.split())
+
+    return run
+
+
+@pytest.fixture
+def judge():
+    """An endpoint. `answers` maps (what is asked, how many times it was asked before) to a rating, a status, or text
+    as it is."""
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = body["messages"][1]["content"]
+            with self.server.lock:
+                before = sum(call["messages"][1]["content"] == asked for call in self.server.calls)
+                self.server.calls.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
+            answer = self.server.answer(asked, before)
+            if answer == "hang":
+                self.server.end.wait()
+                return
+            status = answer if isinstance(answer, int) else 200
+            text = answer if isinstance(answer, str) else json.dumps(answer)
+            if isinstance(answer, float):
+                words = f"It is short. Rating: [[{answer:g}]]"
+                text = json.dumps({"choices": [{"message": {"role": "assistant", "content": words}}]})
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    server.daemon_threads = True
+    server.calls, server.lock, server.end = [], threading.Lock(), threading.Event()
+    server.answer = lambda asked, before: 7.0
+    server.options = ["--judge.url", f"http://127.0.0.1:{server.server_port}/v1", "--judge.model", "a/judge"]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.end.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def the_file(folder):
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_answers_alone_are_written_as_fastchat_does_and_go_on_where_they_were_broken_off(evaluate, tmp_path):
+    score, said = evaluate()
+    assert score is None
+    assert "mt_bench: 4 questions are answered, but not judged" in said
+    path = the_file(tmp_path / "mt" / "model_answer")
+    lines = read_lines(path)
+    assert [line["question_id"] for line in lines] == [81, 101, 111, 151]  # grouped by temperature: 0.7, 0, 0.1
+    assert all(line["model_id"] == path.stem and len(line["choices"][0]["turns"]) == 2 for line in lines)
+    assert all(0 < len(text) <= mt_bench.ANSWER_TOKENS for line in lines for text in line["choices"][0]["turns"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"\n") + 30])  # killed: one line and a part of the next
+    evaluate()
+    again = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    assert [json.loads(line)["choices"] for line in again] == [line["choices"] for line in lines]
+    assert again[0].encode() == whole.splitlines()[0]
+
+
+def test_a_judge_is_shown_what_fastchat_shows_and_asked_once(evaluate, judge, tmp_path, monkeypatch):
+    monkeypatch.setenv(mt_bench.KEY, "sk-secret")
+    judge.answer = lambda asked, before: 10.0 if "Q1" in asked else 4.0
+    score, said = evaluate(*judge.options, "--judge.price", 5)
+    assert score == 7.0
+    cost = re.search(r"8 calls to a/judge at \S+ with about ([\d,]+) tokens shown and at most 16,384 said; "
+                     r"at 5 a million tokens at most ([\d.]+)", said)  # fmt: skip
+    shown = int(cost[1].replace(",", ""))
+    assert cost[2] == f"{5 * (shown + 16384) / 1e6:.2f}"
+    assert {call["path"] for call in judge.calls} == {"/v1/chat/completions"}
+    assert {call["key"] for call in judge.calls} == {"Bearer sk-secret"}
+    assert {(call["model"], call["temperature"]) for call in judge.calls} == {("a/judge", 0)}
+    answers = {
+        line["question_id"]: line["choices"][0]["turns"] for line in read_lines(the_file(tmp_path / "mt/model_answer"))
+    }
+    asked = {call["messages"][1]["content"]: call["messages"][0]["content"] for call in judge.calls}
+    first, second = answers[101]
+    math = f"Q1 who is it? A1 {first} Q2 why? A2 {second} [Right] me and so {{it}} is"
+    assert asked[math] == "You judge (single-math-v1-multi-turn)."
+    assert asked[f"[Question]\na poem\n[Answer]\n{answers[81][0]}"] == "You judge (single-v1)."
+    path = the_file(tmp_path / "mt" / "model_judgment")
+    assert path.name == "a--judge_single.jsonl"
+    assert "sk-secret" not in path.read_text()
+    written = {(line["question_id"], line["turn"]): line["score"] for line in read_lines(path)}
+    assert written == {(q["question_id"], t): 4.0 if t == 1 else 10.0 for q in QUESTIONS for t in (1, 2)}
+    judge.calls.clear()
+    score, said = evaluate(*judge.options)
+    assert score == 7.0
+    assert not judge.calls
+    assert "calls to" not in said
+
+
+def test_what_an_endpoint_refuses_or_garbles_is_counted_and_asked_again(evaluate, judge):
+    def misbehave(asked, before):
+        if "a poem" in asked:
+            return (429, 503, 8.0)[min(before, 2)]  # well again at the third time
+        if "art" in asked:
+            return "<html>busy</html>" if "Q1" in asked else {"choices": []}
+        if "1+1" in asked:
+            return 400 if "Q1" in asked else 500
+        return 6.0 if "Q1" in asked else {"choices": [{"message": {"content": "I would rather not say."}}]}
+
+    judge.answer = misbehave
+    score, said = evaluate(*judge.options)
+    assert score == 7.0  # 8 and 8 of the first question, 6 of the second
+    assert "5 of 8 judgments are missing" in said
+    for reason in (
+        "an answer that is none of the protocol's: 2",
+        "no rating in what was said: 1",
+        "HTTP 400: 1",
+        "HTTP 500: 1",
+    ):
+        assert reason in said
+    tried = [call["messages"][1]["content"] for call in judge.calls]
+    assert sum("1+1" in asked and "Q1" not in asked for asked in tried) == 3
+    assert sum("1+1" in asked and "Q1" in asked for asked in tried) == 1
+    judge.calls.clear()
+    judge.answer = lambda asked, before: 5.0
+    score, said = evaluate(*judge.options)
+    assert len(judge.calls) == 5
+    assert score == pytest.approx((8 + 5.5 + 5 + 5) / 4)
+    assert "missing" not in said
+
+
+@pytest.mark.parametrize("how", ["closed", "hangs", 401])
+def test_an_endpoint_that_never_answers_costs_a_few_calls(evaluate, judge, monkeypatch, how):
+    monkeypatch.setattr(mt_bench, "HOPELESS", 2)
+    monkeypatch.setattr(mt_bench, "AT_ONCE", 1)
+    monkeypatch.setattr(mt_bench, "SECONDS", 0.1)
+    judge.answer = lambda asked, before: "hang" if how == "hangs" else how
+    options = [*judge.options]
+    if how == "closed":
+        options[1] = "http://127.0.0.1:1"
+    score, said = evaluate(*options)
+    assert score is None
+    why = {"closed": "no connection", "hangs": "time-out", 401: "HTTP 401"}[how]
+    assert f"8 of 8 judgments are missing (not asked, as 2 calls failed one after the other: 6, {why}: 2)" in said
+    assert len(judge.calls) == {"closed": 0, "hangs": 6, 401: 2}[how]
+
+
+def test_a_model_without_a_chat_template_is_asked_in_alpacas(evaluate, checkpoint):
+    assert "no chat template" in evaluate(where=checkpoint)[1]
+
+
+def test_an_answer_that_has_no_room_is_said(evaluate, data):
+    long = [{**question, "turns": ["a " * 150, "b"]} for question in QUESTIONS]
+    write_lines(data / "mt_bench" / "question.jsonl", long)
+    assert "8 questions leave no room for an answer" in evaluate()[1]
+
+
+def test_a_name_is_of_the_weights_with_the_adapter_on_or_off(tmp_path):
+    base, start, adapted, _ = tuned(split="anchored")
+    plain, on = mt_bench.name_of(base), mt_bench.name_of(adapted)
+    with adapted.disable_adapter():
+        assert mt_bench.name_of(adapted) == plain != on
+    saved(adapted, start, tmp_path / "adapter")
+    assert mt_bench.name_of(load_adapter(base, tmp_path / "adapter")) == on
+
+
+def test_both_sides_are_judged_and_the_same_answer_once(evaluate, judge, model, tmp_path, capsys, data):
+    _, start, adapted, _ = tuned(split="anchored")
+    saved(adapted, start, tmp_path / "adapter")
+    command = ["eval", "--model", model, "--tasks", "mt_bench", "--data_dir", data, "--adapter", tmp_path / "adapter"]
+    cli.main([str(word) for word in [*command, "--judge.folder", tmp_path / "mt", *judge.options]])
+    assert "tasks: score" in capsys.readouterr().out
+    judgments = read_lines(tmp_path / "mt" / "model_judgment" / "a--judge_single.jsonl")
+    assert len(list((tmp_path / "mt" / "model_answer").iterdir())) == 2
+    assert len(judgments) == 16
+    assert len(judge.calls) == len({line["user_prompt"] for line in judgments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            [],
+            "mt_bench needs question.jsonl of FastChat's fastchat/llm_judge/data, which is not on the hub: give it by",
+        ),
+        (["--data_dir", "empty"], "mt_bench needs question.jsonl"),
+        (["--data_dir", "data", "--judge.url", "http://x"], "give both judge.url and judge.model"),
+        (["--data_dir", "data", "--judge.url", "x", "--judge.model", "y"], "must begin with http:// or https://"),
+        (["--data_dir", "one_turn"], "question 1 has 1 turns, not two"),
+        (["--data_dir", "columns"], "line 1 is not as FastChat writes it"),
+        (["--data_dir", "prompts", "--judge.url", "http://x", "--judge.model", "y"], "no prompt single-math-v1,"),
+    ],
+)
+def test_bad_input_is_a_sentence_before_the_model_is_loaded(data, tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "one_turn", "columns", "prompts"):
+        (tmp_path / name).mkdir()
+    write_lines(tmp_path / "one_turn" / "question.jsonl", [{"question_id": 1, "category": "math", "turns": ["a"]}])
+    write_lines(tmp_path / "columns" / "question.jsonl", [{"prompt": "a"}])
+    write_lines(tmp_path / "prompts" / "question.jsonl", QUESTIONS)
+    prompts = [line for line in read_lines(data / "judge_prompts.jsonl") if line["name"] != "single-math-v1"]
+    write_lines(tmp_path / "prompts" / "judge_prompts.jsonl", prompts)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--model", "nowhere", "--tasks", "mt_bench", *arguments])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
