@@ -56,11 +56,8 @@ STARTS: dict[str, q.Start] = {
     "folded in C, 5 times": partial(q.folded, rounds=5),
     "folded two-sided, once": partial(q.folded, rounds=1, two_sided=True),
     "folded two-sided, 5 times": partial(q.folded, rounds=5, two_sided=True),
-    "folded in C, 5 times, rounded as CLoQ": partial(q.folded, rounds=5, by_columns=True),
-    "folded two-sided, 5 times, rounded as CLoQ": partial(q.folded, rounds=5, two_sided=True, by_columns=True),
-    "folded two-sided, 5 times, rounded as CLoQ, from B = 0": partial(
-        q.folded, rounds=5, two_sided=True, by_columns=True, from_head=False
-    ),
+    "folded in C, 5 times, to the nearest": partial(q.folded, rounds=5, by_columns=False),
+    "folded two-sided, 5 times, to the nearest": partial(q.folded, rounds=5, two_sided=True, by_columns=False),
 }
 RIVALS = ("QLoRA", "QPiSSA", "LoftQ")
 METRICS = ("plain", "in C", "two-sided")

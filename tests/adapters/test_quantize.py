@@ -109,6 +109,19 @@ def test_more_rounds_of_folding_and_more_rank_lose_less():
     assert errors[2] < 0.8 * errors[0]
 
 
+@pytest.mark.parametrize("kind", ["folded", "two-sided", "double"])
+def test_folding_rounds_for_the_context_and_the_adapter(kind, monkeypatch):
+    def lost():
+        start = preprocess(built(), config_of(**KINDS[kind]), tiny.batches(), progress=False)
+        return sum(layer.record.context_error for layer in start.layers.values())
+
+    ours = lost()
+    monkeypatch.setattr(
+        "corda_lora.preprocess.pipeline.quantize", lambda W, dtype, double, _: quantize(W, dtype, double)
+    )
+    assert ours < 0.8 * lost()
+
+
 # --- on disk ---------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +307,7 @@ def test_exports(kind, source, rows, tmp_path):
         full = W + layer.get_delta_weight("default")
         there = weight_of(q.get_base_layer()) + q.get_delta_weight("default")
         assert differs[name] == pytest.approx(float((full - there).norm() / W.norm()), rel=1e-3)
-        assert differs[name] < 0.09
+        assert differs[name] < 0.12
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

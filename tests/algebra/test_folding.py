@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from corda_lora.algebra.folding import best_fit, fold, metric_norm
+from corda_lora.algebra.folding import best_fit, fold, left_by, metric_norm
 
 SHAPES = {"square": (40, 40), "tall": (56, 32), "wide": (32, 56)}
 METRICS = ["identity", "inputs", "outputs", "both"]
@@ -41,9 +41,9 @@ def distance(X, C, D):
 
 
 def on_a_grid(step=0.25):
-    """Rounds to multiples of `step`. What is stored are their numbers."""
+    """Rounds to the nearest multiples of `step`. What is stored are their numbers."""
 
-    def quantize(W):
+    def quantize(W, _):
         codes = (W / step).round().to(torch.int8)
         return codes, codes.to(W.dtype) * step
 
@@ -105,7 +105,7 @@ def test_folding_is_nearer_than_not_and_each_round_no_farther(shape, metric):
     m, n = SHAPES[shape]
     W, (C, D), quantize = torch.randn(m, n), sides(metric, m, n), on_a_grid()
     A, B = best_fit(W, 6, C)  # the head of the weight on its context
-    plain = metric_norm(W - B @ A - quantize((W - B @ A).float())[1], C, D)
+    plain = metric_norm(W - B @ A - quantize((W - B @ A).float(), None)[1], C, D)
     left = [plain]
     for rounds in (1, 2, 3, 5, 8):
         stored, fitted_A, fitted_B = fold(W, quantize, A, B, C, D, rounds)
@@ -118,11 +118,40 @@ def test_folding_is_nearer_than_not_and_each_round_no_farther(shape, metric):
 def test_the_first_round_from_zero_is_the_best_fit_of_what_quantization_loses():
     W, C, quantize = torch.randn(30, 50), covariance(50), on_a_grid()
     stored, A, B = fold(W, quantize, torch.zeros(4, 50), torch.zeros(30, 4), C, rounds=1)
-    codes, values = quantize(W)
+    codes, values = quantize(W, None)
     assert torch.equal(stored, codes)
     expected = best_fit(W.double() - values.double(), 4, C)
     assert torch.equal(A, expected[0])
     assert torch.equal(B, expected[1])
+
+
+@pytest.mark.parametrize("rows", ["few", "dependent", "none", "all"])
+@pytest.mark.parametrize("inputs", [True, False])
+def test_what_an_error_costs_where_B_is_free(rows, inputs):
+    C = covariance(24) if inputs else torch.eye(24, dtype=torch.float64)
+    A = torch.randn(24 if rows == "all" else 5, 24, dtype=torch.float64)
+    A = {"dependent": torch.cat([A, A[:2] + A[2:4]]), "none": 0 * A}.get(rows, A)
+    H, X = left_by(A, C if inputs else None, damping=0), torch.randn(7, 24, dtype=torch.float64)
+    half = roots(C, 24, 0)[0]
+    B = torch.linalg.lstsq((A @ half).T, (X @ half).T, driver="gelsd").solution.T  # the least squares
+    expected = float(((X - B @ A) @ half).square().sum())
+    assert float((X @ H * X).sum()) == pytest.approx(expected, abs=1e-7 * float((X @ C * X).sum()))
+    assert torch.linalg.eigvalsh(left_by(A, C))[0] > 0
+
+
+def test_the_weight_is_rounded_in_the_metric_that_the_adapter_leaves():
+    W, C, seen = torch.randn(30, 50), covariance(50), []
+
+    def quantize(X, H):
+        seen.append((X.double(), H))
+        return on_a_grid()(X, H)
+
+    A, B = best_fit(W, 4, C)
+    fold(W, quantize, A, B, C, rounds=2)
+    C = C + 0.01 * C.diagonal().mean() * torch.eye(50)
+    torch.testing.assert_close(seen[0][1], left_by(A, C))
+    lost = W.double() - on_a_grid()(*seen[0])[1]
+    torch.testing.assert_close(seen[1][1], left_by(best_fit(lost, 4, C, damping=0)[0], C), rtol=1e-6, atol=1e-9)
 
 
 def test_folding_without_a_round_is_refused():
@@ -141,7 +170,7 @@ def test_real_layers(smollm2):
             m, n = W.shape
             C, D = covariance(n, 3 * n, 1.5), covariance(m, 3 * m, 1.5)
             quantize = on_a_grid(float(W.std()) / 2)
-            values = quantize(W)[1].double()
+            values = quantize(W, None)[1].double()
             E = W.double() - values
             A, B = best_fit(E, 16, C, D)
             expected = definition(E, 16, C, D)

@@ -16,6 +16,7 @@ from corda_lora.models.weights import (
     quantize,
     quantized_layer,
     quantized_names,
+    values_of,
     weight_of,
 )
 
@@ -50,6 +51,24 @@ def test_what_is_stored_is_what_the_paper_says(shape, double, dtype):
     for training in (True, False):  # with AVX512-BF16 the latter would round the scales
         assert torch.allclose(made.train(training)(x), expected, atol=1e-5 if dtype == torch.float32 else 2e-2)
         assert torch.equal(weight_of(made).float(), values)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_levels_that_a_metric_chose_are_those_that_are_read(double, dtype):
+    generator = torch.Generator().manual_seed(0)
+    W, X = (torch.randn(shape, generator=generator) for shape in [(96, 128), (256, 128)])
+    X = X @ torch.randn(128, 128, generator=generator) * torch.logspace(0, -1, 128)
+    H = (X.T @ X).double() + torch.eye(128)
+    stored, values = quantize(W, dtype, double, H)
+    plain, nearest = quantize(W, dtype, double)
+    assert stored.keys() == plain.keys()
+    assert all(torch.equal(stored[key], plain[key]) for key in plain if key != "weight")
+    assert torch.equal(values_of(stored), values)
+    layer = quantized_layer(nn.Linear(128, 96).to(dtype), stored, dtype)
+    assert torch.equal(weight_of(layer).float(), values)
+    errors = [((W - Q).double() @ H * (W - Q)).sum() for Q in (values, nearest)]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_a_conv1d_becomes_a_linear_layer():

@@ -7,7 +7,6 @@ import resource
 import shutil
 import warnings
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import tiny
@@ -223,7 +222,10 @@ def test_memory_of_quantizing_is_what_is_allocated(shape, options):
     C, D = X.T @ X, G.T @ G if config.orientation == "two_sided" else None
     U, sigma = decompose_layer(W, C, replace(config, orientation="covariance"))
     kept = keep_components(W, C, U, sigma, 8, config, LayerRecord())
-    store = partial(quantize, dtype=torch.float32)
+
+    def store(X, metric):
+        return quantize(X, torch.float32, metric=metric)
+
     most, _ = allocated(lambda: quantize_layer(W, kept, 8, config, store, C, D))
     assert 0.95 < 8 * _quantization(Layer("", m, n, ""), True, config)[1] / most < 1.3
 

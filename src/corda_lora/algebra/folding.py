@@ -25,9 +25,16 @@ first. Where m > n the transposed problem is solved, so that the Gram matrix is 
 
 **Alternating.** E depends on what was quantized. `fold` quantizes W − B A, fits B A to what that lost, and so on, as
 LoftQ does in the metric of the identity.
+
+**Rounding for the adapter.** Of an error X of Q, B takes up all that lies in the rows of A. What is left is
+
+    min over B of tr((X − B A) C (X − B A)ᵀ) = tr(X H Xᵀ)              H = C − C Aᵀ (A C Aᵀ)⁻¹ A C
+
+So Q is best rounded in this metric (see `rounding`): errors then go where the adapter is.
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -38,6 +45,7 @@ from .solvers import eigh
 
 Stored = TypeVar("Stored")
 DAMPING = 0.01
+LEFT_DAMPING = 0.1  # from 0.03 to 0.3 the error in C changes little; the plain error falls
 
 
 def best_fit(
@@ -60,7 +68,7 @@ def best_fit(
 
 def fold(
     weight: Tensor,
-    quantize: Callable[[Tensor], tuple[Stored, Tensor]],
+    quantize: Callable[[Tensor, Tensor], tuple[Stored, Tensor]],
     A: Tensor,
     B: Tensor,
     covariance: Tensor | None = None,
@@ -73,26 +81,48 @@ def fold(
 
     Args:
         weight: W (m, n), the full weight.
-        quantize: a weight (m, n), in the dtype of W → what is stored of it, and the values (m, n) that this represents.
+        quantize: a weight (m, n), in the dtype of W, and the metric (n, n) to round it in, see `left_by` → what is
+            stored of it, and the values (m, n) that this represents.
         A, B: the start: of the first r components of W, say. B = 0 quantizes W itself first.
         rounds: 1 folds once.
 
     Raises what `best_fit` does.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}, but folding takes at least one")
     W = weight.double()
     C, D = _regularized(covariance, damping), _regularized(outputs, damping)
-    A, B = A.to(W), B.to(W)
-    best, least = None, torch.inf
-    for _ in range(rounds):
-        stored, values = quantize((W - B @ A).to(weight.dtype))
+
+    def folded(A: Tensor, B: Tensor) -> tuple[float, Stored, Tensor, Tensor]:
+        stored, values = quantize((W - B @ A).to(weight.dtype), left_by(A, C))
         E = W - values.double()
-        A, B = _fit(E, A.shape[0], C, D)
-        left = float(_square(E - B @ A, C, D))
-        if best is None or left < least:
-            best, least = (stored, A, B), left
-    if best is None:
-        raise ValueError(f"rounds is {rounds}, but folding takes at least one")
-    return best
+        A, B = _fit(E, len(A), C, D)
+        return float(_square(E - B @ A, C, D)), stored, A, B
+
+    best = last = folded(A.to(W), B.to(W))
+    for _ in range(rounds - 1):
+        last = folded(*last[2:])
+        best = min(best, last, key=itemgetter(0))
+    return best[1:]
+
+
+def left_by(A: Tensor, covariance: Tensor | None = None, damping: float = LEFT_DAMPING) -> Tensor:
+    """H_λ (n, n), float64, of the adapter's A (r, n), whose rows need not be independent: what an error of the
+    quantized weight costs where B is free. Where A is zero, H is C.
+
+    Args:
+        covariance: C (n, n), positive definite. Default: the identity.
+    """
+    A = A.double()
+    H = torch.eye(A.shape[1], dtype=A.dtype, device=A.device) if covariance is None else covariance.double()
+    least = 1e-9 * H.diagonal().mean()  # where A takes up everything
+    AC = A @ H  # (r, n)
+    energies, V = eigh(AC @ A.T)
+    independent = energies > 1e-10 * energies[-1]
+    rows = (V[:, independent] / energies[independent].sqrt()).T @ AC
+    H = H - rows.T @ rows
+    H.diagonal().add_((damping * H.diagonal().mean()).clamp(min=least))
+    return H
 
 
 def metric_norm(

@@ -1,44 +1,50 @@
 """Rounding to a few levels so that a layer's outputs stay near, not its numbers: OPTQ, as a pure function on tensors.
 
-Rounding each number to the nearest level ignores that the inputs x of a layer are correlated: C = E[x xᵀ]. OPTQ (GPTQ,
-arXiv 2210.17323) rounds column after column, and lets the columns to come take up the error of each. With the upper
-triangular U of UᵀU = C_λ⁻¹, the error e_j = (w_j − q_j) / U_jj of column j changes the columns k > j by −e_j U_jk. They
-are then the best for what is rounded already, in the mean square of the outputs.
+Rounding each number to the nearest level ignores that the inputs x of a layer are correlated. OPTQ (GPTQ, arXiv
+2210.17323) rounds column after column, and lets the columns to come take up the error of each, so that tr(E H Eᵀ) of
+the errors E = W − Q is small, for a metric H (n, n) such as the mean of x xᵀ.
 
-The scale of a block of numbers along a row is the largest of them when its first column is reached.
+**No inverse is needed.** With H = L Lᵀ, L lower triangular, the columns are rounded from the last to the first (LDLQ,
+arXiv 2307.13304, which is the same as OPTQ):
+
+    tr(E H Eᵀ) = ‖E L‖_F²              (E L)_k = L_kk e_k + Σ_{i>k} L_ik e_i
+
+Column k is rounded where (E L)_k would be zero, at w_k + Σ_{i>k} e_i L_ik / L_kk, so what is left of it is L_kk times
+the error of one rounding. Those with the largest H_kk come first (GPTQ's `act_order`): the others take up their errors.
 """
 
 import torch
 from torch import Tensor
 
-from .decomposition import regularize
+CHUNK = 64  # columns whose errors reach the others in one product
 
 
-def optq(W: Tensor, C: Tensor, levels: Tensor, block: int, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Which level each number of W (m, n) takes, (m, n) int64, and the scales (m, n / block), float32: what a number
-    stands for is levels[code] · scale.
+def optq(W: Tensor, H: Tensor, levels: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Which level each number of W (m, n) takes, (m, n) uint8, on the device of H.
 
     Args:
-        C: (n, n) of the inputs.
-        levels: ascending, between −1 and 1.
-        block: how many numbers of a row share a scale; it divides n.
+        H: (n, n), positive definite.
+        levels: ascending.
+        scales: (m, n / block), float32: what a number stands for is levels[code] · its block's scale, rounded to
+            `dtype`.
 
-    Raises torch.linalg.LinAlgError where C_λ is singular to float64.
+    Raises torch.linalg.LinAlgError where H is singular to float64.
     """
-    W, levels = W.to(torch.float64, copy=True), levels.to(W.device, torch.float64)
-    m, n = W.shape
-    between = (levels[1:] + levels[:-1]) / 2
-    L = torch.linalg.cholesky(regularize(C, damping))
-    U = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
-    codes = torch.empty(m, n, dtype=torch.int64, device=W.device)
-    scales = torch.empty(m, n // block, device=W.device)
-    for i, begin in enumerate(range(0, n, block)):
-        end = begin + block
-        scales[:, i] = W[:, begin:end].abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny)
-        scale, errors = scales[:, i].double(), W.new_empty(m, block)
-        for j in range(begin, end):
-            codes[:, j] = torch.bucketize(W[:, j] / scale, between)
-            errors[:, j - begin] = (W[:, j] - levels[codes[:, j]] * scale) / U[j, j]
-            W[:, j + 1 : end] -= errors[:, j - begin, None] * U[j, j + 1 : end]
-        W[:, end:] -= errors @ U[begin:end, end:]
-    return codes, scales
+    (m, n), levels, scales = W.shape, levels.to(H.device), scales.to(H.device)
+    between = ((levels[1:] + levels[:-1]) / 2).double()
+    order = H.diagonal().argsort()  # the last is rounded first
+    L = torch.linalg.cholesky(H.double()[order[:, None], order])
+    W = W.T.to(H.device, torch.float64)[order]  # (n, m), as all that follows: columns are rows
+    block_of = order // (n // scales.shape[1])
+    codes = torch.empty(n, m, dtype=torch.uint8, device=H.device)
+    errors = torch.empty_like(W)
+    for end in range(n, 0, -CHUNK):
+        begin = max(0, end - CHUNK)
+        taken = L[end:, begin:end].T @ errors[end:]  # Σ e_i L_ik
+        for k in range(end - 1, begin - 1, -1):
+            scale = scales[:, block_of[k]]
+            code = torch.bucketize((W[k] + taken[k - begin] / L[k, k]) / scale, between)
+            errors[k] = W[k] - (levels[code] * scale).to(dtype)
+            codes[k] = code
+            taken[: k - begin] += L[k, begin:k, None] * errors[k]
+    return torch.empty_like(codes).index_copy_(0, order, codes).T

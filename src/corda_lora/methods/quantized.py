@@ -9,8 +9,8 @@ included. The starts differ in which values are quantized, Q, and in B A beside 
     LoftQ       five times: Q of W − B A, and B A the best fit of W − Q
     QERA        Q of W, and B A the best fit of W − Q in C^½
     CLoQ        the same, with Q rounded column by column by C (OPTQ), not to the nearest levels
-    folded      QCorDA, then once or several times: B A the best fit of W − Q in C^½, or two-sided, and Q of W − B A;
-                rounded to the nearest levels, or as in CLoQ
+    folded      QCorDA, then once or several times: B A the best fit of W − Q in C^½, or two-sided, and Q of W − B A,
+                rounded column by column by what A leaves of C
 
 C and D are of the task (see `algebra.folding`).
 """
@@ -24,15 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import lora_layers
-from ..algebra.decomposition import orient, split_components
+from ..algebra.decomposition import orient, regularize, split_components
 from ..algebra.folding import best_fit, fold
-from ..algebra.rounding import optq
 from ..algebra.solvers import chosen_components
 from ..config import CordaError, Count, NonNegative
 from ..data.batches import encode
 from ..devices import compute_device, double_device
 from ..models.weights import (
-    BLOCK,
     Quantized,
     check_quantizer,
     quantize,
@@ -61,19 +59,12 @@ class Layer(NamedTuple):
     C: Tensor | None = None
     D: Tensor | None = None
 
-    def quantize(self, W: Tensor) -> tuple[Quantized, Tensor]:
-        return quantize(W, self.dtype)
+    def quantize(self, W: Tensor, metric: Tensor | None = None) -> tuple[Quantized, Tensor]:
+        return quantize(W, self.dtype, metric=metric)
 
-    def quantize_by_columns(self, W: Tensor) -> tuple[Quantized, Tensor]:
-        """As `quantize`, with each number's level chosen by OPTQ. The blocks and their scales are stored alike."""
-        stored, values = quantize(W, self.dtype)
-        if self.C is None:
-            return stored, values
-        codes, scales = optq(W, self.C, stored["weight.quant_map"], BLOCK)
-        values = stored["weight.quant_map"][codes] * scales.repeat_interleave(BLOCK, dim=1)  # (m, n)
-        first, second = codes.flatten().to(torch.uint8).reshape(-1, 2).unbind(1)
-        stored |= {"weight": (first << 4 | second)[:, None], "weight.absmax": scales.flatten()}
-        return stored, values.to(self.dtype).float()
+    def to_nearest(self, W: Tensor, _: Tensor) -> tuple[Quantized, Tensor]:
+        """As `quantize`, whatever the metric."""
+        return quantize(W, self.dtype)
 
     def zero(self, r: int) -> tuple[Tensor, Tensor]:
         m, n = self.W.shape
@@ -84,7 +75,7 @@ Start = Callable[[Layer, int], tuple[Quantized, Tensor, Tensor]]  # (layer, r) �
 
 
 def loftq(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
-    return fold(layer.W, layer.quantize, *layer.zero(r))
+    return fold(layer.W, layer.to_nearest, *layer.zero(r))
 
 
 def qpissa(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
@@ -93,11 +84,12 @@ def qpissa(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
 
 
 def qera(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
-    return fold(layer.W, layer.quantize, *layer.zero(r), layer.C, rounds=1)
+    return fold(layer.W, layer.to_nearest, *layer.zero(r), layer.C, rounds=1)
 
 
 def cloq(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
-    stored, A, B = fold(layer.W, layer.quantize_by_columns, *layer.zero(r), layer.C, rounds=1)
+    metric = None if layer.C is None or not layer.C.any() else regularize(layer.C)
+    stored, A, B = fold(layer.W, lambda W, _: layer.quantize(W, metric), *layer.zero(r), layer.C, rounds=1)
     lengths = B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)
     return stored, A * lengths[:, None], B / lengths  # split as in the paper
 
@@ -108,10 +100,10 @@ def qcorda(layer: Layer, r: int) -> tuple[Quantized, Tensor, Tensor]:
 
 
 def folded(
-    layer: Layer, r: int, rounds: int = 5, two_sided: bool = False, by_columns: bool = False, from_head: bool = True
+    layer: Layer, r: int, rounds: int = 5, two_sided: bool = False, by_columns: bool = True, from_head: bool = True
 ) -> tuple[Quantized, Tensor, Tensor]:
     A, B = head(layer, r, "balanced") if from_head else layer.zero(r)
-    quantize = layer.quantize_by_columns if by_columns else layer.quantize
+    quantize = layer.quantize if by_columns else layer.to_nearest
     return fold(layer.W, quantize, A, B, layer.C, layer.D if two_sided else None, rounds)
 
 
@@ -235,7 +227,7 @@ def qcorda_folded(
     setup: Setup,
     rounds: Count = 5,
     two_sided: bool = True,
-    by_columns: bool = False,
+    by_columns: bool = True,
     from_head: bool = True,
     samples: Count | None = None,
 ) -> Prepared:
@@ -243,7 +235,7 @@ def qcorda_folded(
     Args:
         rounds: how often the weight is quantized and the adapter fitted.
         two_sided: fit in D^½ · C^½. Otherwise in C^½.
-        by_columns: round as CLoQ does (OPTQ), not to the nearest levels.
+        by_columns: round by what the adapter leaves of C (OPTQ). Otherwise to the nearest levels.
         from_head: begin with QCorDA's head of W in the adapter. Otherwise W itself is quantized first.
         samples: how many samples of the task C and D are of. Default: the comparison's number.
     """

@@ -19,6 +19,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..algebra.rounding import optq
 from ..config import CordaError
 
 BLOCK = 64  # numbers that share a scale
@@ -115,19 +116,30 @@ def check_blocks(layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def quantize(W: Tensor, dtype: torch.dtype, double: bool = False) -> tuple[Quantized, Tensor]:
+def quantize(
+    W: Tensor, dtype: torch.dtype, double: bool = False, metric: Tensor | None = None
+) -> tuple[Quantized, Tensor]:
     """The NF4 of W (d_out, d_in): what is stored, and the values (d_out, d_in) in float32 that the layer will compute
     with, both on W's device. W is rounded to float32 first.
 
     Args:
         dtype: of the model, to which the values are rounded when they are used.
         double: whether the scales are quantized, too, to 8 bits in blocks of 256.
+        metric: H (d_in, d_in), positive definite, by which levels are chosen (see `rounding.optq`). Default: each
+            number takes the nearest. The scales are the same.
     """
     functional = _bitsandbytes().functional
     packed, state = functional.quantize_4bit(
         W.float().contiguous(), blocksize=BLOCK, compress_statistics=double, quant_type="nf4"
     )
     state.dtype, state.code = dtype, state.code.clone()  # all layers share one, which safetensors would refuse
+    if metric is not None:
+        scales = state.absmax
+        if double:
+            scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+        codes = optq(W.float(), metric, state.code, scales.view(len(W), -1), dtype).to(W.device)
+        first, second = codes.reshape(-1, 2).unbind(1)
+        packed = (first << 4 | second)[:, None]
     stored = {"weight": packed} | {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     return stored, functional.dequantize_4bit(packed, state).float()
 

@@ -326,7 +326,7 @@ def quantize_layer(
     layer: Decomposed,
     r: int,
     config: CordaConfig,
-    store: Callable[[Tensor], tuple[Quantized, Tensor]],
+    store: Callable[[Tensor, Tensor | None], tuple[Quantized, Tensor]],
     C: Tensor | None = None,
     D: Tensor | None = None,
     values: Tensor | None = None,
@@ -336,7 +336,8 @@ def quantize_layer(
 
     Args:
         r: the rank. B and A are as `start_layer` gives them.
-        store: quantizes a float32 matrix: what is stored, and its values in float32.
+        store: quantizes a float32 matrix, to the nearest levels or by a metric (n, n) (see `weights.quantize`): what is
+            stored, and its values in float32.
         C, D: the metric of the fit and of the record's errors. Default: the identity.
         values: Q (m, n) of a weight that is quantized already, which then stays as it is.
 
@@ -349,7 +350,7 @@ def quantize_layer(
             stored, A, B = fold(W, store, A, s * B, C, D, config.fold, config.damping)
             values = values_of(stored).to(W.device)
         elif values is None:
-            stored, values = store(W - s * (B @ A))
+            stored, values = store(W - s * (B @ A), None)
         elif config.fold:
             A, B = best_fit(W - values, r, C, D, config.damping)
         if config.fold:

@@ -326,8 +326,8 @@ def _decompose(
     members, covariances = group
     dtype: Any = targets[members[0]].weight.dtype
 
-    def store(X: Tensor) -> tuple[Quantized, Tensor]:
-        stored, values = quantize(X.to(clock.device), dtype, config.double_quantization)
+    def store(X: Tensor, metric: Tensor | None) -> tuple[Quantized, Tensor]:
+        stored, values = quantize(X.to(clock.device), dtype, config.double_quantization, metric)
         return stored, values.to(X.device)
 
     input_side = None

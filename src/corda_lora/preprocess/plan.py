@@ -484,9 +484,16 @@ def _quantization(layer: Layer, seen: bool, config: CordaConfig) -> tuple[dict[s
     R, W, fold = min(m, n), m * n, config.fold or 0
     two_sided = seen and config.orientation == "two_sided"
     metric = 2 * W * (n * seen + m * two_sided)  # X C, or D X C, of X (m, n)
-    work = {"double": (2 * fold + 2) * metric + fold * 2 * W * (R + 2 * config.r), "eigen": fold * EIGH * R**3}
-    numbers = n * n * seen + m * m * two_sided + 17 * W // 4  # C_λ and D_λ; W, what is stored of it, and its values
-    return work, numbers + (fold > 0) * ((7 + 4 * two_sided) * W // 4 + (1 + two_sided) * R * R)
+    rounding = m * n * n + 4 * config.r * n * n  # by columns; the metric that A leaves
+    work = {"double": (2 * fold + 2) * metric + fold * (2 * W * (R + 2 * config.r) + rounding)}
+    work |= {"eigen": fold * EIGH * R**3, "factor": fold * n**3 // 3}
+    metrics = n * n * seen + m * m * two_sided  # C_λ and D_λ
+    numbers = 17 * W // 4  # W, what is stored of it, and its values
+    if fold:
+        fit = numbers + (7 + 4 * two_sided) * W // 4 + (1 + two_sided) * R * R
+        # The metric and its Cholesky factor, in whose making it is copied; then W in float64, and the errors.
+        numbers = max(fit, 3 * n * n + 13 * W // 8, 2 * n * n + 15 * W // 4)
+    return work, metrics + numbers
 
 
 def _stored(layer: Layer, config: CordaConfig) -> int:
