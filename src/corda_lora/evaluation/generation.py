@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import EvalConfig, find_all
+from ..config import CordaError, EvalConfig, find_all
 from ..data.batches import batch_by_length, encode_question, pad
 from ..data.samples import Sample
-from ..progress import track
+from ..progress import progress_bar, track
 from .answers import Sides
+
+LARGE_BATCH = 2**18  # tokens of a batch on an accelerator, at first
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,61 @@ def read_continuations(
             yield side, Continuations(answers, responses, config.exact_match)
 
 
-def generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float = 0.0
+def complete(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_tokens: int,
+    label: str,
 ) -> list[str]:
-    """Continuations up to the end-of-text token: greedy, or drawn at a temperature."""
+    """Greedy continuations of texts, each up to the first of the strings `stop`, or to the end of the model's context.
+
+    Args:
+        batch_tokens: the number of tokens in a batch, prompts and continuations. On an accelerator it is as large as
+            memory allows.
+
+    Raises CordaError if a prompt fills the context.
+    """
+    encoded = [encode_question(tokenizer, Sample(prompt, "", {})) for prompt in prompts]
+    longest = max(map(len, encoded))
+    shape: Any = model.config
+    context = getattr(shape.get_text_config(), "max_position_embeddings", None) or longest + max_new_tokens
+    if longest >= context:
+        raise CordaError(f"the longest prompt of {label} has {longest:,} tokens, and the model reads {context:,}")
+    if next(model.parameters()).device.type != "cpu":
+        batch_tokens = max(batch_tokens, LARGE_BATCH)
+    answers: dict[int, str] = {}
+    with progress_bar(label, len(prompts)) as advance:
+        while left := [i for i in range(len(prompts)) if i not in answers]:
+            lengths = [len(encoded[i]) + max_new_tokens for i in left]
+            rows = [left[i] for i in batch_by_length(lengths, batch_tokens)[-1]]  # the longest first
+            most = min(max_new_tokens, context - max(len(encoded[i]) for i in rows))
+            try:
+                answers.update(zip(rows, generate(model, tokenizer, [encoded[i] for i in rows], most, stop=stop)))
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                batch_tokens = len(rows) * max(lengths) // 2
+            else:
+                advance(len(rows))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Continuations up to the end-of-text token or one of the strings `stop`: greedy, or drawn at a temperature."""
     flipped, mask = pad([p[::-1] for p in prompts], tokenizer.pad_token_id or 0)
     ids, mask = flipped.flip(1), mask.flip(1)  # padded on the left, so that all prompts end in the last column
     device = next(model.parameters()).device
+    stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     output = model.generate(  # type: ignore[operator]
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -63,8 +113,12 @@ def generate(
         do_sample=temperature > 0,
         **({"temperature": temperature} if temperature else {}),
         pad_token_id=tokenizer.pad_token_id,
+        **stopping,
     )
-    return list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
+    answers = list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
+    for end in stop:
+        answers = [answer.split(end)[0] for answer in answers]
+    return answers
 
 
 def matches(answer: str, response: str, match: str) -> bool:
