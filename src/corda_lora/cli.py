@@ -71,6 +71,7 @@ from .recipes import load_recipe
 T = TypeVar("T")
 out = Console(markup=False, emoji=False)
 LONGEST_MESSAGE = 480  # characters
+PLAN_RECIPE = "plan_recipe"  # `corda plan RECIPE` has the options of a comparison
 WITH_RESULT = ("init", "train", "eval", "export")  # verbs that return one, for --quiet and --json
 
 SUMMARY = "Fine-tune language models without making them forget: CorDA for Hugging Face models."
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(2) from error
     if arguments[:1] == ["compare"] and arguments[1:2] and not arguments[1].startswith("-"):
         arguments.insert(1, "--config")
+    if arguments[:1] == ["plan"] and arguments[1:2] and not arguments[1].startswith("-"):
+        arguments[:1] = [PLAN_RECIPE, "--config"]
     parser, verbs = build_parser()
     try:
         options = parser.parse_args(arguments)
@@ -152,7 +155,7 @@ def _instantiate(parser: ArgumentParser, options: Namespace) -> Namespace:
 
 def _say(verb: str, message: str) -> None:
     """Print one sentence on stderr: one line, its middle left out if it is longer than three lines of a terminal."""
-    print(f"corda {verb}: {_shortened(message)}", file=sys.stderr)
+    print(f"corda {'plan' if verb == PLAN_RECIPE else verb}: {_shortened(message)}", file=sys.stderr)
 
 
 def _shortened(message: str) -> str:
@@ -328,14 +331,24 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
     _add_push(sub)
 
-    sub = verb("plan", plan, "what init will take", ModelConfig, CordaConfig, DataConfig, skip={"data"})
+    sub = verb(
+        "plan",
+        plan,
+        "what init, or a comparison's RECIPE, will take",
+        ModelConfig,
+        CordaConfig,
+        DataConfig,
+        skip={"data"},
+    )
     sub.set_defaults({"samples": CONTEXT_SAMPLES})
     sub.add_argument("--context", type=str | None, help="DATA to count tokens of; else all samples have max_length")
     sub.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
     sub.add_argument("--park", type=Literal["auto", "device", "cpu", "disk"], default="auto", help="as of init")
-    sub.add_argument("--gpu", type=str | None, help="plan for a card with this memory, such as 24GB; else this machine")
-    sub.add_argument("--tflops", type=Positive | None, help="of the card, dense in half precision; else an H100's")
-    sub.add_argument("--tflops64", type=Positive | None, help="of the card, in double precision; else an H100's")
+    _add_machine(sub)
+    sub = verb(PLAN_RECIPE, plan_recipe, "", ModelConfig, CompareConfig)
+    subcommands._choices_actions.pop()  # it is not listed
+    sub.prog = sub.prog.replace(PLAN_RECIPE, "plan RECIPE")
+    _add_machine(sub)
 
     sub = verb(
         "train",
@@ -384,6 +397,14 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub.add_argument("--output", type=Path, required=True, help="directory to write")
     _add_push(sub)
     return parser, verbs
+
+
+def _add_machine(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu", type=str | None, help="plan for a card with this memory, such as 24GB; else this machine"
+    )
+    parser.add_argument("--tflops", type=Positive | None, help="of the card, dense in half precision; else an H100's")
+    parser.add_argument("--tflops64", type=Positive | None, help="of the card, in double precision; else an H100's")
 
 
 def _add_push(parser: ArgumentParser) -> None:
@@ -467,18 +488,12 @@ def plan(options: Namespace) -> None:
     make it fit where it does not. From config.json alone: the weights are not needed."""
     config, source = _take(CordaConfig, options), _take(ModelConfig, options)
     data = _take(DataConfig, options, data=options.context or "")
-    if options.gpu is None and (options.tflops or options.tflops64):
-        raise CordaError("--tflops and --tflops64 are of a card: give its memory with --gpu")
-    from .devices import compute_device
-    from .preprocess.machine import described_machine, this_machine
+    _check_card(options)
     from .preprocess.plan import init_plan, planned_model, planned_tokens, what_fits
     from .report.terminal import plan_lines
 
     model: Any = planned_model(source)
-    if options.gpu is None:
-        machine = this_machine(compute_device(model, config.device), next(model.parameters()).dtype)
-    else:
-        machine = described_machine(options.gpu, options.tflops, options.tflops64)
+    machine = _machine(options, model, config.device)
 
     def count(rounds: int, batch_tokens: int) -> Any:
         return planned_tokens(source, data, rounds, batch_tokens, model.config.is_encoder_decoder)
@@ -498,6 +513,43 @@ def plan(options: Namespace) -> None:
             f"; fits with {fitting[0]}" if fitting else ", nor with smaller batches, fewer rounds or another --park"
         )
         out.print(f"does not fit{advice}", highlight=False)
+
+
+def plan_recipe(options: Namespace) -> None:
+    """`corda plan RECIPE`: say what `corda compare` with the same recipe will take: memory and disk of each entry's
+    start, memory of its training, and the time of what can be counted. From config.json alone: neither the weights nor
+    data on the hub are needed. If the hub cannot be reached, --model may name a folder with the model's config.json."""
+    source, config = _take(ModelConfig, options), _take(CompareConfig, options)
+    _check_card(options)
+    from .compare.plan import plan_comparison
+    from .preprocess.plan import planned_model
+    from .report.terminal import comparison_plan_lines
+
+    try:
+        model: Any = planned_model(source)
+    except CordaError as error:
+        sentence = str(error).rstrip(".")
+        raise CordaError(f"{sentence}; to plan, a --model FOLDER with the model's config.json is enough") from error
+    for line in comparison_plan_lines(plan_comparison(model, source, config, _machine(options, model, None))):
+        out.print(line, highlight=False)
+
+
+def _check_card(options: Namespace) -> None:
+    """Raises CordaError if the options describe a card without its memory."""
+    if options.gpu is None and (options.tflops or options.tflops64):
+        raise CordaError("--tflops and --tflops64 are of a card: give its memory with --gpu")
+
+
+def _machine(options: Namespace, model: Any, device: str | None) -> Any:
+    """The machine to plan for: the card that the options describe, or this machine.
+
+    Raises CordaError if their memory is no size."""
+    from .devices import compute_device
+    from .preprocess.machine import described_machine, this_machine
+
+    if options.gpu is not None:
+        return described_machine(options.gpu, options.tflops, options.tflops64)
+    return this_machine(compute_device(model, device), next(model.parameters()).dtype)
 
 
 def train(options: Namespace) -> dict[str, Any]:

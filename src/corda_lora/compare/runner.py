@@ -65,7 +65,7 @@ def compare(
     the others go on.
     """
     comparison = Comparison(source, recipe, output)
-    _check_methods(recipe)
+    check_methods(recipe)
     check_trainer(recipe.train, accelerator())
     gpus = _checked_gpus(gpus)
     comparison.open(_checked_data(comparison, load_tokenizer(source), _checked_model(comparison)))
@@ -81,7 +81,8 @@ def compare(
     return gathered
 
 
-def _check_methods(recipe: CompareConfig) -> None:
+def check_methods(recipe: CompareConfig) -> None:
+    """Raises CordaError if an entry's method, or an option of it, does not exist, or lacks a context."""
     for name, entry in recipe.entries.items():
         if entry.method not in METHODS:
             raise CordaError(f"there is no method {entry.method!r}: there are {', '.join(METHODS)}")

@@ -164,9 +164,7 @@ def method(
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raise CordaError for an option that a method does not have, or a value that the option cannot take."""
     prepare = METHODS[name].prepare
-    fixed = dict(getattr(prepare, "keywords", {}))  # by a partial, such as `mode` of peft-corda-kpm
-    parameters = inspect.signature(prepare).parameters
-    own = {key for key, p in parameters.items() if p.default is not p.empty} - set(fixed)
+    parameters, own = inspect.signature(prepare).parameters, _own_options(name)
     corda = {f.name for f in fields(CordaConfig)} - {"r", "lora_alpha", "target_modules", "device"}
     known = own | (corda if "options" in parameters else set())
     if unknown := [key for key in options if key not in known]:
@@ -174,8 +172,25 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     hints = get_type_hints(getattr(prepare, "func", prepare), include_extras=True)
     for key in options.keys() & own:
         check_value(key, options[key], hints[key])
-    if "options" in parameters:
-        CordaConfig(**{key: value for key, value in (fixed | dict(options)).items() if key not in own})
+    corda_config(name, options)
+
+
+def corda_config(name: str, options: Mapping[str, Any], **common: Any) -> CordaConfig | None:
+    """The start that a method of ours makes, without its own options; None of another's method."""
+    prepare, own = METHODS[name].prepare, _own_options(name)
+    if "options" not in inspect.signature(prepare).parameters:
+        return None
+    given = dict(getattr(prepare, "keywords", {})) | dict(options)
+    return CordaConfig(**common, **{key: value for key, value in given.items() if key not in own})
+
+
+def _own_options(name: str) -> set[str]:
+    """The options of a method that are its function's own, and not fixed by a partial, such as `mode` of
+    peft-corda-kpm."""
+    prepare = METHODS[name].prepare
+    parameters = inspect.signature(prepare).parameters
+    defaults = {key for key, p in parameters.items() if p.default is not p.empty}
+    return defaults - set(getattr(prepare, "keywords", {}))
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -1,14 +1,19 @@
 """The tables that `corda init`, `corda plan` and `corda eval` print."""
 
+from __future__ import annotations
+
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from ..evaluation.measures import MEASURES, Measure
 from ..preprocess.plan import Plan, size_text
+
+if TYPE_CHECKING:
+    from ..compare.plan import ComparisonPlan
 
 
 def start_table(start: Any) -> Table:
@@ -82,6 +87,33 @@ def plan_lines(plan: Plan) -> list[Table | str]:
         f"written: {size_text(written)}; needed on the disk: {size_text(plan.disk_bytes)}",
         f"time: about {_time(plan.seconds)}, for {plan.flops:.2e} floating-point operations",
     ]
+
+
+def comparison_plan_lines(plan: ComparisonPlan) -> list[Table | str]:
+    """The plan of a comparison as lines and a table to print."""
+    table = Table()
+    for column in ("entry", "runs", "start: time", "memory", "disk", "training: memory, at least", "time of a run"):
+        table.add_column(column, justify="left" if column == "entry" else "right", overflow="fold")
+    for name, runs, seconds, memory, disk, trained, run_seconds in plan.entries:
+        start = ("", "", "") if seconds is None else (_time(seconds), size_text(memory or 0), size_text(disk or 0))
+        table.add_row(name, str(runs), *start, size_text(trained), "" if run_seconds is None else _time(run_seconds))
+    lines: list[Table | str] = [
+        f"on {plan.machine.name}",
+        table,
+        f"model: {plan.parameters:,} parameters, {size_text(plan.weights)}, which the memory of a start is beside",
+        f"disk: {size_text(sum(entry.disk_bytes or 0 for entry in plan.entries))} for the starts",
+    ]
+    if plan.steps is None:
+        lines.append("time: unknown, as nothing says how many samples the data has: give train.max_steps, or a file")
+    else:
+        lines.append(f"time: at least {_time(plan.seconds or 0)}, one run after the other, {plan.steps:,} steps each")
+    lines.append(
+        "not counted: activations, measuring, and the starts without a figure. Samples on the hub count as max_length "
+        "tokens; shorter ones take less"
+    )
+    if plan.too_large:
+        lines.append(f"do not fit: {', '.join(plan.too_large)}")
+    return lines
 
 
 def _time(seconds: float) -> str:

@@ -257,10 +257,7 @@ def test_both_sides_are_judged_and_the_same_answer_once(evaluate, judge, model, 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (
-            [],
-            "mt_bench needs question.jsonl of FastChat's fastchat/llm_judge/data, which is not on the hub: give it by",
-        ),
+        ([], "mt_bench needs question.jsonl of FastChat's fastchat/llm_judge/data, which is not on the hub: give --"),
         (["--data_dir", "empty"], "mt_bench needs question.jsonl"),
         (["--data_dir", "data", "--judge.url", "http://x"], "give both judge.url and judge.model"),
         (["--data_dir", "data", "--judge.url", "x", "--judge.model", "y"], "must begin with http:// or https://"),

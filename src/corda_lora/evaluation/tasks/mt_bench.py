@@ -141,16 +141,16 @@ def read_prompts(config: EvalConfig) -> dict[str, dict[str, Any]]:
 
 
 def _places(config: EvalConfig, name: str) -> list[Path]:
-    """Where a file of FastChat's may be: in the data's directory, or in its mt_bench/."""
+    """Where a file of FastChat's may be: in the data's directory, in its mt_bench/, or beside the answers."""
     folder = config.data_dir
-    return [] if folder is None else [folder / "mt_bench" / name, folder / name]
+    return [*([] if folder is None else [folder / "mt_bench" / name, folder / name]), config.judge.folder / name]
 
 
 def _find(config: EvalConfig, name: str) -> Path:
-    """Raises CordaError if the file is in neither place."""
+    """Raises CordaError if the file is in none of these places."""
     found = next((path for path in _places(config, name) if path.is_file()), None)
     if found is None:
-        where = f"{config.data_dir} has none" if config.data_dir else "give it by --data_dir"
+        where = f"{config.data_dir} and {config.judge.folder} have none" if config.data_dir else "give --data_dir"
         raise CordaError(
             f"mt_bench needs {name} of FastChat's fastchat/llm_judge/data, which is not on the hub: {where}"
         )
