@@ -727,7 +727,7 @@ def measured(monkeypatch):
     """The configurations that `corda eval` would measure by."""
     configs = []
 
-    def evaluate(model, tokenizer, config):
+    def evaluate(model, tokenizer, config, **_):
         configs.append(config)
         return {}
 

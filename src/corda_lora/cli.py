@@ -63,6 +63,7 @@ from .files import (
     read_json,
     remove_work,
     sha256_of,
+    whole_folder,
     write_json,
 )
 from .progress import console
@@ -296,8 +297,10 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
             for action in (a for a in sub._actions if a.dest in options):
                 check_value(action.dest, options[action.dest], getattr(action, "_typehint", Any))
             output = options.get("output")
-            if name == "eval" and output is not None:
+            if name == "eval" and output is not None and (output.suffix == ".json" or output.is_file()):
                 check_result(output)
+            elif name == "eval" and output is not None:
+                check_output(output)
             elif output is not None and name != "compare":  # a comparison's folder may be a link to another disk
                 check_name(output)
             reports = name == "compare" and options.jobs == 0  # also of a comparison that goes on
@@ -366,14 +369,22 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub.add_argument("--output", type=Path, required=True, help="the adapter directory to write")
     _add_push(sub)
 
-    sub = verb("eval", evaluate, "measure what was learned and what was kept", ModelConfig, EvalConfig)
+    sub = verb("eval", evaluate, "measure what was learned and what was kept", ModelConfig, EvalConfig, skip={"model"})
+    sub.add_argument("--model", type=str | None, help="a name on the hub, a directory, or a .gguf file")
     known = ", ".join(f"{task.name} ({task.meaning})" for task in TASKS.values())
     next(action for action in sub._actions if action.dest == "tasks").help += f" There are {known}."
     sub.add_argument("--adapter", type=Path | None, help="adapter directory; without it, the base model alone")
     sub.add_argument(
         "--original", type=str | None, help="the full model, to measure a quantized MODEL and its adapter against"
     )
-    sub.add_argument("--output", type=Path | None, help="JSON file to write the numbers to")
+    sub.add_argument("--before", type=str | None, help="the model as it was: what --after gained and lost is said")
+    sub.add_argument("--after", type=str | None, help="the model as it is now, or the directory of an adapter on it")
+    sub.add_argument(
+        "--output",
+        type=Path | None,
+        help="NAME.json, for the numbers; any other name is a directory, for the numbers, the answers to benchmarks "
+        "and the page of before and after",
+    )
 
     sub = verb(
         "compare", compare, "which method learns how much at what cost in forgetting", ModelConfig, CompareConfig
@@ -596,14 +607,18 @@ def train(options: Namespace) -> dict[str, Any]:
 
 def evaluate(options: Namespace) -> dict[str, Any]:
     """Measure the base model and the tuned one in one run: loss, drift (mean KL(base‖tuned) per answer token),
-    perplexity, multiple-choice accuracy, exact match. Results are printed, and written to --output if it is given."""
+    perplexity, multiple-choice accuracy, exact match, benchmarks. Results are printed, and written to --output if it is
+    given. With --before and --after it also says what was gained and lost, with intervals."""
+    _name_models(options)
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
     from .adapters.lora import load_adapter, read_marks
     from .devices import accelerator
+    from .evaluation.before_after import changes
     from .evaluation.evaluate import evaluate as measure
     from .evaluation.evaluate import evaluate_beside
     from .evaluation.tasks.registry import checked_tasks
     from .models.loading import load_model, load_tokenizer
+    from .report.before_after import changes_table, gained_and_lost, write_evaluation
     from .report.terminal import results_table
     from .report.verdicts import verdicts
 
@@ -620,12 +635,18 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         model = load_model(source).to(accelerator())
         return model if options.adapter is None else load_adapter(model, options.adapter).eval()
 
+    scores: dict[tuple[str, str], dict[str, Any]] | None = {} if options.before or config.tasks else None
     if original is None:
-        results = measure(load_tuned(), tokenizer, config)
+        results = measure(load_tuned(), tokenizer, config, scores=scores)
     else:
         full = replace(source, **{"revision": None, **original})
-        out.print(f"measured beside the full model, {full.model}", highlight=False)
-        results = evaluate_beside(lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config)
+        if not options.before:
+            out.print(f"measured beside the full model, {full.model}", highlight=False)
+        elif load_tokenizer(full).get_vocab() != tokenizer.get_vocab():
+            raise CordaError(f"{options.after} has another vocabulary than {options.before}, so nothing is comparable")
+        results = evaluate_beside(
+            lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config, scores=scores
+        )
     if (table := results_table(results)).row_count:  # none if all that was asked for waits for a judge
         out.print(table)
     sentences = verdicts(results)
@@ -633,10 +654,46 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         out.print(sentence, highlight=False)
     if options.adapter is not None and (drift := _drift_in_training(options.adapter)):
         out.print(drift, highlight=False)
-    measured = {"model": source.model, "adapter": str(options.adapter), "results": results}
-    if options.output is not None:
+    measured: dict[str, Any] = {"model": source.model, "adapter": str(options.adapter), "results": results}
+    if options.before:
+        found = changes(scores or {})
+        gained = gained_and_lost(found)
+        out.print(changes_table(found))
+        for sentence in gained:
+            out.print(sentence, highlight=False)
+        measured |= {"before": options.before, "after": options.after, "gained_and_lost": gained}
+        measured["changes"] = [asdict(change) for change in found]
+    if options.output is not None and options.output.suffix == ".json":
         write_json(options.output, measured)
+    elif options.output is not None:
+        with whole_folder(options.output) as folder:
+            write_evaluation(folder, measured, scores or {}, config, shlex.join(["corda", *options.command]))
+        out.print(f"written to {options.output}")
     return {**measured, "verdicts": sentences}
+
+
+def _name_models(options: Namespace) -> None:
+    """Set --model, --adapter and --original to what --before and --after name. Raises CordaError if models are missing,
+    or named twice."""
+    before, after = options.before, options.after
+    if before is None and after is None:
+        if options.model is None:
+            raise CordaError("give --model, or --before and --after")
+        return
+    if before is None or after is None:
+        raise CordaError("give both --before and --after: the model as it was, and as it is now")
+    if options.model or options.adapter or options.original:
+        raise CordaError("--before and --after name the models: leave --model, --adapter and --original out")
+    from .adapters.lora import CONFIG, read_marks
+
+    if not (Path(after) / CONFIG).is_file():
+        options.model, options.original = after, before
+        return
+    options.model, options.adapter = before, Path(after)
+    if original := (read_marks(options.adapter) or {}).get("original"):  # the adapter is on a quantized model
+        if original["model"] != before:
+            raise CordaError(f"the adapter in {after} is on weights in 4 bits: give --before {original['model']}")
+        options.model = read_json(options.adapter / CONFIG)["base_model_name_or_path"]
 
 
 def _drift_in_training(adapter: Path) -> str | None:

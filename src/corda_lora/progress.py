@@ -31,3 +31,14 @@ def track(items: Sequence[T], label: str, show: bool = True) -> Iterable[T]:
         for item in items:
             yield item
             advance()
+
+
+@contextmanager
+def quiet(silent: bool = True) -> Iterator[None]:
+    """Inside this context nothing is shown, if `silent`."""
+    before = console.quiet
+    console.quiet = before or silent
+    try:
+        yield
+    finally:
+        console.quiet = before

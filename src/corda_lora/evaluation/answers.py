@@ -61,6 +61,14 @@ class Answers:
         """(a,) the most likely token at each position."""
         return self.log_probs.argmax(1)
 
+    def each(self) -> Iterator["Answers"]:
+        """The answers of each sample alone."""
+        lengths = self.rows.bincount(minlength=self.samples).tolist()
+        parts = [part.split(lengths) for part in (self.log_probs, self.targets, self.rows)]
+        bases = [None] * self.samples if self.base is None else self.base.split(lengths)
+        for log_probs, targets, rows, base in zip(*parts, bases):
+            yield Answers(log_probs, targets, rows, 1, base)
+
     def divergence(self) -> float:
         """KL(base‖tuned) in nats, summed over the tokens."""
         assert self.base is not None

@@ -33,6 +33,9 @@ class Choices:
     def samples(self) -> int:
         return len(self.questions)
 
+    def each(self) -> Iterator["Choices"]:
+        return (Choices([question], [scores]) for question, scores in zip(self.questions, self.scores))
+
     def right(self) -> int:
         """How many questions have their right choice as the most likely one."""
         pairs = zip(self.questions, self.scores)

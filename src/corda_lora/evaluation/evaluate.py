@@ -19,13 +19,15 @@ from ..config import CordaError, EvalConfig
 from ..data.batches import Encoded, encode, text_of
 from ..data.overview import check_fit, overview
 from ..data.samples import Sample, load_samples
-from ..progress import console
+from ..progress import console, quiet
 from .answers import TUNED, Sides, read_answers, sides
 from .base_outputs import BaseOutputs, record_base
 from .choices import UNCUT, check_choices, read_choices
 from .generation import read_continuations
-from .measures import KEPT, KINDS, MEASURES, Measure, agreement, drift, loss, means, recall, tokens
+from .measures import KEPT, KINDS, MEASURES, Measure, Sampled, agreement, drift, loss, means, recall, tokens
 from .tasks.registry import Scores, Task, checked_tasks
+
+BothSides = dict[tuple[str, str], dict[str, Any]]  # of (kind, data), what each sample gave on each side
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,15 @@ def evaluate(
     progress: bool = True,
     base: BaseOutputs | None = None,
     record: dict[str, Tensor] | None = None,
-    scores: dict[str, dict[str, Scores]] | None = None,
+    scores: BothSides | None = None,
 ) -> dict[str, Any]:
     """Measure all data in `config`, on the base model and, if `model` carries an adapter, on the tuned one.
 
     Args:
         base: the base model's stored outputs. With them, only `model` is run, as the tuned model.
         record: a dictionary to fill with what `BaseOutputs.save` stores. `model` has to be the base model.
-        scores: a dictionary to fill with what each sample of each task scored: {task: {"base": Scores, "tuned": ...}}.
+        scores: a dictionary to fill with what each sample gave: {(kind, data): {side: {measure: `Sampled`}}}, and for
+            tasks {("tasks", name): {side: `Scores`}}.
 
     Returns:
         {kind: {data: {"base": {measure: value}, "tuned": {...}}}}: kinds as in `KINDS`, data by name, measures as in
@@ -132,15 +135,16 @@ def evaluate(
     for (kind, name), request in requests.items():
         if record is not None and kind in KEPT:
             record |= record_base(model, tokenizer, request.encoded, config.batch_tokens, progress, request.label)
-        results.setdefault(kind, {})[name] = _run(request, measures[kind])
+        sampled = None if scores is None else scores.setdefault((kind, name), {})
+        results.setdefault(kind, {})[name] = _run(request, measures[kind], sampled)
     for task in tasks:
         by_side = {}
         for side, active in compared.items():
-            with active():
+            with active(), quiet(not progress):
                 by_side[side] = task.run(model, tokenizer, config)
         results.setdefault("tasks", {})[task.name] = {side: _score(task, scored) for side, scored in by_side.items()}
         if scores is not None:
-            scores.setdefault(task.name, {}).update(by_side)
+            scores.setdefault(("tasks", task.name), {}).update(by_side)
     return results
 
 
@@ -150,17 +154,18 @@ def evaluate_beside(
     tokenizer: Any,
     config: EvalConfig,
     progress: bool = True,
+    scores: BothSides | None = None,
 ) -> dict[str, Any]:
     """`evaluate`, where the base model is another than the tuned one without its adapter. The base model is measured
     first, and is gone before the tuned one is loaded."""
     record: dict[str, Tensor] = {}
     model = load_base()
-    results = evaluate(model, tokenizer, config, progress, record=record)
+    results = evaluate(model, tokenizer, config, progress, record=record, scores=scores)
     with tempfile.TemporaryDirectory() as folder:
         BaseOutputs.save(Path(folder), record)
         base = BaseOutputs(Path(folder), model)
         del model, record
-        tuned = evaluate(load_tuned(), tokenizer, config, progress, base)
+        tuned = evaluate(load_tuned(), tokenizer, config, progress, base, scores=scores)
     for kind, datas in tuned.items():
         for name, sides_of in datas.items():
             results[kind][name] |= sides_of
@@ -199,13 +204,21 @@ def measures_of(kind: str, config: EvalConfig, model: nn.Module) -> list[Measure
     return defined
 
 
-def _run(request: Request, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
-    """{side: {measure: value}} for one data set; the measures that read the same pass share it."""
+def _run(request: Request, measures: Sequence[Measure], sampled: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+    """{side: {measure: value}} for one data set; the measures that read the same pass share it.
+
+    Args:
+        sampled: a dictionary to fill: {side: {measure: `Sampled`}}.
+    """
     results: dict[str, dict[str, float]] = {}
     for reads in dict.fromkeys(measure.reads for measure in measures):
         shared = [measure for measure in measures if measure.reads == reads]
-        for side, values in means(shared, PASSES[reads](request)).items():
+        of_pass: dict[str, dict[str, Sampled]] | None = None if sampled is None else {}
+        for side, values in means(shared, PASSES[reads](request), of_pass).items():
             results.setdefault(side, {}).update(values)
+        for side, by_measure in (of_pass or {}).items():
+            assert sampled is not None
+            sampled.setdefault(side, {}).update(by_measure)
     return results
 
 

@@ -32,6 +32,10 @@ class Continuations:
     def samples(self) -> int:
         return len(self.answers)
 
+    def each(self) -> Iterator["Continuations"]:
+        pairs = zip(self.answers, self.responses)
+        return (Continuations([answer], [response], self.match) for answer, response in pairs)
+
     def matching(self) -> int:
         return sum(matches(answer, response, self.match) for answer, response in zip(self.answers, self.responses))
 

@@ -3,7 +3,8 @@
 A measure reads what one forward pass over the data gave (a view), and returns a number for it. `evaluate` runs the
 passes, and every table reads here how a measure is printed. A new measure is one function under one `@measure(...)`.
 
-The views are `answers.Answers`, `choices.Choices` and `generation.Continuations`. This file imports no torch, so that
+The views are `answers.Answers`, `choices.Choices` and `generation.Continuations`. Their `each` gives the same view of
+each sample alone. This file imports no torch, so that
 reports of finished comparisons are written without it.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -89,10 +90,28 @@ def measure(reads: str, kinds: tuple[str, ...], **fields: Any) -> Callable[[Call
     return register
 
 
-def means(measures: Iterable[Measure], views: Iterable[tuple[str, Any]]) -> dict[str, dict[str, float]]:
+@dataclass
+class Sampled:
+    """A measure of one model, sample by sample, in the order of the pass, which is the same for both models.
+
+    Attributes:
+        totals: the measure's total for each sample.
+        counts: what it is divided by: the tokens of each sample, or 1.
+    """
+
+    totals: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+
+def means(
+    measures: Iterable[Measure], views: Iterable[tuple[str, Any]], sampled: dict[str, dict[str, Sampled]] | None = None
+) -> dict[str, dict[str, float]]:
     """{side: {measure: value}} over (side, view) pairs, where side is "base" or "tuned".
 
     Each value is the measure's sum over all views of a side, divided by their tokens or samples.
+
+    Args:
+        sampled: a dictionary to fill: {side: {measure: its values sample by sample}}.
     """
     measures = list(measures)
     sums: dict[str, dict[str, float]] = {}
@@ -104,6 +123,12 @@ def means(measures: Iterable[Measure], views: Iterable[tuple[str, Any]]) -> dict
                 values[m.name] = values.get(m.name, 0) + m.total(view)
         for per in ("token", "sample"):
             counts[side, per] = counts.get((side, per), 0) + getattr(view, f"{per}s", 0)
+        if sampled is not None:
+            by_measure = sampled.setdefault(side, {m.name: Sampled() for m in measures if m.name in values})
+            for single in view.each():
+                for name, samples_of in by_measure.items():
+                    samples_of.totals.append(MEASURES[name].total(single))
+                    samples_of.counts.append(getattr(single, f"{MEASURES[name].per}s", 1))
     for side, values in sums.items():
         for m in measures:
             if m.name in values and m.per:

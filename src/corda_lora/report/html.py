@@ -65,8 +65,15 @@ def html_report(comparison: dict[str, Any]) -> str:
         "command": escape(comparison["command"]),
         "data": embedded(chart_data(comparison)),
     }
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda field: parts[field[1]], template)
+    return filled_page("report.html", parts)
+
+
+def filled_page(template: str, parts: dict[str, str]) -> str:
+    """A template of this folder with its fields filled in, and the style and the script that all pages have."""
+    folder = Path(__file__).parent
+    text, style, script = ((folder / name).read_text(encoding="utf-8") for name in (template, "page.css", "page.js"))
+    parts = {**parts, "style": style, "script": script}
+    return re.sub(r"\{\{(\w+)\}\}", lambda field: parts[field[1]], text)
 
 
 def near_section(comparison: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def test_a_task_is_run_with_the_adapter_off_and_on(adapted, tokenizer, tmp_path)
         "tuned": {"exact_match": 1.0, "samples": 3},
     }
     assert results["tasks"]["spread"]["tuned"] == {"matthews": 3.0, "samples": 2}
-    assert scores["lengths"]["base"].values == [1.0, 0.0, 0.0]
+    assert scores["tasks", "lengths"]["base"].values == [1.0, 0.0, 0.0]
 
 
 def test_tasks_stand_in_the_table_and_in_the_results(checkpoint, capsys):

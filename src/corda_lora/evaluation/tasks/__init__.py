@@ -1,4 +1,3 @@
 """Every benchmark that a model can be scored on, by name (see `registry`)."""
 
-# Each module enters its tasks into registry.TASKS: from . import MODULE
-from . import code, mt_bench  # noqa: F401
+from . import code, harness, mt_bench  # noqa: F401 (each module enters its tasks into registry.TASKS)

@@ -58,7 +58,7 @@ class Task:
     run: Callable[[Any, Any, EvalConfig], Scores]
     meaning: str
     mean: Callable[[Any, Any], float] = mean
-    check: Callable[[EvalConfig], None] = lambda config: None
+    check: Callable[[EvalConfig], Any] = lambda config: None
 
     @property
     def measure(self) -> Measure:
