@@ -1,7 +1,7 @@
 """What the processes of a comparison have in common: imported once, by the server that they are forked from.
 
 PEFT imports bitsandbytes where it is installed, and bitsandbytes starts CUDA where there is a GPU. A process that is
-forked afterwards cannot use CUDA. There, each process imports the rest for itself.
+forked afterwards cannot use CUDA. There, each process imports the rest for itself: see `process`.
 """
 
 from importlib.util import find_spec

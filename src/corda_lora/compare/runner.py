@@ -45,6 +45,7 @@ from ..training.train import DivergedError, warn_without_bfloat16
 from .comparison import RESULT, Comparison, gather
 from .frontier import task_loss
 from .job import do_job
+from .process import begin
 from .schedule import Job, can_start, count_runs, jobs_to_do, next_job, scheduled_jobs
 
 LOG = "log.txt"
@@ -240,10 +241,11 @@ class _Session:
         """Start a process with a job."""
         gpu = self.slots.pop(0)
         ours, theirs = self.context.Pipe()
-        arguments = self.comparison, theirs, gpu, self.threads, self.counter, self.commit
-        process = self.context.Process(target=_work, args=arguments, daemon=True)
+        arguments = theirs, gpu, self.threads, self.counter, self.commit
+        process = self.context.Process(target=begin, args=arguments, daemon=True)
         process.start()
         theirs.close()  # otherwise the end of the pipe would never be seen
+        ours.send((_work, self.comparison))
         worker = _Worker(process, ours, gpu, job)
         self.workers.append(worker)
         worker.begin(self.comparison, job)
@@ -341,8 +343,6 @@ def _work(comparison: Comparison, pipe: Connection, gpu: str, threads: int, coun
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes: the parent ends this one
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not at once, which leaves semaphores behind
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     while True:
         try:
