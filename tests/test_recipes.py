@@ -37,7 +37,7 @@ def load(path, *arguments) -> tuple[ModelConfig, CompareConfig]:
 def test_every_option_method_task_and_column_exists(path):
     _, recipe = load(path)
     check_methods(recipe)
-    assert set(recipe.eval.tasks) <= TASKS.keys() | {"triviaqa", "nq_open", "webqs", "gsm8k", "math"}  # on their way
+    assert set(recipe.eval.tasks) <= TASKS.keys()
     datas = [recipe.data, *([recipe.context] if recipe.context else [])]
     for data in [*datas, *(d for kind in ("learn", "keep", "text") for d in recipe.eval.data(kind))]:
         assert isinstance(data, DataConfig)
