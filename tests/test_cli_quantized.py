@@ -133,3 +133,25 @@ def test_what_is_refused(model, here, capsys, monkeypatch):
     said = refused(capsys, "init", *arguments, "--quantization", "nf4")
     assert "the package bitsandbytes is needed: pip install bitsandbytes" in said
     assert sorted(p.name for p in here.iterdir()) == ["keep.jsonl", "learn.jsonl"]
+
+
+def test_before_and_after_quantization(model, here, capsys):
+    """The full model before; after, the quantized one with its adapter, and the two merged."""
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"what is {i}", "answers": ["4", f"{i}"]} for i in range(6)]
+    (here / "webqs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    init(model, "--mode", "ipm", "--quantization", "nf4")
+    run("export", "--model", "start/base", "--adapter", "start", "--as", "merged", "--output", "merged")
+    changes = {}
+    for after in ("start", "merged"):
+        measured = ["--keep", "keep.jsonl", "--tasks", "webqs", "--data_dir", here, "--output", f"{after}.json"]
+        run("eval", "--before", model, "--after", after, *measured)
+        result = json.loads((here / f"{after}.json").read_text())
+        assert result["results"]["keep"]["keep.jsonl"]["tuned"]["drift"] > 0
+        changes[after] = {c["data"]: c for c in result["changes"] if c["measure"] != "recall"}
+        assert changes[after]["webqs"]["samples"] == 6
+    losses = [changes[after]["keep.jsonl"]["after"] for after in ("start", "merged")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[0] != changes["start"]["keep.jsonl"]["before"]
+    said = refused(capsys, "eval", "--before", "start/base", "--after", "start", "--keep", "keep.jsonl")
+    assert said == f"corda eval: the adapter in start is on weights in 4 bits: give --before {model}"

@@ -667,7 +667,7 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         write_json(options.output, measured)
     elif options.output is not None:
         with whole_folder(options.output) as folder:
-            write_evaluation(folder, measured, scores or {}, config, shlex.join(["corda", *options.command]))
+            write_evaluation(folder, measured, scores or {}, shlex.join(["corda", *options.command]))
         out.print(f"written to {options.output}")
     return {**measured, "verdicts": sentences}
 

@@ -1,5 +1,6 @@
 """What a process does for a job, in this process."""
 
+import json
 import multiprocessing
 from functools import partialmethod
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch._dynamo.utils import counters
 
 from corda_lora.adapters.lora import load_adapter
 from corda_lora.cli import main
-from corda_lora.compare.comparison import Comparison
+from corda_lora.compare.comparison import Comparison, gather
+from corda_lora.compare.frontier import summary
 from corda_lora.compare.job import do_job, results_of
 from corda_lora.compare.schedule import Job
 from corda_lora.config import CompareConfig, EvalConfig, ModelConfig, TrainConfig
@@ -58,6 +60,21 @@ def test_a_run_tells_its_penalties(do, comparison):
     do()
     assert [step for step, _ in do("kasa", 1e-3)["penalties"]["kasa"]] == [1, 2]
     assert "penalties" not in do("lora", 1e-3)
+
+
+def test_benchmarks_are_measured_as_all_else(do, comparison, folder):
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"what is {i}", "answers": [str(i), "x"]} for i in range(5)]
+    (folder / "webqs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparison.recipe.train.compile = False
+    comparison.recipe.eval = EvalConfig(learn="learn.jsonl", tasks="webqs", data_dir=folder, limit=4)
+    results = {Job(): do(), Job("lora", 1e-3): do("lora", 1e-3)}
+    for result in results.values():
+        assert result["results"]["tasks"]["webqs"]["samples"] == 4
+    gathered = gather(comparison, results, "corda compare")
+    assert gathered["recipe"]["eval"]["data_dir"] == str(folder)
+    scores = summary(json.loads(json.dumps(gathered)))[0]["scores"]
+    assert scores["tasks", "webqs", "exact_match"].value == results[Job()]["results"]["tasks"]["webqs"]["exact_match"]
 
 
 def test_drift_is_that_of_eval(checkpoint, folder):

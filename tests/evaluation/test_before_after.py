@@ -69,6 +69,13 @@ def test_the_interval_is_a_paired_bootstrap():
     assert changes(of_task(BEFORE, AFTER)) == [found]  # seeded
 
 
+def test_answers_without_a_rating_are_left_out():
+    """Of both models: the others stay pairs."""
+    gone = np.where(np.arange(200) < 50, math.nan, AFTER)
+    assert changes(of_task(BEFORE, gone)) == changes(of_task(BEFORE[50:], AFTER[50:]))
+    assert not changes(of_task(BEFORE, np.full(200, math.nan)))
+
+
 def test_a_metric_that_is_no_mean_is_computed_anew():
     labels = RNG.standard_normal(80)
     near, far = labels + 0.2 * RNG.standard_normal(80), labels + 3 * RNG.standard_normal(80)
@@ -112,7 +119,10 @@ def test_what_each_sample_gave_adds_up(adapted, tokenizer, tmp_path):
     [
         (
             [change(-0.01, 0.03), change(0.0, 0.0, data="b")],
-            ["kept: no measurable loss on 2 of 2", "what these samples"],
+            [
+                "kept: no measurable loss on 2 of 2",
+                "losses up to these are not excluded: toy exact match −1.0 points; more samples",
+            ],
         ),
         (
             [change(0.01, 0.03)],
@@ -123,11 +133,19 @@ def test_what_each_sample_gave_adds_up(adapted, tokenizer, tmp_path):
             [
                 "lost on 1 of 2: toy (exact match −3.0 points, 95 % interval −5.0 to −1.0)",
                 "no measurable loss on the other 1",
-                "what these samples do not exclude: b −2.0 points; more samples narrow it",
+                "losses up to these are not excluded: b exact match −2.0 points; more samples narrow them",
             ],
         ),
         ([change(0.1, 0.3, "loss")], ["lost on 1 of 1: toy (loss +0.2000, 95 % interval +0.1000 to +0.3000)"]),
         ([change(-0.3, -0.1, "loss")], ["kept: no measurable loss on 1 of 1", "gained on 1 of 1: toy (loss −0.2000"]),
+        (
+            [change(-0.02, 0.02), Change("tasks", "b", "exact_match", 9, 0, 0, 0, 0)],
+            [
+                "kept: no measurable loss on 1 of 1",
+                "losses up to these",
+                "nothing can be said of b: the score is 0 before and after",
+            ],
+        ),
         ([change(math.nan, math.nan, "loss", value=math.nan)], ["lost on 1 of 1: toy (loss —"]),
     ],
 )

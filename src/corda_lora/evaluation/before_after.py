@@ -20,7 +20,6 @@ from .measures import MEASURES, Measure
 from .tasks.registry import TASKS
 
 RESAMPLES = 10_000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,11 @@ class Change:
     def sign(self) -> int:
         """1 where more is better, −1 where less is."""
         return 1 if MEASURES[self.measure].better == "high" else -1
+
+    @property
+    def telling(self) -> bool:
+        """Whether there was anything to lose or gain: a score of 0 before and after shows nothing."""
+        return self.sign < 0 or self.before != 0 or self.after != 0
 
     @property
     def outcome(self) -> str:
@@ -106,6 +110,5 @@ def _change(kind: str, data: str, measure: str, mean: Callable[[Any, Any], float
         drawn = random.integers(samples, size=samples)
         first, second = (mean(*(values[drawn] if len(values) else values for values in side)) for side in sides)
         differences[i] = second - first
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(differences, [tail, 1 - tail])
+    low, high = np.quantile(differences, [0.025, 0.975])
     return Change(kind, data, measure, samples, of_all[0], of_all[1], float(low), float(high))

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from html import escape
 from importlib.metadata import version
 from itertools import groupby
@@ -12,16 +11,14 @@ from typing import Any
 
 from rich.table import Table
 
-from ..config import EvalConfig
 from ..devices import machine_name
-from ..evaluation.before_after import LEVEL, RESAMPLES, Change
+from ..evaluation.before_after import RESAMPLES, Change
 from ..evaluation.measures import MEASURES
 from ..files import write_json, write_text
 from .html import filled_page, html_pairs
 from .text import plural
 
 SHOWN = 5  # answers that changed, of each task, each way
-COLUMNS = ("data", "measure", "samples", "before", "after", "change", "95 % interval", "")
 
 
 def name_of(change: Change) -> str:
@@ -35,7 +32,7 @@ def difference(change: Change, value: float) -> str:
     if not math.isfinite(value):
         return "—"
     text = f"{100 * value:+.1f}" if measure.form.endswith("%") else format(value, f"+{measure.form}")
-    return text.replace("-", "−")
+    return text.replace("-", "−") if float(text) else "0"
 
 
 def with_unit(change: Change, value: float) -> str:
@@ -43,57 +40,59 @@ def with_unit(change: Change, value: float) -> str:
     return difference(change, value) + unit
 
 
+def interval(change: Change) -> str:
+    return f"{difference(change, change.low)} to {difference(change, change.high)}"
+
+
+def outcome(change: Change) -> str:
+    return change.outcome or ("no measurable change" if change.telling else "0 before and after: shows nothing")
+
+
 def gained_and_lost(changes: Sequence[Change]) -> list[str]:
-    """The verdict first. A data set is lost if any of its measures is, and gained if one is and none is lost."""
+    """The verdict first. A data set is lost if any of its measures is, and gained if one is and none is lost. One whose
+    measures show nothing does not count."""
     sets = [list(group) for _, group in groupby(changes, lambda change: (change.kind, change.data))]
-    outcomes = [{change.outcome for change in group} for group in sets]
-    lost = [i for i, found in enumerate(outcomes) if "lost" in found]
-    gained = [i for i, found in enumerate(outcomes) if "gained" in found and "lost" not in found]
-    kept = len(sets) - len(lost)
-
-    def described(i: int, outcome: str) -> str:
-        most = next(change for change in sets[i] if change.outcome == outcome)
-        return (
-            f"{name_of(most)} ({MEASURES[most.measure].label} {with_unit(most, most.change)}, 95 % interval "
-            f"{difference(most, most.low)} to {difference(most, most.high)})"
-        )
-
-    of = f"{len(sets)} of {len(sets)}"
-    said = [f"kept: no measurable loss on {of}"]
+    silent = [group for group in sets if not any(change.telling for change in group)]
+    sets = [group for group in sets if group not in silent]
+    lost = _described(sets, "lost")
+    gained = _described([group for group in sets if "lost" not in {change.outcome for change in group}], "gained")
+    said = [f"kept: no measurable loss on {len(sets)} of {len(sets)}"] if sets else []
     if lost:
-        said = [f"lost on {len(lost)} of {len(sets)}: {', '.join(described(i, 'lost') for i in lost)}"]
-        said += [f"no measurable loss on the other {kept}"] if kept else []
+        said = [f"lost on {len(lost)} of {len(sets)}: {', '.join(lost)}"]
+        said += [f"no measurable loss on the other {len(sets) - len(lost)}"] if len(sets) > len(lost) else []
     if gained:
-        said.append(f"gained on {len(gained)} of {len(sets)}: {', '.join(described(i, 'gained') for i in gained)}")
-    hidden = [change for change in changes if change.outcome != "lost" and change.hidden_loss > 0]
-    if hidden:
-        each = [f"{name_of(change)} {with_unit(change, -change.sign * change.hidden_loss)}" for change in hidden]
-        said.append(f"what these samples do not exclude: {', '.join(each)}; more samples narrow it")
-    return said
+        said.append(f"gained on {len(gained)} of {len(sets)}: {', '.join(gained)}")
+    if hidden := [change for change in changes if change.outcome != "lost" and change.hidden_loss > 0]:
+        each = [f"{name_of(c)} {MEASURES[c.measure].label} {with_unit(c, -c.sign * c.hidden_loss)}" for c in hidden]
+        said.append(f"losses up to these are not excluded: {', '.join(each)}; more samples narrow them")
+    if silent:
+        names = ", ".join(name_of(group[0]) for group in silent)
+        said.append(f"nothing can be said of {names}: the score is 0 before and after")
+    return said or ["nothing was measured on both models"]
 
 
-def cells(change: Change) -> list[str]:
-    """One row of the table: see `COLUMNS`."""
-    measure = MEASURES[change.measure]
+def _described(sets: Sequence[Sequence[Change]], outcome: str) -> list[str]:
+    """Each set with the outcome, by the first of its measures that has it."""
+    firsts = [next((change for change in group if change.outcome == outcome), None) for group in sets]
     return [
-        name_of(change),
-        measure.label,
-        f"{change.samples:,}",
-        format(change.before, measure.form),
-        format(change.after, measure.form),
-        difference(change, change.change),
-        f"{difference(change, change.low)} to {difference(change, change.high)}",
-        change.outcome or "no measurable change",
+        f"{name_of(c)} ({MEASURES[c.measure].label} {with_unit(c, c.change)}, 95 % interval {interval(c)})"
+        for c in firsts
+        if c is not None
     ]
 
 
 def changes_table(changes: Sequence[Change]) -> Table:
     """One row for each measure and data set."""
     found = Table(caption=HOW)
-    for name in COLUMNS:
+    for name in ("data", "measure", "before", "after", "change", "95 % interval", ""):
         found.add_column(name, justify="left" if name in ("data", "measure", "") else "right")
     for change in changes:
-        found.add_row(*cells(change))
+        measure = MEASURES[change.measure]
+        values = [format(value, measure.form) for value in (change.before, change.after)]
+        found.add_row(
+            *(name_of(change), measure.label, *values),
+            *(difference(change, change.change), interval(change), change.outcome),
+        )
     return found
 
 
@@ -110,7 +109,6 @@ def write_evaluation(
     folder: Path,
     measured: dict[str, Any],
     scores: Mapping[tuple[str, str], Mapping[str, Any]],
-    config: EvalConfig,
     command: str,
 ) -> None:
     """Write results.json, a benchmark's answers as TASK.base.jsonl and TASK.tuned.jsonl, and report.html if there is a
@@ -127,57 +125,63 @@ def write_evaluation(
             lines = [json.dumps(detail, ensure_ascii=False) + "\n" for detail in scored.details]
             write_text(folder / f"{name}.{side}.jsonl", "".join(lines))
     if "changes" in measured:
-        write_text(folder / "report.html", _page(measured, tasks, config, command))
+        write_text(folder / "report.html", _page(measured, tasks, command))
 
 
-def _page(measured: dict[str, Any], tasks: dict[str, Any], config: EvalConfig, command: str) -> str:
+def _page(measured: dict[str, Any], tasks: dict[str, Any], command: str) -> str:
     """What was gained and lost, as a self-contained page."""
     changes = [Change(**row) for row in measured["changes"]]
     first, *more = [sentence[0].upper() + sentence[1:] for sentence in measured["gained_and_lost"]]
     packages = ("corda-lora", "torch", "transformers", "peft")
-    circumstances = {name: str(value) for name, value in asdict(config).items() if value}
-    circumstances |= {"machine": machine_name()} | {package: version(package) for package in packages}
     parts = {
         "name": f"{measured['before']} → {measured['after']}",
         "first": first,
-        "about": f"{plural(len(changes), 'measure')} · {LEVEL:.0%} intervals",
+        "about": f"{plural(len(changes), 'measure')} · 95 % intervals",
         "resamples": f"{RESAMPLES:,}",
         "command": command,
     }
     answers = [_changed_answers(name, sides["base"], sides["tuned"]) for name, sides in tasks.items()]
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     html = {
         "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
         "changes": _changes_table(changes),
         "answers": "".join(answers),
-        "circumstances": html_pairs(circumstances.items()),
+        "circumstances": html_pairs([("machine", machine_name()), ("versions", versions)]),
     }
     return filled_page("before_after.html", {name: escape(text) for name, text in parts.items()} | html)
 
 
 def _changes_table(changes: Sequence[Change]) -> str:
-    heads = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in COLUMNS[1:-1])
-    head = f'<th scope="col"><button>{COLUMNS[0]}</button></th>{heads}<th></th><th></th>'
+    """One row for each measure and data set; the page's script sorts by the keys of the cells."""
+    names = ("data", "measure", "samples", "before", "after", "change", "95 % interval")
+    heads = "".join(f'<th scope="col"><button>{name}</button></th>' for name in names)
     rows = []
     for change in changes:
-        name, *texts, outcome = cells(change)
-        keys = [MEASURES[change.measure].label, change.samples, change.before, change.after, change.change, change.low]
-        row = "".join(f'<td data-key="{escape(str(key))}">{escape(text)}</td>' for key, text in zip(keys, texts))
-        unit = [c for c in changes if MEASURES[c.measure].form[-1] == MEASURES[change.measure].form[-1]]
-        edges = [abs(x) for c in unit for x in (c.low, c.high, c.change) if math.isfinite(x)]
+        measure = MEASURES[change.measure]
+        alike = [c for c in changes if MEASURES[c.measure].form[-1] == measure.form[-1]]
+        edges = [abs(x) for c in alike for x in (c.low, c.high, c.change) if math.isfinite(x)]
+        cells = [
+            (measure.label, measure.label),
+            (change.samples, f"{change.samples:,}"),
+            *((value, format(value, measure.form)) for value in (change.before, change.after)),
+            (change.change, difference(change, change.change)),
+            (change.low, interval(change)),
+        ]
+        name = escape(name_of(change))
         rows.append(
-            f'<tr class="{change.outcome}"><th scope="row" data-key="{escape(name)}">{escape(name)}</th>{row}'
-            f"<td>{_interval(change, max(edges, default=0.0) or 1.0)}</td><td>{escape(outcome)}</td></tr>"
+            f'<tr class="{change.outcome}"><th scope="row" data-key="{name}">{name}</th>'
+            + "".join(f'<td data-key="{escape(str(key))}">{escape(text)}</td>' for key, text in cells)
+            + f"<td>{_interval(change, max(edges, default=0.0) or 1.0)}</td><td>{outcome(change)}</td></tr>"
         )
-    caption = "<caption>Before and after</caption>"
-    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    head = f"<caption>Before and after</caption><thead><tr>{heads}<th></th><th></th></tr></thead>"
+    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
 
 
 def _interval(change: Change, edge: float) -> str:
     """The interval and the change on a line from −edge to edge, losses to the left."""
     if not math.isfinite(change.low + change.high + change.change):
         return ""
-    low, high, at = sorted((change.low, change.high))[0], max(change.low, change.high), change.change
-    x = [80 + 74 * change.sign * value / edge for value in (low, high, at)]
+    x = [80 + 74 * change.sign * value / edge for value in (change.low, change.high, change.change)]
     return (
         '<svg width="160" height="16" aria-hidden="true"><path class="zero" d="M80 0V16"/>'
         f'<path class="range" d="M{x[0]:.1f} 8H{x[1]:.1f}"/><circle cx="{x[2]:.1f}" cy="8" r="4"/></svg>'

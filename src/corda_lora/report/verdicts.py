@@ -49,7 +49,8 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
             parts = [part for part in SENTENCES[kind](base, tuned) if part] if tuned else []
             if parts:
                 sentences.append(f"{kind} {os.path.basename(data)}: {'; '.join(parts)}.")
-    if not sentences and results:
+    models = {side for by_data in results.values() for by_side in by_data.values() for side in by_side}
+    if models == {"base"}:
         sentences.append("Only the base model was measured: with --adapter, its changes are judged here.")
     return sentences
 

@@ -19,7 +19,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +216,13 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
     """A model for the harness."""
     from accelerate.utils import find_executable_batch_size
     from lm_eval.models.huggingface import HFLM
+    from transformers import StoppingCriteriaList, StopStringCriteria
 
     from ..generation import LARGE_BATCH
+
+    @cache
+    def stopping(strings: tuple[str, ...]) -> StopStringCriteria:
+        return StopStringCriteria(tokenizer, list(strings))  # it reads the whole vocabulary
 
     class Scorer(HFLM):
         """The harness's own, in batches that fit, which end when each row has come to a stop string."""
@@ -266,8 +271,7 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
                 input_ids=context,
                 max_length=max_length,
                 do_sample=False,
-                stop_strings=stop,
-                tokenizer=self.tokenizer,
+                stopping_criteria=StoppingCriteriaList([stopping(tuple(stop))]),
                 pad_token_id=self.tokenizer.pad_token_id,
                 **options,
             )
