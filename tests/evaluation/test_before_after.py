@@ -239,9 +239,11 @@ def test_before_and_after(work, checkpoint, capsys):
         ),
     ],
 )
-def test_models_that_are_not_named_rightly(work, checkpoint, arguments, sentence, capsys, tokenizer):
-    (work / "sums").mkdir()
-    (work / "sums" / "mine").write_text("mine")
+def test_models_that_are_not_named_rightly(tmp_path, checkpoint, arguments, sentence, capsys, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1 =", "response": " 2"}\n')
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums" / "mine").write_text("mine")
     if "other" in arguments:
         tiny.build("llama").save_pretrained("other")
         tokenizer = type(tokenizer).from_pretrained(checkpoint)

@@ -1,5 +1,6 @@
 """Knowledge and mathematics by lm-eval: the same scores as its own command gives on the same files."""
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import transformers
 import yaml
 
-from corda_lora import cli
+from corda_lora import CordaError, cli
 from corda_lora.config import EvalConfig, ModelConfig
 from corda_lora.evaluation.evaluate import evaluate
 from corda_lora.models.loading import load_model, load_tokenizer
@@ -67,6 +68,7 @@ def folder(tmp_path_factory, tokenizer) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
+        model.lm_head.weight[tokenizer.eos_token_id] *= 3  # answers of all lengths
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -183,6 +185,35 @@ def test_answers_end_at_a_stop_string_or_at_the_limit(tokenizer, data, monkeypat
         evaluate(model, tokenizer, config, progress=False, scores=scores)
         assert [detail["answered"] for detail in scores["tasks", "nq_open"]["base"].details] == [answer] * 3
         assert len(calls) == steps
+
+
+def test_a_batch_ends_when_each_row_has_come_to_some_stop_string(tokenizer, data, monkeypatch):
+    """lm-eval's own criterion waits until all rows have come to the same one."""
+    model, calls = constant_llama("a", tokenizer), []
+    forward, ends = model.forward, [tokenizer.convert_tokens_to_ids(c) for c in ".,\n."]
+
+    def to_different_ends(*arguments, **options):
+        calls.append(1)
+        output = forward(*arguments, **options)
+        if len(calls) == 3:
+            output.logits[torch.arange(4), -1, ends] = 1e9
+        return output
+
+    monkeypatch.setattr(model, "forward", to_different_ends)
+    scores = {}
+    evaluate(model, tokenizer, EvalConfig(tasks="nq_open", data_dir=data), progress=False, scores=scores)
+    assert [detail["answered"] for detail in scores["tasks", "nq_open"]["base"].details] == ["aa"] * 4
+    assert len(calls) == 3
+
+
+def test_models_and_tokenizers_that_cannot_answer(tokenizer, data):
+    config = EvalConfig(tasks="nq_open", data_dir=data)
+    with pytest.raises(CordaError, match="BertForSequenceClassification is no causal language model"):
+        evaluate(tiny.build("bert"), tokenizer, config, progress=False)
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(CordaError, match="nq_open needs a tokenizer with an end-of-text token"):
+        evaluate(tiny.build("llama"), endless, config, progress=False)
 
 
 def test_memory_that_is_out_halves_the_batch(tokenizer, data, monkeypatch):

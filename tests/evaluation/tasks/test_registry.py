@@ -62,3 +62,15 @@ def test_a_task_that_cannot_run_is_refused_before_the_model_is_loaded(names, sen
         cli.main(["eval", "--model", "nowhere", "--tasks", names])
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_comparison_of_an_unknown_task_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "learn.jsonl").write_text('{"prompt": "1 + 1 =", "response": " 2"}\n')
+    recipe = {"model": str(checkpoint), "data": "learn.jsonl", "methods": ["lora"]}
+    recipe["eval"] = {"learn": "learn.jsonl", "tasks": ["lenghts"]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "recipe.yaml", "--output", "out"])
+    assert stopped.value.code == 2
+    assert "corda compare: there is no task 'lenghts'; nearest names: lengths" in capsys.readouterr().err

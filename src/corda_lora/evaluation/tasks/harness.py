@@ -287,6 +287,11 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
 
 
 def _run(benchmark: Benchmark, model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
+    from ...models.targets import require_causal
+
+    require_causal(model)
+    if tokenizer.eos_token_id is None:
+        raise CordaError(f"{benchmark.name} needs a tokenizer with an end-of-text token, and this one has none")
     tasks = harness_tasks(benchmark, config)
     from lm_eval.evaluator import evaluate
 
