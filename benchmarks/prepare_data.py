@@ -3,7 +3,7 @@
     python benchmarks/prepare_data.py DATA OUTPUT
 
 DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/{valid,test}.txt,
-mbpp/mbpp.jsonl, as published.
+mbpp/mbpp.jsonl, cola/{train,dev}.tsv, as published.
 
 - `gsm8k_*` has the form of the questions to keep ("Question: ... Answer:"), `gsm8k_plain_*` has not.
   `gsm8k_alpaca_*` has the form that CorDA's authors train with, and keeps the calculator marks. `gsm8k_questions_*` has
@@ -58,6 +58,8 @@ def main(data: Path, output: Path) -> None:
         lines = (data / "wikitext2" / f"{split}.txt").read_text().splitlines()
         paragraphs = [line.strip() for line in lines if len(line) > 200 and not line.startswith(" = ")]
         _write(output / f"wikitext2_{name}.jsonl", [{"text": paragraph} for paragraph in paragraphs])
+    for split in ("train", "dev"):
+        (output / f"cola_{split}.tsv").write_text((data / "cola" / f"{split}.tsv").read_text())
     (output / "wikitext2_test.txt").write_text((data / "wikitext2" / "test.txt").read_text())
 
 

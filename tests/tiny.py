@@ -259,3 +259,24 @@ def character_tokenizer() -> t.PreTrainedTokenizerFast:
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     return t.PreTrainedTokenizerFast(tokenizer_object=raw, **tokens)
+
+
+def save_encoder(folder) -> None:
+    """A BERT with the head of a language model and no pooling layer, and a tokenizer of characters for it, which puts
+    marks around a text, and tells two texts apart."""
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789 .,?"
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokens = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    t.PreTrainedTokenizerFast(tokenizer_object=raw, model_input_names=names, **tokens).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = t.BertForMaskedLM(t.BertConfig(**{k: v for k, v in ENCODER.items() if k != "num_labels"}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    model.save_pretrained(folder)

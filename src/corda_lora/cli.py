@@ -434,9 +434,15 @@ def init(options: Namespace) -> dict[str, Any]:
     data = None if options.context is None else _take(DataConfig, options, data=options.context)
     if data is None and config.reads_context:
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
-    recipe = {"model": source.model, "revision": source.revision, "dtype": source.dtype, "config": asdict(config)}
+    if data and data.label:
+        from .data.labels import with_labels
+
+        source = with_labels(source, data)
+    recipe: dict[str, Any] = {"model": source.model, "revision": source.revision, "dtype": source.dtype}
+    recipe["config"] = asdict(config)
     original = None if options.original is None else replace(source, model=options.original, revision=None)
     recipe |= {"batch_tokens": options.batch_tokens} | ({"original": original.model} if original else {})
+    recipe |= {"labels": source.labels} if source.labels else {}
     recipe |= {"data": asdict(data) if data and config.reads_context else None}
     if data and config.reads_context and (options.output / "corda.json").is_file():
         from .data.samples import digest_of, load_rounds
@@ -478,7 +484,8 @@ def init(options: Namespace) -> dict[str, Any]:
     _push(options, repo)
     model = str(options.output / "base") if config.quantization else source.model
     following = shlex.join(["corda", "train", "--model", model, "--start", str(options.output)])
-    following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'} --output tuned/"
+    following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'}"
+    following += f" --label {data.label} --output tuned/" if data and data.label else " --output tuned/"
     rate = f"(its learning rate: {made['learning_rate']:g})"
     out.print(f"next: {following}  {rate}", highlight=False, soft_wrap=True)
     return made
@@ -565,7 +572,8 @@ def _machine(options: Namespace, model: Any, device: str | None) -> Any:
 
 def train(options: Namespace) -> dict[str, Any]:
     """Train an adapter through TRL, from the start that `corda init` wrote or from a plain LoRA. The loss covers only
-    the responses. If a run is interrupted, the same command resumes it from its last checkpoint."""
+    the responses. With --label the model is a classifier, whose head is trained, too. If a run is interrupted, the same
+    command resumes it from its last checkpoint."""
     source, config, lora = _take(ModelConfig, options), _take(TrainConfig, options), _take(LoraStart, options)
     keep, data = _take(KeepConfig, options), _take(DataConfig, options, data=options.data)
     own = [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(LoraStart(), f.name)]
@@ -611,13 +619,14 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     given. With --before and --after it also says what was gained and lost, with intervals."""
     _name_models(options)
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
-    from .adapters.lora import load_adapter, read_marks
+    from .adapters.lora import labels_of, load_adapter, read_marks
     from .devices import accelerator
     from .evaluation.before_after import changes
     from .evaluation.evaluate import evaluate as measure
     from .evaluation.evaluate import evaluate_beside
     from .evaluation.tasks.registry import checked_tasks
     from .models.loading import load_model, load_tokenizer
+    from .models.targets import has_new_head
     from .report.before_after import changes_table, gained_and_lost, write_evaluation
     from .report.terminal import results_table
     from .report.verdicts import verdicts
@@ -629,10 +638,14 @@ def evaluate(options: Namespace) -> dict[str, Any]:
             "without its adapter the quantized residual is no model to compare with: give --original, the full model"
         )
     checked_tasks(config)
+    if options.adapter is not None and source.labels is None:
+        source = replace(source, labels=labels_of(options.adapter))
     tokenizer = load_tokenizer(source)
 
     def load_tuned() -> Any:
         model = load_model(source).to(accelerator())
+        if has_new_head(model) and (options.adapter is None or options.before):
+            raise CordaError(f"{source.model} has no head for these labels: give --model and --adapter, a trained one")
         return model if options.adapter is None else load_adapter(model, options.adapter).eval()
 
     scores: dict[tuple[str, str], dict[str, Any]] | None = {} if options.before or config.tasks else None
@@ -747,11 +760,12 @@ def export(options: Namespace) -> dict[str, Any]:
     if options.original is not None and options.form != "lora":
         raise CordaError("--original goes with --as lora only: the others are of MODEL itself")
     from .adapters.export import RECORD, export_for_original, export_lora, export_merged, export_residual
-    from .adapters.lora import WEIGHTS, read_marks
+    from .adapters.lora import WEIGHTS, labels_of, read_marks
     from .models.loading import load_model, load_tokenizer
     from .report.verdicts import another_function
 
     read_marks(options.adapter)
+    source = replace(source, labels=source.labels or labels_of(options.adapter))
     recipe = {"model": asdict(source), "as": options.form, "r": options.r, "uniform": options.uniform}
     original = None if options.original is None else replace(source, model=options.original, revision=None)
     recipe |= {"original": original.model} if original else {}

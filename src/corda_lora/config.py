@@ -143,6 +143,11 @@ def find_all(name: str, pattern: str, text: str, whole: bool = False) -> list[An
         raise CordaError(f"{name} {short(pattern)} takes more than a second on the text {short(text)}") from error
 
 
+def split(names: str | list[str] | None) -> list[str]:
+    """Names as a list, also where they are one text with commas between."""
+    return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names or ())
+
+
 def short(value: Any, length: int = 80) -> str:
     """The repr of a value, with its middle left out if it is long."""
     return _middle_left_out(repr(value), length)
@@ -387,6 +392,12 @@ class DataConfig:
             column `prompt` if there is one.
         response: template of the response, such as " {answer[0]}". Default: the column `response`, `completion` or
             `text`.
+        label: the column with the label of a text to classify; the prompt is the text, by default of the column
+            `prompt`, `text` or `sentence`. The model gets a head for these labels. Where they are numbers with a
+            fraction, the head has one output, and predicts the number.
+        pair: template of a second text, to classify two texts that stand side by side, such as "{hypothesis}".
+        columns: names of the columns of a .csv or .tsv file whose first line does not name them, with commas between or
+            as a list.
         chat: render prompt and response as turns of the user and the assistant, by the model's chat template. An
             instruct model is used in that form, so ask the context in it: the form alone has moved a plain LoRA's drift
             from 1.1 to 0.4.
@@ -402,6 +413,9 @@ class DataConfig:
     # Templates are `str`: as `str | None` the command line would read them as YAML, and take a `#` for a comment.
     prompt: str = ""
     response: str = ""
+    label: str = ""
+    pair: str = ""
+    columns: str | list[str] | None = None
     chat: bool = False
     turns: Literal["all", "last"] = "all"
     rows: str = "train"
@@ -412,6 +426,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self.columns = split(self.columns) or None
+        if self.pair and not self.label:
+            raise CordaError("pair is the second of two texts to classify: name the column of their label, too")
+        if self.label and (self.response or self.chat):
+            raise CordaError(f"a text to classify has a label and no {'response' if self.response else 'chat'}")
 
 
 @dataclass
@@ -541,15 +560,21 @@ class ModelConfig:
         revision: the branch, tag or commit of a model on the hub.
         dtype: the type of the weights. `auto` is the type in the checkpoint.
         trust_remote_code: run code that the model brings, or that its config.json names on the hub.
+        labels: of a classifier, in the order of its outputs, with commas between or as a list; one alone names a number
+            that is predicted. Default: what the adapter or the data says.
     """
 
     model: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
+    labels: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self.labels = split(self.labels) or None
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise CordaError(f"labels is {short(self.labels)}, but must be names that differ")
 
 
 @dataclass
@@ -615,8 +640,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if isinstance(self.tasks, str):
-            self.tasks = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        self.tasks = split(self.tasks)
         if self.exact_match != "text":
             check_pattern("exact_match", self.exact_match)
 

@@ -5,15 +5,18 @@ tune(tuning, Path("tuned"))
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import devices
 from .adapters.card import TRAINING
-from .adapters.lora import RECORD, load_adapter, read_marks, read_record, save_adapter
+from .adapters.lora import RECORD, labels_of, load_adapter, read_marks, read_record, renew_heads, save_adapter
 from .config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
 from .data.batches import encode
+from .data.labels import check_labels, with_labels
 from .data.overview import overview
 from .data.samples import Sample, digest_of, hold_out, load_samples
 from .evaluation.meter import KeptContext, generic_penalty, kept_digest, load_context, make_keeper
@@ -30,6 +33,7 @@ class Tuning:
     """What is to be trained: the arguments of `read_tuning`, and what was read.
 
     Attributes:
+        source: with the labels of the head, if the model is to be a classifier.
         samples: of the task.
         evaluated: samples whose loss is measured at each checkpoint.
         context: the ability to keep; None if nothing is kept.
@@ -66,17 +70,27 @@ def read_tuning(
         held_out: samples to measure the loss of, or the share of `data` that is held out for it.
         keep: what is kept of the model. Default: see `KeepConfig`.
 
-    Raises CordaError: samples that cannot be read; a start that is damaged; nothing says what to keep.
+    Raises CordaError: samples that cannot be read; a start that is damaged; nothing says what to keep; labels that the
+    start's head does not have.
     """
     config, start, keep = config or TrainConfig(), start or LoraStart(), keep or KeepConfig()
-    samples = load_samples(data)
-    evaluated = load_samples(held_out) if isinstance(held_out, DataConfig) else []
     folder = start if isinstance(start, Path) else None
     weights, record = None, None
     if folder:
         read_marks(folder)
         weights, record = folder / "adapter_model.safetensors", read_record(folder)
-    context = load_context(keep, folder, record)
+        source = replace(source, labels=source.labels or labels_of(folder))
+    source = with_labels(source, data)
+    samples = load_samples(data)
+    evaluated = load_samples(held_out) if isinstance(held_out, DataConfig) else []
+    check_labels(data.data, samples, source.labels)
+    check_labels(held_out.data if isinstance(held_out, DataConfig) else "", evaluated, source.labels)
+    if source.labels is None:
+        context = load_context(keep, folder, record)
+    elif keep.keep or keep.keep_generic or keep.max_drift or keep.context:
+        raise CordaError("the drift that keep holds down is that of a language model's answers: a classifier has none")
+    else:
+        context = None
     recipe = {
         "model": asdict(source),
         "start": asdict(start) if isinstance(start, LoraStart) else str(start),
@@ -171,10 +185,14 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
 
 def _adapted(tuning: Tuning) -> Any:
     """The model with the adapter to train."""
+    torch.manual_seed(tuning.config.seed)  # of a classifier's new head
     model = load_model(tuning.source).to(devices.accelerator())
     if isinstance(tuning.start, LoraStart):
         return plain_lora(model, tuning.start, tuning.config)
-    return load_adapter(model, tuning.start, trainable=True, lora_dropout=tuning.config.lora_dropout or None)
+    adapted = load_adapter(model, tuning.start, trainable=True, lora_dropout=tuning.config.lora_dropout or None)
+    if tuning.record and not (tuning.start / TRAINING).is_file():
+        renew_heads(adapted)
+    return adapted
 
 
 def _keep_logs(output: Path) -> None:

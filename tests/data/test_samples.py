@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from corda_lora import CordaError
 from corda_lora.config import DataConfig
-from corda_lora.data.batches import batch_by_length, context_batches, encode, pad
+from corda_lora.data.batches import Encoded, batch_by_length, context_batches, encode, pad
 from corda_lora.data.samples import Sample, load_others, load_samples
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is {i * i}."} for i in range(20)]
@@ -128,11 +128,11 @@ def test_prompt_and_response_are_told_apart(tokenizer):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     letters = tokenizer.convert_tokens_to_ids(list("abcd"))
     plain = Sample("ab", "cd", {})
-    assert encode(tokenizer, plain, 99) == ([bos, *letters], [False] * 3 + [True] * 2, 0)
-    assert encode(tokenizer, plain, 99, end=True) == ([bos, *letters, eos], [False] * 3 + [True] * 3, 0)
-    assert encode(tokenizer, plain, 4) == ([bos, *letters[:3]], [False] * 3 + [True], 1)
-    assert encode(tokenizer, plain, 2) == ([bos, letters[0]], [False] * 2, 3)
-    assert encode(tokenizer, Sample("", "cd", {}), 99) == ([bos, *letters[2:]], [False, True, True], 0)
+    assert encode(tokenizer, plain, 99) == Encoded([bos, *letters], [False] * 3 + [True] * 2, 0)
+    assert encode(tokenizer, plain, 99, end=True) == Encoded([bos, *letters, eos], [False] * 3 + [True] * 3, 0)
+    assert encode(tokenizer, plain, 4) == Encoded([bos, *letters[:3]], [False] * 3 + [True], 1)
+    assert encode(tokenizer, plain, 2) == Encoded([bos, letters[0]], [False] * 2, 3)
+    assert encode(tokenizer, Sample("", "cd", {}), 99) == Encoded([bos, *letters[2:]], [False, True, True], 0)
     assert encode(tokenizer, Sample("ab", "", {}), 99, end=True).targets == 0
     assert [encode(tokenizer, plain, length).start for length in (99, 2)] == [3, 2]
 

@@ -79,9 +79,9 @@ def test_a_new_measure_shows_everywhere(registry, data, adapted, tokenizer, tmp_
 
 
 def test_a_measure_says_which_models_it_is_defined_for(registry, data, tokenizer, monkeypatch):
-    """A classifier is measured by what is defined for classifiers; with nothing defined for it, it is refused."""
-    model = tiny.build("bert")
-    with pytest.raises(CordaError, match="BertForSequenceClassification is no causal language model"):
+    """A model of another kind is measured by what is defined for it; with nothing defined for it, it is refused."""
+    model = tiny.build("t5")
+    with pytest.raises(CordaError, match="T5ForConditionalGeneration is no causal language model"):
         evaluate(model, tokenizer, EvalConfig(keep=data))
 
     class Rows:

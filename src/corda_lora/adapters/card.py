@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from ..models.targets import known_labels
 from ..version import __version__
 
 CARD = "README.md"
@@ -140,11 +141,12 @@ def _measured(start: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator
     if errors := [layer["context_error"] for layer in start.get("layers", {}).values() if "context_error" in layer]:
         error = sum(errors) / len(errors)
         yield "what quantization lost and the start does not hold, relative, in the context's metric", f"{error:.2e}"
+    unit = "" if training.get("recipe", {}).get("data", {}).get("label") else " (nats per token)"
     if "train_loss" in training:
-        yield "training loss, mean of all steps (nats per token)", f"{training['train_loss']:.4f}"
+        yield f"training loss, mean of all steps{unit}", f"{training['train_loss']:.4f}"
     for step, loss in training.get("held_out_loss", ()):
         if step == training.get("kept_step"):
-            yield f"held-out loss at step {step} (nats per token)", f"{loss:.4f}"
+            yield f"held-out loss at step {step}{unit}", f"{loss:.4f}"
 
 
 def _how_to_load(peft_model: PeftModel, name: str, merged: bool) -> str:
@@ -157,11 +159,13 @@ def _how_to_load(peft_model: PeftModel, name: str, merged: bool) -> str:
             "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n\nNAME is this repository, or a folder with its files."
         )
     base = name if is_hub_name(name) else "BASE"
+    labels = known_labels(peft_model)
+    names = f", id2label={dict(enumerate(labels))}" if labels else ""
     lines = [
         "from peft import PeftModel",
         f"from transformers import {kind}",
         "",
-        f'model = {kind}.from_pretrained("{base}")',
+        f'model = {kind}.from_pretrained("{base}"{names})',
         f'model = PeftModel.from_pretrained(model, "{here}")',
     ]
     where = "NAME is this repository, or a folder with its files" + (

@@ -33,6 +33,7 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 
 from ..config import CordaError
 from ..files import CHECKSUMS, check_checksums, read_json, sha256_of, whole_folder, write_checksums, write_json
-from ..models.targets import check_bare, lora_config
+from ..models.targets import check_bare, known_labels, lora_config, new_modules
 from ..models.weights import fingerprint, layer_digest
 from ..preprocess.pipeline import Start
 from ..preprocess.statistics import NAME as STATISTICS
@@ -56,6 +57,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE_FOLDER = "base"  # of an adapter's quantized base, in its directory
 SCALES = "scales"  # in CHECKSUMS, beside the names of files
+LABELS = "labels"  # in `auto_mapping`: of a classifier
 BASE = "corda_base"  # in `auto_mapping`: fingerprint of the residual model that a plain LoRA is for
 HINT_AT_TIES = "Model has `tie_word_embeddings=True`"  # a vague warning of PEFT's: `preprocess` says what to do
 
@@ -67,6 +69,7 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     config = lora_config(model, start.layers)
     for option in ("lora_dropout", "exclude_modules", "layers_to_transform", "modules_to_save"):
         setattr(config, option, getattr(start.config, option))
+    config.modules_to_save = [*(config.modules_to_save or ()), *new_modules(model)] or None
     set_ranks(config, {name: halves * layer.A.shape[0] for name, layer in start.layers.items()}, start.config.scale)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=HINT_AT_TIES)
@@ -151,6 +154,9 @@ def save_adapter(
 def save_plain(peft_model: PeftModel, folder: Path, records: Records, note: str = "") -> None:
     """What PEFT's `save_pretrained` writes, the same bytes for the same adapter, with a filled-in model card (see
     `write_card`) and checksums."""
+    adapter = peft_model.peft_config["default"]
+    if adapter.modules_to_save:  # PEFT adds a classifier's head at each loading
+        adapter.modules_to_save = list(dict.fromkeys(adapter.modules_to_save))
     write_card(peft_model, folder, records, note)
     # Embeddings are never adapted; left to itself PEFT asks the hub whether they were resized.
     peft_model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
@@ -162,6 +168,8 @@ def save_plain(peft_model: PeftModel, folder: Path, records: Records, note: str 
             config[option].sort()  # PEFT holds a set, whose order differs from run to run
     if marks := peft_model.peft_config["default"].auto_mapping:  # PEFT writes its own where there is no task type
         config["auto_mapping"] = (config["auto_mapping"] or {}) | marks
+    if labels := known_labels(peft_model):
+        config["auto_mapping"] = (config["auto_mapping"] or {}) | {LABELS: labels}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _write_checksums(folder)
 
@@ -250,6 +258,28 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error
     return marks
+
+
+def labels_of(directory: Path) -> list[str] | None:
+    """The labels of a classifier's adapter, in the order of its outputs; None where it does not say any.
+
+    Raises CordaError if there is no adapter in the directory, or its configuration is damaged."""
+    path = directory / CONFIG
+    if not path.is_file():
+        raise CordaError(f"{directory} is not an adapter directory: it has no {CONFIG}")
+    try:
+        labels = (json.loads(path.read_text()).get("auto_mapping") or {}).get(LABELS)
+        return None if labels is None else list(map(str, labels))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CordaError(f"{path} is damaged: {error!r}") from error
+
+
+def renew_heads(peft_model: PeftModel) -> None:
+    """Give the modules that are trained whole the base model's weights, as they had where the start was made. Those of
+    a new head are random, so each seed has its own."""
+    for module in peft_model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
 
 
 def _write_checksums(folder: Path) -> None:

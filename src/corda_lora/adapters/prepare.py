@@ -85,6 +85,7 @@ def prepare(
             base = load_model(source)
             if not getattr(base, "is_quantized", False):
                 raise CordaError(f"original is for a model that is quantized already, but {source.model} is not")
+        torch.manual_seed(0)  # of a classifier's new head
         model, stored = open_model(original or source)
         tokenizer = load_tokenizer(source) if (data or config.quantization) and tokenizer is None else tokenizer
     else:
@@ -108,6 +109,7 @@ def prepare(
         dtype = source.dtype
         record |= {"model": source.model, "revision": source.revision, "dtype": dtype, "batch_tokens": batch_tokens}
         record |= {"original": original.model} if original else {}
+        record |= {"labels": source.labels} if source.labels else {}
     tokens = b"".join(batch["input_ids"].numpy().tobytes() for batch in context.batches)
     run = {**record, "config": asdict(config), "dtype": dtype, "batch_tokens": batch_tokens}
     run |= {"tokens": hashlib.sha256(tokens).hexdigest(), "corda-lora": __version__}

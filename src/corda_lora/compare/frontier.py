@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..evaluation.measures import KEPT, MEASURES
+from ..evaluation.measures import KEPT, MEASURES, OF_LABELS
 
 WIDER = ", so other rates may do better"
 FLOOR = 1e-7  # drift below this is rounding error, and its logarithm means nothing
@@ -476,7 +476,7 @@ def _row(
 
     scores: dict[tuple[str, str, str], list[float]] = {}
     for run in runs:
-        for measure in MEASURES.values():
+        for measure in (*MEASURES.values(), *OF_LABELS):
             for kind in measure.kinds if measure.title else ():
                 for name, values in run["results"].get(kind, {}).items():
                     if is_finite(values.get(measure.name)):

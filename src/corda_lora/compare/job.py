@@ -1,5 +1,6 @@
 """What one process does for one job of a comparison."""
 
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..config import CordaError
 from ..data.batches import encode
 from ..data.samples import load_samples
 from ..devices import accelerator, peak_bytes
@@ -20,7 +22,7 @@ from ..evaluation.base_outputs import BaseOutputs
 from ..evaluation.evaluate import evaluate, loss_and_drift
 from ..methods.registry import METHODS, Prepared, Setup, count_parameters
 from ..models.loading import load_model, load_tokenizer
-from ..models.targets import find_targets
+from ..models.targets import find_targets, is_classifier, new_modules, task_type, trains_head
 from ..training.keeping import Keeper
 from ..training.train import train
 from ..version import __version__
@@ -39,6 +41,7 @@ def do_job(comparison: Comparison, job: Job, counter: Any) -> dict[str, Any]:
     Raises CordaError if a method does not fit the model.
     """
     began = time.perf_counter()
+    torch.manual_seed(job.seed)  # of a classifier's new head
     model, tokenizer = load_model(comparison.source).to(accelerator()), load_tokenizer(comparison.source)
     if not job.entry:
         return _measure_base(comparison, job, model, tokenizer, began)
@@ -49,6 +52,8 @@ def do_job(comparison: Comparison, job: Job, counter: Any) -> dict[str, Any]:
     began = time.perf_counter()
     prepared = METHODS[entry.method].prepare(model, setup, **comparison.options(job))
     seconds = time.perf_counter() - began
+    if is_classifier(model) and not trains_head(prepared.model):
+        raise CordaError("it trains adapters alone, and a classifier's head has to be trained, too")
     if base is None:
         return {"status": "done", "seconds": seconds}
     if shared := comparison.result(start_of(comparison.entries[job.entry], job)):
@@ -83,6 +88,8 @@ def _setup(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any) -
         train=replace(recipe.train, learning_rate=rate, seed=job.seed, checkpoints=0),
         steps=comparison.steps,
         folder=comparison.start_folder(job),
+        task_type=task_type(model),
+        heads=new_modules(model),
     )
 
 
@@ -110,7 +117,8 @@ def _run(
     for keeper in (callback for callback in prepared.callbacks if isinstance(callback, Keeper)):
         result["predicted_drift"] = float(keeper.predicted())
     first, last = curve.points[0][-1], curve.points[-1][-1]
-    if not last <= first:  # this holds for NaN, too
+    # A classifier that is surer of fewer wrong labels than before has not diverged.
+    if not (last <= first or (is_classifier(prepared.model) and math.isfinite(last))):  # this holds for NaN, too
         why = f"the task's held-out loss began at {first:.3g} and ended at {last:.3g}"
         result |= {"status": "diverged", "why": why}
     return result

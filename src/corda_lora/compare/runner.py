@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from ..config import CompareConfig, CordaError, ModelConfig
+from ..data.labels import check_labels, with_labels
 from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_samples
 from ..devices import accelerator, machine_name, release_cache, restart_peak, visible_gpus
@@ -68,6 +69,8 @@ def compare(
     comparison = Comparison(source, recipe, output)
     check_methods(recipe)
     check_trainer(recipe.train, accelerator())
+    source = with_labels(source, comparison.learn)
+    comparison = replace(comparison, source=source)
     gpus = _checked_gpus(gpus)
     comparison.open(_checked_data(comparison, load_tokenizer(source), _checked_model(comparison)))
     if jobs:
@@ -103,12 +106,14 @@ def _checked_gpus(gpus: Sequence[str]) -> Sequence[str]:
 def _checked_model(comparison: Comparison) -> nn.Module | None:
     """The model without its weights; None where config.json does not say enough of it.
 
-    Raises CordaError if no run could train it: it is no causal language model, or has no such layers."""
+    Raises CordaError if no run could train it: it is neither a causal language model nor has labels, or has no such
+    layers."""
     source = comparison.source
     if source.model.endswith(".gguf") or class_of(settings := read_settings(source)) is None:
         return None
     model = empty_model(settings, source)
-    require_causal(model)
+    if source.labels is None:
+        require_causal(model)
     find_targets(model, comparison.recipe.target_modules)
     return model
 
@@ -125,6 +130,7 @@ def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | Non
     for use, data in [*prepared, *measured]:
         samples = load_samples(data)
         digests.append([f"{use} {data.data}", digest_of(samples)])
+        check_labels(data.data, samples, comparison.source.labels)
         if use == "choices":
             check_choices(data.data, samples)
         kind = {"task": "learn", "context": "keep"}.get(use, use)

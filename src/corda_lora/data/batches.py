@@ -19,11 +19,15 @@ class Encoded(NamedTuple):
         ids: token ids, (s,).
         answer: for each token, whether it belongs to a response, (s,): losses and drift are measured there.
         cut: how many tokens were cut off after these by `max_length`.
+        label: of a text to classify; None of other samples.
+        types: for each token, which of two texts it belongs to, (s,), where the model tells them apart.
     """
 
     ids: list[int]
     answer: list[bool]
     cut: int = 0
+    label: str | None = None
+    types: list[int] | None = None
 
     @property
     def start(self) -> int:
@@ -32,12 +36,14 @@ class Encoded(NamedTuple):
 
     @property
     def targets(self) -> int:
-        """Number of response tokens that have a token before them to be predicted from."""
-        return sum(self.answer[1:])
+        """Number of response tokens that have a token before them to be predicted from; 1 of a text with a label."""
+        return sum(self.answer[1:]) if self.label is None else 1
 
 
 def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> Encoded:
     """Tokens of the prompt and the response, or of a chat, cut at `max_length`.
+
+    A text to classify is as the tokenizer writes one, or two, with the tokens that it puts around them.
 
     Prompt and response are tokenized apart, so that the first token of the response is known. The tokenizer's
     begin-of-text token stands once, its end-of-text token only where the text has it; `end` adds it to a response that
@@ -46,6 +52,8 @@ def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -
     Raises:
         CordaError: the sample is a chat, and the tokenizer cannot write it: see `render_chat`.
     """
+    if sample.label is not None:
+        return _encode_labelled(tokenizer, sample, max_length)
     if sample.messages:
         ids, answer, is_open = _encode_chat(tokenizer, sample)
     else:
@@ -58,6 +66,19 @@ def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -
     if end and is_open and eos is not None and ids[-1] != eos:
         ids, answer = [*ids, eos], [*answer, True]
     return Encoded(ids[:max_length], answer[:max_length], max(0, len(ids) - max_length))
+
+
+def _encode_labelled(tokenizer: Any, sample: Sample, max_length: int) -> Encoded:
+    texts = (sample.prompt, sample.pair) if sample.pair else (sample.prompt,)
+    whole = tokenizer(*texts)
+    cut = max(0, len(whole.input_ids) - max_length)
+    if cut:
+        around = tokenizer.num_special_tokens_to_add(pair=bool(sample.pair))
+        if max_length <= around:
+            raise CordaError(f"max_length {max_length} leaves no room for a text between {around} special tokens")
+        whole = tokenizer(*texts, truncation=True, max_length=max_length)
+    ids, types = list(whole.input_ids), whole.get("token_type_ids")
+    return Encoded(ids, [False] * len(ids), cut, sample.label, None if types is None else list(types))
 
 
 def encode_question(tokenizer: Any, sample: Sample) -> list[int]:
@@ -143,7 +164,8 @@ def context_batches(
     """Batches of what the model's forward takes, of samples of like length, and the samples' numbers in that order.
 
     A decoder-only model or an encoder gets prompt and response as one text, with labels at the tokens of responses; an
-    encoder-decoder (`has_decoder`) gets the prompt, and the response as labels.
+    encoder-decoder (`has_decoder`) gets the prompt, and the response as labels. Of texts to classify, the labels are
+    left out.
 
     Raises:
         CordaError: no token in any sample.
@@ -157,6 +179,8 @@ def context_batches(
         if not inputs:
             raise CordaError("an encoder-decoder model needs samples with a prompt and a response; none has both")
     else:
+        if encoded and encoded[0][1].label is not None:
+            return _labelled_batches(encoded, batch_tokens, pad_id)
         inputs = [(i, e.ids, [t if a else -100 for t, a in zip(e.ids, e.answer)]) for i, e in encoded if e.ids]
         if not inputs:
             raise CordaError("the context is empty: no sample has a token")
@@ -167,6 +191,23 @@ def context_batches(
         batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
         numbers += [inputs[i][0] for i in indices]
     return batches, numbers
+
+
+def _labelled_batches(
+    encoded: Sequence[tuple[int, Encoded]], batch_tokens: int, pad_id: int
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    groups = batch_by_length([len(e.ids) for _, e in encoded], batch_tokens)
+    batches = [label_batch([encoded[i][1] for i in group], pad_id) for group in groups]
+    return batches, [encoded[i][0] for group in groups for i in group]
+
+
+def label_batch(encoded: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """What a classifier's forward takes of some texts, each (b, s)."""
+    ids, mask = pad([e.ids for e in encoded], pad_id)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if all(e.types is not None for e in encoded):
+        batch["token_type_ids"], _ = pad([e.types or [] for e in encoded], 0)
+    return batch
 
 
 def as_batches(

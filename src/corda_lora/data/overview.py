@@ -1,5 +1,6 @@
 """What is said of samples before long work: how many and how long they are, and one of them as the model reads it."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from statistics import median
@@ -8,11 +9,12 @@ from typing import Any
 from rich.text import Text
 from torch import nn
 
-from ..config import CordaError
+from ..config import CordaError, short
 from .batches import Encoded
 from .samples import Sample
 
 SHOWN = 400  # characters of a prompt or a response
+SHOWN_LABELS = 8
 
 
 def overview(
@@ -37,6 +39,8 @@ def overview(
         CordaError: `learned`, and no sample has a response, or none has a token of it within `max_length`; or `end`,
             and the tokenizer has no token for the end of a text, nor one for padding.
     """
+    if samples[0].label is not None:
+        return _of_labels(name, tokenizer, samples, encoded, max_length)
     answered = [e for s, e in zip(samples, encoded) if s.response.strip()]
     lost = sum(not e.targets for e in answered)
     if learned and not answered:
@@ -70,13 +74,31 @@ def overview(
     return Text("\n".join([*lines, *rendered(tokenizer, encoded[number], learned)]))
 
 
+def _of_labels(
+    name: str, tokenizer: Any, samples: Sequence[Sample], encoded: Sequence[Encoded], max_length: int
+) -> Text:
+    """The lines on texts to classify."""
+    lengths = [len(e.ids) + e.cut for e in encoded]
+    lines = [f"{name}: {len(samples):,} texts of {median(lengths):,.0f} tokens (median), the longest {max(lengths):,}"]
+    if cut := sum(e.cut > 0 for e in encoded):
+        lines[0] += f"; {cut:,} cut at --max_length {max_length}"
+    counts = Counter(str(s.label) for s in samples).most_common()
+    shown = [f"{short(label)[1:-1]} ({count:,})" for label, count in counts[:SHOWN_LABELS]]
+    more = f" and {len(counts) - SHOWN_LABELS:,} more" if len(counts) > SHOWN_LABELS else ""
+    lines += [f"  labels: {', '.join(shown)}{more}", "  text 1 as the model reads it:"]
+    return Text("\n".join([*lines, f"    {'text':<14} │{_shown(tokenizer, encoded[0].ids)}│"]))
+
+
+def _shown(tokenizer: Any, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(ids).replace("\n", "\\n")
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+
+
 def rendered(tokenizer: Any, encoded: Encoded, learned: bool = True) -> list[str]:
     """A line for each stretch of a sample with or without loss, special tokens included."""
     lines = []
     for answer, tokens in groupby(zip(encoded.ids, encoded.answer), key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in tokens]).replace("\n", "\\n")
-        if len(text) > SHOWN:
-            text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+        text = _shown(tokenizer, [token for token, _ in tokens])
         label = ("response, loss" if learned else "response") if answer else "prompt"
         lines.append(f"    {label:<14} │{text}│")
     return lines

@@ -23,16 +23,19 @@ def load_rows(config: DataConfig) -> tuple[Sequence[Row], list[str]]:
         raise CordaError("the name of the data is empty: give a file, a folder or the name of a data set")
     path = Path(config.data)
     suffix = path.suffix.lower()
-    kinds = (*READERS, ".parquet")
+    kinds = (*READERS, *DELIMITERS, ".parquet")
     if path.is_file() and suffix not in kinds:
         raise CordaError(f"cannot tell what kind of file {path} is: its name must end in {', '.join(kinds)}")
     if suffix in kinds and not path.exists():
         raise CordaError(f"there is no file {path}")
     if path.is_file() and not path.stat().st_size:
         raise CordaError(f"{path} is empty")
-    if path.is_file() and suffix in READERS:
+    if config.columns is not None and not (path.is_file() and suffix in DELIMITERS):
+        raise CordaError(f"columns names those of a .csv or .tsv file, and {config.data} is none")
+    if path.is_file() and suffix in (*READERS, *DELIMITERS):
         try:
-            rows = READERS[suffix](path)
+            table = suffix in DELIMITERS
+            rows = _read_table(path, DELIMITERS[suffix], config.columns) if table else READERS[suffix](path)
         except OSError as error:
             raise CordaError(f"cannot read {path}: {error.strerror}") from error
         return _slice(rows, config), list(dict.fromkeys(column for row in rows for column in row))
@@ -139,15 +142,15 @@ def _read_json(path: Path) -> list[Row]:
         return _read_jsonl(path)
 
 
-def _read_table(path: Path, delimiter: str) -> list[Row]:
-    """A header, then a row on each line, or on several where quotes say so."""
+def _read_table(path: Path, delimiter: str, columns: Sequence[str] | None) -> list[Row]:
+    """A header, unless `columns` stands for it, then a row on each line, or on several where quotes say so."""
     csv.field_size_limit(sys.maxsize)
     # Ends of lines are kept, so that a new line in a quoted cell stays what it is.
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     start = 1
     try:
-        header = next(reader, [])
+        header = next(reader, []) if columns is None else list(columns)
         if twice := [name for name in header if header.count(name) > 1]:
             raise CordaError(f"{path} has two columns named {twice[0]!r}")
         start = reader.line_num + 1
@@ -170,10 +173,5 @@ def _read_lines(path: Path) -> list[Row]:
     return [{"text": line.removesuffix("\r")} for line in _read_text(path).removesuffix("\n").split("\n")]
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": lambda path: _read_table(path, ","),
-    ".tsv": lambda path: _read_table(path, "\t"),
-    ".txt": _read_lines,
-}
+READERS: dict[str, Callable[[Path], list[Row]]] = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_lines}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}

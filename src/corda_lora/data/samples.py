@@ -26,6 +26,8 @@ class Sample(NamedTuple):
         row: the row of the data set.
         messages: the turns of a chat, each with a role and a content; none if the sample is no chat.
         first: in a chat, the first message that may carry the loss. All turns of the assistant from there on do.
+        label: of a text to classify, which is the prompt; None of other samples.
+        pair: a second text to classify with the first.
     """
 
     prompt: str
@@ -33,6 +35,8 @@ class Sample(NamedTuple):
     row: Row
     messages: tuple[Message, ...] = ()
     first: int = 0
+    label: str | None = None
+    pair: str = ""
 
     def answered(self, response: str) -> "Sample":
         """The same question with another response."""
@@ -60,7 +64,8 @@ def digest_of(samples: Iterable[Sample]) -> str:
     """The SHA-256 of what samples hold: a file may change and keep its name."""
     digest = hashlib.sha256()
     for s in samples:
-        digest.update(json.dumps([s.prompt, s.response, s.messages, s.first], default=str).encode())
+        labelled = [s.label, s.pair] if s.label is not None else []
+        digest.update(json.dumps([s.prompt, s.response, s.messages, s.first, *labelled], default=str).encode())
     return digest.hexdigest()
 
 
@@ -70,9 +75,9 @@ def load_others(config: DataConfig, count: int) -> list[Sample]:
 
     Raises CordaError as `load_samples` does.
     """
-    drawn = {(s.prompt, s.response, repr(s.messages)) for s in load_samples(config)}
+    drawn = {(s.prompt, s.response, s.pair, repr(s.messages)) for s in load_samples(config)}
     everything = load_samples(replace(config, samples=None))
-    others = [s for s in everything if (s.prompt, s.response, repr(s.messages)) not in drawn]
+    others = [s for s in everything if (s.prompt, s.response, s.pair, repr(s.messages)) not in drawn]
     return random.Random(config.seed).sample(others, min(count, len(others)))
 
 
@@ -181,6 +186,8 @@ def _reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sampl
     Raises:
         CordaError: the columns do not allow any.
     """
+    if config.label:
+        return _label_reader(config, columns)
     if not config.prompt and not config.response:
         for column in ("messages", "conversations"):
             if column in columns:
@@ -225,6 +232,35 @@ def _templates(config: DataConfig, columns: Sequence[str]) -> tuple[str, str]:
             f"{short(', '.join(columns), 200, quoted=False)}"
         )
     return prompt, response
+
+
+# Columns of the texts to classify, and of pairs of them, that stand for a prompt that is not given.
+TEXTS = ("prompt", "text", "sentence")
+PAIRS = (("sentence1", "sentence2"), ("question", "sentence"), ("premise", "hypothesis"))
+
+
+def _label_reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sample]:
+    """The function from a row to a text, or two, with a label."""
+    prompt, pair = config.prompt, config.pair
+    if not prompt and not pair:
+        found = next((names for names in (*PAIRS, *((name,) for name in TEXTS)) if {*names} <= {*columns}), ())
+        if not found:
+            raise CordaError(
+                f"{config.data} has none of the columns {', '.join(TEXTS)}: say with --prompt what the text to "
+                f"classify is; it has {short(', '.join(columns), 200, quoted=False)}"
+            )
+        prompt, pair = (["{" + name + "}" for name in found] + [""])[:2]
+    try:
+        texts = [parse_template(template, columns) for template in (prompt, pair)]
+        [label] = parse_template("{" + config.label + "}", columns)
+    except CordaError as error:
+        raise CordaError(f"{config.data}: {error}") from error
+
+    def read(row: Row) -> Sample:
+        first, second, name = (render(parts, row) for parts in (*texts, [label]))
+        return Sample(first, "", row, label=name.strip(), pair=second)
+
+    return read
 
 
 # --- chats -----------------------------------------------------------------------------------------------------------

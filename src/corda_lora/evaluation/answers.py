@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import CordaError
 from ..data.batches import Encoded, batch_by_length, pad
+from ..models.targets import has_new_head
 from ..progress import track
 
 Sides = Mapping[str, Callable[[], Any]]  # "base" and "tuned": contexts under which a model is the one or the other
@@ -20,7 +21,8 @@ TUNED: Sides = {"tuned": nullcontext}
 
 
 def sides(model: nn.Module) -> Sides:
-    """Contexts under which `model` is the base model and, if it carries an adapter, the tuned one.
+    """Contexts under which `model` is the base model and, if it carries an adapter, the tuned one. A classifier whose
+    base model has no head for its labels is the tuned one alone.
 
     Raises CordaError if the adapter cannot be taken off.
     """
@@ -30,7 +32,7 @@ def sides(model: nn.Module) -> Sides:
                 f"the adapter trained biases of the base model (bias {bias}), which stay when it is taken off, so it "
                 "cannot be compared with the base model: measure its merged model"
             )
-        return {"base": model.disable_adapter, "tuned": nullcontext}
+        return TUNED if has_new_head(model) else {"base": model.disable_adapter, "tuned": nullcontext}
     return {"base": nullcontext}
 
 

@@ -80,6 +80,8 @@ def changes(scores: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[Change]
     """
     found = []
     for (kind, data), sides in scores.items():
+        if not {"base", "tuned"} <= sides.keys():
+            continue
         if kind == "tasks":
             task, scored = TASKS[data], (sides["base"], sides["tuned"])
             rated = ~np.isnan([side.values for side in scored]).any(0)  # an answer may have got no rating

@@ -17,14 +17,30 @@ from torch import Tensor, nn
 
 from ..config import CordaError, EvalConfig
 from ..data.batches import Encoded, encode, text_of
+from ..data.labels import check_labels
 from ..data.overview import check_fit, overview
 from ..data.samples import Sample, load_samples
+from ..models.targets import is_classifier, known_labels
 from ..progress import console, quiet
 from .answers import TUNED, Sides, read_answers, sides
 from .base_outputs import BaseOutputs, record_base
 from .choices import UNCUT, check_choices, read_choices
 from .generation import read_continuations
-from .measures import KEPT, KINDS, MEASURES, Measure, Sampled, agreement, drift, loss, means, recall, tokens
+from .labels import read_labels
+from .measures import (
+    KEPT,
+    KINDS,
+    MEASURES,
+    OF_LABELS,
+    Measure,
+    Sampled,
+    agreement,
+    drift,
+    loss,
+    means,
+    recall,
+    tokens,
+)
 from .tasks.registry import Scores, Task, checked_tasks
 
 BothSides = dict[tuple[str, str], dict[str, Any]]  # of (kind, data), what each sample gave on each side
@@ -73,6 +89,11 @@ def _continuations(request: Request) -> Iterator[tuple[str, Any]]:
     return read_continuations(r.model, r.tokenizer, r.samples, r.config, r.progress, r.compared)
 
 
+def _labels(request: Request) -> Iterator[tuple[str, Any]]:
+    r = request
+    return read_labels(r.model, r.tokenizer, r.encoded, r.config.batch_tokens, r.progress, r.kind, r.compared)
+
+
 def _choices(request: Request) -> Iterator[tuple[str, Any]]:
     r = request
     return read_choices(r.model, r.tokenizer, r.samples, r.config.batch_tokens, r.progress, r.compared)
@@ -83,6 +104,7 @@ PASSES: dict[str, Callable[[Request], Iterator[tuple[str, Any]]]] = {
     "answers": _answers,
     "continuations": _continuations,
     "choices": _choices,
+    "labels": _labels,
 }
 
 
@@ -118,6 +140,8 @@ def evaluate(
     for data, samples in loaded["choices"]:
         check_choices(data.data, samples)
     measures = {kind: measures_of(kind, config, model) for kind in KINDS if loaded[kind]}
+    for data, samples in (pair for pairs in loaded.values() for pair in pairs):
+        check_labels(data.data, samples, known_labels(model))
     model.eval()
     compared = TUNED if base is not None else sides(model)
     requests: dict[tuple[str, str], Request] = {}
@@ -192,7 +216,7 @@ def measures_of(kind: str, config: EvalConfig, model: nn.Module) -> list[Measure
 
     Raises the first measure's CordaError if none is defined for it."""
     defined, errors = [], []
-    for measure in MEASURES.values():
+    for measure in (*MEASURES.values(), *OF_LABELS):
         if kind in measure.kinds and measure.wanted(config):
             try:
                 measure.requires(model)
@@ -237,5 +261,7 @@ def text_windows(tokenizer: Any, samples: Sequence[Sample], length: int) -> list
 
 def loss_and_drift(*args: Any, **kwargs: Any) -> dict[str, dict[str, float]]:
     """{side: {"loss", "recall", "tokens"}}, for the tuned side also "drift" and "agreement" where the base model's
-    predictions are known. The arguments are `read_answers`'s."""
+    predictions are known. Of a classifier, {side: {"loss"}}. The arguments are `read_answers`'s."""
+    if is_classifier(args[0]):
+        return means(OF_LABELS[:1], read_labels(*args, **kwargs))
     return means([loss, recall, drift, agreement, tokens], read_answers(*args, **kwargs))

@@ -3,23 +3,26 @@
 A measure reads what one forward pass over the data gave (a view), and returns a number for it. `evaluate` runs the
 passes, and every table reads here how a measure is printed. A new measure is one function under one `@measure(...)`.
 
-The views are `answers.Answers`, `choices.Choices` and `generation.Continuations`. Their `each` gives the same view of
-each sample alone. This file imports no torch, so that
-reports of finished comparisons are written without it.
+The views are `answers.Answers`, `choices.Choices`, `generation.Continuations` and `labels.Labels`. Their `each` gives
+the same view of each sample alone. This file imports no torch, so that reports of finished comparisons are written
+without it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
+
+from ..config import CordaError
 
 if TYPE_CHECKING:
     from ..config import EvalConfig
     from .answers import Answers
     from .choices import Choices
     from .generation import Continuations
+    from .labels import Labels
 
 KINDS = ("keep", "learn", "text", "choices")  # of data: the fields of EvalConfig
 # Measures of the kind "tasks" are of benchmarks: see `tasks.registry`.
@@ -53,6 +56,7 @@ class Measure:
         requires: raises CordaError for a model that the measure is not defined for.
         wanted: whether the user asked for the measure.
         finish: applied to the mean.
+        of_all: whether it is of all samples together, and no mean of what each sample gives.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Measure:
     requires: Callable[[Any], None] = causal_head
     wanted: Callable[[EvalConfig], bool] = lambda config: True
     finish: Callable[[float], float] = lambda mean: mean
+    of_all: bool = False
 
     @property
     def label(self) -> str:
@@ -124,11 +129,12 @@ def means(
         for per in ("token", "sample"):
             counts[side, per] = counts.get((side, per), 0) + getattr(view, f"{per}s", 0)
         if sampled is not None:
-            by_measure = sampled.setdefault(side, {m.name: Sampled() for m in measures if m.name in values})
+            means_of = [m for m in measures if m.name in values and not m.of_all]
+            by_measure = sampled.setdefault(side, {m.name: Sampled() for m in means_of})
             for single in view.each():
-                for name, samples_of in by_measure.items():
-                    samples_of.totals.append(MEASURES[name].total(single))
-                    samples_of.counts.append(getattr(single, f"{MEASURES[name].per}s", 1))
+                for m in means_of:
+                    by_measure[m.name].totals.append(m.total(single))
+                    by_measure[m.name].counts.append(getattr(single, f"{m.per}s", 1))
     for side, values in sums.items():
         for m in measures:
             if m.name in values and m.per:
@@ -231,5 +237,70 @@ def metric(name: str, form: str, meaning: str = "", title: str = "score") -> Non
 
 metric("pass@1", ".1%", "programs that pass all tests", title="right answers")
 metric("score", ".2f", "of 10, as judged")
-metric("matthews", ".3f", "Matthews correlation")
-metric("pearson", ".3f", "Pearson correlation")
+metric("matthews", ".3f", "Matthews correlation", title="Matthews correlation")
+metric("pearson", ".3f", "Pearson correlation", title="Pearson correlation")
+metric("spearman", ".3f", "Spearman rank correlation", title="Spearman correlation")
+metric("f1", ".3f", "F1 of the second label", title="F1")
+
+
+# --- a classifier's: the same names for its loss and what else it shares ---------------------------------------------
+
+
+def labels_head(least: int, most: float = math.inf) -> Callable[[Any], None]:
+    """What raises CordaError if a model is no classifier with so many labels; one stands for a number."""
+
+    def check(model: Any) -> None:
+        from ..models.targets import is_classifier
+
+        if not is_classifier(model) or not least <= len(model.config.id2label) <= most:
+            raise CordaError(f"{type(model).__name__} is no classifier with so many labels")
+
+    return check
+
+
+def f1_of(predicted: Sequence[float], targets: Sequence[float]) -> float:
+    """F1 of label 1, of two: the harmonic mean of precision and recall."""
+    import numpy as np
+
+    found, right = np.asarray(predicted) == 1, np.asarray(targets) == 1
+    return float(2 * (found & right).sum() / max(found.sum() + right.sum(), 1))
+
+
+def pearson_of(predicted: Sequence[float], targets: Sequence[float]) -> float:
+    """Pearson correlation, 0 where one of the two is constant. Of two labels, 0 and 1, it is Matthews'."""
+    import numpy as np
+
+    varied = all(np.ptp(values) > 0 for values in (predicted, targets))
+    return float(np.corrcoef(predicted, targets)[0, 1]) if varied else 0.0
+
+
+def spearman_of(predicted: Sequence[float], targets: Sequence[float]) -> float:
+    """Pearson correlation of the ranks; equal values have their mean."""
+    import pandas
+
+    x, y = (pandas.Series(list(values)).rank().to_list() for values in (predicted, targets))
+    return pearson_of(x, y)
+
+
+def _of_all(compute: Callable[[list[float], list[float]], float]) -> Callable[[Labels], float]:
+    """A measure of all texts together, times their number, as `Measure.total` is."""
+    return lambda labels: labels.samples * compute(labels.predicted.tolist(), labels.targets.tolist())
+
+
+def _of_labels(
+    name: str, total: Callable[[Labels], float], least: int, most: float = math.inf, **other: Any
+) -> Measure:
+    """The measure of that name, of classifiers with `least` to `most` labels."""
+    requires = labels_head(least, most)
+    return replace(MEASURES[name], total=total, reads="labels", kinds=("learn",), requires=requires, **other)
+
+
+OF_LABELS = [
+    _of_labels("loss", lambda v: v.loss(), 1, per="sample", unit="nats per text, or the square of a number's error"),
+    _of_labels("accuracy", lambda v: v.right(), 2),
+    _of_labels("matthews", _of_all(pearson_of), 2, 2, of_all=True),
+    _of_labels("f1", _of_all(f1_of), 2, 2, of_all=True),
+    _of_labels("pearson", _of_all(pearson_of), 1, 1, of_all=True),
+    _of_labels("spearman", _of_all(spearman_of), 1, 1, of_all=True),
+    _of_labels("samples", lambda v: v.samples, 1),
+]

@@ -17,6 +17,7 @@ from ..config import CordaConfig, CordaError, NonNegative
 from ..data.batches import context_batches, encode, pad
 from ..data.samples import Sample
 from ..devices import compute_device, double_device
+from ..models.targets import is_classifier, is_of_head
 from ..models.weights import weight_of, weight_shape
 from ..preprocess.context import Context
 from ..preprocess.layer import LayerStart
@@ -39,11 +40,12 @@ def full(model: nn.Module, setup: Setup) -> Prepared:
 def bitfit(model: nn.Module, setup: Setup) -> Prepared:
     model.float()  # bfloat16 would round most steps away
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
+    heads = [p for name, p in model.named_parameters() if is_classifier(model) and is_of_head(name)]
     if not biases:
         raise CordaError(f"BitFit trains biases, and {type(model).__name__} has none")
     model.requires_grad_(False)
-    for bias in biases:
-        bias.requires_grad_(True)
+    for parameter in (*biases, *heads):
+        parameter.requires_grad_(True)
     return Prepared(model)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.lora import BASE_FOLDER, load_adapter
+from ..adapters.lora import BASE_FOLDER, load_adapter, renew_heads
 from ..adapters.prepare import prepare
 from ..config import CordaConfig, Count, DataConfig, ModelConfig, NonNegative
 from ..models.loading import load_model
@@ -54,6 +54,7 @@ def corda(
         setup = replace(setup, targets={name: model.get_submodule(name) for name in setup.targets})
     kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness, draws)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
+    renew_heads(peft_model)
     prepared = Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))
     return with_penalties(prepared, setup, kept)
 

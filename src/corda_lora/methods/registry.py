@@ -65,6 +65,8 @@ class Setup:
         train: the training recipe of this run.
         steps: how many optimizer steps the run takes.
         folder: the method's cache, shared by all runs of an entry.
+        task_type: PEFT's, of the model.
+        heads: modules to be trained whole: see `new_modules`.
     """
 
     tokenizer: Any
@@ -77,6 +79,8 @@ class Setup:
     train: TrainConfig
     steps: int
     folder: Path
+    task_type: str | None = "CAUSAL_LM"
+    heads: Sequence[str] = ()
 
     def data(self, kind: str) -> DataConfig:
         """The data of the task ("learn") or of the ability to keep ("keep").
@@ -99,7 +103,8 @@ class Setup:
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.train.lora_dropout,
             "target_modules": list(self.targets),
-            "task_type": "CAUSAL_LM",
+            "task_type": self.task_type,
+            "modules_to_save": self.heads or None,
             "fan_in_fan_out": all(isinstance(module, Conv1D) for module in self.targets.values()),
         }
         return kind(**(common | options))

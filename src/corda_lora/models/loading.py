@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..config import CordaError, ModelConfig, short
+from .targets import NEW, is_of_head
 from .weights import compute_as_stored
 
 # Tables that older versions stored with the weights; models compute them now.
@@ -26,7 +27,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_model(config: ModelConfig) -> nn.Module:
-    """The model, on the CPU, in evaluation mode.
+    """The model, on the CPU, in evaluation mode. With `labels` it is a classifier. What the checkpoint has not of its
+    head is drawn with torch's random numbers, and named by `new_modules`.
 
     Raises CordaError if there is no such model, its weights are a pickle, a weight is missing or has another shape than
     config.json says, or it cannot be loaded.
@@ -35,9 +37,15 @@ def load_model(config: ModelConfig) -> nn.Module:
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     kind: Any = transformers.AutoModelForCausalLM  # a GGUF file holds a language model
     if "gguf_file" in options:
+        if config.labels is not None:
+            raise CordaError(f"{config.model} holds a language model, which cannot be loaded with a head for labels")
         dtype = torch.float32 if dtype == "auto" else dtype  # its numbers are expanded
     else:
-        kind = class_of(read_settings(config)) or kind
+        settings = read_settings(config)
+        kind = class_of(settings) or kind
+        if config.labels is not None:
+            kind = transformers.AutoModelForSequenceClassification
+            options |= _label_options(settings, config)
         options["use_safetensors"] = True
         if Path(name).is_dir():
             check_shards(Path(name))
@@ -46,17 +54,24 @@ def load_model(config: ModelConfig) -> nn.Module:
         model, report = kind.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    for weight, stored, expected in report["mismatched_keys"]:
-        raise _other_shape(config.model, weight, stored, expected)
     parameters = dict(model.named_parameters())
-    if missing := [weight for weight in report["missing_keys"] if weight in parameters]:
+    missing = [weight for weight in report["missing_keys"] if weight in parameters]
+    others = list(report["mismatched_keys"])
+    if config.labels is not None:
+        new = {weight for weight in missing if _may_be_new(weight)}
+        new |= {weight for weight, *_ in others if is_of_head(weight)}  # a head for other labels
+        missing, others = [w for w in missing if w not in new], [other for other in others if other[0] not in new]
+        setattr(model, NEW, sorted({weight.rpartition(".")[0] for weight in new}))
+    for weight, stored, expected in others:
+        raise _other_shape(config.model, weight, stored, expected)
+    if missing:
         more = f" and {len(missing) - 1} more of its weights" if len(missing) > 1 else ""
         raise CordaError(
             f"the checkpoint {config.model} has no {min(missing)}{more}: it is damaged or of another model"
         )
-    if "gguf_file" not in options:
+    if "gguf_file" not in options and config.labels is None:  # a classifier does without the head of a language model
         _warn_of_unexpected(config.model, model, report["unexpected_keys"])
-    else:
+    if "gguf_file" in options:
         # The weights are plain tensors now; transformers still believes that it cannot save them.
         model.hf_quantizer = None
         model.is_quantized = False
@@ -76,6 +91,8 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
     Raises CordaError if there is no such model, its weights are a pickle, a shard is missing or damaged, or a weight
     has another shape than config.json says.
     """
+    if config.labels is not None:  # the names in a checkpoint of an encoder differ from those of the classifier
+        return load_model(config), {}
     name, options = _source(config)
     why = "a GGUF file"
     if "gguf_file" not in options:
@@ -137,14 +154,41 @@ def class_of(settings: Any) -> Any:
     return getattr(transformers, (settings.architectures or [""])[0], None)
 
 
+def _label_options(settings: Any, config: ModelConfig) -> dict[str, Any]:
+    """What a model's configuration says of its labels. Raises CordaError if it can have no head for them."""
+    assert config.labels is not None
+    if type(settings) not in transformers.AutoModelForSequenceClassification._model_mapping or (
+        settings.is_encoder_decoder
+    ):
+        raise CordaError(f"{config.model} ({settings.model_type}) cannot be loaded with a head for labels")
+    names = dict(enumerate(config.labels))
+    options: dict[str, Any] = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    options["problem_type"] = "regression" if len(names) == 1 else "single_label_classification"
+    if settings.pad_token_id is None:  # decoders read the last token before the padding: see `load_tokenizer`
+        ends = settings.eos_token_id
+        options["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    return options
+
+
+def _may_be_new(weight: str) -> bool:
+    """Whether a checkpoint may do without a weight of a classifier: outside of the blocks, which are numbered, and no
+    embedding. It is of the head, or of the pooling before it."""
+    return not re.search(r"\.\d+\.|embed|shared", weight)
+
+
 def empty_model(settings: Any, config: ModelConfig) -> nn.Module:
     """The model without its weights. Its parameters take no memory: each is one NaN, expanded to its shape."""
     dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    kind = class_of(settings)
+    if config.labels is not None:
+        for name, value in _label_options(settings, config).items():
+            setattr(settings, name, value)
+        kind = transformers.AutoModelForSequenceClassification._model_mapping[type(settings)]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.float32)
     try:
         with init_empty_weights():  # buffers (rotary tables) are computed as ever
-            model = class_of(settings)(settings)
+            model = kind(settings)
     finally:
         torch.set_default_dtype(before)
     for module in model.modules():

@@ -34,6 +34,9 @@ HEADS = {
 }
 
 
+NEW = "drawn"  # an attribute of models: the names of modules whose weights are random, as the checkpoint has none
+
+
 def task_type(model: nn.Module) -> TaskType | None:
     """PEFT's task type, from the name of the model's class; None if it has none."""
     name = type(model).__name__
@@ -43,9 +46,48 @@ def task_type(model: nn.Module) -> TaskType | None:
     return task
 
 
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model (adapted or not) gives a text a label, or a number."""
+    return task_type(_base_of(model)) is TaskType.SEQ_CLS
+
+
+def known_labels(model: nn.Module) -> list[str] | None:
+    """A classifier's labels in the order of its outputs; None of another model."""
+    if not is_classifier(model):
+        return None
+    names: Any = _base_of(model).config.id2label  # type: ignore[union-attr]
+    return [str(names[i]) for i in range(len(names))]
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a module, or a weight, of a classifier belongs to the head that PEFT trains whole by itself."""
+    return name.partition(".")[0].endswith(HEADS[TaskType.SEQ_CLS])
+
+
+def new_modules(model: nn.Module) -> list[str]:
+    """The modules of a classifier before its head, such as a pooling layer, that the checkpoint has no weights of. They
+    are trained whole, too."""
+    return [name for name in getattr(model, NEW, ()) if not is_of_head(name)]
+
+
+def has_new_head(model: nn.Module) -> bool:
+    """Whether the base model's head for labels is random: the checkpoint has none."""
+    return bool(getattr(_base_of(model), NEW, ()))
+
+
+def trains_head(model: nn.Module) -> bool:
+    """Whether an adapted classifier's head is trained."""
+    parameters = _base_of(model).named_parameters()
+    return any(parameter.requires_grad and parameter.ndim > 1 for name, parameter in parameters if is_of_head(name))
+
+
 def require_causal(model: nn.Module) -> None:
     """Raises CordaError if a model (adapted or not) is not a causal language model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base_of(model)
     if task_type(base) is not TaskType.CAUSAL_LM:
         raise CordaError(
             f"{type(base).__name__} is no causal language model: only these can be trained and measured on responses"
@@ -145,6 +187,7 @@ def _matched_layers(
     config = _maybe_include_all_linear_layers(config, model)
     heads = HEADS.get(config.task_type, ())  # PEFT, too, compares endings: DistilBERT's pre_classifier is one
     modules = {n: m for n, m in model.named_modules() if n and not n.partition(".")[0].endswith(heads)}
+    modules = {n: m for n, m in modules.items() if n not in new_modules(model)}
     if isinstance(config.target_modules, str):  # as PEFT matches it, but with a time limit
         pattern = config.target_modules
         matched = {n: m for n, m in modules.items() if find_all("target_modules", pattern, n, whole=True)}
@@ -264,6 +307,7 @@ def lora_config(model: nn.Module, names: Iterable[str]) -> LoraConfig:
     return LoraConfig(
         target_modules=names,
         task_type=task_type(model),
+        modules_to_save=new_modules(model) or None,
         fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in names),
     )
 

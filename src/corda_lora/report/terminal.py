@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..evaluation.measures import MEASURES, Measure
+from ..evaluation.measures import MEASURES, OF_LABELS, Measure
 from ..preprocess.plan import Plan, size_text
 
 if TYPE_CHECKING:
@@ -125,14 +125,17 @@ def _time(seconds: float) -> str:
 def results_table(results: dict[str, Any]) -> Table:
     """One row for each measure and data set of `evaluate`'s results; base and tuned model side by side."""
     rows: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    of_labels = {measure.name: measure for measure in OF_LABELS}
+    shown: dict[str, Measure] = {}
     for kind, by_data in results.items():
         for data, by_side in by_data.items():
             for side, values in by_side.items():
                 for name, value in values.items():
                     if MEASURES[name].per:  # a count says nothing about the model
                         rows[kind, name, data][side] = value
-    shown = [measure for measure in MEASURES.values() if any(name == measure.name for _, name, _ in rows)]
-    table = Table(caption=caption(shown))
+                        labelled = kind == "learn" and "tokens" not in values
+                        shown[name] = of_labels[name] if labelled else MEASURES[name]
+    table = Table(caption=caption([shown[name] for name in MEASURES if name in shown]))
     for column in ("measure", "data", "base", "tuned"):
         table.add_column(column, justify="right" if column in ("base", "tuned") else "left")
     for (kind, name, data), values in rows.items():

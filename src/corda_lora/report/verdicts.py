@@ -76,11 +76,23 @@ def kept(drift: float) -> str:
 
 
 def _learned(base: Values, tuned: Values) -> Iterator[str]:
-    if "loss" in base and "loss" in tuned:
+    if "tokens" not in tuned:
+        yield from _labelled(base, tuned)
+    elif "loss" in base and "loss" in tuned:
         yield learned(base["loss"], tuned["loss"])
     for name in ("recall", "exact_match"):
         if base.get(name) == tuned.get(name) == 0:
             yield f"{name.replace('_', ' ')} is 0 before and after, so it cannot show anything here"
+
+
+def _labelled(base: Values, tuned: Values) -> Iterator[str]:
+    """Of a classifier."""
+    if not base:
+        yield "the base model has no head for these labels, so there is no before to compare with"
+    else:
+        yield from _chosen(base, tuned)
+    if 0 in (tuned.get(name) for name in ("matthews", "pearson", "spearman")):
+        yield "not learned: always the same label would be as good"
 
 
 def learned(before: float, after: float) -> str:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on prompts and responses, through TRL's `SFTTrainer`."""
+"""Supervised fine-tuning on prompts and responses, through TRL's `SFTTrainer`, and of classifiers on labels."""
 
 import shutil
 import time
@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -25,9 +25,17 @@ from ..data.overview import check_fit
 from ..data.samples import Sample
 from ..devices import has_bfloat16
 from ..files import CHECKSUMS, check_checksums, write_checksums
-from ..models.targets import check_saved_modules, find_targets, require_causal, task_type
+from ..models.targets import (
+    check_saved_modules,
+    find_targets,
+    is_classifier,
+    new_modules,
+    require_causal,
+    task_type,
+)
 from ..progress import console, progress_bar
 from .arguments import trainer_arguments
+from .classify import LabelTrainer, label_rows
 from .keeping import Keeper
 from .rates import LORA_RATE, rate_of
 from .sampler import SimilarLengths
@@ -54,7 +62,7 @@ def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftM
         target_modules=list(targets),
         exclude_modules=start.exclude_modules,
         layers_to_transform=start.layers_to_transform,
-        modules_to_save=start.modules_to_save,
+        modules_to_save=[*(start.modules_to_save or ()), *new_modules(model)] or None,
         task_type=task_type(model),
     )
     return peft.get_peft_model(model, lora)
@@ -87,7 +95,8 @@ def train(
 ) -> dict[str, Any]:
     """Train the trainable parameters of `model` in place. The model may carry an adapter.
 
-    The loss covers only the response and the end-of-text token. With the same seed, every model sees the same samples
+    The loss covers only the response and the end-of-text token; a classifier's is that of the label (see
+    `training.classify`). With the same seed, every model sees the same samples
     in the same order.
 
     Args:
@@ -106,28 +115,33 @@ def train(
         "kept_step" (whose adapter the model has now), "samples", "seconds", "train_loss", "learning_rate"}.
 
     Raises:
-        CordaError: the model is no causal language model, its output head carries an adapter or is more than a matrix,
-            no sample has a response, the learning rate is not given and not known, or packed samples would mix; and as
-            `trainer_arguments` does.
+        CordaError: the model is neither a causal language model nor a classifier, its output head carries an adapter or
+            is more than a matrix, no sample has a response, the learning rate is not given and not known, or packed
+            samples would mix; and as `trainer_arguments` does.
         DivergedError: the loss of a step, or a trained parameter at the end, is NaN or infinite.
     """
-    require_causal(model)  # SFTTrainer trains the next-token loss of responses; a classifier has no such loss
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+    labelled = is_classifier(model)
+    if not labelled:
+        require_causal(model)
+    if not labelled and isinstance(model.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
         raise CordaError(
             "the output head carries an adapter, which cannot be trained: TRL reads the head's weight past the adapter"
         )
-    rows = encoded_rows(model, tokenizer, samples, max_length)
-    held_out_rows = encoded_rows(model, tokenizer, held_out, max_length) if held_out else None
+    encoded = label_rows if labelled else encoded_rows
+    rows = encoded(model, tokenizer, samples, max_length)
+    held_out_rows = encoded(model, tokenizer, held_out, max_length) if held_out else None
     device = next(model.parameters()).device
     warn_without_bfloat16(config, device)
     rate, whose = (config.learning_rate, "") if config.learning_rate else default_rate(model)
     packing = config.trainer.get("packing", False)
+    if packing and labelled:
+        raise CordaError("trainer.packing puts several responses into one sequence: a classifier has none")
     if packing:
         check_packing(model, rows)
     steps = training_steps(config, len(pack_dataset(rows.select_columns("input_ids"), max_length) if packing else rows))
     arguments = trainer_arguments(config, rate, steps, max_length, device, work, held_out_rows is not None)
     stopping = [_EarlyStopping(config.early_stopping)] if config.early_stopping else []
-    trainer = _Trainer(
+    trainer: Any = (_LabelTrainer if labelled else _Trainer)(
         model,
         arguments,
         train_dataset=rows,
@@ -252,37 +266,12 @@ def training_steps(config: TrainConfig, samples: int) -> int:
     return config.max_steps or max(1, round(config.epochs * samples / config.batch_size))
 
 
-class _Trainer(SFTTrainer):
-    """TRL's trainer with our order of samples, and with further terms in its loss (see `train`). It stops at a loss
-    that is NaN or infinite."""
+class _Terms(Trainer):
+    """Part of a trainer: our order of samples, and further terms in the loss (see `train`). It stops at a loss that is
+    NaN or infinite."""
 
     penalties: Mapping[str, Callable[[], Tensor]] = {}
     rehearsals: Mapping[str, Callable[[], Tensor]] = {}
-
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
-        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-        super().__init__(model, *args, **kwargs)
-        for parameter, data in trained:  # TRL rounds what is trained on a 4-bit or 8-bit model to bfloat16
-            parameter.data = data.to(parameter.device)
-        self._check_head()
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Raises CordaError if the log-probabilities that TRL trains with are not the model's own. TRL multiplies the
-        last hidden states by the head's weight: what else a model, or a hook, does before the logits is passed by."""
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        ids = torch.tensor([self.train_dataset[0]["input_ids"]], device=self.args.device)
-        self.model.eval()  # training turns dropout on again
-        own = model.forward(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        own = own.gather(1, ids[0, 1:, None])[:, 0]
-        with suppress(RuntimeError):  # of shapes that do not go together
-            fused = model.forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
-            if (own - fused).abs().mean() < 0.1:  # bfloat16 alone makes a few hundredths
-                return
-        raise CordaError(
-            f"{type(model).__name__} does more before its logits than TRL's trainer knows, which multiplies the "
-            "last hidden states by the head's weight: this model cannot be trained here"
-        )
 
     def compute_loss(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
         """The loss of a micro-batch, with its share of the rehearsals; that of a step's last one has the penalties.
@@ -316,6 +305,39 @@ class _Trainer(SFTTrainer):
         rows = train_dataset if train_dataset is not None else self.train_dataset
         step_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return SimilarLengths([len(ids) for ids in rows["input_ids"]], step_size, self.args.data_seed)
+
+
+class _Trainer(_Terms, SFTTrainer):
+    """TRL's trainer."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(model, *args, **kwargs)
+        for parameter, data in trained:  # TRL rounds what is trained on a 4-bit or 8-bit model to bfloat16
+            parameter.data = data.to(parameter.device)
+        self._check_head()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Raises CordaError if the log-probabilities that TRL trains with are not the model's own. TRL multiplies the
+        last hidden states by the head's weight: what else a model, or a hook, does before the logits is passed by."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        ids = torch.tensor([self.train_dataset[0]["input_ids"]], device=self.args.device)
+        self.model.eval()  # training turns dropout on again
+        own = model.forward(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        own = own.gather(1, ids[0, 1:, None])[:, 0]
+        with suppress(RuntimeError):  # of shapes that do not go together
+            fused = model.forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
+            if (own - fused).abs().mean() < 0.1:  # bfloat16 alone makes a few hundredths
+                return
+        raise CordaError(
+            f"{type(model).__name__} does more before its logits than TRL's trainer knows, which multiplies the "
+            "last hidden states by the head's weight: this model cannot be trained here"
+        )
+
+
+class _LabelTrainer(_Terms, LabelTrainer):
+    """That of classifiers."""
 
 
 class _Steps(TrainerCallback):

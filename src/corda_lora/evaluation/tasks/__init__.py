@@ -1,3 +1,3 @@
 """Every benchmark that a model can be scored on, by name (see `registry`)."""
 
-from . import code, harness, mt_bench  # noqa: F401 (each module enters its tasks into registry.TASKS)
+from . import code, glue, harness, mt_bench  # noqa: F401 (each module enters its tasks into registry.TASKS)
