@@ -74,11 +74,7 @@ def gained_and_lost(changes: Sequence[Change]) -> list[str]:
 def _described(sets: Sequence[Sequence[Change]], outcome: str) -> list[str]:
     """Each set with the outcome, by the first of its measures that has it."""
     firsts = [next((change for change in group if change.outcome == outcome), None) for group in sets]
-    return [
-        f"{name_of(c)} ({MEASURES[c.measure].label} {with_unit(c, c.change)}, 95 % interval {interval(c)})"
-        for c in firsts
-        if c is not None
-    ]
+    return [f"{name_of(c)} ({MEASURES[c.measure].label} {with_unit(c, c.change)})" for c in firsts if c is not None]
 
 
 def changes_table(changes: Sequence[Change]) -> Table:

@@ -287,6 +287,7 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
 
 
 def _run(benchmark: Benchmark, model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
+    from ...devices import release_cache
     from ...models.targets import require_causal
 
     require_causal(model)
@@ -301,6 +302,7 @@ def _run(benchmark: Benchmark, model: Any, tokenizer: Any, config: EvalConfig) -
         task.set_fewshot_seed(SHOTS_SEED)
     scorer = _scorer(model, tokenizer, benchmark.name, config.batch_tokens)
     results = evaluate(scorer, {"tasks": tasks}, limit=config.limit, bootstrap_iters=0)
+    release_cache(scorer.device)  # other processes may share the accelerator
     values, details = [], []
     for samples in results["samples"].values():
         first = samples[0]["filter"]  # strict-match of gsm8k
