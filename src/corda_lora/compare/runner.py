@@ -9,6 +9,8 @@ process.
 """
 
 import gc
+import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -35,7 +37,7 @@ from ..devices import accelerator, machine_name, release_cache, restart_peak, vi
 from ..evaluation.choices import check_choices
 from ..evaluation.evaluate import measured_samples
 from ..evaluation.measures import KINDS
-from ..evaluation.tasks.registry import checked_tasks
+from ..evaluation.tasks.registry import named_tasks
 from ..files import write_json
 from ..methods.registry import METHODS, check_options
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
@@ -125,8 +127,8 @@ def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | Non
     not fit the model, if that is known."""
     prepared = [("task", comparison.learn)] + ([] if comparison.keep is None else [("context", comparison.keep)])
     measured = [(kind, data) for kind in KINDS for data in comparison.recipe.eval.data(kind)]
+    benchmarks = [(task.name, task.check(comparison.recipe.eval)) for task in named_tasks(comparison.recipe.eval)]
     digests = []
-    checked_tasks(comparison.recipe.eval)
     for use, data in [*prepared, *measured]:
         samples = load_samples(data)
         digests.append([f"{use} {data.data}", digest_of(samples)])
@@ -139,6 +141,8 @@ def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | Non
         console.print(overview(f"{use} {data.data}", tokenizer, shown, encoded, data.max_length, learned, end))
         if model is not None:
             check_fit(model, (e.ids for e in encoded))
+    for name, asked in benchmarks:
+        digests.append([f"task {name}", hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()])
     return digests
 
 

@@ -261,6 +261,11 @@ def test_a_prompt_with_no_room_is_said(tokenizer, checkpoint, data, capsys):
         ),
         ("gsm8k", {"gsm8k/test.jsonl": [{"question": "q", "answer": "a"}]}, "needs the file D/gsm8k/train.jsonl"),
         (
+            "gsm8k",
+            {f"gsm8k/{split}.jsonl": [{"question": "q", "answer": "a"}] * 4 for split in ("test", "train")},
+            "D/gsm8k/train.jsonl has 4 rows, and the prompt has 5 examples",
+        ),
+        (
             "math",
             {"math/test.jsonl": [{"problem": "q", "solution": "so 3"}]},
             "row 1 of D/math/test.jsonl has solution 'so 3', but needs a text with the answer in \\boxed{}",
@@ -305,3 +310,15 @@ def test_quiet_shows_nothing(folder, data, tmp_path, capfd):
     assert len(details) == 4
     assert details[0]["expected"] == ["a plum", "none"]
     assert json.loads((output / "results.json").read_text())["results"]["tasks"]["webqs"]["base"]["samples"] == 4
+
+
+def test_a_comparison_goes_on_with_the_same_samples_alone(checkpoint, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "learn.jsonl", [{"prompt": "1 + 1 =", "response": " 2"}])
+    evaluated = {"learn": "learn.jsonl", "tasks": "webqs", "data_dir": str(data)}
+    recipe = {"model": str(checkpoint), "data": "learn.jsonl", "methods": ["lora"], "eval": evaluated}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    command = ["compare", "recipe.yaml", "--output", "out", "--jobs", 0]
+    assert "has no results of the base model yet" in refused(capsys, *command)
+    write(data / "webqs" / "test.jsonl", rows_of("webqs", ["others"]))
+    assert "it differs in the samples of task webqs" in refused(capsys, *command)

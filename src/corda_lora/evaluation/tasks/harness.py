@@ -63,7 +63,7 @@ class Benchmark:
         places: names that the folder or file may have in a local directory.
         columns: what the definition reads.
         renamed: other names of columns, that public copies of the data have.
-        shots: whether the prompt has examples from the training split.
+        shots: how many examples from the training split the prompt has.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Benchmark:
     places: tuple[str, ...]
     columns: dict[str, Kind]
     renamed: dict[str, str]
-    shots: bool
+    shots: int
     meaning: str
 
 
@@ -85,7 +85,7 @@ BENCHMARKS = [
         ("triviaqa", "trivia_qa"),
         {"question": TEXT, "answer": ALIASES},
         {},
-        False,
+        0,
         "TriviaQA, closed book: the answer is one of the right ones, but for case and punctuation",
     ),
     Benchmark(
@@ -95,7 +95,7 @@ BENCHMARKS = [
         ("nq_open",),
         {"question": TEXT, "answer": TEXTS},
         {},
-        False,
+        0,
         "Natural Questions, closed book: the answer is one of the right ones, but for case, punctuation and articles",
     ),
     Benchmark(
@@ -105,7 +105,7 @@ BENCHMARKS = [
         ("webqs", "web_questions", "webquestions"),
         {"question": TEXT, "answers": TEXTS},
         {"qText": "question"},
-        False,
+        0,
         "WebQuestions: one of the right answers is what greedy decoding gives",
     ),
     Benchmark(
@@ -115,7 +115,7 @@ BENCHMARKS = [
         ("gsm8k",),
         {"question": TEXT, "answer": TEXT},
         {},
-        True,
+        5,
         "GSM8K, five examples in the prompt: the number after #### is right (strict-match)",
     ),
     Benchmark(
@@ -125,7 +125,7 @@ BENCHMARKS = [
         ("math", "hendrycks_math"),
         {"problem": TEXT, "solution": SOLUTION},
         {},
-        False,
+        0,
         "MATH: the answer is the one in the solution's box; from the hub, a --limit is of each of its seven parts",
     ),
 ]
@@ -167,13 +167,22 @@ def harness_tasks(benchmark: Benchmark, config: EvalConfig) -> dict[str, Any]:
         raise CordaError(f"cannot load the data of {benchmark.name} from {where} ({reason})") from error
 
 
+def _check(benchmark: Benchmark, config: EvalConfig) -> dict[str, list[Row]] | None:
+    """The samples, if they are local. Raises CordaError as `harness_tasks` does."""
+    harness_tasks(benchmark, config)
+    return None if config.data_dir is None else _local_splits(benchmark, config.data_dir)
+
+
 def _local_splits(benchmark: Benchmark, directory: Path) -> dict[str, list[Row]]:
     """The rows of the evaluated split, as "test", and of the training split if the prompt has examples of it."""
     if not directory.is_dir():
         raise CordaError(f"there is no directory {directory} (--data_dir)")
     splits = {"test": _rows(benchmark, _file(benchmark, directory, EVALUATED))}
     if benchmark.shots:
-        splits["train"] = _rows(benchmark, _file(benchmark, directory, ("train",)))
+        file = _file(benchmark, directory, ("train",))
+        splits["train"] = _rows(benchmark, file)
+        if len(splits["train"]) < benchmark.shots:
+            raise CordaError(f"{file} has {len(splits['train'])} rows, and the prompt has {benchmark.shots} examples")
     return splits
 
 
@@ -327,5 +336,5 @@ for _benchmark in BENCHMARKS:
         "exact_match",
         partial(_run, _benchmark),
         _benchmark.meaning,
-        check=partial(harness_tasks, _benchmark),
+        check=partial(_check, _benchmark),
     )

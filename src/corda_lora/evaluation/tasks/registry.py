@@ -50,7 +50,7 @@ class Task:
         meaning: what is asked, and how it is scored, in a line.
         mean: (values, labels) of some samples → the metric, where that is no mean of the values.
         check: raises CordaError if the task cannot run with this config (data missing, or with other columns). It is
-            called before the model is loaded.
+            called before the model is loaded. It may return the samples: a comparison goes on with the same ones alone.
     """
 
     name: str
@@ -78,13 +78,18 @@ def task(name: str, metric: str, meaning: str, **fields: Any) -> Callable[[Any],
     return enter
 
 
-def checked_tasks(config: EvalConfig) -> list[Task]:
-    """The tasks that a config names. Raises CordaError for an unknown name, or as the tasks' checks do."""
+def named_tasks(config: EvalConfig) -> list[Task]:
+    """The tasks that a config names. Raises CordaError for an unknown name."""
     for name in config.tasks:
         if name not in TASKS:
             nearest = difflib.get_close_matches(name.lower(), TASKS, n=3, cutoff=0.4) or sorted(TASKS)
             raise CordaError(f"there is no task {name!r}; nearest names: {', '.join(nearest)}")
-    tasks = [TASKS[name] for name in dict.fromkeys(config.tasks)]
+    return [TASKS[name] for name in dict.fromkeys(config.tasks)]
+
+
+def checked_tasks(config: EvalConfig) -> list[Task]:
+    """The tasks that a config names. Raises CordaError for an unknown name, or as the tasks' checks do."""
+    tasks = named_tasks(config)
     for found in tasks:
         found.check(config)
     return tasks
