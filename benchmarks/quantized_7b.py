@@ -12,6 +12,7 @@ part. (Heavy imports wait for *step*: the peak of init's process would count the
 """
 
 import contextlib
+import gc
 import json
 import statistics
 import time
@@ -123,6 +124,7 @@ def step(options: Any, start: Path, name: str, checkpointing: bool) -> dict[str,
     from corda_lora.models.loading import load_model
 
     device = accelerator()
+    gc.collect()  # the model before
     release_cache(device)
     model: Any = load_model(ModelConfig(str(start / "base"))).to(device)
     if name == "QCorDA":

@@ -1,12 +1,15 @@
 """Damage in a comparison's directory is refused by the file's name before anything runs."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from corda_lora.compare.comparison import Comparison
 from corda_lora.compare.schedule import Job
-from corda_lora.config import CompareConfig, CordaError, EvalConfig, ModelConfig
+from corda_lora.config import CompareConfig, CordaError, DataConfig, EvalConfig, ModelConfig
 
 
 @pytest.fixture
@@ -41,3 +44,27 @@ def test_json_that_is_cut_short_or_of_something_else(file, content, comparison):
     (comparison.output / file).write_text(content)
     with pytest.raises(CordaError, match=f"{file} is damaged"):
         comparison.open()
+
+
+def test_runs_of_an_earlier_version_that_had_fewer_options(tmp_path):
+    """What is not in recipe.json came later. The runs go on if it is as it was then: at its default."""
+    eval_config = EvalConfig(learn="learn.jsonl", keep=[DataConfig("keep.jsonl", samples=7)])
+    recipe = CompareConfig(["lora"], DataConfig("learn.jsonl"), eval_config)
+    Comparison(ModelConfig("m"), recipe, tmp_path / "out").open()
+    path = tmp_path / "out" / "recipe.json"
+    made = json.loads(path.read_text())
+    shared = made["shared"]
+    for settings, option in (
+        (shared, "curve_samples"),
+        (shared["model"], "revision"),
+        (shared["eval"], "judge"),
+        (shared["eval"]["keep"][0], "turns"),
+        (shared["data"], "chat"),
+        (shared["train"], "compile"),
+    ):
+        del settings[option]
+    path.write_text(json.dumps(made))
+    Comparison(ModelConfig("m"), recipe, tmp_path / "out").open()
+    path.write_text(json.dumps(made))
+    with pytest.raises(CordaError, match=r"another recipe \(it differs in curve_samples\)"):
+        Comparison(ModelConfig("m"), replace(recipe, curve_samples=3), tmp_path / "out").open()

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import CompareConfig, CordaError, DataConfig, ModelConfig
+from ..config import CompareConfig, CordaError, DataConfig, EvalConfig, ModelConfig
 from ..data.batches import encode
 from ..data.samples import load_samples
 from ..files import check_checksums, check_writable, is_partial, read_json, write_checksums, write_json
@@ -105,7 +105,7 @@ class Comparison:
     def shared(self) -> dict[str, Any]:
         """The settings that all runs share. Entries, rates and seeds are not among them: they may be added later."""
         settings = {key: value for key, value in asdict(self.recipe).items() if key not in ("methods", "seeds")}
-        return json.loads(json.dumps({"model": asdict(self.source), **settings}, default=str))
+        return _as_json({"model": asdict(self.source), **settings})
 
     def open(self, digests: Sequence[Sequence[str]] = ()) -> None:
         """Make the directory, or check that it belongs to this comparison.
@@ -125,7 +125,8 @@ class Comparison:
             before = read_json(path)
             if not isinstance(before, dict) or not {"shared", "entries"} <= before.keys():
                 raise CordaError(f"{path} is damaged: remove {self.output}, or choose another output")
-            differing = [key for key in shared if before["shared"].get(key) != shared[key]]
+            made = _with_later_options(before["shared"], _as_json(_DEFAULTS))
+            differing = [key for key in shared if made.get(key) != shared[key]]
             differing += [name for name, key in entries.items() if before["entries"].get(name, key) != key]
             changed = [data for data, was in zip(digests, before.get("data", digests)) if list(data) != was]
             differing += [f"the samples of {name}" for name, _ in changed]
@@ -144,6 +145,26 @@ class Comparison:
 
 def _data(data: str | DataConfig) -> DataConfig:
     return DataConfig(data) if isinstance(data, str) else data
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(settings, default=str))
+
+
+_DEFAULTS = {"model": asdict(ModelConfig("model")), **asdict(CompareConfig(["lora"], "data", EvalConfig(learn="")))}
+
+
+def _with_later_options(settings: Any, defaults: Any) -> Any:
+    """The settings of runs that an earlier version made, with the options that came later: at their defaults, a run
+    with them is a run without."""
+    if isinstance(settings, list):
+        return [_with_later_options(one, None) for one in settings]
+    if not isinstance(settings, dict):
+        return settings
+    if "rows" in settings:
+        defaults = _as_json(asdict(DataConfig("")))
+    known = defaults if isinstance(defaults, dict) else {}
+    return known | {key: _with_later_options(value, known.get(key)) for key, value in settings.items()}
 
 
 def gather(comparison: Comparison, results: Results, command: str) -> dict[str, Any]:
