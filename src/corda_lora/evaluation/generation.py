@@ -10,6 +10,7 @@ from torch import nn
 from ..config import CordaError, EvalConfig, find_all
 from ..data.batches import batch_by_length, encode_question, pad
 from ..data.samples import Sample
+from ..models.targets import require_causal
 from ..progress import progress_bar, track
 from .answers import Sides
 
@@ -70,8 +71,9 @@ def complete(
         batch_tokens: the number of tokens in a batch, prompts and continuations. On an accelerator it is as large as
             memory allows.
 
-    Raises CordaError if a prompt fills the context.
+    Raises CordaError if the model is no causal language model, or a prompt fills its context.
     """
+    require_causal(model)
     encoded = [encode_question(tokenizer, Sample(prompt, "", {})) for prompt in prompts]
     longest = max(map(len, encoded))
     shape: Any = model.config

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import tiny
 import torch
 
 from corda_lora import CordaError, cli
@@ -158,3 +159,9 @@ def test_a_prompt_longer_than_the_context_is_refused(adapted, tokenizer):
     assert len(complete(adapted, tokenizer, prompts, 10, [], 10**4, "")) == 2
     with pytest.raises(CordaError, match="mbpp has 301 tokens, and the model reads 256"):
         complete(adapted, tokenizer, ["a" * 300], 10, [], 10**4, "mbpp")
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_a_model_that_writes_no_continuations_is_refused(family, tokenizer):
+    with pytest.raises(CordaError, match="no causal language model"):
+        complete(tiny.build(family), tokenizer, ["a"], 10, [], 10**4, "")
