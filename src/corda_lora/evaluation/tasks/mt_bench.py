@@ -34,6 +34,8 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 ANSWER_TOKENS = 1024  # at which an answer is cut
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge is shown a right answer
 KINDS = {(ref, turn): f"single{'-math' * ref}-v1{'-multi-turn' * (turn == 2)}" for ref in (0, 1) for turn in (1, 2)}
+NUMBER = (int, str)  # of a question
+ANSWER = {"question_id": NUMBER, "choices": list}  # the keys of a line, and the types of their values
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 JUDGE_TOKENS = 2048
 KEY = "OPENAI_API_KEY"
@@ -115,19 +117,32 @@ def read_questions(config: EvalConfig) -> list[dict[str, Any]]:
     Raises CordaError if there is no such file, or it is of another form.
     """
     path = _find(config, "question.jsonl")
-    questions = read_lines(path, {"question_id": (int, str), "category": str, "turns": list})[: config.limit]
+    questions = read_lines(path, {"question_id": NUMBER, "category": str, "turns": list})[: config.limit]
     references: dict[Any, list[str]] = {}
     if right := next((p for p in _places(config, "reference_answer/gpt-4.jsonl") if p.is_file()), None):
-        lines = read_lines(right, {"question_id": (int, str), "choices": list})
-        references = {line["question_id"]: line["choices"][0]["turns"] for line in lines}
+        references = _turns(read_lines(right, ANSWER))
     for question in questions:
-        if len(question["turns"]) != 2:
-            raise CordaError(f"{path}: question {question['question_id']} has {len(question['turns'])} turns, not two")
+        if not _are_two(question["turns"]):
+            raise CordaError(f"{path}: the turns of question {question['question_id']} are not two texts")
         found = references.get(question["question_id"], question.get("reference"))
-        question["reference"] = found if isinstance(found, list) and len(found) == 2 else None
+        question["reference"] = found if _are_two(found) else None
     if not questions:
         raise CordaError(f"{path} has no questions")
     return questions
+
+
+def _turns(answers: Sequence[dict[str, Any]]) -> dict[Any, list[str]]:
+    """Both turns of the first choice of each line of answers, by question; lines without them are left out."""
+    turns = {}
+    for line in answers:
+        first = line["choices"][0] if line["choices"] else None
+        if isinstance(first, dict) and _are_two(first.get("turns")):
+            turns[line["question_id"]] = first["turns"]
+    return turns
+
+
+def _are_two(texts: Any) -> bool:
+    return isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts)
 
 
 def read_prompts(config: EvalConfig) -> dict[str, dict[str, Any]]:
@@ -217,10 +232,7 @@ def answered(
         console.print("mt_bench: the tokenizer has no chat template, so the questions are put in Alpaca's")
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = ALPACA
-    known: dict[Any, list[str]] = {}
-    if path.is_file():
-        lines = read_lines(path, {"question_id": (int, str), "choices": list}, whole=False)
-        known = {line["question_id"]: line["choices"][0]["turns"] for line in lines}
+    known = _turns(read_lines(path, ANSWER, whole=False)) if path.is_file() else {}
     cut = 0
     for batch in track(_batches(questions, known, batch_tokens), "mt_bench"):
         torch.manual_seed(0)
