@@ -222,6 +222,9 @@ def test_a_training_that_goes_on_keeps_what_the_one_before_kept_at_its_price(che
     assert trained(context, "second")["drift"][-1][3] == 3
     train(checkpoint, context, "--start", "first", "--max_steps", 2, "--keep", 7, output="third")
     assert trained(context, "third")["drift"][-1][3] == 7
+    train(checkpoint, context, *given, "--max_drift", 1.0, output="bound")
+    train(checkpoint, context, "--start", "bound", "--max_steps", 2, output="goes_on")
+    assert trained(context, "goes_on")["drift"][-1][3] == trained(context, "bound")["drift"][-1][3] < 10
     init(checkpoint, context, *TEMPLATES, "--samples", 40)
     train(checkpoint, context, "--start", "start", "--max_steps", 2, "--keep", 0, output="free")
     train(checkpoint, context, "--start", "free", "--max_steps", 2, output="still_free")

@@ -53,7 +53,7 @@ def load_context(config: KeepConfig, start: Path | None, record: dict[str, Any] 
     try:
         data, price, path = _kept_before(start, record)
         unknown = record is not None and on_residual(record)  # nothing predicts the drift
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise CordaError(f"{start} has a damaged corda.json or {TRAINING}: {error!r}") from error
     if isinstance(config.context, DataConfig):
         data, price, path = _with_samples(config.context), None, None
@@ -81,6 +81,8 @@ def _kept_before(
     trained = read_json(start / TRAINING) if start and (start / TRAINING).is_file() else {"recipe": {}}
     before = trained["recipe"].get("keep") or {}
     price = before.get("keep")
+    if before.get("max_drift") and trained.get("drift"):
+        price = trained["drift"][-1][-1]  # that it was steered to
     if before.get("context"):
         return _with_samples(DataConfig(**before["context"])), price, None
     if record and record.get("data"):
