@@ -1,8 +1,13 @@
 """What several test files share: reference algorithms, small adapters and their training, chats."""
 
 import copy
+import json
 import math
+import re
+import shutil
+import subprocess
 
+import pytest
 import tiny
 import torch
 
@@ -130,3 +135,31 @@ def deltas(adapted):
         @ layer.lora_A["default"].weight.double()
         for name, layer in lora_layers(adapted).items()
     }
+
+
+FRAMES = """<body><pre></pre>
+<iframe src="page.html" width="1280" height="900"></iframe><iframe src="page.html" width="390" height="800"></iframe>
+<script>
+addEventListener("message", (event) => { document.querySelector("pre").append(event.data + "\\n"); });
+</script></body>"""
+
+
+def browse(page, probe, folder, theme):
+    """Chromium's view of a page in a folder, for a reader who likes the `theme`: what the script `probe` posts, at 1280
+    and 390 pixels; the console. Skips the test where there is no Chromium."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    (folder / "page.html").write_text(page.replace("</body>", probe), encoding="utf-8")
+    (folder / "frames.html").write_text(FRAMES)
+    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000", "--window-size=1400,1800"]
+    command += [f"--blink-settings=preferredColorScheme={0 if theme == 'dark' else 1}"]
+    command += ["--dump-dom", (folder / "frames.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    printed = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    unescape = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
+    text = re.sub("|".join(unescape), lambda m: unescape[m[0]], printed[1] if printed else "")
+    pages = sorted((json.loads(line) for line in text.splitlines()), key=lambda page: -page["width"])
+    return {"pages": pages, "console": console, "theme": theme}

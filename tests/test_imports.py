@@ -21,7 +21,7 @@ LEVELS = [
     {"training"},
     {"evaluation"},
     {"tune"},
-    {"methods"},
+    {"methods", "inspection"},
     {"compare"},
     {"report"},
     {"__init__"},

@@ -12,7 +12,9 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +41,7 @@ from .config import (
     CountOrZero,
     DataConfig,
     EvalConfig,
+    InspectConfig,
     KeepConfig,
     LoraStart,
     MethodConfig,
@@ -97,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log has no use for them
     arguments = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
-    if arguments[:1] in (["eval"], ["train"]):
+    if arguments[:1] in (["eval"], ["train"], ["inspect"]):
+        kinds = {"eval": KINDS, "train": ["context"], "inspect": ["context", "text"]}[arguments[0]]
         try:
-            arguments = _with_data(arguments, KINDS if arguments[0] == "eval" else ["context"])
+            arguments = _with_data(arguments, kinds)
         except CordaError as error:
             _say(arguments[0], str(error))
             raise SystemExit(2) from error
@@ -392,6 +396,17 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
     sub.add_argument("--output", type=Path, required=True, help="directory of the runs and the report")
     sub.add_argument("--jobs", type=CountOrZero, default=1, help="runs at a time, on each GPU; 0: only report")
     sub.add_argument("--gpus", type=str, default="", help="numbers of the GPUs to use, such as 0,1; else all")
+
+    sub = verb(
+        "inspect",
+        look,
+        "see which channels contexts light up in a model",
+        ModelConfig,
+        InspectConfig,
+        skip={"model"},
+    )
+    sub.add_argument("--model", type=str | None, help="a name on the hub, a directory, or a .gguf file")
+    sub.add_argument("--output", type=Path, required=True, help="directory of the page, the figures and the numbers")
 
     sub = verb("export", export, "turn a tuned adapter into a plain LoRA, a merged or a residual model", ModelConfig)
     sub.add_argument("--adapter", type=Path, required=True, help="directory from `corda train`")
@@ -749,6 +764,35 @@ def compare(options: Namespace) -> None:
     out.print(f"written to {options.output / 'report.html'}, and report.md, runs.csv, comparison.json beside it")
 
 
+def look(options: Namespace) -> None:
+    """Show a model through the samples of one or several contexts: spectra of its layers, covariances of their inputs,
+    which contexts light up the same channels, how compact each layer is, and, with --levels, what is lost when the
+    smallest components are discarded. OUTPUT has a page (report.html), its figures as PNG and SVG, and the numbers as
+    JSON and safetensors. The weights are read from the checkpoint block by block."""
+    config = _take(InspectConfig, options)
+    if options.model is None:
+        raise CordaError("give a --model")
+    source = _take(ModelConfig, options)
+    if not config.contexts():
+        raise CordaError("give a --context: samples that show an ability")
+    check_output(options.output)
+    from .inspection.contexts import inspect_model
+    from .models.loading import load_tokenizer, open_model
+    from .report.inspected import about_run, check_page, context_sentences, write_contexts
+
+    since = time.perf_counter()
+    model, stored = open_model(source)
+    with tempfile.TemporaryDirectory() as work:
+        found = inspect_model(model, load_tokenizer(source), config, stored, Path(work), check=check_page)
+    command = shlex.join(["corda", *options.command])
+    record = about_run(source, config, command, time.perf_counter() - since) | found.record
+    with whole_folder(options.output) as folder:
+        write_contexts(folder, record, found.spectra, found.maps)
+    for sentence in context_sentences(record):
+        out.print(sentence, highlight=False)
+    out.print(f"written to {options.output / 'report.html'}")
+
+
 def export(options: Namespace) -> dict[str, Any]:
     """Turn an adapter into (lora) a plain LoRA on the original model, exact or compressed to a rank; (merged) the whole
     model with it merged in; (residual) the residual model and the rank-r adapter for it."""
@@ -834,7 +878,8 @@ def _take(kind: type[T], options: Namespace, **set_here: Any) -> T:
 
 
 def _with_data(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
-    """`--keep FILE --keep.prompt TEMPLATE` as one argument, `--keep {"data": FILE, "prompt": TEMPLATE}`.
+    """`--keep FILE --keep.prompt TEMPLATE` as one argument, `--keep {"data": FILE, "prompt": TEMPLATE}`; `--keep` given
+    several times as a list of these.
 
     The parser would read each nested value as YAML, and take `{answer}` for a mapping and a `#` for a comment. Numbers
     and switches are read as YAML here.
@@ -844,7 +889,7 @@ def _with_data(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
     hints = get_type_hints(DataConfig, include_extras=True)
     texts = {name for name, hint in hints.items() if hint in (str, str | None)}
     others: list[str] = []
-    data: dict[str, dict[str, Any]] = {}
+    data: dict[str, list[dict[str, Any]]] = {}
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -858,10 +903,17 @@ def _with_data(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
         else:
             if name not in hints:
                 raise CordaError(f"{kind}.{name} is no option: there are {', '.join(f'{kind}.{n}' for n in hints)}")
-            data.setdefault(kind, {})[name] = value = value if name in texts else _yaml(value)
+            value = value if name in texts else _yaml(value)
             check_value(f"{kind}.{name}", value, hints[name])
-    for kind, values in data.items():
-        if "data" in values:
+            items = data.setdefault(kind, [{}])
+            if name == "data" and "data" in items[-1]:
+                items.append({})
+            items[-1][name] = value
+    for kind, items in data.items():
+        values = items[0]
+        if len(items) > 1:
+            others += [f"--{kind}", json.dumps(items)]
+        elif "data" in values:
             others += [f"--{kind}", values["data"] if len(values) == 1 else json.dumps(values)]
         else:  # a recipe may name the data
             others += [f"--{kind}.{name}={json.dumps(value)}" for name, value in values.items()]

@@ -655,6 +655,76 @@ class EvalConfig:
 
 
 @dataclass
+class InspectConfig:
+    """What is looked at in a model. Data is a name on the hub or a file, or a mapping of DataConfig's options.
+
+    Args:
+        context: samples that show an ability. Give --context several times to compare several. Options of one follow
+            it: --context.prompt TEMPLATE.
+        prompt: template of the prompt for all contexts without one of their own.
+        response: template of the response, likewise.
+        samples: the number of samples of each context, drawn with the seed. Of several numbers, such as [32,256], the
+            largest is taken, and truncation is also measured with covariances of fewer.
+        max_length: the number of tokens at which a sample is cut.
+        layers: the layers whose spectra and covariances are shown: names or endings of names. Default: those of the
+            middle block.
+        levels: how many of the smallest components of every layer are discarded, as counts or as shares of the layer's.
+            The loss is measured at each, by plain SVD, ASVD and CO-SVD with each context. Default: none.
+        text: running text on which that is measured. Default: samples of each context that were not shown.
+        held_out: the number of such samples, or of windows of the text.
+        two_sided: also discard components in the two-sided metric. For it the contexts run backward, too.
+        damping: λ of the regularized covariance C + λ·mean(diag C)·I.
+        skip_tokens: the number of first tokens of each sample to leave out of the covariances.
+        batch_tokens: the number of tokens in a forward.
+        park: where hidden states of samples wait for the next block. `auto` is the first of the others with room.
+        device: the device that runs and decomposes the blocks. Default: the accelerator, if there is one.
+    """
+
+    context: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
+    prompt: str = ""
+    response: str = ""
+    samples: Count | list[Count] = 256
+    max_length: Count = 512
+    layers: str | list[str] = field(default_factory=list)
+    levels: Positive | list[Positive] = field(default_factory=list)
+    text: str | DataConfig | None = None
+    held_out: Count = 32
+    two_sided: bool = False
+    damping: Positive = 0.01
+    skip_tokens: CountOrZero = 0
+    batch_tokens: Count = 4096
+    park: Literal["auto", "device", "cpu", "disk"] = "auto"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.samples = sorted(set(self.samples if isinstance(self.samples, list) else [self.samples]))
+        self.layers = self.layers if isinstance(self.layers, list) else [self.layers]
+        self.levels = sorted(set(self.levels if isinstance(self.levels, list) else [self.levels]))
+        if not self.samples:
+            raise CordaError("samples is an empty list: give how many samples of a context are shown")
+        if broken := [level for level in self.levels if level > 1 and level != int(level)]:
+            raise CordaError(f"a level is {broken[0]:g}, but must be a share below 1, or a whole number of components")
+        if self.two_sided and not self.levels:
+            raise CordaError("two_sided is of the components that levels discard: give levels, or leave it out")
+
+    def contexts(self) -> list[DataConfig]:
+        """The contexts, however they were given, with the templates and the number of samples that they do not set."""
+        given = self.context if isinstance(self.context, list) else [self.context]
+        configs = [DataConfig(data, max_length=self.max_length) if isinstance(data, str) else data for data in given]
+        assert isinstance(self.samples, list)
+        return [
+            replace(
+                c,
+                prompt=c.prompt or self.prompt,
+                response=c.response or self.response,
+                samples=c.samples or self.samples[-1],
+            )
+            for c in configs
+        ]
+
+
+@dataclass
 class MethodConfig:
     """One entry of a comparison.
 

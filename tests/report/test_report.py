@@ -4,9 +4,8 @@ import csv
 import json
 import math
 import re
-import shutil
-import subprocess
 
+import helpers
 import pytest
 
 from corda_lora.compare.frontier import CurvePoint, Estimate, Point, summary
@@ -409,34 +408,12 @@ const names = (table) => [...table.tBodies[0].rows].map((row) => row.cells[0].te
 })();
 </script></body>"""
 
-FRAMES = """<body><pre></pre>
-<iframe src="page.html" width="1280" height="900"></iframe><iframe src="page.html" width="390" height="800"></iframe>
-<script>
-addEventListener("message", (event) => { document.querySelector("pre").append(event.data + "\\n"); });
-</script></body>"""
-
 
 @pytest.fixture(scope="module", params=["light", "dark"])
 def browser(request, folder, tmp_path_factory):
     """The page, used: what a script saw in it at 1280 and 390 pixels, for a reader who likes `param`; the console."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    page_folder = tmp_path_factory.mktemp("browser")
     page = (folder / "report.html").read_text(encoding="utf-8")
-    (page_folder / "page.html").write_text(page.replace("</body>", PROBE), encoding="utf-8")
-    (page_folder / "frames.html").write_text(FRAMES)
-    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={page_folder / 'profile'}", "--virtual-time-budget=4000", "--window-size=1400,1800"]
-    command += [f"--blink-settings=preferredColorScheme={0 if request.param == 'dark' else 1}"]
-    command += ["--dump-dom", (page_folder / "frames.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    printed = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    unescape = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
-    text = re.sub("|".join(unescape), lambda m: unescape[m[0]], printed[1] if printed else "")
-    pages = sorted((json.loads(line) for line in text.splitlines()), key=lambda page: -page["width"])
-    return {"pages": pages, "console": console, "theme": request.param}
+    return helpers.browse(page, PROBE, tmp_path_factory.mktemp("browser"), request.param)
 
 
 def test_browser_opens_it_without_a_word_in_the_console(browser):

@@ -6,13 +6,14 @@ The paper writes X as d_in × t; here tokens are rows, as they are in activation
 CorDA normalizes each sample by itself: see `Covariance.add_samples`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HALF = (torch.bfloat16, torch.float16)
 BLOCKS = 6  # XᵀX is symmetric: of BLOCKS² blocks only those on and below the diagonal are computed
@@ -81,6 +82,32 @@ def mirror(C: Tensor) -> Tensor:
         block = C[low:high, low:high]
         block.copy_(block.tril() + block.tril(-1).T)
     return C
+
+
+def similarity(C: Tensor, D: Tensor, scales: Tensor | None = None) -> float:
+    """⟨C, D⟩_F / (‖C‖_F ‖D‖_F) of two covariances (n, n): 1 where one is a multiple of the other, 0 where no direction
+    is used by both.
+
+    Args:
+        scales: s (n,): the covariances of the channels divided by s are compared, C_ij / (s_i s_j). A channel of scale
+            0 is left out. Default: ones.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=C.device)
+    inverse = None if scales is None else torch.where(scales > 0, 1 / scales.double(), 0.0)
+    for low, high in pairwise(len(C) * i // BLOCKS for i in range(BLOCKS + 1)):
+        c, d = C[low:high].double(), D[low:high].double()
+        if inverse is not None:
+            c, d = (x * inverse * inverse[low:high, None] for x in (c, d))
+        sums += torch.stack([(c * d).sum(), (c * c).sum(), (d * d).sum()])
+    both, first, second = sums.tolist()
+    return both / math.sqrt(first * second) if first * second > 0 else 0.0
+
+
+def shrunk(C: Tensor, cells: int) -> Tensor:
+    """The mean of |C_ij| over each of `cells` × `cells` equal parts of C (n, n), channels in order; |C| if n is not
+    larger."""
+    n = min(cells, len(C))
+    return nn.functional.adaptive_avg_pool2d(C.abs()[None], n)[0]
 
 
 def _kernel() -> Any:

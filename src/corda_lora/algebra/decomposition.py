@@ -98,6 +98,18 @@ def select(mode: str, rank: int, r: int) -> slice:
     return slice(rank - r, rank) if mode == "kpm" else slice(0, r)
 
 
+def discard(W: Tensor, U: Tensor, L: Tensor | None = None) -> Tensor:
+    """W (m, n) without the components U (m, k), in float64: W − U UᵀW, which takes no inverse.
+
+    Args:
+        L: two-sided, the factor of D_λ (m, m), see `factor`. U is of LᵀW, and L⁻ᵀU UᵀLᵀW is taken out.
+    """
+    W = W.double()
+    if L is None:
+        return W - U @ (U.T @ W)
+    return W - torch.linalg.solve_triangular(L.T, U, upper=True) @ (U.T @ (L.T @ W))
+
+
 def split_components(U: Tensor, sigma: Tensor, rows: Tensor, split: str, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Factors B (m, r) and A (r, n) with s·B A = Σ u_i a_i, of U (m, r), σ (r,) and the rows a_i = u_iᵀW (r, n).
 

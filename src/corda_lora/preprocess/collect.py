@@ -117,6 +117,10 @@ class Collector:
         self.inputs: list[tuple[weakref.ref[Tensor], Call]] = []  # inputs seen since, and the call that got each first
         self.calls: Counter[str] = Counter()  # of each layer, since
 
+    def stop(self) -> None:
+        """What runs from now until the next `start` is not listened to."""
+        self.batch = -1
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hooks on the layers, for as long as the `with` block lasts."""
@@ -133,6 +137,8 @@ class Collector:
         self.encoded[self.batch] = weakref.ref(output[0])
 
     def _on_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.batch < 0:
+            return
         x = args[0].detach() if args[0].requires_grad else args[0]  # (b, s, d), (b, d) or (b·s, d)
         name, tokens = self.names[module], self._tokens_of(module, args[0])
         call = (name, 0)

@@ -69,10 +69,11 @@ def html_report(comparison: dict[str, Any]) -> str:
 
 
 def filled_page(template: str, parts: dict[str, str]) -> str:
-    """A template of this folder with its fields filled in, and the style and the script that all pages have."""
+    """A template of this folder with its fields filled in, with the style, the script and the charts of all pages."""
+    shared = {"style": "page.css", "script": "page.js", "charts": "charts.js"}
     folder = Path(__file__).parent
-    text, style, script = ((folder / name).read_text(encoding="utf-8") for name in (template, "page.css", "page.js"))
-    parts = {**parts, "style": style, "script": script}
+    text = (folder / template).read_text(encoding="utf-8")
+    parts = parts | {part: (folder / name).read_text(encoding="utf-8") for part, name in shared.items()}
     return re.sub(r"\{\{(\w+)\}\}", lambda field: parts[field[1]], text)
 
 

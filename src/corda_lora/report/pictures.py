@@ -1,6 +1,8 @@
-"""The two charts of a comparison as PNG and SVG."""
+"""The two charts of a comparison as PNG and SVG, and the style of all pictures."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,10 @@ def draw_curves(ax: Any, comparison: dict[str, Any], method: str, title: str, st
 
 def draw(folder: Path, comparison: dict[str, Any]) -> None:
     """Write the two charts as PNG and SVG. The same comparison gives the same bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
     methods, names, data = titles_of(comparison), abilities(comparison), task(comparison)
-    # text stays text: small, searchable, in the reader's own font; a dollar in a name is no mathematics
-    settings = {"svg.hashsalt": "corda", "svg.fonttype": "none", "axes.titlesize": 11, "text.parse_math": False}
-    with plt.rc_context(settings):
+    with style() as plt:
         if names:
             wide = min(3, len(names))
             high = -(-len(names) // wide)
@@ -98,6 +94,20 @@ def draw(folder: Path, comparison: dict[str, Any]) -> None:
         save_picture(figure, folder / "curves")
 
 
+@contextmanager
+def style() -> Iterator[Any]:
+    """Yield matplotlib.pyplot, set up for files of the same bytes each time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # text stays text: small, searchable, in the reader's own font; a dollar in a name is no mathematics
+    settings = {"svg.hashsalt": "corda", "svg.fonttype": "none", "axes.titlesize": 11, "text.parse_math": False}
+    with plt.rc_context(settings):
+        yield plt
+
+
 def say_outside(ax: Any, titles: list[str]) -> None:
     """Name the methods with points outside the chart."""
     if titles:
@@ -107,8 +117,6 @@ def say_outside(ax: Any, titles: list[str]) -> None:
 
 def save_picture(figure: Any, path: Path) -> None:
     """Add the legend, and write PNG and SVG."""
-    import matplotlib.pyplot as plt
-
     entries: dict[str, Any] = {}
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -116,6 +124,13 @@ def save_picture(figure: Any, path: Path) -> None:
         entries |= {title: line for line, title in zip(*ax.get_legend_handles_labels())}
     if entries:
         figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside right center")
+    write_picture(figure, path)
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    """Write PNG and SVG."""
+    import matplotlib.pyplot as plt
+
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)

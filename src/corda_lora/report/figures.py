@@ -1,0 +1,67 @@
+"""The contents of the figures of `corda inspect`, which inspected.py and inspected_pictures.py draw."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+POINTS = 200  # of a spectrum on the page; all are in inspect.safetensors
+DARKEST = 1e-12  # σ/σ₁ below this is rounding
+
+
+def level_text(level: float) -> str:
+    """A share or a count of components."""
+    return f"{100 * level:.3g} %" if level < 1 else f"{level:g}"
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0)) if loss == loss else math.nan
+
+
+def spectrum_points(sigma: Tensor, points: int = POINTS) -> list[list[float]]:
+    """[number of the component, σ/σ₁] of evenly spaced components, the first and the last among them, as far as σ is
+    more than rounding."""
+    share = (sigma.double() / sigma[0].double().clamp(min=1e-300)).tolist()
+    picked = sorted({round(i * (len(share) - 1) / (points - 1)) for i in range(points)})
+    return [[i + 1, float(f"{share[i]:.4g}")] for i in picked if share[i] > DARKEST]
+
+
+def model_map(
+    layers: Mapping[str, Mapping[str, Any]],
+    values: Callable[[Mapping[str, Any]], Mapping[str, float]],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """A model as maps of blocks × kinds of layers: {"blocks", "kinds", "values": {name: kinds × blocks}}.
+
+    Args:
+        layers: each with its block, and its kind there.
+        values: of a layer, by name.
+    """
+    blocks = list(dict.fromkeys(about["block"] for about in layers.values()))
+    kinds = list(dict.fromkeys(about["kind"] for about in layers.values()))
+    found: dict[str, list[list[float | None]]] = {n: [[None] * len(blocks) for _ in kinds] for n in names}
+    for about in layers.values():
+        for name, value in values(about).items():
+            found[name][kinds.index(about["kind"])][blocks.index(about["block"])] = value
+    return {"blocks": blocks, "kinds": kinds, "values": found}
+
+
+def compactness_map(record: Mapping[str, Any]) -> dict[str, Any]:
+    """log10 π of each layer, for each context."""
+    names = record["similarity"]["contexts"]
+    return model_map(record["layers"], lambda about: about["log10_pi"], names)
+
+
+def truncation_data(cut: Mapping[str, Any]) -> dict[str, Any]:
+    """For each text the perplexity of each way: [[level, perplexity, its text], ...], the whole model at level 0."""
+    return {
+        text: {
+            curve["label"]: [
+                [level, perplexity(loss), "none" if not level else level_text(level)]
+                for level, loss in zip([0, *cut["levels"]], [base, *curve["loss"][text]])
+            ]
+            for curve in cut["curves"]
+        }
+        for text, base in cut["base"].items()
+    }

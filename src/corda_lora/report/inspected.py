@@ -1,0 +1,235 @@
+"""What `corda inspect` found, as a page, pictures and numbers."""
+
+import base64
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import CordaError, InspectConfig, ModelConfig
+from ..devices import machine_name
+from ..files import write_json, write_text
+from ..inspection.contexts import CELLS
+from .figures import POINTS, compactness_map, level_text, perplexity, spectrum_points, truncation_data
+from .html import embedded, filled_page, html_pairs, without_nan
+from .inspected_pictures import draw_contexts
+from .text import number, plural
+
+LARGEST_PAGE = 20e6  # bytes
+
+
+def check_page(layers: int, contexts: int) -> None:
+    """Raises CordaError if the page for so many layers and contexts would be too large."""
+    each = 18 * POINTS * (1 + 2 * contexts) + 4 * CELLS**2 // 3 * contexts
+    if layers * each > LARGEST_PAGE:
+        raise CordaError(
+            f"the page would have about {layers * each / 1e6:.0f} MB, for {layers} layers and "
+            f"{plural(contexts, 'context')}: leave some --layers out, so that at most "
+            f"{max(1, int(LARGEST_PAGE / each))} are shown"
+        )
+
+
+def about_run(source: ModelConfig, config: InspectConfig, command: str, seconds: float) -> dict[str, Any]:
+    """What was run, for the record."""
+    packages = ("corda-lora", "torch", "transformers", "peft")
+    return {
+        "name": os.path.basename(source.model.rstrip("/")),
+        "model": source.model,
+        "command": command,
+        "machine": machine_name(),
+        "versions": {package: version(package) for package in packages},
+        "config": asdict(config),
+        "seconds": seconds,
+    }
+
+
+def write_contexts(
+    folder: Path,
+    record: dict[str, Any],
+    spectra: Mapping[str, Mapping[str, Tensor]],
+    maps: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Write report.html, inspect.json, inspect.safetensors, and each figure as PNG and SVG.
+
+    Args:
+        record, spectra, maps: of an `Inspection`, the record with name, command, machine and versions.
+    """
+    write_json(folder / "inspect.json", without_nan(record))
+    tensors = {f"spectrum|{layer}|{way}": sigma for layer, by in spectra.items() for way, sigma in by.items()}
+    tensors |= {f"covariance|{layer}|{name}": cells for layer, by in maps.items() for name, cells in by.items()}
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "inspect.safetensors")
+    page = _page(record, spectra, maps)
+    if len(page.encode()) > LARGEST_PAGE:
+        raise CordaError(f"the page has {len(page.encode()) / 1e6:.0f} MB: leave some --layers out")
+    write_text(folder / "report.html", page)
+    draw_contexts(folder, record, spectra, maps)
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+
+def context_sentences(record: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, the most telling first."""
+    said = []
+    for text in (record.get("truncation") or {"base": {}})["base"]:
+        cut = record["truncation"]
+        level = len(cut["levels"]) - 1
+        each = [f"{number(perplexity(c['loss'][text][level]))} by {c['label']}" for c in cut["curves"]]
+        said.append(
+            f"Without the smallest {level_text(cut['levels'][level])} of each layer’s components the perplexity on "
+            f"{text} is {', '.join(each)}; whole, it is {number(perplexity(cut['base'][text]))}."
+        )
+    names, values = record["similarity"]["contexts"], record["similarity"]["channels_at_one_scale"]
+    pairs = sorted((values[i][j], names[i], names[j]) for i, j in combinations(range(len(names)), 2)) if values else []
+    if len(pairs) == 1:
+        said.append(f"{pairs[0][1]} and {pairs[0][2]} use the channels alike by {pairs[0][0]:.2f} of 1.")
+    elif pairs:
+        (low, a, b), (high, c, d) = pairs[0], pairs[-1]
+        said.append(f"{c} and {d} use the channels most alike ({high:.2f} of 1), {a} and {b} least ({low:.2f}).")
+    for name in names:
+        pis = {layer: about["log10_pi"][name] for layer, about in record["layers"].items() if about["log10_pi"]}
+        if pis:
+            low, high = min(pis, key=pis.__getitem__), max(pis, key=pis.__getitem__)
+            said.append(
+                f"On {name}, log10 π runs from {pis[low]:.2f} ({low}) to {pis[high]:.2f} ({high}); "
+                "smaller is more compact."
+            )
+    return said
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def _page(
+    record: Mapping[str, Any],
+    spectra: Mapping[str, Mapping[str, Tensor]],
+    maps: Mapping[str, Mapping[str, Tensor]],
+) -> str:
+    first, *more = context_sentences(record)
+    contexts = record["contexts"]
+    shown = ", ".join(f"{c['name']} ({c['samples']:,} samples, {c['tokens']:,} tokens)" for c in contexts)
+    parts = {
+        "name": escape(record["name"]),
+        "first": escape(first),
+        "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
+        "about": escape(f"{plural(len(record['layers']), 'layer')} · {shown} · {record['machine']}"),
+        "similarity": _similarity_table(record),
+        "inputs": str(record["similarity"]["inputs"]),
+        "tables": _tables(record),
+        "command": escape(record["command"]),
+        "circumstances": html_pairs(circumstances(record)),
+        "data": embedded(_context_data(record, spectra, maps)),
+    }
+    return filled_page("inspect.html", parts)
+
+
+def circumstances(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Model, machine, versions and settings, as pairs."""
+    pairs = [("model", record["model"]), ("machine", record["machine"])]
+    pairs += [(package, version) for package, version in record["versions"].items()]
+    for name, value in record["config"].items():
+        items = value if isinstance(value, list) else [value]
+        given = [
+            {k: v for k, v in x.items() if v not in (None, "", False)} if isinstance(x, dict) else x for x in items
+        ]
+        pairs += [(name, str(item)) for item in given if item not in (None, "", {})]
+    return [*pairs, ("seconds", f"{record['seconds']:.1f}")]
+
+
+def _similarity_table(record: Mapping[str, Any]) -> str:
+    """Contexts by contexts: with all channels at one scale, and in small print as they are. "" for one context."""
+    names, found = record["similarity"]["contexts"], record["similarity"]
+    if len(names) < 2 or not found["as_it_is"]:
+        return ""
+    rows = []
+    for i, name in enumerate(names):
+        cells = "".join(
+            f'<td data-key="{value:.6f}" style="--heat:{max(0.0, value) * 100:.0f}%">{value:.3f}'
+            f"<small>{found['as_it_is'][i][j]:.3f}</small></td>"
+            for j, value in enumerate(found["channels_at_one_scale"][i])
+        )
+        rows.append(f'<tr><th scope="row" data-key="{escape(name)}">{escape(name)}</th>{cells}</tr>')
+    heads = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in ("context", *names))
+    return (
+        f'<table class="heat"><caption>Similarity of contexts</caption><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _tables(record: Mapping[str, Any]) -> str:
+    tables = []
+    if "truncation" in record:
+        cut = record["truncation"]
+        for text, base in cut["base"].items():
+            heads = ["discarded: none", *map(level_text, cut["levels"])]
+            rows = {c["label"]: [base, *c["loss"][text]] for c in cut["curves"]}
+            tables.append(_table(f"Perplexity on {text}", "way", heads, rows, lambda x: number(perplexity(x))))
+    names = record["similarity"]["contexts"]
+    rows = {
+        layer: [*about["shape"], *(about["log10_pi"].get(name, math.nan) for name in names)]
+        for layer, about in record["layers"].items()
+    }
+    heads = ["outputs", "inputs", *(f"log10 π, {name}" for name in names)]
+    tables.append(_table("Layers", "layer", heads, rows, lambda x: f"{x:,}" if isinstance(x, int) else number(x)))
+    return "".join(tables)
+
+
+def _table(
+    caption: str, first: str, heads: Sequence[str], rows: Mapping[str, Sequence[Any]], text: Callable[[Any], str]
+) -> str:
+    """A table in a section that opens at a click; its columns can be sorted."""
+    head = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in (first, *heads))
+    lines = []
+    for name, values in rows.items():
+        cells = "".join(f'<td data-key="{value:.6g}">{escape(text(value))}</td>' for value in values)
+        lines.append(f'<tr><th scope="row" data-key="{escape(name)}">{escape(name)}</th>{cells}</tr>')
+    return (
+        f'<details class="card"><summary>{escape(caption)}</summary><div class="scroll tall" tabindex="0" '
+        f'role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
+    )
+
+
+def _context_data(
+    record: Mapping[str, Any],
+    spectra: Mapping[str, Mapping[str, Tensor]],
+    maps: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Any]:
+    """What the page's script draws."""
+    ways = list(next(iter(spectra.values()))) if spectra else []
+    names = record["similarity"]["contexts"]
+    data: dict[str, Any] = {
+        "titles": {way: way for way in ways},
+        "contexts": names,
+        "spectra": {layer: {way: spectrum_points(sigma) for way, sigma in by.items()} for layer, by in spectra.items()},
+        "covariances": {layer: _images(by) for layer, by in maps.items()},
+        "maps": {"compactness": compactness_map(record)},
+    }
+    if "truncation" in record:
+        data["truncation"] = truncation_data(record["truncation"])
+        data["shares"] = record["truncation"]["levels"][-1] < 1
+    return data
+
+
+def _images(by_context: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Pictures of a layer's covariances on one logarithmic scale, from 0 to 255, in base64."""
+    cells = {name: cell.double().clamp(min=1e-300).log10() for name, cell in by_context.items()}
+    high = max(float(cell.max()) for cell in cells.values())
+    low = max(min(float(cell.min()) for cell in cells.values()), high - 8)
+    images = {
+        name: base64.b64encode(_bytes((cell - low) / ((high - low) or 1.0))).decode() for name, cell in cells.items()
+    }
+    return {"low": low, "high": high, "size": len(next(iter(cells.values()))), "images": images}
+
+
+def _bytes(shares: Tensor) -> bytes:
+    return bytes((255 * shares.clamp(0, 1)).round().to(torch.uint8).flatten().tolist())

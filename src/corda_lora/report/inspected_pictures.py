@@ -1,0 +1,101 @@
+"""The figures of `corda inspect` as PNG and SVG."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .figures import compactness_map, spectrum_points, truncation_data
+from .pictures import look, save_picture, style, write_picture
+
+PANELS = 12  # at most so many layers in one picture
+
+
+def draw_contexts(
+    folder: Path,
+    record: Mapping[str, Any],
+    spectra: Mapping[str, Mapping[str, Tensor]],
+    maps: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Write spectra, covariances, compactness, and, if they are known, similarity and truncation."""
+    with style() as plt:
+        layers = list(spectra)[:PANELS]
+        figure, axes = _panels(plt, len(layers))
+        for ax, layer in zip(axes, layers):
+            for i, (way, sigma) in enumerate(spectra[layer].items()):
+                points = spectrum_points(sigma)
+                ax.plot([x for x, _ in points], [y for _, y in points], label=way, **look(i) | {"marker": ""})
+            ax.set(yscale="log", title=layer, xlabel="component", ylabel="σ / σ₁")
+        save_picture(figure, folder / "spectra")
+
+        names, layers = record["similarity"]["contexts"], list(maps)[:PANELS]
+        if layers:
+            size = (2.6 * len(names) + 1.4, 2.6 * len(layers))
+            figure, grid = plt.subplots(len(layers), len(names), figsize=size, squeeze=False, layout="constrained")
+            for row, layer in zip(grid, layers):
+                low, high = _limits([cells.log10() for cells in maps[layer].values()])
+                for ax, name in zip(row, names):
+                    image = ax.imshow(maps[layer][name].clamp(min=1e-30).log10(), vmin=low, vmax=high, cmap="viridis")
+                    ax.set(title=f"{layer}\n{name}", xticks=[], yticks=[])
+                    ax.title.set_fontsize(8)
+                figure.colorbar(image, ax=list(row), label="log10 mean |C|", shrink=0.8)
+            write_picture(figure, folder / "covariances")
+
+        draw_maps(plt, folder / "compactness", compactness_map(record), "log10 π")
+
+        values = record["similarity"]["channels_at_one_scale"]
+        if len(names) > 1 and values:
+            figure, ax = plt.subplots(figsize=(1.3 * len(names) + 2.4, 1.1 * len(names) + 1.6), layout="constrained")
+            image = ax.imshow(values, vmin=0, vmax=1, cmap="viridis")
+            ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+            ax.set_yticks(range(len(names)), names)
+            for i, row in enumerate(values):
+                for j, value in enumerate(row):
+                    ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+            figure.colorbar(image, label="similarity, channels at one scale")
+            write_picture(figure, folder / "similarity")
+
+        if "truncation" in record:
+            texts = truncation_data(record["truncation"])
+            figure, axes = _panels(plt, len(texts))
+            for ax, (text, curves) in zip(axes, texts.items()):
+                for i, (way, points) in enumerate(curves.items()):
+                    ax.plot([x for x, *_ in points], [y for _, y, _ in points], label=way, **look(i))
+                shares = record["truncation"]["levels"][-1] < 1
+                ax.set(yscale="log", title=text, xlabel="discarded " + ("share" if shares else "components"))
+                ax.set_ylabel("perplexity")
+            save_picture(figure, folder / "truncation")
+
+
+def draw_maps(plt: Any, path: Path, found: Mapping[str, Any], label: str) -> None:
+    """A map of the model for each name: blocks from left to right, kinds of layers from top to bottom."""
+    import numpy as np
+
+    arrays = {name: np.array(rows, dtype=float) for name, rows in found["values"].items()}
+    if not any(np.isfinite(array).any() for array in arrays.values()):
+        return
+    low = min(float(np.nanmin(array)) for array in arrays.values() if np.isfinite(array).any())
+    high = max(float(np.nanmax(array)) for array in arrays.values() if np.isfinite(array).any())
+    size = (0.22 * len(found["blocks"]) + 3.4, (0.26 * len(found["kinds"]) + 0.9) * len(arrays) + 0.4)
+    figure, grid = plt.subplots(len(arrays), 1, figsize=size, squeeze=False, layout="constrained")
+    for ax, (name, array) in zip(grid[:, 0], arrays.items()):
+        image = ax.imshow(array, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        ax.set(title=name, xlabel="block")
+        ax.set_yticks(range(len(found["kinds"])), found["kinds"], fontsize=8)
+    figure.colorbar(image, ax=list(grid[:, 0]), label=label)
+    write_picture(figure, path)
+
+
+def _limits(logs: Sequence[Tensor]) -> tuple[float, float]:
+    high = max(float(x.max()) for x in logs)
+    return max(min(float(x.min()) for x in logs), high - 8), high
+
+
+def _panels(plt: Any, count: int) -> tuple[Any, list[Any]]:
+    wide = min(3, count)
+    high = -(-count // wide)
+    figure, grid = plt.subplots(high, wide, figsize=(4.2 * wide + 2.8, 3.4 * high), squeeze=False, layout="constrained")
+    for ax in grid.flat[count:]:
+        ax.remove()
+    return figure, list(grid.flat[:count])

@@ -1,0 +1,372 @@
+"""`corda inspect --context`: every number against a plain float64 reference, and the page in a real browser."""
+
+import json
+import math
+import re
+from itertools import combinations
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from corda_lora.cli import main
+from corda_lora.config import DataConfig
+from corda_lora.data.batches import encode
+from corda_lora.data.samples import load_others, load_samples
+
+ROWS = {
+    "sums": [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(24)],
+    "capitals": [{"question": f"The capital of country {chr(97 + i)}?", "answer": f" city {i}."} for i in range(24)],
+}
+TEMPLATES = {"sums": {}, "capitals": {"prompt": "{question}", "response": "{answer}"}}
+SAMPLES, FEWER, HELD_OUT, LEVELS = 12, 4, 8, (0.25, 0.5, 7)
+LAMBDA = 0.01
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("contexts")
+    for name, rows in ROWS.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def named(folder, name):
+    return f"{folder.name}/{name}"
+
+
+def contexts(files, *names):
+    arguments = []
+    for name in names or ROWS:
+        arguments += ["--context", str(files / f"{name}.jsonl")]
+        for option, template in TEMPLATES[name].items():
+            arguments += [f"--context.{option}", template]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def made(files, checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("inspected") / "seen"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+        main(
+            [
+                *("inspect", "--model", str(checkpoint), *contexts(files), f"--samples=[{FEWER},{SAMPLES}]"),
+                *(f"--held_out={HELD_OUT}", f"--levels=[{','.join(map(str, LEVELS))}]", "--two_sided=true"),
+                *("--layers=[q_proj,1.mlp.down_proj]", "--output", str(output)),
+            ]
+        )
+    return output
+
+
+@pytest.fixture(scope="module")
+def record(made):
+    return json.loads((made / "inspect.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def encoded(files, tokenizer, name, others=False):
+    data = DataConfig(str(files / f"{name}.jsonl"), samples=SAMPLES, **TEMPLATES[name])
+    samples = load_others(data, HELD_OUT) if others else load_samples(data)
+    return [encode(tokenizer, sample, 512) for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def covariances(files, model, tokenizer):
+    """{context: {layer: C (n, n)}}, from the inputs of one sample after the other."""
+    found = {}
+    for name in ROWS:
+        rows, hooks = {}, []
+        for layer, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and layer != "lm_head":
+                keep = rows.setdefault(layer, [])
+                hooks.append(
+                    module.register_forward_pre_hook(lambda _, args, keep=keep: keep.append(args[0][0].double()))
+                )
+        with torch.no_grad():
+            for e in encoded(files, tokenizer, name):
+                model(torch.tensor([e.ids]))
+        for hook in hooks:
+            hook.remove()
+        found[name] = {layer: (X := torch.cat(parts)).T @ X / len(X) for layer, parts in rows.items()}
+    return found
+
+
+def regular(C):
+    return C + LAMBDA * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+
+
+def oriented(W, way, C):
+    return W if way == "plain SVD" else W * regular(C).diagonal().sqrt() if way == "ASVD" else W @ regular(C)
+
+
+def test_the_files(made):
+    figures = ("truncation", "spectra", "covariances", "similarity", "compactness")
+    names = {
+        "report.html",
+        "inspect.json",
+        "inspect.safetensors",
+        *(f"{n}.{k}" for n in figures for k in ("png", "svg")),
+    }
+    assert {path.name for path in made.iterdir()} == names
+
+
+def page_data(made):
+    page = (made / "report.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_spectra(made, files, model, covariances):
+    tensors, shown = load_file(made / "inspect.safetensors"), page_data(made)["spectra"]
+    layers = [n for n, _ in model.named_modules() if n.endswith("q_proj") or n.endswith("1.mlp.down_proj")]
+    assert list(shown) == layers
+    for layer in layers:
+        W = model.get_submodule(layer).weight.detach().double()
+        for way, name in [("plain SVD", ""), *((way, name) for way in ("ASVD", "CO-SVD") for name in ROWS)]:
+            label = f"{way}, {named(files, name)}" if name else way
+            expected = torch.linalg.svdvals(oriented(W, way, covariances[name][layer] if name else None))
+            torch.testing.assert_close(tensors[f"spectrum|{layer}|{label}"].double(), expected, rtol=2e-4, atol=1e-7)
+            assert shown[layer][label][0] == [1, 1.0]
+            for i, y in shown[layer][label]:
+                assert y == pytest.approx(float(expected[i - 1] / expected[0]), rel=2e-3, abs=1e-9)
+
+
+def test_compactness(record, files, model, covariances):
+    for name in ROWS:
+        for layer, C in covariances[name].items():
+            eigenvalues = torch.linalg.eigvalsh(regular(C))
+            m = model.get_submodule(layer).out_features
+            pi = math.sqrt(m) * float(eigenvalues[-1] / eigenvalues[0])
+            assert record["layers"][layer]["log10_pi"][named(files, name)] == pytest.approx(math.log10(pi), abs=1e-3)
+
+
+def test_similarity(record, covariances):
+    def cosine(a, b):
+        return float((a * b).sum() / (a.norm() * b.norm()))
+
+    layers = list(covariances["sums"])
+    values = {"as_it_is": {}, "channels_at_one_scale": {}}
+    for layer in layers:
+        a, b = (covariances[name][layer] for name in ROWS)
+        scale = sum(C.diagonal() / C.diagonal().mean() for C in (a, b)).sqrt()
+        values["as_it_is"][layer] = cosine(a, b)
+        values["channels_at_one_scale"][layer] = cosine(*(C / scale / scale[:, None] for C in (a, b)))
+    inputs = [n for n in layers if not n.endswith(("k_proj", "v_proj", "up_proj"))]  # others share theirs
+    assert record["similarity"]["inputs"] == len(inputs)
+    for kind, by_layer in values.items():
+        assert record["similarity"][kind][0][1] == pytest.approx(sum(map(by_layer.get, inputs)) / len(inputs), abs=1e-5)
+        assert record["similarity"][kind][0][1] == record["similarity"][kind][1][0] < 0.999
+        for layer in layers:
+            found = record["layers"][layer]["similarity"][kind == "channels_at_one_scale"]
+            assert found[0][1] == pytest.approx(by_layer[layer], abs=1e-5)
+
+
+def test_covariances_are_shrunk(made, files, covariances):
+    tensors = load_file(made / "inspect.safetensors")
+    for name in ROWS:
+        layer = "model.layers.0.self_attn.q_proj"
+        cells = tensors[f"covariance|{layer}|{named(files, name)}"].double()  # 32 channels: each has its own
+        torch.testing.assert_close(cells, covariances[name][layer].abs(), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def losses(model, files, tokenizer):
+    """The mean loss over the answer tokens of what was not shown of each context."""
+    found = {}
+    for name in ROWS:
+        total = count = 0.0
+        for e in encoded(files, tokenizer, name, others=True):
+            logits = model(torch.tensor([e.ids])).logits[0, :-1].double()
+            answer = torch.tensor(e.answer[1:])
+            total -= float(logits.log_softmax(-1)[answer, torch.tensor(e.ids[1:])[answer]].sum())
+            count += int(answer.sum())
+        found[named(files, name)] = total / count
+    return found
+
+
+def test_a_level_loses_what_a_model_loses_whose_weights_were_cut(record, files, model, tokenizer, covariances):
+    cut = record["truncation"]
+    assert cut["levels"] == sorted(LEVELS)
+    for text, loss in losses(model, files, tokenizer).items():
+        assert cut["base"][text] == pytest.approx(loss, abs=1e-5)
+    curves = {curve["label"]: curve for curve in cut["curves"]}
+    assert len(curves) == 1 + 2 * (3 + 1)  # plain; ASVD, CO-SVD, with fewer samples, two-sided
+    whole = {n: m.weight.detach().clone() for n, m in model.named_modules() if n in covariances["sums"]}
+    try:
+        for way, name in [("plain SVD", ""), ("ASVD", "capitals"), ("CO-SVD", "sums"), ("CO-SVD", "capitals")]:
+            for number, level in enumerate(cut["levels"]):
+                for layer, W in whole.items():
+                    W = W.double()
+                    U = torch.linalg.svd(oriented(W, way, covariances[name][layer] if name else None))[0]
+                    R = min(W.shape)
+                    k = round(level * R) if level < 1 else int(level)
+                    tail = U[:, R - k : R]
+                    model.get_submodule(layer).weight.data = (W - tail @ (tail.T @ W)).float()
+                label = f"{way}, {named(files, name)}" if name else way
+                for text, loss in losses(model, files, tokenizer).items():
+                    assert curves[label]["loss"][text][number] == pytest.approx(loss, abs=2e-4), (label, level)
+    finally:
+        for layer, W in whole.items():
+            model.get_submodule(layer).weight.data = W
+
+
+def test_what_is_drawn_is_what_was_found(made, record):
+    """Each curve, by its name: swapped curves are found out."""
+    shown = page_data(made)["truncation"]
+    for curve in record["truncation"]["curves"]:
+        for text, values in curve["loss"].items():
+            expected = [math.exp(x) for x in (record["truncation"]["base"][text], *values)]
+            assert [y for _, y, _ in shown[text][curve["label"]]] == pytest.approx(expected)
+    for a, b in combinations(record["truncation"]["curves"], 2):
+        assert a["loss"] != b["loss"], (a["label"], b["label"])
+
+
+def test_pictures_have_every_curve_by_its_name(made, record, monkeypatch):
+    from corda_lora.report import inspected_pictures
+
+    figures = {}
+    monkeypatch.setattr(inspected_pictures, "save_picture", lambda figure, path: figures.update({path.name: figure}))
+    monkeypatch.setattr(inspected_pictures, "write_picture", lambda figure, path: figures.update({path.name: figure}))
+    spectra, maps = {}, {}
+    for key, tensor in load_file(made / "inspect.safetensors").items():
+        kind, layer, name = key.split("|")
+        (spectra if kind == "spectrum" else maps).setdefault(layer, {})[name] = tensor
+    inspected_pictures.draw_contexts(made, record, spectra, maps)
+    for ax in figures["truncation"].axes:
+        lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+        for curve in record["truncation"]["curves"]:
+            assert lines[curve["label"]][1:] == pytest.approx([math.exp(x) for x in curve["loss"][ax.get_title()]])
+    for ax in figures["spectra"].axes:
+        for line in ax.lines:
+            sigma = spectra[ax.get_title()][line.get_label()]
+            assert float(line.get_ydata()[1]) == pytest.approx(float(sigma[1] / sigma[0]), rel=2e-3)
+
+
+# --- what can be wrong
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as error:
+        main(["inspect", *map(str, arguments)])
+    assert error.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("corda inspect: "), said
+    assert not any("inspecting" in line for line in said), "long work had begun"
+    return said[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--layers=[q_porj]"], "there is no layer 'q_porj'; nearest names: q_proj"),
+        (
+            ["--layers=layers.7.self_attn.q_proj"],
+            r"there is no layer 'layers.7.*nearest names: .*layers\.[01]\.self_attn",
+        ),
+        (
+            ["--levels=17"],
+            "level 17 discards more components than model.layers.0.self_attn.k_proj has, 16: give shares",
+        ),
+        (["--levels=2.5"], "a level is 2.5, but must be a share below 1, or a whole number"),
+        (["--levels=0.5", "--samples=24"], "all samples of .*sums.jsonl are shown, and none is left to measure on"),
+        (["--two_sided=true"], "two_sided is of the components that levels discard"),
+    ],
+)
+def test_bad_options(options, sentence, checkpoint, files, tmp_path, capsys):
+    said = refused(
+        capsys, "--model", checkpoint, *contexts(files), "--samples=12", *options, "--output", tmp_path / "seen"
+    )
+    assert re.search(sentence, said), said
+    assert not (tmp_path / "seen").exists()
+
+
+def test_contexts_with_other_columns(checkpoint, files, tmp_path, capsys):
+    both = [f"--context={files / name}.jsonl" for name in ROWS]
+    said = refused(
+        capsys,
+        "--model",
+        checkpoint,
+        *both,
+        "--prompt={question}",
+        "--response={answer}",
+        "--output",
+        tmp_path / "seen",
+    )
+    assert "sums.jsonl" in said
+    assert "question" in said
+    assert "prompt" in said
+
+
+def test_a_page_that_would_be_too_large(checkpoint, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("corda_lora.report.inspected.LARGEST_PAGE", 50_000)
+    arguments = ["--model", checkpoint, *contexts(files), "--layers=[q_proj,k_proj]", "--output", tmp_path / "seen"]
+    said = refused(capsys, *arguments)
+    assert (
+        "the page would have about 0 MB, for 4 layers and 2 contexts: leave some --layers out, so that at most 2"
+        in said
+    )
+
+
+def test_a_model_without_a_context(checkpoint, tmp_path, capsys):
+    assert "give a --context" in refused(capsys, "--model", checkpoint, "--output", tmp_path / "seen")
+
+
+# --- in a browser
+
+PROBE = """
+<script>
+const out = { width: innerWidth };
+const wait = (ms = 30) => new Promise((done) => setTimeout(done, ms));
+const overflow = () => document.documentElement.scrollWidth - document.documentElement.clientWidth;
+(async () => {
+  await wait();
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  const clipped = (t) => { const b = t.getBoundingClientRect(), s = t.ownerSVGElement.getBoundingClientRect();
+    return b.left < s.left - 1 || b.right > s.right + 1 || b.top < s.top - 1 || b.bottom > s.bottom + 1; };
+  out.clipped = [...document.querySelectorAll(".chart text")].filter(clipped).map((t) => t.textContent);
+  out.hidden = [...document.querySelectorAll("section[hidden]")].map((s) => s.id);
+  const lines = (host) => document.querySelectorAll(host + " polyline").length;
+  out.lines = [lines("#truncation"), lines("#spectra")];
+  document.querySelector("#truncation + .legend button").click();
+  out.lines.push(lines("#truncation"), lines("#spectra"));
+  document.querySelector("#truncation + .legend button").click();
+  const [select, other] = document.querySelectorAll("select.layer");
+  out.layers = select.options.length;
+  select.selectedIndex = 1;
+  select.onchange();
+  out.same = other.value === select.value;
+  const canvas = [...document.querySelectorAll("#covariances canvas")];
+  out.canvases = canvas.map((c) => new Set(c.getContext("2d").getImageData(0, 0, c.width, c.height).data).size > 8);
+  out.cells = document.querySelectorAll("#compactness rect.cell").length;
+  const cell = document.querySelector("#compactness rect.cell").getBoundingClientRect();
+  const at = { clientX: cell.left + cell.width / 2, clientY: cell.top + cell.height / 2 };
+  document.querySelector("#compactness svg").dispatchEvent(new PointerEvent("pointermove", at));
+  out.tip = document.querySelector("#compactness .tip:not([hidden])").textContent;
+  out.overflow = overflow();
+  parent.postMessage(JSON.stringify(out), "*");
+})();
+</script></body>"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_in_a_browser(theme, made, tmp_path):
+    page = (made / "report.html").read_text(encoding="utf-8")
+    assert "{{" not in page
+    assert not re.search(r"(?:src|href)=\"(?!data:,)|@import|url\((?!#)|fetch\(|XMLHttpRequest", page)
+    seen = helpers.browse(page, PROBE, tmp_path, theme)
+    assert seen["console"] == []
+    assert [found["width"] for found in seen["pages"]] == [1280, 390]
+    for found in seen["pages"]:
+        assert (found["overflow"], found["clipped"], found["hidden"]) == (0, [], [])
+        assert found["lines"] == [9, 9, 8, 8]
+        assert found["layers"] == 3
+        assert found["same"]
+        assert found["canvases"] == [True, True]
+        assert found["cells"] == 14
+        assert re.fullmatch(r"model\.layers\.0\.self_attn\.q_proj\d\.\d+", found["tip"])
