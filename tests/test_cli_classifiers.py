@@ -252,4 +252,6 @@ def test_a_comparison_of_classifiers(encoder, work):
         assert runs[0]["parameters"]["trainable"] > runs[0]["parameters"]["adapter"]  # with the head
     report = (work / "out" / "report.md").read_text()
     assert "Matthews correlation" in report
+    assert "per token" not in report
+    assert "rift" not in report
     run("compare", "recipe.yaml", "--output", "out", "--jobs", 0)

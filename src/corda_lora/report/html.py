@@ -38,7 +38,7 @@ from .tables import (
     run_columns,
     summary_columns,
 )
-from .text import label, number, plural, setting_text, titles_of
+from .text import label, loss_unit, number, plural, setting_text, titles_of
 
 
 def html_report(comparison: dict[str, Any]) -> str:
@@ -170,6 +170,7 @@ def chart_data(comparison: dict[str, Any]) -> dict[str, Any]:
         "titles": titles,
         "reference": reference_method(comparison),
         "task": task(comparison),
+        "unit": loss_unit(comparison),
         "base": base["learn"][task(comparison)]["loss"],
         "abilities": tabs,
         "curves": {method: curve for method, curve in curves.items() if curve},

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..compare.frontier import Point, abilities, lower_hull, points, task
 from .charts import best_curves, curves_edge, frontier_edge
-from .text import label, titles_of
+from .text import label, loss_unit, titles_of
 
 # Method i has color i % 8. The second eight methods have hollow markers, dashed lines and a different marker. So
 # sixteen methods can be told apart, and markers and dashes alone still tell eight apart. report.html uses the same
@@ -90,7 +90,7 @@ def draw(folder: Path, comparison: dict[str, Any]) -> None:
         if outside := [title for title, mean in means.items() if any(p.loss > edge for p in mean)]:
             ax.set_ylim(low - 0.05 * (edge - low), edge)
             say_outside(ax, outside)
-        ax.set(xlabel="step", ylabel=f"held-out {data} loss (nats per token)")
+        ax.set(xlabel="step", ylabel=f"held-out {data} loss ({loss_unit(comparison)})")
         save_picture(figure, folder / "curves")
 
 

@@ -21,7 +21,7 @@ from ..compare.frontier import (
 from ..compare.near import near, near_loss
 from ..evaluation.measures import MEASURES
 from .tables import Cell, difference_cell, highest_score, loss_cell, median_ratio, steps_cell
-from .text import counts, label, plural, setting_text, spread, times_text
+from .text import counts, label, labels_of, loss_unit, plural, setting_text, spread, times_text
 from .verdicts import LEARNED, kept_how, moved, percent, times_as_likely
 
 
@@ -136,7 +136,7 @@ def verdict_sentences(comparison: dict[str, Any], rows: list[dict[str, Any]]) ->
     before = comparison["base"].get("learn", {}).get(task(comparison), {}).get("loss")
     done = [row for row in rows if row["best"]]
     sentences = []
-    if done and before is not None:
+    if done and before is not None and not labels_of(comparison):  # whose base model has an untrained head
         times = [(row["title"], times_as_likely(before, row["loss"].value)) for row in done]
         judged = [(f"{'' if t >= LEARNED else 'not '}learned by", f"{title} ({t:.3g} times)") for title, t in times]
         meaning = "in brackets how many times as likely a token of a right answer is as for the base model"
@@ -217,9 +217,24 @@ def notes(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     reference = reference_method(comparison)
     name = comparison["methods"][reference]["title"] if reference else "the reference"
     samples = comparison["recipe"].get("curve_samples", "few")
-    lines = [
+    units = (
         "Task loss and drift are in nats per token of held-out answers. Drift is the mean KL divergence of the tuned "
-        "model’s predictions from the base model’s, so it is 0 for the base model. Lower is better in both.",
+        "model’s predictions from the base model’s, so it is 0 for the base model. Lower is better in both."
+    )
+    if labels_of(comparison):
+        units = (
+            f"Task loss is in {loss_unit(comparison)}, of held-out texts. Lower is better. The base model’s numbers "
+            "are those of its head before training, which is random where the checkpoint has none."
+        )
+    drifts = [
+        f"Times less drift than {name}, median: over half of the task losses that both reach, the method drifts "
+        "at least so many times less.",
+        f"Drift at {name}’s task loss is drift at {name}’s lowest task loss, interpolated in log drift between the two "
+        "learning rates around it. Nothing is extrapolated. “Learns more at every rate” means that the method was not "
+        "run at a rate low enough to learn so little. These intervals include the seeds’ spread in task loss.",
+    ]
+    lines = [
+        units,
         "A method’s best learning rate is the one with its lowest mean task loss. If that is the lowest or highest "
         "rate of its sweep, other rates may do better. Only runs that are done count. The others "
         "are listed with their reasons.",
@@ -230,11 +245,7 @@ def notes(comparison: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         "methods see the same samples in the same order.",
         "Learning curves, and steps and seconds to a loss, are measured on the first of the task’s held-out samples "
         f"({samples}). So their losses differ from those of the table.",
-        f"Times less drift than {name}, median: over half of the task losses that both reach, the method drifts "
-        "at least so many times less.",
-        f"Drift at {name}’s task loss is drift at {name}’s lowest task loss, interpolated in log drift between the two "
-        "learning rates around it. Nothing is extrapolated. “Learns more at every rate” means that the method was not "
-        "run at a rate low enough to learn so little. These intervals include the seeds’ spread in task loss.",
+        *([] if labels_of(comparison) else drifts),
         f"Steps and seconds count until the mean of the seeds’ learning curves reaches the loss where {name} ends at "
         "its best rate. The seconds include the preparation. Training is timed from the first measured step on, "
         "because compiling comes before it. Runs that shared a GPU slowed each other.",

@@ -7,6 +7,18 @@ from typing import Any
 from ..compare.frontier import Ability, Estimate, Setting, abilities, is_finite, swept_text
 
 
+def labels_of(comparison: dict[str, Any]) -> list[str]:
+    """The labels of the compared classifiers; none of language models."""
+    model = comparison["recipe"].get("model")
+    return (model.get("labels") or []) if isinstance(model, dict) else []
+
+
+def loss_unit(comparison: dict[str, Any]) -> str:
+    """What the task loss is counted in."""
+    labels = labels_of(comparison)
+    return "nats per text" if len(labels) > 1 else "squared error" if labels else "nats per token"
+
+
 def number(value: Any, digits: int = 3) -> str:
     """The value with `digits` significant digits; with an exponent only if it is below 1e-4 or from 1e6 on."""
     if not is_finite(value):
