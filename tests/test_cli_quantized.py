@@ -155,3 +155,45 @@ def test_before_and_after_quantization(model, here, capsys):
     assert losses[0] != changes["start"]["keep.jsonl"]["before"]
     said = refused(capsys, "eval", "--before", "start/base", "--after", "start", "--keep", "keep.jsonl")
     assert said == f"corda eval: the adapter in start is on weights in 4 bits: give --before {model}"
+
+
+def test_the_original_is_no_quantized_model(model, here, capsys):
+    init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0)
+    said = "the original start/base is quantized itself: give the full model"
+    beside = ["--model", "start/base", "--original", "start/base"]
+    recipe = ["--context", "keep.jsonl", "--mode", "ipm", "--r", 4, "--output", "again"]
+    assert said in refused(capsys, "init", *beside, *recipe)
+    assert said in refused(capsys, "eval", *beside, "--adapter", "start", "--keep", "keep.jsonl")
+    assert said in refused(capsys, "export", *beside, "--adapter", "start", "--output", "again")
+    assert not (here / "again").exists()
+
+
+def test_an_adapter_on_another_residual_is_refused_before_the_full_model_runs(model, here, capsys, monkeypatch):
+    for fold in (0, 1):
+        init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", fold, output=f"start{fold}")
+    monkeypatch.setattr("corda_lora.evaluation.evaluate.evaluate_beside", None)
+    arguments = ["--model", "start1/base", "--adapter", "start0", "--keep", "keep.jsonl"]
+    assert "the adapter in start0 was made for other weights" in refused(capsys, "eval", *arguments)
+
+
+@pytest.mark.parametrize("keep", [["--keep", 1, "--context", "keep.jsonl"], ["--keep_generic", 1]])
+def test_no_drift_from_a_residual_is_asked_for(keep, model, here, capsys, monkeypatch):
+    init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0)
+    monkeypatch.setattr("corda_lora.evaluation.meter.collect_statistics", None)  # before the model runs
+    monkeypatch.setattr("corda_lora.evaluation.meter.own_text", None)
+    recipe = ["--model", "start/base", "--start", "start", "--data", "learn.jsonl", "--output", "tuned", *keep]
+    assert "a part of the model is in the adapter" in refused(capsys, "train", *recipe)
+
+
+def test_two_half_precisions_are_refused(model, here, capsys):
+    init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0, "--dtype", "float16")
+    recipe = ["--model", "start/base", "--start", "start", "--data", "learn.jsonl", "--max_steps", 1, "--output"]
+    said = refused(capsys, "train", *recipe, "no")  # bf16 is the default
+    assert "computes in fp16, which does not go with --precision bf16: --precision fp16 or fp32, or --dtype" in said
+    assert not (here / "no").exists()
+    run("train", *recipe, "tuned", "--dtype", "bfloat16")
+
+
+def test_folding_has_a_bound(model, here, capsys):
+    said = refused(capsys, "init", "--model", model, "--context", "keep.jsonl", "--output", "no", "--fold", 10**6)
+    assert "fold is 1000000, but must be a whole number at least 0 and at most 100" in said

@@ -634,13 +634,13 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     given. With --before and --after it also says what was gained and lost, with intervals."""
     _name_models(options)
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
-    from .adapters.lora import labels_of, load_adapter, read_marks
+    from .adapters.lora import check_base, labels_of, load_adapter, read_marks
     from .devices import accelerator
     from .evaluation.before_after import changes
     from .evaluation.evaluate import evaluate as measure
     from .evaluation.evaluate import evaluate_beside
     from .evaluation.tasks.registry import checked_tasks
-    from .models.loading import load_model, load_tokenizer
+    from .models.loading import check_original, load_model, load_tokenizer
     from .models.targets import has_new_head
     from .report.before_after import changes_table, gained_and_lost, write_evaluation
     from .report.terminal import results_table
@@ -668,7 +668,10 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         results = measure(load_tuned(), tokenizer, config, scores=scores)
     else:
         full = replace(source, **{"revision": None, **original})
+        if options.adapter is not None:  # before the full model runs
+            check_base(load_model(source), options.adapter)
         if not options.before:
+            check_original(full)
             out.print(f"measured beside the full model, {full.model}", highlight=False)
         elif load_tokenizer(full).get_vocab() != tokenizer.get_vocab():
             raise CordaError(f"{options.after} has another vocabulary than {options.before}, so nothing is comparable")

@@ -298,7 +298,7 @@ class CordaConfig:
     target_modules: str | list[str] = "all-linear"
     quantization: Literal["nf4"] | None = None
     double_quantization: bool = False
-    fold: CountOrZero | None = None
+    fold: Annotated[int, Range(ge=0, le=100)] | None = None
     keep: Annotated[float, Range(ge=0, le=1e30)] = 0.0
     lora_alpha: Positive | None = None
     use_rslora: bool = False

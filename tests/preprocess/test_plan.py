@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from corda_lora.adapters.lora import install, save_adapter
+from corda_lora.adapters.prepare import prepare
 from corda_lora.adapters.quantize import write_base
 from corda_lora.cli import main
 from corda_lora.config import CordaConfig, CordaError, ModelConfig
@@ -43,6 +44,7 @@ from corda_lora.preprocess.plan import (
     check_room,
     count_tokens,
     init_plan,
+    planned_model,
     shapes_of,
     shared_inputs,
 )
@@ -382,3 +384,40 @@ def test_what_cannot_be_planned_is_refused(tmp_path, capsys):
     assert "cannot be planned" in refused(capsys, "--model", model, "--gpu", "8GB")
     assert "at least 1e-09" in refused(capsys, "--model", model, "--gpu", "8GB", "--tflops=-1")
     assert "--gpu" in refused(capsys, "--model", model, "--tflops", 100)
+
+
+@pytest.mark.parametrize("options", [{}, {"double_quantization": True}])
+def test_a_model_in_4_bits(options, tmp_path, capsys, tokenizer):
+    """Its blocks have the bytes that they are stored in, and it is in memory whole."""
+    base = tmp_path / "start" / "base"
+    tiny.build("llama_for_nf4", torch.bfloat16).save_pretrained(tmp_path / "full")
+    config = CordaConfig(mode="ipm", orientation="identity", quantization="nf4", fold=0, **options)
+    tokenizer.save_pretrained(tmp_path / "full")
+    prepare(ModelConfig(str(tmp_path / "full")), config, None, tmp_path / "start", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = planned_model(ModelConfig(str(base)))
+    shapes = shapes_of(model, CordaConfig(r=4))
+    stored = 0
+    for path in base.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:  # but for the tables of levels, and how it is quantized, in JSON
+            names = [n for n in file.keys() if not re.search(r"quant_map|quant_state", n)]  # noqa: SIM118
+            stored += sum(file.get_tensor(n).nbytes for n in names)
+    assert shapes.loaded == pytest.approx(stored, rel=0.01)
+    full = shapes_of(empty_model(model.config, ModelConfig("", dtype="float32")), CordaConfig(r=4))
+    assert shapes.blocks[0][1] < 0.16 * sum(4 * m * n for _, m, n, _ in full.blocks[0][2])
+    for machine in (described_machine("1GB", None, None), None):
+        plan = init_plan(model, CordaConfig(r=4, device="cpu"), TOKENS, machine=machine)
+        assert min(stage.cpu for stage in plan.stages) > 1e9 + shapes.loaded
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        planned(capsys, "--model", base, "--quantization", "nf4", "--orientation", "identity")
+    assert stopped.value.code == 2
+    assert "the model is quantized already" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_quantized_are_refused(tmp_path, capsys):
+    folder = configuration(tmp_path, hidden_size=96, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(SystemExit):
+        planned(capsys, "--model", folder, "--quantization", "nf4", "--orientation", "identity")
+    assert "cannot be quantized in blocks of 64" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from ..algebra.folding import best_fit
 from ..config import CordaError, ModelConfig
 from ..devices import double_device
 from ..files import whole_folder, write_json
-from ..models.loading import open_model
+from ..models.loading import check_original, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import tied_layers
 from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
@@ -84,8 +84,9 @@ def export_for_original(
         what `export_lora` returns, and by layer how far the weights, with their adapters, are apart, over ‖W‖.
 
     Raises:
-        CordaError: as `export_lora` does; the original has other layers.
+        CordaError: as `export_lora` does; the original has other layers, or is quantized itself.
     """
+    check_original(original)
     peft_model, scale, factors = _factors(model, directory)
     full, stored = open_model(original)
     differs: dict[str, float] = {}

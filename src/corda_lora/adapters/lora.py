@@ -313,6 +313,24 @@ def _check_checksums(directory: Path) -> None:
     check_checksums(directory, remedy, all_but=[SCALES, *saved_over])
 
 
+def check_base(model: nn.Module, directory: Path, config: peft.PeftConfig | None = None) -> None:
+    """Raises CordaError if the adapter in a directory was made for other weights than the model's, or is damaged.
+
+    Args:
+        config: PEFT's, of the adapter. Default: it is read.
+    """
+    marks = read_marks(directory)
+    if config is None:
+        with _fitting(directory / CONFIG):
+            config = peft.PeftConfig.from_pretrained(str(directory))
+    made_for = marks["fingerprint"] if marks is not None else (config.auto_mapping or {}).get(BASE)
+    if made_for and _fingerprint_of(model, _shapes_in(directory / WEIGHTS)) != made_for:
+        raise CordaError(
+            f"the adapter in {directory} was made for other weights than these "
+            f"(its base was {config.base_model_name_or_path or 'not recorded'})"
+        )
+
+
 def load_adapter(
     model: nn.Module, directory: Path | str, trainable: bool = False, lora_dropout: float | None = None
 ) -> PeftModel:
@@ -331,12 +349,7 @@ def load_adapter(
     marks = read_marks(directory)
     with _fitting(directory / CONFIG):
         config = peft.PeftConfig.from_pretrained(str(directory))
-    made_for = marks["fingerprint"] if marks is not None else (config.auto_mapping or {}).get(BASE)
-    if made_for and _fingerprint_of(model, _shapes_in(directory / WEIGHTS)) != made_for:
-        raise CordaError(
-            f"the adapter in {directory} was made for other weights than these "
-            f"(its base was {config.base_model_name_or_path or 'not recorded'})"
-        )
+    check_base(model, directory, config)
     if trainable and lora_dropout is not None:
         config.lora_dropout = lora_dropout
     with _fitting(directory / WEIGHTS), warnings.catch_warnings(record=True) as said:

@@ -16,7 +16,7 @@ from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_others, load_rounds
 from ..devices import compute_device
 from ..files import check_output, remove_folder
-from ..models.loading import load_model, load_tokenizer, open_model
+from ..models.loading import check_original, load_model, load_tokenizer, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import choose_targets, modules_named
 from ..preprocess.context import Context, has_decoder, read_context
@@ -82,6 +82,7 @@ def prepare(
     base: nn.Module | None = None
     if isinstance(source, ModelConfig):
         if original is not None:
+            check_original(original)
             base = load_model(source)
             if not getattr(base, "is_quantized", False):
                 raise CordaError(f"original is for a model that is quantized already, but {source.model} is not")

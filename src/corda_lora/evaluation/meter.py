@@ -17,7 +17,7 @@ from ..data.samples import Sample, digest_of, load_others, load_samples
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, collect_statistics
-from ..training.keeping import Keeper, PredictedDrift
+from ..training.keeping import Keeper, PredictedDrift, check_whole_base
 from .evaluate import loss_and_drift
 
 MEASURED = 64  # samples that the meter measures the drift on
@@ -116,10 +116,11 @@ def make_keeper(
 
     The statistics are those of the context's file, or are collected here from the model without its adapter.
 
-    Raises CordaError as `load_others` does, and where there are too few samples.
+    Raises CordaError as `load_others` and `check_whole_base` do, and where there are too few samples.
     """
     if context is None:
         return None, []
+    check_whole_base(peft_model)  # before the context is run
     data, samples, keep, path = context
     with warnings.catch_warnings():  # of rows that are left out: `load_context` has said it
         warnings.simplefilter("ignore")
@@ -149,6 +150,7 @@ def make_keeper(
 def generic_penalty(peft_model: PeftModel, tokenizer: Any, price: float) -> Callable[[], Tensor]:
     """`price` times the drift that is predicted on texts that the model draws without its adapter, which stand for the
     abilities that nobody named."""
+    check_whole_base(peft_model)  # before the model draws
     predicted = PredictedDrift(peft_model, _collected(peft_model, tokenizer, own_text(peft_model, tokenizer)))
     return lambda: price * predicted()
 

@@ -176,6 +176,13 @@ def _may_be_new(weight: str) -> bool:
     return not re.search(r"\.\d+\.|embed|shared", weight)
 
 
+def check_original(config: ModelConfig) -> None:
+    """Raises CordaError if a checkpoint that is to give the full weights is quantized. Those of a GGUF file are
+    expanded."""
+    if not config.model.endswith(".gguf") and getattr(read_settings(config), "quantization_config", None) is not None:
+        raise CordaError(f"the original {config.model} is quantized itself: give the full model")
+
+
 def empty_model(settings: Any, config: ModelConfig) -> nn.Module:
     """The model without its weights. Its parameters take no memory: each is one NaN, expanded to its shape."""
     dtype = settings.dtype if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -23,6 +23,7 @@ from ..algebra.rounding import optq
 from ..config import CordaError
 
 BLOCK = 64  # numbers that share a scale
+ALREADY = "the model is quantized already: leave quantization out, or give the full model"
 # What a checkpoint holds of a quantized weight, by the end of its name: weight, weight.absmax, ...
 Quantized = dict[str, Tensor]
 
@@ -201,6 +202,25 @@ def quantized_names(model: nn.Module, targets: Iterable[str] = ()) -> tuple[list
     check_blocks({name: taken[name] for name in targets})
     left += [name for name, module in taken.items() if name not in targets and weight_shape(module)[1] % BLOCK]
     return [name for name in taken if should_convert_module(name, left)], sorted(set(left))
+
+
+def packed_bytes(model: nn.Module) -> dict[Tensor, int]:
+    """The bytes of the weights that a checkpoint holds in bitsandbytes' 4 or 8 bits, by its config.json: of a model
+    that is without its weights, and not quantized itself (see `loading.empty_model`)."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    stored = getattr(getattr(model, "config", None), "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
+        return {}
+    scales = 0.127 if stored.get("bnb_4bit_use_double_quant") else 0.5  # bits a number
+    bits = 4 + scales if stored.get("load_in_4bit") else 8
+    left = stored.get("llm_int8_skip_modules")
+    left = get_keys_to_not_convert(model) if left is None else left
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is nn.Linear}
+    packed = {m.weight: m.weight.numel() for n, m in linear.items() if should_convert_module(n, left)}
+    return {weight: int(numbers * bits / 8) for weight, numbers in packed.items()}
 
 
 def quantization_config(dtype: torch.dtype, double: bool, left: list[str]) -> Any:

@@ -29,6 +29,7 @@ from ..devices import (
 from ..models.lockstep import Stored, find_blocks, parking
 from ..models.targets import choose_targets, left_out, require_causal, tied_layers
 from ..models.weights import (
+    ALREADY,
     Quantized,
     check_quantizer,
     digest_of,
@@ -216,7 +217,7 @@ def check_quantization(
     in_4bit = next((name for name, module in targets.items() if is_4bit(module)), None)
     if config.quantization:
         if in_4bit or base is not None:
-            raise CordaError("the model is quantized already: leave quantization out, or give the full model")
+            raise CordaError(ALREADY)
         check_quantizer(device)
         quantized_names(model, targets)
     elif config.fold and base is None:

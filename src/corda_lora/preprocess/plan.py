@@ -28,7 +28,7 @@ from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
 from ..models.targets import budget_of, choose_targets
-from ..models.weights import BLOCK, weight_shape
+from ..models.weights import ALREADY, BLOCK, packed_bytes, quantized_names, weight_shape
 from .backward import LOGITS
 from .context import read_context, token_masks
 from .layer import keeps_all
@@ -80,6 +80,7 @@ class Shapes(NamedTuple):
         rest: bytes that are on the device throughout.
         head: parameters of the output head, which is run where the context goes backward.
         blocks: the number of parameters, the bytes and the targets of each block.
+        loaded: bytes of a model that is in 4 or 8 bits, which is in the CPU's memory whole; else 0.
     """
 
     dtype: torch.dtype
@@ -89,6 +90,7 @@ class Shapes(NamedTuple):
     rest: int
     head: int
     blocks: list[tuple[int, int, list[Layer]]]
+    loaded: int = 0
 
 
 class Stage(NamedTuple):
@@ -158,9 +160,10 @@ def planned_model(config: ModelConfig) -> nn.Module:
     if class_of(settings) is None:
         named = ", ".join(settings.architectures or []) or "none given"
         raise CordaError(f"{config.model} cannot be planned: its class ({named}) is not in transformers")
-    if getattr(settings, "quantization_config", None) is not None:
-        warnings.warn("the model is quantized, and planned as if it were not", stacklevel=2)
-    return empty_model(settings, config).eval()
+    model = empty_model(settings, config).eval()
+    if getattr(settings, "quantization_config", None) is not None and not packed_bytes(model):
+        warnings.warn("the model is in a format whose size is not known, and planned as if not quantized", stacklevel=2)
+    return model
 
 
 def shared_inputs(model: nn.Module, targets: Iterable[str], blocks: Iterable[str]) -> dict[str, str]:
@@ -194,15 +197,19 @@ def shared_inputs(model: nn.Module, targets: Iterable[str], blocks: Iterable[str
 
 
 def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
-    """Raises CordaError as `choose_targets` and `find_blocks` do."""
-    targets = choose_targets(model, config)
+    """Raises CordaError as `choose_targets` and `find_blocks` do, or if the layers cannot be quantized."""
+    targets, packed = choose_targets(model, config), packed_bytes(model)
+    if config.quantization:
+        if packed:
+            raise CordaError(ALREADY)
+        quantized_names(model, targets)
     blocks = find_blocks(model, list(targets))
     leaders = shared_inputs(model, targets, blocks)
     layers = {name: Layer(name, *weight_shape(module), leaders.get(name)) for name, module in targets.items()}
     sizes, rest = [], set(tensors_of(model))
     for prefix, block in blocks.items():
         inside = [layers.pop(name) for name in list(layers) if name.startswith(f"{prefix}.")]
-        sizes.append((sum(p.numel() for p in block.parameters()), _bytes(tensors_of(block)), inside))
+        sizes.append((sum(p.numel() for p in block.parameters()), _bytes(tensors_of(block), packed), inside))
         rest -= set(tensors_of(block))
     if layers:  # outside of the blocks; their weights are part of the rest
         sizes.append((sum(m * n for _, m, n, _ in layers.values()), 0, list(layers.values())))
@@ -214,11 +221,12 @@ def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
     hidden = getattr(settings.get_text_config() if settings else None, "hidden_size", 0)
     parameters = sum(p.numel() for p in model.parameters())
     dtype = next(model.parameters()).dtype
-    return Shapes(dtype, hidden, parameters, budget_of(targets, config, model), _bytes(rest), head_parameters, sizes)
+    loaded, budget = _bytes(tensors_of(model), packed) if packed else 0, budget_of(targets, config, model)
+    return Shapes(dtype, hidden, parameters, budget, _bytes(rest, packed), head_parameters, sizes, loaded)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+def _bytes(tensors: Iterable[Tensor], packed: Mapping[Tensor, int]) -> int:
+    return sum(packed.get(t, t.numel() * t.element_size()) for t in tensors)
 
 
 def count_tokens(batches: Sequence[Mapping[str, Any]]) -> Tokens:
@@ -274,7 +282,9 @@ def init_plan(
     state = tokens.total * shapes.hidden * item
     waiting = (2 + config.runs_back * len(shapes.blocks)) * state
     park = _place(park, waiting, machine)
-    rest = shapes.rest if tokens.total else 0
+    # What is in the CPU's memory as it is loaded takes none beside it where the CPU computes.
+    copied = not (shapes.loaded and on_cpu)
+    rest = shapes.rest if tokens.total and copied else 0
     # Always on the device: tensors that are in no block, the masks (b, 1, s, s) bool of all batches, and hidden states.
     # Where these are parked, four batches of them: the current one's before and after the block, the next one's, and
     # the last one's.
@@ -291,7 +301,9 @@ def init_plan(
         # The other side, D of each layer.
         others = {x.name: 4 * x.m**2 for x in layers if tokens.total and x.leader and config.runs_back}
         both = sum(sums.values()) + sum(others.values())
-        held = always + weights
+        # Of weights that are quantized, the values of one layer's.
+        unpacked = max([0, *(layer.m * layer.n for layer in layers)]) * item if shapes.loaded else 0
+        held = always + weights * copied + unpacked
         parked.append(rounds * sum(sums.values()) + sum(others.values()))
         if tokens.total:
             times = 3 if config.runs_back else 1  # forward; forward again, and backward, which takes as long
@@ -343,12 +355,13 @@ def init_plan(
         inside = sum(parameters for parameters, _, _ in shapes.blocks)
         base = inside * 9 // 16 + (shapes.parameters - inside) * item  # as if blocks had nothing but linear layers
     seconds = {stage: sum(flop / _rate(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
-    reading = ((1 + config.runs_back) * sum(weights for _, weights, _ in shapes.blocks) + rest) / machine.read
+    read = (1 + config.runs_back) * sum(weights for _, weights, _ in shapes.blocks) + rest
+    reading = (shapes.loaded or read) / machine.read
     parked_bytes = waiting + (max(parked) if park != "device" else 0)
     if park != "device":  # hidden states and covariances are moved there and back
         moved = (6 if config.runs_back else 2) * len(shapes.blocks) * state + 2 * sum(parked)
         seconds["forward"] += moved / (BUS if park == "cpu" else machine.read)
-    memory = PROCESS + max(stored) + (parked_bytes if park == "cpu" else 0)
+    memory = PROCESS + shapes.loaded + max(stored) + (parked_bytes if park == "cpu" else 0)
     # A block's bytes are copied to be written, and read again for their checksum. All are read at the end.
     work_bytes, adding = sum(stored), max(stored)
     writing = 2 * work_bytes / machine.read
@@ -358,7 +371,7 @@ def init_plan(
     seconds["forward"] += reading
     peaks = {stage: (0, memory + most) if on_cpu else (most, memory) for stage, most in peak.items()}
     stages = [Stage(stage, seconds[stage], *peaks[stage]) for stage in work if seconds[stage]]
-    factors = PROCESS + 4 * shapes.budget + 2 * adapter
+    factors = PROCESS + shapes.loaded + 4 * shapes.budget + 2 * adapter
     stages.append(Stage("state", writing, 0, memory + adding))
     stages.append(Stage("factors", (work_bytes + adapter) / machine.read, 0, factors))
     flops = sum(sum(cost.values()) for cost in work.values())

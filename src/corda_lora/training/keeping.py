@@ -45,6 +45,13 @@ class _Layers(NamedTuple):
     weight: Tensor
 
 
+def check_whole_base(peft_model: PeftModel, adapter: str = "default") -> None:
+    """Raises CordaError if the base is none without the adapter, so that no drift from it can be predicted."""
+    marks = (peft_model.peft_config[adapter].auto_mapping or {}).get("corda", {})
+    if marks.get("split") == "residual":
+        raise CordaError("a part of the model is in the adapter, so its drift cannot be predicted: leave keep out")
+
+
 class PredictedDrift:
     """The predicted drift of an adapter, in nats per answer token of a context, as a function of its weights.
 
@@ -54,15 +61,13 @@ class PredictedDrift:
     Args:
         statistics: of the context, from the model without the adapter.
 
-    Raises CordaError as `check_statistics` does, or if the adapter is not active.
+    Raises CordaError as `check_statistics` and `check_whole_base` do, or if the adapter is not active.
     """
 
     def __init__(self, peft_model: PeftModel, statistics: Statistics, adapter: str = "default"):
         if adapter not in getattr(peft_model, "active_adapters", ()):
             raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
-        marks = (peft_model.peft_config[adapter].auto_mapping or {}).get("corda", {})
-        if marks.get("split") == "residual":
-            raise CordaError("a part of the model is in the adapter, so its drift cannot be predicted: leave keep out")
+        check_whole_base(peft_model, adapter)
         self.model, self.statistics, self.adapter = peft_model, statistics, adapter
         check_statistics(statistics, {n: layer.get_base_layer() for n, layer in lora_layers(peft_model).items()})
         self.prepare()

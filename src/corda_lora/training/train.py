@@ -33,6 +33,7 @@ from ..models.targets import (
     require_causal,
     task_type,
 )
+from ..models.weights import is_4bit
 from ..progress import console, progress_bar
 from .arguments import trainer_arguments
 from .classify import LabelTrainer, label_rows
@@ -66,6 +67,21 @@ def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftM
         task_type=task_type(model),
     )
     return peft.get_peft_model(model, lora)
+
+
+def check_precision(model: nn.Module, precision: str) -> None:
+    """Raises CordaError if a model in 4 bits would be trained in one half precision by autocast, but computes in the
+    other: bitsandbytes' layers keep to theirs, and autocast takes no two."""
+    names: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_4bit(module) and precision in names.values():
+            own = names.get(module.compute_dtype, precision)
+            if own != precision:
+                dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+                raise CordaError(
+                    f"the quantized model computes in {own}, which does not go with --precision {precision}: "
+                    f"--precision {own} or fp32, or --dtype {dtype}"
+                )
 
 
 def warn_without_bfloat16(config: TrainConfig, device: torch.device) -> None:
@@ -131,6 +147,7 @@ def train(
     rows = encoded(model, tokenizer, samples, max_length)
     held_out_rows = encoded(model, tokenizer, held_out, max_length) if held_out else None
     device = next(model.parameters()).device
+    check_precision(model, config.precision)
     warn_without_bfloat16(config, device)
     rate, whose = (config.learning_rate, "") if config.learning_rate else default_rate(model)
     packing = config.trainer.get("packing", False)
