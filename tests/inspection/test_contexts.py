@@ -314,7 +314,7 @@ def test_a_page_that_would_be_too_large(checkpoint, files, tmp_path, capsys, mon
 
 
 def test_a_model_without_a_context(checkpoint, tmp_path, capsys):
-    assert "give a --context" in refused(capsys, "--model", checkpoint, "--output", tmp_path / "seen")
+    assert "give a --model and a --context" in refused(capsys, "--model", checkpoint, "--output", tmp_path / "seen")
 
 
 # --- in a browser
@@ -363,7 +363,7 @@ def test_the_page_in_a_browser(theme, made, tmp_path):
     assert seen["console"] == []
     assert [found["width"] for found in seen["pages"]] == [1280, 390]
     for found in seen["pages"]:
-        assert (found["overflow"], found["clipped"], found["hidden"]) == (0, [], [])
+        assert (found["overflow"], found["clipped"], found["hidden"]) == (0, [], ["change-card"])
         assert found["lines"] == [9, 9, 8, 8]
         assert found["layers"] == 3
         assert found["same"]

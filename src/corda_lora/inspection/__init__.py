@@ -1,1 +1,1 @@
-"""What contexts say of a model: spectra, covariances, what is lost when components are discarded."""
+"""What there is to see in a model and in an adapter: spectra, covariances, what truncation loses, what moved."""

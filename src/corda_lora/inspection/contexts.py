@@ -101,7 +101,7 @@ def inspect_model(
     """
     targets = find_targets(model, "all-linear")
     blocks = find_blocks(model, list(targets))
-    places = {name: _place(name, blocks) for name in targets}
+    places = {name: place_of(name, blocks) for name in targets}
     shown = chosen_layers(targets, config.layers) if config.layers else _middle(places, list(blocks))
     counts = discarded(targets, config.levels)  # type: ignore[arg-type]
     _check_levels(model, targets, blocks, config)
@@ -208,7 +208,7 @@ def chosen_layers(targets: Mapping[str, nn.Module], wanted: Sequence[str]) -> li
     return [name for name in targets if name in chosen]
 
 
-def _place(name: str, blocks: Mapping[str, nn.Module]) -> dict[str, str]:
+def place_of(name: str, blocks: Mapping[str, nn.Module]) -> dict[str, str]:
     """The block that a layer is in, "" if in none, and its name there."""
     block = next((block for block in blocks if name.startswith(f"{block}.")), "")
     return {"block": block, "kind": name.removeprefix(f"{block}.")}

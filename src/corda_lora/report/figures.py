@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -65,3 +66,45 @@ def truncation_data(cut: Mapping[str, Any]) -> dict[str, Any]:
         }
         for text, base in cut["base"].items()
     }
+
+
+def change_map(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter changed, by measure: each has a scale of its own."""
+    measures = {label: value for label, (value, _) in change_measures(record).items()}
+    found = model_map(
+        record["layers"],
+        lambda about: {label: x for label, value in measures.items() if (x := value(about)) is not None},
+        list(measures),
+    )
+    return {**found, "own": True}
+
+
+def change_measures(
+    record: Mapping[str, Any],
+) -> dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str]]:
+    """The measures of an adapter's layers that are known: how each is read of a layer, and its meaning."""
+    measures: dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str]] = {}
+    for about in record["contexts"]:
+        name = about["name"]
+        of = f", {name}"
+
+        def moved(layer: Mapping[str, Any], key: str, name: str = name) -> float | None:
+            return layer["moved"].get(name, {}).get(key)
+
+        measures |= {
+            f"‖ΔW X‖ / ‖W X‖{of}": (partial(moved, key="outputs"), "how far the outputs move, over their size"),
+            f"predicted drift{of}": (partial(moved, key="predicted_drift"), "nats per answer token"),
+            f"leak{of}": (partial(moved, key="leak"), "tr(A C Aᵀ)"),
+        }
+    measures |= {
+        "predicted drift": (lambda layer: layer.get("predicted_drift"), "on the context whose statistics are there"),
+        "‖ΔW‖ / ‖W‖": (lambda layer: layer.get("relative"), "of the weight"),
+        "‖ΔW‖": (lambda layer: layer["norm"], "Frobenius"),
+        "rank": (lambda layer: layer["r"], ""),
+        "effective rank": (lambda layer: layer["effective_rank"], "(Σσ²)² / Σσ⁴"),
+        "rounded away": (lambda layer: layer.get("rounded_away"), "share of ‖ΔW‖ that merging loses"),
+        "‖A‖": (lambda layer: layer["norm_A"], ""),
+        "‖B‖": (lambda layer: layer["norm_B"], ""),
+    }
+    layers = record["layers"].values()
+    return {label: m for label, m in measures.items() if any(m[0](layer) is not None for layer in layers)}

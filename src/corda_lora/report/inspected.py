@@ -3,12 +3,14 @@
 import base64
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,9 +21,18 @@ from ..config import CordaError, InspectConfig, ModelConfig
 from ..devices import machine_name
 from ..files import write_json, write_text
 from ..inspection.contexts import CELLS
-from .figures import POINTS, compactness_map, level_text, perplexity, spectrum_points, truncation_data
+from .figures import (
+    POINTS,
+    change_map,
+    change_measures,
+    compactness_map,
+    level_text,
+    perplexity,
+    spectrum_points,
+    truncation_data,
+)
 from .html import embedded, filled_page, html_pairs, without_nan
-from .inspected_pictures import draw_contexts
+from .inspected_pictures import draw_change, draw_contexts
 from .text import number, plural
 
 LARGEST_PAGE = 20e6  # bytes
@@ -38,12 +49,16 @@ def check_page(layers: int, contexts: int) -> None:
         )
 
 
-def about_run(source: ModelConfig, config: InspectConfig, command: str, seconds: float) -> dict[str, Any]:
+def about_run(
+    adapter: Path | None, source: ModelConfig | None, config: InspectConfig, command: str, seconds: float
+) -> dict[str, Any]:
     """What was run, for the record."""
     packages = ("corda-lora", "torch", "transformers", "peft")
+    model = source and source.model
     return {
-        "name": os.path.basename(source.model.rstrip("/")),
-        "model": source.model,
+        "name": os.path.basename(os.path.normpath(adapter or model or "")),
+        "adapter": adapter and str(adapter),
+        "model": model,
         "command": command,
         "machine": machine_name(),
         "versions": {package: version(package) for package in packages},
@@ -72,6 +87,30 @@ def write_contexts(
         raise CordaError(f"the page has {len(page.encode()) / 1e6:.0f} MB: leave some --layers out")
     write_text(folder / "report.html", page)
     draw_contexts(folder, record, spectra, maps)
+
+
+def write_adapter(folder: Path, record: dict[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Write report.html, inspect.json, inspect.safetensors, and the map of the change as PNG and SVG.
+
+    Args:
+        record, values: what `inspect_adapter` gives, the record with what `about_run` says.
+    """
+    write_json(folder / "inspect.json", without_nan(record))
+    save_file({f"singular values|{name}": sigma for name, sigma in values.items()}, folder / "inspect.safetensors")
+    first, *more = adapter_sentences(record)
+    measures = change_measures(record)
+    rows = {layer: [value(about) for value, _ in measures.values()] for layer, about in record["layers"].items()}
+    shown = "".join(f" · {c['name']} ({c['samples']:,} samples, {c['tokens']:,} tokens)" for c in record["contexts"])
+    parts = {
+        **_parts(record, [first, *more], f"{plural(len(record['layers']), 'layer')}{shown} · {record['machine']}"),
+        "meanings": "".join(f"<li>{escape(f'{label}: {what}')}</li>" for label, (_, what) in measures.items() if what),
+        "similarity": "",
+        "inputs": "",
+        "tables": _table("Layers", "layer", list(measures), rows, number),
+        "data": embedded({"titles": {}, "maps": {"change": change_map(record)}}),
+    }
+    write_text(folder / "report.html", filled_page("inspect.html", parts))
+    draw_change(folder, record)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -106,6 +145,55 @@ def context_sentences(record: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def adapter_sentences(record: Mapping[str, Any]) -> list[str]:
+    """What the numbers say of an adapter, the most telling first."""
+    layers = record["layers"]
+    ranks, squares = [about["r"] for about in layers.values()], {n: about["norm"] ** 2 for n, about in layers.items()}
+    parameters = sum(about["r"] * sum(about["shape"]) for about in layers.values())
+    of_ranks = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    kinds: dict[str, float] = defaultdict(float)
+    for name, square in squares.items():
+        kinds[layers[name]["kind"]] += square
+    kind, whole = max(kinds, key=kinds.__getitem__), sum(squares.values())
+    said = [f"The adapter changes {plural(len(layers), 'layer')} at {of_ranks}, with {parameters:,} parameters."]
+    if whole:
+        said[0] += f" {kinds[kind] / whole:.0%} of the change, by squares, is in {kind}."
+    for label, (value, _) in change_measures(record).items():
+        found = {name: x for name, about in layers.items() if (x := value(about)) is not None}
+        most = max(found, key=found.__getitem__)
+        if label.startswith("‖ΔW X‖"):
+            where = label.rpartition(", ")[2]
+            said.append(
+                f"On {where} a layer’s outputs move by {number(100 * median(found.values()))} % of their size in the "
+                f"median layer, most in {most} ({number(100 * found[most])} %)."
+            )
+        elif label.startswith("predicted drift"):
+            total = sum(found.values())
+            where = f" on {label.rpartition(', ')[2]}" if "," in label else " on the context that was to be kept"
+            share = f", {found[most] / total:.0%} of it in {most}" if total else ""
+            said.append(
+                f"Predicted drift{where}: {number(total)} nats per answer token, summed layer by layer{share}. Layers "
+                "can pull together, so measured drift may be higher: corda eval --keep."
+            )
+        elif label == "‖ΔW‖ / ‖W‖":
+            lost = median([about["rounded_away"] or 0.0 for about in layers.values()])
+            rounded = (
+                f"; {number(100 * lost)} % of that change is rounded away in the model’s dtype" if lost > 1e-3 else ""
+            )
+            said.append(
+                f"Merging changes a weight by {number(100 * median(found.values()))} % of its length in the median "
+                f"layer, most in {most} ({number(100 * found[most])} %){rounded}."
+            )
+    if record.get("tied"):
+        said.append(f"{record['tied'][0]} shares its weight with the embeddings, which a merge would change, too.")
+    if record["left_out"]:
+        count = len(record["left_out"])
+        said.append(
+            f"Not looked at: {plural(count, 'tensor')} beside the layers’ factors, such as {record['left_out'][0]}."
+        )
+    return said
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -114,27 +202,36 @@ def _page(
     spectra: Mapping[str, Mapping[str, Tensor]],
     maps: Mapping[str, Mapping[str, Tensor]],
 ) -> str:
-    first, *more = context_sentences(record)
     contexts = record["contexts"]
     shown = ", ".join(f"{c['name']} ({c['samples']:,} samples, {c['tokens']:,} tokens)" for c in contexts)
+    about = f"{plural(len(record['layers']), 'layer')} · {shown} · {record['machine']}"
     parts = {
-        "name": escape(record["name"]),
-        "first": escape(first),
-        "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
-        "about": escape(f"{plural(len(record['layers']), 'layer')} · {shown} · {record['machine']}"),
+        **_parts(record, context_sentences(record), about),
+        "meanings": "",
         "similarity": _similarity_table(record),
         "inputs": str(record["similarity"]["inputs"]),
         "tables": _tables(record),
-        "command": escape(record["command"]),
-        "circumstances": html_pairs(circumstances(record)),
         "data": embedded(_context_data(record, spectra, maps)),
     }
     return filled_page("inspect.html", parts)
 
 
+def _parts(record: Mapping[str, Any], sentences: Sequence[str], about: str) -> dict[str, str]:
+    """What both pages have."""
+    first, *more = sentences
+    return {
+        "name": escape(record["name"]),
+        "first": escape(first),
+        "more": "".join(f"<li>{escape(sentence)}</li>" for sentence in more),
+        "about": escape(about),
+        "command": escape(record["command"]),
+        "circumstances": html_pairs(circumstances(record)),
+    }
+
+
 def circumstances(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Model, machine, versions and settings, as pairs."""
-    pairs = [("model", record["model"]), ("machine", record["machine"])]
+    pairs = [(name, record[name]) for name in ("adapter", "model", "machine") if record[name]]
     pairs += [(package, version) for package, version in record["versions"].items()]
     for name, value in record["config"].items():
         items = value if isinstance(value, list) else [value]
@@ -190,7 +287,8 @@ def _table(
     head = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in (first, *heads))
     lines = []
     for name, values in rows.items():
-        cells = "".join(f'<td data-key="{value:.6g}">{escape(text(value))}</td>' for value in values)
+        keys = ["" if value is None else f' data-key="{value:.6g}"' for value in values]
+        cells = "".join(f"<td{key}>{escape(text(value))}</td>" for key, value in zip(keys, values))
         lines.append(f'<tr><th scope="row" data-key="{escape(name)}">{escape(name)}</th>{cells}</tr>')
     return (
         f'<details class="card"><summary>{escape(caption)}</summary><div class="scroll tall" tabindex="0" '

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .figures import compactness_map, spectrum_points, truncation_data
+from .figures import change_map, compactness_map, spectrum_points, truncation_data
 from .pictures import look, save_picture, style, write_picture
 
 PANELS = 12  # at most so many layers in one picture
@@ -68,22 +68,38 @@ def draw_contexts(
             save_picture(figure, folder / "truncation")
 
 
-def draw_maps(plt: Any, path: Path, found: Mapping[str, Any], label: str) -> None:
-    """A map of the model for each name: blocks from left to right, kinds of layers from top to bottom."""
+def draw_change(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the maps of what an adapter changed."""
+    with style() as plt:
+        draw_maps(plt, folder / "change", change_map(record))
+
+
+def draw_maps(plt: Any, path: Path, found: Mapping[str, Any], label: str = "") -> None:
+    """A map of the model for each name: blocks from left to right, kinds of layers from top to bottom.
+
+    Args:
+        label: of the one scale of all maps; without it each has its own.
+    """
     import numpy as np
 
     arrays = {name: np.array(rows, dtype=float) for name, rows in found["values"].items()}
-    if not any(np.isfinite(array).any() for array in arrays.values()):
+    arrays = {name: array for name, array in arrays.items() if np.isfinite(array).any()}
+    if not arrays:
         return
-    low = min(float(np.nanmin(array)) for array in arrays.values() if np.isfinite(array).any())
-    high = max(float(np.nanmax(array)) for array in arrays.values() if np.isfinite(array).any())
-    size = (0.22 * len(found["blocks"]) + 3.4, (0.26 * len(found["kinds"]) + 0.9) * len(arrays) + 0.4)
+    low, high = (
+        pick([float(pick_nan(a)) for a in arrays.values()]) for pick, pick_nan in ((min, np.nanmin), (max, np.nanmax))
+    )
+    size = (0.22 * len(found["blocks"]) + 4.4, (0.26 * len(found["kinds"]) + 0.9) * len(arrays) + 0.4)
     figure, grid = plt.subplots(len(arrays), 1, figsize=size, squeeze=False, layout="constrained")
     for ax, (name, array) in zip(grid[:, 0], arrays.items()):
-        image = ax.imshow(array, vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        limits = {"vmin": low, "vmax": high} if label else {}
+        image = ax.imshow(array, cmap="viridis", aspect="auto", **limits)
         ax.set(title=name, xlabel="block")
         ax.set_yticks(range(len(found["kinds"])), found["kinds"], fontsize=8)
-    figure.colorbar(image, ax=list(grid[:, 0]), label=label)
+        if not label:
+            figure.colorbar(image, ax=ax)
+    if label:
+        figure.colorbar(image, ax=list(grid[:, 0]), label=label)
     write_picture(figure, path)
 
 

@@ -1,0 +1,237 @@
+"""`corda inspect --adapter`: every number against a plain float64 reference, of a LoRA of PEFT's and of CorDA's."""
+
+import json
+import re
+
+import helpers
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from corda_lora.cli import main
+from corda_lora.config import DataConfig
+from corda_lora.data.batches import encode
+from corda_lora.data.samples import load_samples
+
+ROWS = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(20)]
+TEXT = [{"text": "The quick brown fox. " * 2} for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, rows in (("sums", ROWS), ("text", TEXT)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def base(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def lora(checkpoint, tmp_path_factory):
+    """A LoRA that PEFT made, with ranks and scales that differ."""
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"layers.1.mlp.down_proj": 2},
+        alpha_pattern={"q_proj": 3},
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(base(checkpoint), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def updates(checkpoint, adapter):
+    """ΔW (m, n) of each layer, by merging."""
+    before = {n: p.double() for n, p in base(checkpoint).named_parameters()}
+    merged = peft.PeftModel.from_pretrained(base(checkpoint).double(), adapter).merge_and_unload()
+    after = {n: p.detach() - before[n] for n, p in merged.named_parameters()}
+    return {n.removesuffix(".weight"): d for n, d in after.items() if d.abs().max() > 1e-9}
+
+
+def inspected(tmp_path_factory, *arguments):
+    output = tmp_path_factory.mktemp("inspected") / "seen"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+        main(["inspect", *map(str, arguments), "--output", str(output)])
+    return output
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint, lora, files, tmp_path_factory):
+    contexts = [f"--context={files / name}.jsonl" for name in ("sums", "text")]
+    return inspected(tmp_path_factory, "--adapter", lora, "--model", checkpoint, *contexts)
+
+
+@pytest.fixture(scope="module")
+def layers(made):
+    return json.loads((made / "inspect.json").read_text())["layers"]
+
+
+def test_norms_and_spectra(made, layers, checkpoint, lora):
+    spectra = load_file(made / "inspect.safetensors")
+    changed = updates(checkpoint, lora)
+    assert list(layers) == [n for n, _ in base(checkpoint).named_modules() if n in changed]
+    for name, change in changed.items():
+        about = layers[name]
+        assert about["r"] == (2 if name == "model.layers.1.mlp.down_proj" else 4)
+        sigma = torch.linalg.svdvals(change)[: about["r"]]
+        torch.testing.assert_close(spectra[f"singular values|{name}"].double(), sigma, rtol=1e-4, atol=1e-7)
+        assert about["norm"] == pytest.approx(float(change.norm()), rel=1e-5)
+        assert about["largest"] == pytest.approx(float(sigma[0]), rel=1e-5)
+        W = base(checkpoint).get_submodule(name).weight
+        assert about["relative"] == pytest.approx(float(change.norm() / W.norm()), rel=1e-5)
+        assert about["rounded_away"] < 1e-4
+        assert f"{about['block']}.{about['kind']}" == name
+
+
+def test_how_far_the_outputs_move(layers, checkpoint, lora, files, tokenizer):
+    model, changed = base(checkpoint), updates(checkpoint, lora)
+    for context in ("sums", "text"):
+        inputs = {name: [] for name in changed}
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(lambda _, args, k=rows: k.append(args[0][0].double()))
+            for name, rows in inputs.items()
+        ]
+        for sample in load_samples(DataConfig(str(files / f"{context}.jsonl"))):
+            with torch.no_grad():
+                model(torch.tensor([encode(tokenizer, sample, 512).ids]))
+        for hook in hooks:
+            hook.remove()
+        for name, change in changed.items():
+            X = torch.cat(inputs[name])
+            moved = layers[name]["moved"][f"{files.name}/{context}"]
+            outputs = (X @ change.T).norm() / (X @ model.get_submodule(name).weight.detach().double().T).norm()
+            assert moved["outputs"] == pytest.approx(float(outputs), rel=1e-3)
+            A = load_file(lora / "adapter_model.safetensors")[f"base_model.model.{name}.lora_A.weight"].double()
+            assert moved["leak"] == pytest.approx(float((X @ A.T).square().sum() / len(X)), rel=1e-3)
+
+
+def test_predicted_drift_is_that_of_the_statistics(checkpoint, files, tmp_path_factory):
+    """Of a CorDA adapter trained with a price: by its statistics, as the training predicts it, and on the context."""
+    folder = tmp_path_factory.mktemp("corda")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+        data = str(files / "sums.jsonl")
+        start = ["init", "--model", str(checkpoint), "--context", data, "--r=2", "--keep=1"]
+        main([*start, "--output", str(folder / "start")])
+        train = ["train", "--model", str(checkpoint), "--start", str(folder / "start"), "--data", data, "--keep=1"]
+        main([*train, "--max_steps=2", "--batch_size=4", "--precision=fp32", "--output", str(folder / "tuned")])
+    alone = json.loads((inspected(tmp_path_factory, "--adapter", folder / "tuned") / "inspect.json").read_text())
+    by_file = {name: about["predicted_drift"] for name, about in alone["layers"].items()}
+
+    from corda_lora.adapters.lora import load_adapter
+    from corda_lora.preprocess.statistics import Statistics
+    from corda_lora.training.keeping import PredictedDrift
+
+    statistics = Statistics.load(folder / "start" / "statistics.safetensors")
+    predicted = PredictedDrift(load_adapter(base(checkpoint), folder / "tuned"), statistics).by_layer()
+    assert by_file == pytest.approx({name: float(value) for name, value in predicted.items()}, rel=1e-4)
+    assert sum(by_file.values()) > 0
+
+    output = inspected(
+        tmp_path_factory, "--adapter", folder / "tuned", "--model", checkpoint, f"--context={files / 'sums.jsonl'}"
+    )
+    record = json.loads((output / "inspect.json").read_text())
+    on_context = {n: about["moved"][f"{files.name}/sums"]["predicted_drift"] for n, about in record["layers"].items()}
+    # the statistics are in bfloat16 and in few directions; here C and D are whole
+    assert sum(on_context.values()) == pytest.approx(sum(by_file.values()), rel=0.05)
+
+
+def test_a_map_shows_each_layer_at_its_place(made, layers):
+    page = (made / "report.html").read_text(encoding="utf-8")
+    found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["maps"]["change"]
+    for name, about in layers.items():
+        row, column = found["kinds"].index(about["kind"]), found["blocks"].index(about["block"])
+        assert found["values"]["‖ΔW‖"][row][column] == pytest.approx(about["norm"]), name
+        for context, moved in about["moved"].items():
+            assert found["values"][f"‖ΔW X‖ / ‖W X‖, {context}"][row][column] == pytest.approx(moved["outputs"])
+
+
+def test_in_bfloat16_merging_rounds_away(checkpoint, lora, tmp_path_factory):
+    output = inspected(tmp_path_factory, "--adapter", lora, "--model", checkpoint, "--dtype=bfloat16")
+    record = json.loads((output / "inspect.json").read_text())
+    for name, change in updates(checkpoint, lora).items():
+        W = base(checkpoint).get_submodule(name).weight.detach().bfloat16().float()
+        merged = (W + change.float()).bfloat16().float()
+        lost = float((merged - W - change.float()).norm() / change.norm())
+        assert record["layers"][name]["rounded_away"] == pytest.approx(lost, rel=0.02)
+    assert "is rounded away in the model’s dtype" in (output / "report.html").read_text()
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as error:
+        main(["inspect", *map(str, arguments)])
+    assert error.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_bad_adapters(checkpoint, lora, files, tmp_path, capsys):
+    out = ["--output", tmp_path / "seen"]
+    assert "is not an adapter directory" in refused(capsys, "--adapter", tmp_path, *out)
+    said = refused(capsys, "--adapter", lora, f"--context={files / 'sums.jsonl'}", *out)
+    assert "give its --model" in said
+    assert "leave them or --adapter out" in refused(capsys, "--adapter", lora, "--levels=0.5", *out)
+
+    def changed(name, **options):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = json.loads((lora / "adapter_config.json").read_text()) | options
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        weights = load_file(lora / "adapter_model.safetensors")
+        return folder, weights
+
+    folder, weights = changed("dora", use_dora=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    assert "is a DoRA" in refused(capsys, "--adapter", folder, *out)
+    folder, weights = changed("other")
+    save_file({n.replace("layers.1", "layers.7"): w for n, w in weights.items()}, folder / "adapter_model.safetensors")
+    assert "the model has no layer model.layers.7." in refused(capsys, "--adapter", folder, "--model", checkpoint, *out)
+    folder, weights = changed("wider")
+    wider = {n: torch.cat([w, w], dim=1) if "lora_A" in n else w for n, w in weights.items()}
+    save_file(wider, folder / "adapter_model.safetensors")
+    said = refused(capsys, "--adapter", folder, "--model", checkpoint, *out)
+    assert re.search(r"has the shape \(32, \d+\), but the adapter is for \(32, \d+\)", said), said
+    assert not (tmp_path / "seen").exists()
+
+
+PROBE = """
+<script>
+(async () => {
+  await new Promise((done) => setTimeout(done, 30));
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  const out = { width: innerWidth, shown: [...document.querySelectorAll("section:not([hidden])")].map((s) => s.id) };
+  const low = () => document.querySelector("#change svg").lastElementChild.previousElementSibling.textContent;
+  out.cells = document.querySelectorAll("#change rect.cell").length;
+  out.lows = [low()];
+  document.querySelector('#change-choice button[data-value="rank"]').click();
+  out.lows.push(low());
+  out.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  parent.postMessage(JSON.stringify(out), "*");
+})();
+</script></body>"""
+
+
+def test_the_page_in_a_browser(made, tmp_path):
+    page = (made / "report.html").read_text(encoding="utf-8")
+    assert "{{" not in page
+    seen = helpers.browse(page, PROBE, tmp_path, "dark")
+    assert seen["console"] == []
+    assert [found["width"] for found in seen["pages"]] == [1280, 390]
+    for found in seen["pages"]:
+        assert found["shown"] == ["change-card"]
+        assert (found["cells"], found["overflow"]) == (4, 0)
+        assert found["lows"][1].startswith("2.00")
+        assert found["lows"][0] != found["lows"][1]
