@@ -14,6 +14,7 @@ from corda_lora.files import (
     check_output,
     check_result,
     is_made,
+    is_partial,
     output_lock,
     read_json,
     whole_file,
@@ -81,6 +82,21 @@ def test_what_a_dead_process_left_is_removed_and_nothing_else(here):
         (here / name).write_text("x")
     write_text(here / "out", "new")
     assert {path.name for path in here.iterdir()} == {"out", ".out.partial", f".other.corda-{dead.pid}.partial"}
+
+
+def test_what_a_library_wrote_beside_a_file_when_it_was_killed_is_removed(here):
+    """As safetensors does, which renames it when it is whole."""
+    killed = (
+        "import os, pathlib\nfrom corda_lora.files import whole_file\n"
+        "with whole_file(pathlib.Path('out')) as partial:\n"
+        "    partial.with_name('.tmpXmkA3f').write_text('x')\n    os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == -9
+    left = list(here.iterdir())
+    assert left
+    assert all(is_partial(path) for path in left)
+    write_text(here / "out", "new")
+    assert [path.name for path in here.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("make", ["folder", "file", "link"])

@@ -1,8 +1,8 @@
 """Files are written whole or not at all, also where the power fails; no file of the user's is overwritten.
 
-A file that is being written has a name of its own, `.NAME.corda-PID.partial`, beside its place. It takes its place when
-it is complete and on the disk. A process that is killed leaves its partial file behind; the next process that writes
-the same file removes it.
+A file that is being written is in a folder of its own, `.NAME.corda-PID.partial`, beside its place: safetensors writes
+under a name of its own beside the file that it is given. It takes its place when it is complete and on the disk. A
+process that is killed leaves its partial folder behind; the next process that writes the same file removes it.
 """
 
 import fcntl
@@ -30,16 +30,18 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises CordaError if the disk is full: then `path` is as it was.
     """
-    partial = _partial_of(path)
+    folder = _partial_of(path)
+    partial = folder / path.name
     try:
         with _full_disk(path):
+            folder.mkdir()
             yield partial
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
             _sync_folder(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

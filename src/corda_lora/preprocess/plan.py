@@ -541,10 +541,11 @@ def check_room(plan: Plan, output: Path) -> None:
     free = shutil.disk_usage(folder).free
     finished = output.with_name(output.name + ".work").glob("*.safetensors")  # by a run that was broken off
     needed = plan.disk_bytes - sum(file.stat().st_size for file in finished)
+    base = f"{size_text(plan.base_bytes)} for its quantized base, " if plan.base_bytes else ""
     if free < needed:
         raise CordaError(
             f"the disk of {output} has {size_text(free)} free, but {size_text(needed)} are needed: "
-            f"{size_text(plan.adapter_bytes)} for the adapter, the rest for unfinished work beside it"
+            f"{size_text(plan.adapter_bytes)} for the adapter, {base}the rest for unfinished work beside it"
         )
 
 
