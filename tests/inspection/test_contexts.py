@@ -7,14 +7,16 @@ from itertools import combinations
 
 import helpers
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from corda_lora.cli import main
-from corda_lora.config import DataConfig
+from corda_lora.config import CordaError, DataConfig, InspectConfig
 from corda_lora.data.batches import encode
 from corda_lora.data.samples import load_others, load_samples
+from corda_lora.inspection.contexts import inspect_model
 
 ROWS = {
     "sums": [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(24)],
@@ -176,10 +178,10 @@ def test_covariances_are_shrunk(made, files, covariances):
 
 
 @torch.no_grad()
-def losses(model, files, tokenizer):
+def losses(model, files, tokenizer, *names):
     """The mean loss over the answer tokens of what was not shown of each context."""
     found = {}
-    for name in ROWS:
+    for name in names or ROWS:
         total = count = 0.0
         for e in encoded(files, tokenizer, name, others=True):
             logits = model(torch.tensor([e.ids])).logits[0, :-1].double()
@@ -370,3 +372,40 @@ def test_the_page_in_a_browser(theme, made, tmp_path):
         assert found["canvases"] == [True, True]
         assert found["cells"] == 14
         assert re.fullmatch(r"model\.layers\.0\.self_attn\.q_proj\d\.\d+", found["tip"])
+
+
+# --- other families
+
+
+@pytest.mark.parametrize("family", ["gpt2_conv1d", "gemma2", "mixtral"])
+def test_truncation_of_other_families(family, files, tokenizer):
+    """The whole weights, and all components discarded: each layer's weight is then zero. The model is as it was."""
+    model = tiny.build(family)
+    before = tiny.snapshot(model)
+    config = InspectConfig(context=str(files / "sums.jsonl"), samples=12, held_out=8, levels=[0.999])
+    record = inspect_model(model, tokenizer, config, progress=False).record
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    (text,) = losses(model, files, tokenizer, "sums").items()
+    assert record["truncation"]["base"][text[0]] == pytest.approx(text[1], abs=1e-4)
+    for name in record["layers"]:
+        model.get_submodule(name).weight.data.zero_()
+    (text,) = losses(model, files, tokenizer, "sums").items()
+    for curve in record["truncation"]["curves"]:
+        assert curve["loss"][text[0]][0] == pytest.approx(text[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "deepseek_v2", "opt"])
+def test_spectra_of_other_families(family, files, tokenizer):
+    config = InspectConfig(context=[str(files / "sums.jsonl")], samples=12)
+    found = inspect_model(tiny.build(family), tokenizer, config, progress=False)
+    assert set(found.spectra) <= set(found.record["layers"])
+    assert all(
+        set(by) == {"plain SVD", *(f"{way}, {named(files, 'sums')}" for way in ("ASVD", "CO-SVD"))}
+        for by in found.spectra.values()
+    )
+
+
+def test_only_causal_models_are_truncated(files, tokenizer):
+    config = InspectConfig(context=str(files / "sums.jsonl"), levels=[0.5])
+    with pytest.raises(CordaError, match="no causal language model"):
+        inspect_model(tiny.build("bert"), tokenizer, config, progress=False)
