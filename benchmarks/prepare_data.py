@@ -2,7 +2,7 @@
 
     python benchmarks/prepare_data.py DATA OUTPUT
 
-DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/train.json, wikitext2/{valid,test}.txt,
+DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/{train,validation}.json, wikitext2/{valid,test}.txt,
 mbpp/mbpp.jsonl, cola/{train,dev}.tsv, as published.
 
 - `gsm8k_*` has the form of the questions to keep ("Question: ... Answer:"), `gsm8k_plain_*` has not.
@@ -10,6 +10,7 @@ mbpp/mbpp.jsonl, cola/{train,dev}.tsv, as published.
   no answers.
 - NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances), without the answers `nq_questions_context.jsonl`.
   Rows 2000-3609 become `nq_test.jsonl` (for measuring). `*_qa_*` and `*_bare_*` have other forms.
+- WebQuestions: the training split becomes `webq_test.jsonl`, the validation split `webq_context.jsonl`.
 - `wikitext2_context.jsonl` (of the validation split) and `wikitext2_paragraphs.jsonl` (of the test split) have a
   paragraph in each row.
 """
@@ -42,8 +43,9 @@ def main(data: Path, output: Path) -> None:
     _write(output / "nq_context.jsonl", nq[:2000])
     _write(output / "nq_questions_context.jsonl", [{"text": row["prompt"]} for row in nq[:2000]])
     _write(output / "nq_test.jsonl", nq[2000:])
-    web = json.loads((data / "webquestions" / "train.json").read_text())
+    web, more = (json.loads((data / "webquestions" / f"{name}.json").read_text()) for name in ("train", "validation"))
     _write(output / "webq_test.jsonl", [_pair(r["qText"], r["answers"][0]) for r in web])
+    _write(output / "webq_context.jsonl", [_pair(r["qText"], r["answers"][0]) for r in more])
     for form, ask in OTHER_FORMS.items():
         for name, rows in (("nq_{}_context", nq[:2000]), ("nq_{}_test", nq[2000:])):
             asked = [row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:") for row in rows]
