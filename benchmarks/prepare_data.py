@@ -2,8 +2,8 @@
 
     python benchmarks/prepare_data.py DATA OUTPUT
 
-DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/{train,validation}.json, wikitext2/{valid,test}.txt,
-mbpp/mbpp.jsonl, cola/{train,dev}.tsv, as published.
+DATA holds gsm8k/{train,test}.jsonl, nq_open/dev.jsonl, webquestions/{train,validation}.json,
+wikitext2/{valid,test}.txt, mbpp/mbpp.jsonl, cola/{train,dev}.tsv, as published.
 
 - `gsm8k_*` has the form of the questions to keep ("Question: ... Answer:"), `gsm8k_plain_*` has not.
   `gsm8k_alpaca_*` has the form that CorDA's authors train with, and keeps the calculator marks. `gsm8k_questions_*` has
