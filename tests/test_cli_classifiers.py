@@ -171,8 +171,10 @@ def test_what_does_not_go_together_is_one_sentence(encoder, checkpoint, work, ca
     (work / "odd.tsv").write_text("s\tmaybe\t\tab\ns\tno\t\tab\n")
     (work / "same.tsv").write_text("s\tno\t\tab\n" * 3)
     (work / "numbers.tsv").write_text("".join(f"s\t{i}.5\t\tab\n" for i in range(3)))
+    (work / "gaps.tsv").write_text("s\tnan\t\tab\ns\t1\t\tab\ns\t0\t\tab\n")
+    (work / "mixed.tsv").write_text("s\tlow\t\tab\ns\t1.5\t\tab\ns\t0\t\tab\n")
     for sentence, arguments in {
-        "odd.tsv has the label 'maybe', and the model does not: it has no, yes": [
+        "odd.tsv has the label 'maybe', and the model does not: it has 'no', 'yes'": [
             *("eval", *model, *tuned, "odd.tsv", *IN_EVAL)
         ],
         "the model is a classifier: say with label which column of test.tsv has the labels": [
@@ -183,6 +185,14 @@ def test_what_does_not_go_together_is_one_sentence(encoder, checkpoint, work, ca
         ],
         "the model has no head for any: it is no classifier": [
             *("eval", "--model", checkpoint, "--learn", "test.tsv", *IN_EVAL)
+        ],
+        "numbers in label, and 'nan': leave the cell empty": [
+            *("train", *model, "--data", "gaps.tsv", *LABELS, "--output", "new")
+        ],
+        "numbers in label, and 'low'": [*("train", *model, "--data", "mixed.tsv", *LABELS, "--output", "new")],
+        "test.tsv has labels, and the model has no head for any": [*("eval", *model, "--learn", "test.tsv", *IN_EVAL)],
+        "--label is an option of data: after --learn DATA give --learn.label": [
+            *("eval", *model, *tuned, "test.tsv", *LABELS)
         ],
         "is no causal language model": [
             *("eval", *model, "--adapter", "tuned", "--keep", "test.tsv"),
@@ -255,3 +265,14 @@ def test_a_comparison_of_classifiers(encoder, work):
     assert "per token" not in report
     assert "rift" not in report
     run("compare", "recipe.yaml", "--output", "out", "--jobs", 0)
+
+
+def test_whole_numbers_are_labels_however_they_are_written(encoder, work, capsys):
+    """A table with an empty cell in the column comes out of pandas and of spreadsheets as 1.0 and 0.0."""
+    rows = [f"{text}\t{float(label == 'yes')}" for text, label in texts(20)]
+    (work / "floats.tsv").write_text("\n".join(["sentence\tlabel", *rows, "abc\t"]) + "\n")
+    training = ["--label", "label", *TRAINING, "--max_steps", 1, "--output", "floats"]
+    run("train", "--model", encoder, "--data", "floats.tsv", *training)
+    learn = ["--learn", "floats.tsv", "--learn.label", "label"]
+    (measured,) = result(capsys, "eval", "--model", encoder, "--adapter", "floats", *learn)["results"]["learn"].values()
+    assert "accuracy" in measured["tuned"]

@@ -242,13 +242,16 @@ def _sentence(message: str, actions: Sequence[argparse.Action] = ()) -> str:
     Args:
         actions: the options of the command.
     """
-    unknown = re.search(r"unrecognized arguments: --(\w+)|does not accept option '(\w+)'", message)
-    if unknown and (option := unknown[1] or unknown[2]) in NOT_OURS:
+    unknown = re.search(r"(?:unrecognized arguments|ambiguous option): --(\w+)|does not accept option '(\w+)'", message)
+    option = (unknown[1] or unknown[2]) if unknown else ""
+    if option in NOT_OURS:
         return why_not(option)
     key, _, reason = message.rpartition('Parser key "')[2].partition('":')
     typed = [action for action in actions if hasattr(action, "_typehint")]
     hints = {action.dest: action._typehint for action in typed}
     names = {action.dest: action.option_strings[0].lstrip("-") for action in typed}
+    if option in get_type_hints(DataConfig) and (kind := next((k for k in ("learn", "context") if k in hints), "")):
+        return f"--{option} is an option of data: after --{kind} DATA give --{kind}.{option}"
     inner = get_type_hints(MethodConfig, include_extras=True) | get_type_hints(DataConfig, include_extras=True)
     values = re.findall(r"(?:Got|Given) value: (.*)", reason)
     if innermost := re.search(r"Option '.*' is not accepted", reason):
@@ -686,7 +689,8 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         out.print(sentence, highlight=False)
     if options.adapter is not None and (drift := _drift_in_training(options.adapter)):
         out.print(drift, highlight=False)
-    measured: dict[str, Any] = {"model": source.model, "adapter": str(options.adapter), "results": results}
+    measured: dict[str, Any] = {"model": source.model, "adapter": options.adapter and str(options.adapter)}
+    measured["results"] = results
     if options.before:
         found = changes(scores or {})
         gained = gained_and_lost(found)

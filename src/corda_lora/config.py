@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import regex
 
@@ -583,7 +584,8 @@ class JudgeConfig:
     a key, put it into the environment variable OPENAI_API_KEY.
 
     Args:
-        url: the endpoint, such as https://api.openai.com/v1. Without it, answers are written, and not judged.
+        url: the endpoint, such as https://api.openai.com/v1, to which /chat/completions is added. Without it, answers
+            are written, and not judged.
         model: the judge's name at the endpoint.
         price: of a million tokens, shown and said alike: what the judging costs at most is said before it begins.
         folder: the directory of answers and judgments, in FastChat's form. What is there is not done again.
@@ -598,6 +600,10 @@ class JudgeConfig:
         check_fields(self)
         if self.url and not re.match(r"https?://[^/\s]", self.url):
             raise CordaError(f"judge.url is {short(self.url)}, but must begin with http:// or https://")
+        try:
+            _ = urlsplit(self.url).port
+        except ValueError as error:
+            raise CordaError(f"judge.url is {short(self.url)}, which is no address: {error}") from error
         if bool(self.url) != bool(self.model):
             raise CordaError("a judge is an endpoint and a model there: give both judge.url and judge.model")
 

@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import signal
 import socket
 import struct
+import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
@@ -163,9 +166,53 @@ def test_honest_programs_pass(capfd):
 
 
 def test_a_program_runs_the_same_each_time():
-    order = "x = list({str(i) for i in range(50)})"
-    (first,) = run_programs([(order, "assert not x, ' '.join(x)")], progress=False)
-    assert run_programs([(order, "assert not x, ' '.join(x)")] * 3, progress=False) == [first] * 3
+    order = "list({str(i) for i in range(50)})"
+    command, settings = [sys.executable, "-c", f"print({order})"], {**os.environ, "PYTHONHASHSEED": "0"}
+    expected = subprocess.run(command, env=settings, capture_output=True, text=True, check=True).stdout
+    assert all(o.passed for o in run_programs([(f"x = {order}", f"assert x == {expected}")] * 3, progress=False))
+
+
+SAYS_IT = """
+for descriptor in range(100):
+    try:
+        os.write(descriptor, b'{"error": "secret"}\\n')
+    except OSError:
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("raise ValueError(text)", "ValueError"),
+        ("import json; json.loads(text)", "ValueError"),
+        ("raise type(text, (KeyError,), {})(text)", "KeyError"),
+        ("raise type(text, (KeyError,), {'__module__': 'builtins'})(text)", "KeyError"),
+        ("KeyError = type(text, (KeyError,), {}); KeyError.__name__ = text; raise KeyError(text)", "KeyError"),
+        (SAYS_IT, "it wrote into the sandbox's pipe"),
+    ],
+)
+def test_no_text_of_a_program_is_repeated(program, reason):
+    """It could be that of a file, where the kernel has no Landlock."""
+    (outcome,) = run_programs([("import os\ntext = 'secret'\n" + program, "")], progress=False)
+    assert outcome == sandbox.Outcome(False, reason)
+
+
+def test_an_interruption_ends_the_programs_that_run(monkeypatch):
+    check_sandbox()
+    monkeypatch.setattr(sandbox, "check_sandbox", lambda: None)
+    ask, run, outcomes = sandbox._ask, sandbox._run, []
+
+    def interrupted(process, message):
+        if "word" in message:  # the tests begin
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return ask(process, message)
+
+    monkeypatch.setattr(sandbox, "_ask", interrupted)
+    monkeypatch.setattr(sandbox, "_run", lambda *arguments: outcomes.append(run(*arguments)) or outcomes[-1])
+    with pytest.raises(KeyboardInterrupt):
+        run_programs([("import time", "time.sleep(20)")], progress=False)
+    assert [outcome.passed for outcome in outcomes] == [False]
 
 
 def test_a_busy_machine_changes_no_outcome(monkeypatch):

@@ -34,12 +34,19 @@ def find_labels(data: DataConfig, samples: Sequence[Sample]) -> list[str]:
     """The labels of samples, numbers in ascending order, or words in that of the alphabet; or the name of the column
     alone, where it holds numbers with a fraction.
 
-    Raises CordaError if there is only one label, or nearly each sample has one of its own.
+    Raises CordaError if there is only one label, nearly each sample has one of its own, or some are numbers and others
+    stand where a number is missing, such as nan.
     """
     found = {str(sample.label) for sample in samples}
     numbers = {name: number for name in found if (number := number_of(name)) is not None}
+    fractions = any(not number.is_integer() for number in numbers.values())
+    if numbers and (odd := [name for name in sorted(found - numbers.keys()) if fractions or _is_float(name)]):
+        raise CordaError(
+            f"{data.data} has numbers in {data.label}, and {short(odd[0])}: leave the cell empty where there is no "
+            "number, or name all labels with labels"
+        )
     if len(numbers) == len(found):
-        if not all(name.lstrip("+-").isdecimal() for name in found):
+        if fractions:
             return [data.label]
         labels = sorted(found, key=lambda name: (numbers[name], name))
     else:
@@ -49,7 +56,7 @@ def find_labels(data: DataConfig, samples: Sequence[Sample]) -> list[str]:
     if len(labels) > 20 and 2 * len(labels) > len(samples):
         raise CordaError(
             f"{data.data} has {len(labels):,} labels for {len(samples):,} samples: is {data.label} the column of the "
-            "labels?"
+            f"labels? (to predict it as a number: --labels {data.label})"
         )
     return labels
 
@@ -71,17 +78,22 @@ def check_labels(name: str, samples: Iterable[Sample], labels: Sequence[str] | N
         if len(labels) == 1 and number_of(sample.label) is None:
             raise CordaError(f"{name} has the label {short(sample.label)}, but {labels[0]} is a number")
         if len(labels) > 1 and sample.label not in labels:
-            known = short(", ".join(labels), 200)[1:-1]
+            known = short(", ".join(map(repr, labels)), 200)[1:-1]
             raise CordaError(f"{name} has the label {short(sample.label)}, and the model does not: it has {known}")
 
 
 def number_of(text: str) -> float | None:
     """The finite number that a text stands for; None if it is none."""
+    return float(text) if _is_float(text) and math.isfinite(float(text)) else None
+
+
+def _is_float(text: str) -> bool:
+    """Whether a text stands for a number, finite or not."""
     try:
-        number = float(text)
+        float(text)
     except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+        return False
+    return True
 
 
 def targets_of(settings: Any, encoded: Sequence[Encoded]) -> list[int] | list[float]:

@@ -86,7 +86,7 @@ def _first_line(error: Exception) -> str:
 # --- text files ------------------------------------------------------------------------------------------------------
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The file's text.
 
     Raises:
@@ -125,14 +125,14 @@ def _object(value: Any, where: str) -> Row:
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    lines = _read_text(path).split("\n")
+    lines = read_text(path).split("\n")
     numbered = [(f"{path} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     return [_object(_parse(line, where), where) for where, line in numbered]
 
 
 def _read_json(path: Path) -> list[Row]:
     """A list of objects, or an object on each line."""
-    text = _read_text(path)
+    text = read_text(path)
     if text.lstrip()[:1] == "[":
         rows = _parse(text, str(path))
         return [_object(row, f"item {number} of {path}") for number, row in enumerate(rows, 1)]
@@ -146,7 +146,7 @@ def _read_table(path: Path, delimiter: str, columns: Sequence[str] | None) -> li
     """A header, unless `columns` stands for it, then a row on each line, or on several where quotes say so."""
     csv.field_size_limit(sys.maxsize)
     # Ends of lines are kept, so that a new line in a quoted cell stays what it is.
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     start = 1
     try:
@@ -170,7 +170,7 @@ def _read_table(path: Path, delimiter: str, columns: Sequence[str] | None) -> li
 
 
 def _read_lines(path: Path) -> list[Row]:
-    return [{"text": line.removesuffix("\r")} for line in _read_text(path).removesuffix("\n").split("\n")]
+    return [{"text": line.removesuffix("\r")} for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_lines}

@@ -228,7 +228,7 @@ def _templates(config: DataConfig, columns: Sequence[str]) -> tuple[str, str]:
     if not prompt + response:
         raise CordaError(
             f"{config.data} has none of the columns text, prompt, response, completion, messages, conversations: "
-            "say with --prompt and --response what of a row is used; it has "
+            "say with --prompt and --response what of a row is used, or with label what labels a text; it has "
             f"{short(', '.join(columns), 200, quoted=False)}"
         )
     return prompt, response

@@ -130,8 +130,8 @@ def evaluate(
         `MEASURES`. The kind "tasks" has the benchmarks, each with its metric and its number of samples.
 
     Raises:
-        CordaError: data cannot be loaded, or no measure of its kind is defined for the model. All data is loaded
-            before anything is measured.
+        CordaError: data cannot be loaded, no measure of its kind is defined for the model, or a task asks what the
+            model cannot do. All data is loaded before anything is measured.
     """
     loaded = {kind: [(data, load_samples(data)) for data in config.data(kind)] for kind in KINDS}
     tasks = checked_tasks(config)
@@ -139,9 +139,11 @@ def evaluate(
         raise CordaError("nothing to measure: give some of keep, learn, text, choices, tasks")
     for data, samples in loaded["choices"]:
         check_choices(data.data, samples)
-    measures = {kind: measures_of(kind, config, model) for kind in KINDS if loaded[kind]}
     for data, samples in (pair for pairs in loaded.values() for pair in pairs):
         check_labels(data.data, samples, known_labels(model))
+    measures = {kind: measures_of(kind, config, model) for kind in KINDS if loaded[kind]}
+    for task in tasks:
+        task.requires(model, tokenizer, config)
     model.eval()
     compared = TUNED if base is not None else sides(model)
     requests: dict[tuple[str, str], Request] = {}

@@ -9,6 +9,7 @@ A program passes as in every harness whose tests run in the program's process: o
 success does not, one that was written against these very lines could, and would still harm nothing.
 """
 
+import builtins
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ import sysconfig
 import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from fcntl import F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFD
@@ -77,7 +78,8 @@ assert refused(os.unlink, FILE), "it could remove files"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program passed its tests, and in a few words why not."""
+    """Whether a program passed its tests, and in a few words why not: words of ours, as a program's own could have the
+    text of a file in them."""
 
     passed: bool
     reason: str = ""
@@ -88,7 +90,7 @@ def check_sandbox() -> None:
     if sys.platform != "linux":
         raise CordaError("programs that a model wrote are run on Linux alone, whose kernel can shut them in (seccomp)")
     with tempfile.NamedTemporaryFile() as file:
-        outcome = _run(PROBE, PROBES.replace("FILE", repr(file.name)))
+        outcome = _run(PROBE, PROBES.replace("FILE", repr(file.name)), ours=True)
     if not outcome.passed:
         raise CordaError(
             f"programs that a model wrote are not run here, as the kernel does not shut them in ({outcome.reason}): "
@@ -99,23 +101,38 @@ def check_sandbox() -> None:
 def run_programs(programs: Sequence[tuple[str, str]], label: str = "programs", progress: bool = True) -> list[Outcome]:
     """Run each (program, tests), some at once: the tests are statements that follow the program's.
 
+    An interruption ends those that run at once.
+
     Raises CordaError as `check_sandbox` does.
     """
     check_sandbox()
     fit = psutil.virtual_memory().available // MEMORY
     pool = ThreadPoolExecutor(max(1, min(len(os.sched_getaffinity(0)), fit)))
+    running: set[Popen[bytes]] = set()
+    futures: list[Future[Outcome]] = []
     with progress_bar(label, len(programs), progress) as advance:
         try:
+            futures += [pool.submit(_run, program, tests, running) for program, tests in programs]
             outcomes = []
-            for outcome in pool.map(_run, *zip(*programs)):
-                outcomes.append(outcome)
+            for future in futures:
+                outcomes.append(future.result())
                 advance()
             return outcomes
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            while left := [future for future in futures if not future.done()]:
+                for process in tuple(running):  # one that starts just now is met in the next round
+                    process.kill()
+                wait(left, timeout=0.1)
 
 
-def _run(program: str, tests: str) -> Outcome:
+def _run(program: str, tests: str, running: set[Popen[bytes]] | None = None, ours: bool = False) -> Outcome:
+    """Run a program and its tests.
+
+    Args:
+        running: has the process while it runs.
+        ours: whether the program is one of ours, whose words can be repeated.
+    """
     word = secrets.token_hex(16)
     settings = {"calls": _filter(), "readable": _readable(), "memory": MEMORY, "seconds": SECONDS}
     talk = (  # what is said, and what has to be answered
@@ -131,15 +148,18 @@ def _run(program: str, tests: str) -> Outcome:
     ) as process:
         watch = threading.Timer(LONGEST, process.kill)
         watch.start()
+        running = set() if running is None else running
+        running.add(process)
         try:
             for said, expected in talk:
                 answer = _ask(process, said)
                 if answer != expected:
-                    return Outcome(False, _reason(answer, process))
+                    return Outcome(False, _reason(answer, process, ours))
             return Outcome(True)
         finally:
             watch.cancel()
             process.kill()
+            running.discard(process)
 
 
 def _ask(process: Popen[bytes], message: dict[str, Any]) -> dict[str, Any]:
@@ -153,13 +173,17 @@ def _ask(process: Popen[bytes], message: dict[str, Any]) -> dict[str, Any]:
     except BrokenPipeError:
         return {}
     except (TypeError, ValueError, RecursionError):
-        return {"error": "it wrote into the sandbox's pipe"}
+        return {"error": "no message of ours"}
 
 
-def _reason(answer: dict[str, Any], process: Popen[bytes]) -> str:
+def _reason(answer: dict[str, Any], process: Popen[bytes], ours: bool) -> str:
     """Why a program did not pass, by its last answer, or by how it ended."""
     if answer:
-        return str(answer.get("error") or "it wrote into the sandbox's pipe")
+        name = str(answer.get("error"))
+        kind = getattr(builtins, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            return "it wrote into the sandbox's pipe"
+        return f"{name}: {answer.get('message')}" if ours else name
     code = process.wait()
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"it took more than {SECONDS} seconds of processor time, or {LONGEST} of any"

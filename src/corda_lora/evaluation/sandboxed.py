@@ -4,6 +4,7 @@ It speaks with `sandbox` in lines of JSON, and needs the standard library alone.
 this process all that is not on the filter's list, whatever the program does in Python.
 """
 
+import builtins
 import ctypes
 import json
 import os
@@ -64,6 +65,8 @@ def main() -> None:
     """
     run, build, end, load, dump = exec, compile, os._exit, json.loads, json.dumps  # before the program changes them
     heard, said = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
+    kinds = [kind for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, BaseException)]
+    names = {kind: kind.__name__ for kind in kinds}
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         os.dup2(nothing, descriptor)
@@ -82,7 +85,7 @@ def main() -> None:
             run(build(message["code"], part, "exec", dont_inherit=True), scope)
         say(word=message["word"])
     except BaseException as error:
-        say(error=f"{type(error).__name__}: {error}"[:200])
+        say(error=next(names[kind] for kind in type(error).__mro__ if kind in names), message=str(error)[:200])
     end(0)
 
 

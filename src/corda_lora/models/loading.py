@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import modeling_gguf_pytorch_utils
 
 from ..config import CordaError, ModelConfig, short
 from .targets import NEW, is_of_head
@@ -40,6 +41,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         if config.labels is not None:
             raise CordaError(f"{config.model} holds a language model, which cannot be loaded with a head for labels")
         dtype = torch.float32 if dtype == "auto" else dtype  # its numbers are expanded
+        modeling_gguf_pytorch_utils.tqdm = transformers.utils.logging.tqdm  # a bar that --quiet ends, as their others
     else:
         settings = read_settings(config)
         kind = class_of(settings) or kind

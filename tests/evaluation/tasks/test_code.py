@@ -12,6 +12,7 @@ from corda_lora.config import EvalConfig
 from corda_lora.evaluation import generation
 from corda_lora.evaluation.generation import complete, generate
 from corda_lora.evaluation.tasks.code import humaneval_problems, mbpp_problems
+from corda_lora.evaluation.tasks.registry import TASKS
 
 if sys.platform != "linux":
     pytest.skip("programs are run on Linux alone", allow_module_level=True)
@@ -102,10 +103,13 @@ def test_a_model_writes_programs_and_is_scored(checkpoint, data, capsys):
         ([mbpp_row(n) for n in (2, 3, 4)], "none of the problems 11 to 510"),
         ([{"prompt": "Write.", "task_id": 2}], "the columns have to be task_id, text, code, test_list"),
         ([mbpp_row(2, test_list="assert True")], "row 1: test_list is 'assert True'"),
+        ([""], "mbpp.jsonl has no rows"),
     ],
 )
 def test_data_that_is_not_mbpp_is_refused_before_the_model_is_loaded(rows, sentence, tmp_path, capsys):
-    if rows is not None:
+    if rows == [""]:
+        (tmp_path / "mbpp.jsonl").write_text("\n")
+    elif rows is not None:
         write(tmp_path / "mbpp.jsonl", rows)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["eval", "--model", "nowhere", "--tasks", "mbpp", "--data_dir", str(tmp_path)])
@@ -120,6 +124,18 @@ def test_without_a_sandbox_nothing_is_run(name, data, monkeypatch, capsys):
         cli.main(["eval", "--model", "nowhere", "--tasks", name, "--data_dir", str(data)])
     assert stopped.value.code == 2
     assert "programs that a model wrote are not run here" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_a_comparison_notices_that_problems_change(name, data):
+    def check():
+        return TASKS[name].check(EvalConfig(data_dir=data))
+
+    before = check()
+    for path in (data / "HumanEval.jsonl", data / "mbpp" / "mbpp.jsonl"):
+        path.write_text(path.read_text().replace("x + 11", "x + 5 + 6").replace("x + 1\\n", "1 + x\\n"))
+    assert len(before) == 3
+    assert check() != before
 
 
 def test_humaneval_needs_its_problems(monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ from corda_lora import CordaError
 from corda_lora.config import EvalConfig, ModelConfig
 from corda_lora.evaluation.evaluate import evaluate
 from corda_lora.evaluation.measures import f1_of, pearson_of, spearman_of
+from corda_lora.evaluation.tasks.glue import glue_samples
 from corda_lora.evaluation.tasks.registry import checked_tasks
 from corda_lora.models.loading import load_model
 
@@ -89,7 +90,7 @@ def test_other_files_are_refused_before_the_model_is_loaded(folder, task, text, 
 
 
 def test_labels_that_the_model_does_not_have_are_refused(folder):
-    with pytest.raises(CordaError, match="cola has the label '1', and the model does not: it has no, yes"):
+    with pytest.raises(CordaError, match="cola has the label '1', and the model does not: it has 'no', 'yes'"):
         scored(folder, "no,yes", "cola")
 
 
@@ -102,3 +103,25 @@ def test_the_metrics_by_their_definitions():
     assert pearson_of([1, 1, 1], [0, 1, 1]) == f1_of([0, 0], [0, 0]) == 0
     assert spearman_of([1, 2, 3, 50], [1, 4, 9, 16]) == pytest.approx(1)
     assert spearman_of([1, 1, 2], [3, 2, 1]) == pytest.approx(-math.sqrt(3) / 2)  # ties have their mean rank
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "sentence"),
+    [
+        ("sst2", "SST-2", b"sentence\tlabel\n", "dev.tsv has no rows"),
+        ("sst2", "SST-2", b"", "no column 'sentence'"),
+        ("cola", "CoLA", b"", "line 1 has no sentence"),
+        ("cola", "CoLA", b"s\t1\t\tcaf\xe9\n", "dev.tsv is not UTF-8"),
+    ],
+)
+def test_a_file_without_texts_is_refused(folder, task, name, content, sentence):
+    (folder / "glue" / name).mkdir(exist_ok=True)
+    (folder / "glue" / name / "dev.tsv").write_bytes(content)
+    with pytest.raises(CordaError, match=sentence):
+        checked_tasks(EvalConfig(tasks=task, data_dir=folder / "glue"))
+
+
+def test_a_text_may_have_unicodes_ends_of_lines(folder):
+    (folder / "glue" / "CoLA" / "dev.tsv").write_text("s\t1\t\tone\u2028two\x85three\r\n", newline="")
+    (sample,) = glue_samples("cola", EvalConfig(data_dir=folder / "glue"))
+    assert sample.prompt == "one\u2028two\x85three"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +12,7 @@ from helpers import CHATML, saved, tuned, with_template
 
 from corda_lora import cli
 from corda_lora.adapters.lora import load_adapter
+from corda_lora.config import EvalConfig, JudgeConfig
 from corda_lora.evaluation.tasks import mt_bench
 
 QUESTIONS = [
@@ -219,8 +221,9 @@ def test_an_endpoint_that_never_answers_costs_a_few_calls(evaluate, judge, monke
         options[1] = "http://127.0.0.1:1"
     score, said = evaluate(*options)
     assert score is None
-    why = {"closed": "no connection", "hangs": "time-out", 401: "HTTP 401"}[how]
+    why = {"closed": "no connection", "hangs": "time-out", 401: "HTTP 401, is OPENAI_API_KEY right?"}[how]
     assert f"8 of 8 judgments are missing (not asked, as 2 calls failed one after the other: 6, {why}: 2)" in said
+    assert "there is no score" in said
     if how != "hangs":  # there the last request may not have been read yet
         assert len(judge.calls) == {"closed": 0, 401: 2}[how]
 
@@ -281,3 +284,90 @@ def test_bad_input_is_a_sentence_before_the_model_is_loaded(data, tmp_path, monk
         cli.main(["eval", "--model", "nowhere", "--tasks", "mt_bench", *arguments])
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/v1/", "/v1/chat/completions", "/v1/chat/completions/"])
+def test_a_url_may_name_the_whole_path(evaluate, judge, path):
+    judge.options[1] = judge.options[1].replace("/v1", path)
+    assert evaluate(*judge.options)[0] == 7.0
+    assert {call["path"] for call in judge.calls} == {"/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("said", ["[[1000]]", "as of [2024], good", "[[0]]", "\ud800", None])
+def test_what_is_no_rating_is_none(evaluate, judge, said):
+    judge.answer = lambda asked, before: {"choices": [{"message": {"content": said}}]}
+    score, shown = evaluate(*judge.options)
+    assert score is None
+    assert "8 of 8 judgments are missing (no rating in what was said: 8)" in shown
+
+
+def test_an_answer_with_unicodes_ends_of_lines_is_read_again(tmp_path):
+    line = {"question_id": 81, "choices": [{"turns": ["one\u2028two\x85three", "b"]}]}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n")
+    mt_bench.add_line(tmp_path / "ours.jsonl", line)
+    for path in tmp_path.iterdir():
+        assert [read["choices"] for read in mt_bench.read_lines(path, mt_bench.ANSWER, False)] == [line["choices"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--judge.url", "http://[::1"], "judge.url is 'http://[::1', which is no address"),
+        (["--judge.url", "http://127.0.0.1:99999"], "which is no address: Port out of range"),
+        (["--judge.url", "http://127.0.0.1:1"], "the key in OPENAI_API_KEY has a character that no key has"),
+        (["--judge.folder", __file__], "is a file"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused_before_the_model_is_loaded(
+    arguments, sentence, data, monkeypatch, capsys
+):
+    monkeypatch.setenv(mt_bench.KEY, "sk-\u043a\u043b\u044e\u0447")
+    command = ["eval", "--model", "nowhere", "--tasks", "mt_bench", "--data_dir", str(data), "--judge.model", "judge"]
+    arguments = arguments if "--judge.url" in arguments else [*arguments, "--judge.url", "http://127.0.0.1:1"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, *arguments])
+    assert stopped.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_in_another_encoding_is_refused(data, capsys):
+    path = data / "mt_bench" / "question.jsonl"
+    path.write_bytes(json.dumps(QUESTIONS[0]).replace("a poem", "caf\xe9").encode("latin-1"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--model", "nowhere", "--tasks", "mt_bench", "--data_dir", str(data)])
+    assert stopped.value.code == 2
+    assert "question.jsonl is not UTF-8" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_that_writes_nothing_is_refused(data, tmp_path, capsys):
+    tiny.save_encoder(tmp_path / "encoder")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--model", str(tmp_path / "encoder"), "--tasks", "mt_bench", "--data_dir", str(data)])
+    assert stopped.value.code == 2
+    assert "BertForMaskedLM is no causal language model" in capsys.readouterr().err
+
+
+def test_an_interruption_waits_for_no_call(evaluate, judge, monkeypatch):
+    monkeypatch.setattr(mt_bench, "SECONDS", 10.0)
+
+    once = iter([signal.SIGINT])
+
+    def interrupt(asked, before):
+        for number in once:
+            signal.pthread_kill(threading.main_thread().ident, number)
+        return "hang"
+
+    judge.answer = interrupt
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(*judge.options)
+    assert stopped.value.code == 130
+    assert len(judge.calls) <= mt_bench.AT_ONCE
+
+
+def test_a_comparison_notices_that_questions_or_prompts_change(data):
+    config = EvalConfig(tasks="mt_bench", data_dir=data, judge=JudgeConfig("http://127.0.0.1:1", "judge"))
+    seen = [mt_bench.check(config)]
+    for path in (data / "mt_bench" / "question.jsonl", data / "judge_prompts.jsonl"):
+        path.write_text(path.read_text().replace("a poem", "a song").replace("You judge", "Judge"))
+        seen.append(mt_bench.check(config))
+    assert seen[0] != seen[1] != seen[2]

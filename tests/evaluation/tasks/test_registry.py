@@ -6,6 +6,8 @@ import pytest
 
 from corda_lora import CordaError, cli
 from corda_lora.config import EvalConfig
+from corda_lora.data.labels import check_labels
+from corda_lora.data.samples import Sample
 from corda_lora.evaluation.evaluate import evaluate
 from corda_lora.evaluation.tasks import registry
 from corda_lora.evaluation.tasks.registry import Scores, task
@@ -74,3 +76,33 @@ def test_a_comparison_of_an_unknown_task_is_refused(checkpoint, tmp_path, monkey
         cli.main(["compare", "recipe.yaml", "--output", "out"])
     assert stopped.value.code == 2
     assert "corda compare: there is no task 'lenghts'; nearest names: lengths" in capsys.readouterr().err
+
+
+def test_a_task_that_the_model_cannot_do_is_refused_before_anything_is_measured(checkpoint, monkeypatch, capsys):
+    asked = []
+
+    @task("first", "exact_match", "")
+    def first(model, tokenizer, config):
+        asked.append(model)
+
+    @task("labels", "accuracy", "", requires=lambda *_: check_labels("labels", [Sample("", "", {}, label="1")], None))
+    def labels(model, tokenizer, config):
+        asked.append(model)
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--model", str(checkpoint), "--tasks", "first,labels"])
+    assert stopped.value.code == 2
+    assert "it is no classifier" in capsys.readouterr().err
+    assert not asked
+
+
+def test_results_without_an_adapter_name_none(checkpoint, tmp_path, capsys):
+    cli.main(["eval", "--model", str(checkpoint), "--tasks", "lengths", "--output", str(tmp_path / "results.json")])
+    assert json.loads((tmp_path / "results.json").read_text())["adapter"] is None
+
+
+def test_a_directory_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--model", "nowhere", "--tasks", "lengths", "--data_dir", "none"])
+    assert stopped.value.code == 2
+    assert "there is no directory none (--data_dir)" in capsys.readouterr().err

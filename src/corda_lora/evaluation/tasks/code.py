@@ -114,7 +114,9 @@ def _local_file(config: EvalConfig, name: str) -> Path | None:
 
 
 def _check_columns(rows: Sequence[Row], columns: dict[str, type | tuple[type, ...]], file: Path | None) -> None:
-    """Raises CordaError if a row has not these columns, of these types."""
+    """Raises CordaError if there is no row, or one has not these columns, of these types."""
+    if not rows:
+        raise CordaError(f"{file or 'the hub'} has no rows")
     for number, row in enumerate(rows, 1):
         for name, kind in columns.items():
             if not isinstance(row.get(name), kind):
@@ -141,14 +143,14 @@ def _score(
     return Scores([float(outcome.passed) for outcome in outcomes], details)
 
 
-def _check_humaneval(config: EvalConfig) -> None:
-    humaneval_problems(config)
+def _check_humaneval(config: EvalConfig) -> list[Problem]:
     check_sandbox()
+    return humaneval_problems(config)
 
 
-def _check_mbpp(config: EvalConfig) -> None:
-    mbpp_problems(config)
+def _check_mbpp(config: EvalConfig) -> list[Problem]:
     check_sandbox()
+    return mbpp_problems(config)
 
 
 @task(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...config import CordaError, DataConfig, EvalConfig
+from ...data.rows import read_text
 from ..measures import f1_of, pearson_of, spearman_of
 from .registry import Scores, mean, task
 
@@ -51,7 +52,8 @@ def glue_samples(name: str, config: EvalConfig) -> list[Any]:
         data = DataConfig(HUB, name=name, rows="validation", label="label", max_length=MAX_LENGTH)
         return load_samples(data)[: config.limit]
     path, columns = _local_file(name, config.data_dir), COLUMNS[name]
-    lines = path.read_text(encoding="utf-8-sig").splitlines()  # quotes are characters like others
+    # Quotes are characters like others, and so are the many that `splitlines` takes for ends of lines.
+    lines = [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
     header = columns.names or tuple(lines.pop(0).split("\t") if lines else ())
     wanted = [column for column in columns[:3] if column]
     if missing := [column for column in wanted if column not in header]:
@@ -63,11 +65,13 @@ def glue_samples(name: str, config: EvalConfig) -> list[Any]:
             raise CordaError(f"{path} line {number} has no {missing[0]}")
         pair = row[columns.pair] if columns.pair else ""
         samples.append(Sample(row[columns.text], "", row, label=row[columns.label].strip(), pair=pair))
+    if not samples:
+        raise CordaError(f"{path} has no rows")
     return samples[: config.limit]
 
 
 def _local_file(name: str, folder: Path) -> Path:
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in sorted(folder.iterdir()):
         if path.name.lower().replace("-", "") == name and (path / "dev.tsv").is_file():
             return path / "dev.tsv"
     raise CordaError(f"{name} needs dev.tsv in a folder {name} of {folder}, and there is none")
@@ -76,12 +80,10 @@ def _local_file(name: str, folder: Path) -> Path:
 def _run(name: str, right: bool, model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
     """`right`: whether a sample's value is 1 if its label is right, or what was predicted."""
     from ...data.batches import encode
-    from ...data.labels import check_labels
     from ...models.targets import known_labels
     from ..labels import read_labels
 
     samples, labels = glue_samples(name, config), known_labels(model)
-    check_labels(name, samples, labels)
     assert labels is not None
     encoded = [encode(tokenizer, sample, MAX_LENGTH) for sample in samples]
     compared = {"as it is": nullcontext}
@@ -100,11 +102,17 @@ def _run(name: str, right: bool, model: Any, tokenizer: Any, config: EvalConfig)
 def _enter(name: str, metric: str, meaning: str, of: str = "", over: Callable[[Any, Any], float] = mean) -> None:
     source = of or name
 
-    def check(config: EvalConfig) -> None:
-        if config.data_dir is not None:
-            glue_samples(source, config)
+    def check(config: EvalConfig) -> list[Any]:
+        return glue_samples(source, config)
 
-    task(name, metric, meaning, mean=over, check=check)(partial(_run, source, over is mean))
+    def requires(model: Any, tokenizer: Any, config: EvalConfig) -> None:
+        from ...data.labels import check_labels
+        from ...models.targets import known_labels
+
+        check_labels(name, glue_samples(source, config), known_labels(model))
+
+    entered = task(name, metric, meaning, mean=over, check=check, requires=requires)
+    entered(partial(_run, source, over is mean))
 
 
 _enter("cola", "matthews", "GLUE's sentences, acceptable or not", over=pearson_of)

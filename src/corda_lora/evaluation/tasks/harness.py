@@ -26,7 +26,7 @@ from typing import Any
 from ...config import CordaError, DataConfig, EvalConfig, short
 from ...data.rows import Row, load_rows
 from ...progress import progress_bar
-from .registry import TASKS, Scores, Task
+from .registry import TASKS, Scores, Task, writes
 
 SHOTS_SEED = 1234  # lm-eval's default: it draws the examples in the prompt
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -175,8 +175,6 @@ def _check(benchmark: Benchmark, config: EvalConfig) -> dict[str, list[Row]] | N
 
 def _local_splits(benchmark: Benchmark, directory: Path) -> dict[str, list[Row]]:
     """The rows of the evaluated split, as "test", and of the training split if the prompt has examples of it."""
-    if not directory.is_dir():
-        raise CordaError(f"there is no directory {directory} (--data_dir)")
     splits = {"test": _rows(benchmark, _file(benchmark, directory, EVALUATED))}
     if benchmark.shots:
         file = _file(benchmark, directory, ("train",))
@@ -295,13 +293,15 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
     return Scorer(pretrained=model, tokenizer=copy.deepcopy(tokenizer))
 
 
-def _run(benchmark: Benchmark, model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
-    from ...devices import release_cache
-    from ...models.targets import require_causal
-
-    require_causal(model)
+def _requires(benchmark: Benchmark, model: Any, tokenizer: Any, config: EvalConfig) -> None:
+    writes(model, tokenizer, config)
     if tokenizer.eos_token_id is None:
         raise CordaError(f"{benchmark.name} needs a tokenizer with an end-of-text token, and this one has none")
+
+
+def _run(benchmark: Benchmark, model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
+    from ...devices import release_cache
+
     tasks = harness_tasks(benchmark, config)
     from lm_eval.evaluator import evaluate
 
@@ -337,4 +337,5 @@ for _benchmark in BENCHMARKS:
         partial(_run, _benchmark),
         _benchmark.meaning,
         check=partial(_check, _benchmark),
+        requires=partial(_requires, _benchmark),
     )

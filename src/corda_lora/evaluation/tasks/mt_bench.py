@@ -20,13 +20,15 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from ...config import CordaError, EvalConfig, JudgeConfig
+from ...data.rows import read_text
+from ...files import check_writable
 from ...progress import console, progress_bar, track
 from .registry import Scores, task
 
@@ -36,9 +38,11 @@ WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge is sh
 KINDS = {(ref, turn): f"single{'-math' * ref}-v1{'-multi-turn' * (turn == 2)}" for ref in (0, 1) for turn in (1, 2)}
 NUMBER = (int, str)  # of a question
 ANSWER = {"question_id": NUMBER, "choices": list}  # the keys of a line, and the types of their values
+JUDGMENT = {"user_prompt": str, "judgment": str, "score": (int, float)}
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 JUDGE_TOKENS = 2048
 KEY = "OPENAI_API_KEY"
+HINTS = {401: f", is {KEY} right?", 403: f", is {KEY} right?", 404: ", are --judge.url and --judge.model right?"}
 SECONDS = 120.0  # until a call has timed out
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a call is tried again
 AT_ONCE = 4  # calls
@@ -67,12 +71,17 @@ def mean(values: Sequence[float], labels: Sequence[float]) -> float:
     return fmean(rated) if rated else math.nan
 
 
-def check(config: EvalConfig) -> None:
-    """Raises CordaError if the questions, or what judging needs, cannot be read."""
+def check(config: EvalConfig) -> list[Any]:
+    """The questions, and the judge's prompts. Raises CordaError if they, or what judging needs, cannot be read, or
+    nothing can be written into the judge's folder."""
     questions = read_questions(config)
-    if config.judge.url:
-        prompts = read_prompts(config)
-        calls_of(questions, {q["question_id"]: ["", ""] for q in questions}, prompts)
+    check_writable(config.judge.folder / "model_answer")
+    if not config.judge.url:
+        return questions
+    prompts = read_prompts(config)
+    calls_of(questions, {q["question_id"]: ["", ""] for q in questions}, prompts)
+    _key()
+    return [*questions, prompts]
 
 
 @task("mt_bench", "score", "answers to two turns, judged by --judge.model: 1 to 10", mean=mean, check=check)
@@ -182,11 +191,12 @@ def read_lines(path: Path, types: dict[str, Any], whole: bool = True) -> list[di
     Raises CordaError if there is such a line.
     """
     read = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
             value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no character
             fits = all(isinstance(value[key], kind) for key, kind in types.items())
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, RecursionError):
             fits = False
         if fits:
             read.append(value)
@@ -198,7 +208,7 @@ def read_lines(path: Path, types: dict[str, Any], whole: bool = True) -> list[di
 def add_line(path: Path, line: dict[str, Any]) -> None:
     """Append a line in one call, so that several processes can write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(line | {"tstamp": time.time()}, ensure_ascii=False) + "\n"
+    text = json.dumps(line | {"tstamp": time.time()}) + "\n"  # in ASCII, as what a judge says may be no Unicode
     if path.is_file() and (size := path.stat().st_size):
         with open(path, "rb") as file:
             file.seek(size - 1)
@@ -322,7 +332,7 @@ def judged(calls: Sequence[Call], name: str, judge: JudgeConfig, tokenizer: Any)
     """Ratings by question and turn, out of the file or from the judge. The same answer to the same question is judged
     once, whatever model gave it. What the judge does not rate is left out, counted, and said."""
     path = judge.folder / "model_judgment" / f"{judge.model.replace('/', '--')}_single.jsonl"
-    lines = read_lines(path, {"user_prompt": str, "score": (int, float)}, whole=False) if path.is_file() else []
+    lines = read_lines(path, JUDGMENT, whole=False) if path.is_file() else []
     known = {line["user_prompt"]: line for line in lines if line["score"] != -1}
     here = {line["user_prompt"] for line in known.values() if line.get("model") == name}
     todo = [call for call in calls if call.text not in known]
@@ -346,9 +356,10 @@ def judged(calls: Sequence[Call], name: str, judge: JudgeConfig, tokenizer: Any)
                 _write(path, call, name, judge, line)
     if missing:
         reasons = ", ".join(f"{why}: {count}" for why, count in missing.most_common())
+        outcome = "the mean is of the others" if ratings else "there is no score"
         warnings.warn(
-            f"mt_bench: {missing.total()} of {len(calls)} judgments are missing ({reasons}); the mean is of the "
-            "others, and the same command asks for these again",
+            f"mt_bench: {missing.total()} of {len(calls)} judgments are missing ({reasons}); {outcome}, and the same "
+            "command asks for these again",
             stacklevel=2,
         )
     return ratings
@@ -381,48 +392,69 @@ def cost(calls: Sequence[Call], judge: JudgeConfig, tokenizer: Any) -> str:
 
 
 def rating(judgment: str) -> float:
-    """The rating in what a judge said; -1 if there is none."""
+    """The rating in what a judge said; -1 if there is none, or none from 1 to 10."""
     match = next((found for pattern in RATINGS if (found := pattern.search(judgment))), None)
-    return float(match[1]) if match else -1.0
+    return float(match[1]) if match and 1 <= float(match[1]) <= 10 else -1.0
 
 
 class _Failure(str):
     """Why there is no answer."""
 
 
+def _key() -> str:
+    """The endpoint's key, or "". Raises CordaError if it cannot be sent."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise CordaError(f"the key in {KEY} has a character that no key has: copy it once more")
+    return key
+
+
 def _said(calls: Sequence[Call], judge: JudgeConfig) -> Iterator[tuple[Call, str]]:
-    """(call, what the judge said, or a `_Failure`) as they come."""
+    """(call, what the judge said, or a `_Failure`) as they come. An interruption waits for no call."""
     import httpx
 
-    key = os.environ.get(KEY)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {key}"} if (key := _key()) else {}
     failed, lock = 0, threading.Lock()  # calls, one after the other
+    waiting, stopped = iter(calls), threading.Event()
+    heard: SimpleQueue[tuple[Call, str | Exception]] = SimpleQueue()
 
     def ask(call: Call) -> str:
         nonlocal failed
         if failed >= HOPELESS:
             return _Failure(f"not asked, as {HOPELESS} calls failed one after the other")
-        said = _ask(client, call, judge)
+        said = _ask(client, call, judge, stopped)
         with lock:
             failed = failed + 1 if isinstance(said, _Failure) else 0
         return said
 
-    with (
-        httpx.Client(base_url=judge.url.rstrip("/"), headers=headers, timeout=SECONDS) as client,
-        ThreadPoolExecutor(AT_ONCE) as pool,
-        progress_bar("judging", len(calls)) as advance,
-    ):
-        futures = {pool.submit(ask, call): call for call in calls}
+    def work() -> None:
+        for call in waiting:
+            if stopped.is_set():
+                return
+            try:
+                heard.put((call, ask(call)))
+            except Exception as error:
+                heard.put((call, error))
+
+    url = re.sub(r"(/chat/completions)?/*$", "", judge.url)  # documents of endpoints often name the whole path
+    client = httpx.Client(base_url=url, headers=headers, timeout=SECONDS)
+    with client, progress_bar("judging", len(calls)) as advance:
+        for _ in range(min(AT_ONCE, len(calls))):
+            threading.Thread(target=work, daemon=True).start()  # the process ends without waiting for it
         try:
-            for future in as_completed(futures):
+            for _ in calls:
+                call, said = heard.get()
+                if isinstance(said, Exception):
+                    raise said
                 advance()
-                yield futures[future], future.result()
+                yield call, said
         finally:
-            pool.shutdown(cancel_futures=True)
+            stopped.set()
 
 
-def _ask(client: Any, call: Call, judge: JudgeConfig) -> str:
-    """What the judge said, or a `_Failure`. Asks again after a time-out, a broken connection, and 429 or 5xx."""
+def _ask(client: Any, call: Call, judge: JudgeConfig, stopped: threading.Event) -> str:
+    """What the judge said, or a `_Failure`. Asks again after a time-out, a broken connection, and 429 or 5xx, until
+    `stopped` is set."""
     import httpx
 
     body = {
@@ -440,7 +472,7 @@ def _ask(client: Any, call: Call, judge: JudgeConfig) -> str:
             response = client.post("/chat/completions", json=body)
             if response.status_code == 200:
                 return str(response.json()["choices"][0]["message"]["content"])
-            failure = _Failure(f"HTTP {response.status_code}")
+            failure = _Failure(f"HTTP {response.status_code}{HINTS.get(response.status_code, '')}")
             if response.status_code not in (408, 409, 429) and response.status_code < 500:
                 return failure
             with suppress(ValueError):
@@ -449,8 +481,8 @@ def _ask(client: Any, call: Call, judge: JudgeConfig) -> str:
             failure = _Failure("time-out")
         except httpx.HTTPError:
             failure = _Failure("no connection")
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return _Failure("an answer that is none of the protocol's")
-        if wait is not None:
-            time.sleep(max(wait, asked_to_wait))
+        if wait is None or stopped.wait(max(wait, asked_to_wait)):
+            break
     return failure

@@ -39,6 +39,13 @@ def mean(values: Sequence[float] | ndarray, labels: Sequence[float] | ndarray) -
     return fmean(values)
 
 
+def writes(model: Any, tokenizer: Any, config: EvalConfig) -> None:
+    """What a task requires that has the model write. Raises CordaError if it is no causal language model."""
+    from ...models.targets import require_causal
+
+    require_causal(model)
+
+
 @dataclass(frozen=True)
 class Task:
     """A benchmark.
@@ -51,6 +58,8 @@ class Task:
         mean: (values, labels) of some samples → the metric, where that is no mean of the values.
         check: raises CordaError if the task cannot run with this config (data missing, or with other columns). It is
             called before the model is loaded. It may return the samples: a comparison goes on with the same ones alone.
+        requires: (model, tokenizer, config); raises CordaError if the model cannot be asked. It is called before
+            anything is measured.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Task:
     meaning: str
     mean: Callable[[Any, Any], float] = mean
     check: Callable[[EvalConfig], Any] = lambda config: None
+    requires: Callable[[Any, Any, EvalConfig], None] = writes
 
     @property
     def measure(self) -> Measure:
@@ -79,16 +89,18 @@ def task(name: str, metric: str, meaning: str, **fields: Any) -> Callable[[Any],
 
 
 def named_tasks(config: EvalConfig) -> list[Task]:
-    """The tasks that a config names. Raises CordaError for an unknown name."""
+    """The tasks that a config names. Raises CordaError for an unknown name, or a `data_dir` that is no directory."""
     for name in config.tasks:
         if name not in TASKS:
             nearest = difflib.get_close_matches(name.lower(), TASKS, n=3, cutoff=0.4) or sorted(TASKS)
             raise CordaError(f"there is no task {name!r}; nearest names: {', '.join(nearest)}")
+    if config.tasks and config.data_dir is not None and not config.data_dir.is_dir():
+        raise CordaError(f"there is no directory {config.data_dir} (--data_dir)")
     return [TASKS[name] for name in dict.fromkeys(config.tasks)]
 
 
 def checked_tasks(config: EvalConfig) -> list[Task]:
-    """The tasks that a config names. Raises CordaError for an unknown name, or as the tasks' checks do."""
+    """The tasks that a config names. Raises CordaError as `named_tasks` and the tasks' checks do."""
     tasks = named_tasks(config)
     for found in tasks:
         found.check(config)
