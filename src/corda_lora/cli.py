@@ -807,7 +807,7 @@ def look(options: Namespace) -> None:
         command, seconds = shlex.join(["corda", *options.command]), time.perf_counter() - since
         return about_run(options.adapter, source, config, command, seconds)
 
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(dir=options.output.absolute().parent) as work:
         if adapter is not None:
             found, values = inspect_adapter(adapter, config, model, tokenizer, stored, Path(work))
             record = about() | found

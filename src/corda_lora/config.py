@@ -678,6 +678,9 @@ class InspectConfig:
             The loss is measured at each, by plain SVD, ASVD and CO-SVD with each context. Default: none.
         text: running text on which that is measured. Default: samples of each context that were not shown.
         held_out: the number of such samples, or of windows of the text.
+        rounds: the number of independent draws of each context. With several, components are also discarded by CO-SVD+,
+            where each layer takes its most compact covariance, and by CO-SVD++, which also shares them out among the
+            layers by compactness, with as many parameters in all.
         two_sided: also discard components in the two-sided metric. For it the contexts run backward, too.
         damping: λ of the regularized covariance C + λ·mean(diag C)·I.
         skip_tokens: the number of first tokens of each sample to leave out of the covariances.
@@ -695,6 +698,7 @@ class InspectConfig:
     levels: Positive | list[Positive] = field(default_factory=list)
     text: str | DataConfig | None = None
     held_out: Count = 32
+    rounds: Count = 1
     two_sided: bool = False
     damping: Positive = 0.01
     skip_tokens: CountOrZero = 0
@@ -711,8 +715,9 @@ class InspectConfig:
             raise CordaError("samples is an empty list: give how many samples of a context are shown")
         if broken := [level for level in self.levels if level > 1 and level != int(level)]:
             raise CordaError(f"a level is {broken[0]:g}, but must be a share below 1, or a whole number of components")
-        if self.two_sided and not self.levels:
-            raise CordaError("two_sided is of the components that levels discard: give levels, or leave it out")
+        for name, asked in (("two_sided", self.two_sided), ("rounds", self.rounds > 1)):
+            if asked and not self.levels:
+                raise CordaError(f"{name} is of the components that levels discard: give levels, or leave it out")
 
     def contexts(self) -> list[DataConfig]:
         """The contexts, however they were given, with the templates and the number of samples that they do not set."""

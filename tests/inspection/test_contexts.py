@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM
 from corda_lora.cli import main
 from corda_lora.config import CordaError, DataConfig, InspectConfig
 from corda_lora.data.batches import encode
-from corda_lora.data.samples import load_others, load_samples
+from corda_lora.data.samples import load_others, load_rounds
 from corda_lora.inspection.contexts import inspect_model
 
 ROWS = {
-    "sums": [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(24)],
-    "capitals": [{"question": f"The capital of country {chr(97 + i)}?", "answer": f" city {i}."} for i in range(24)],
+    "sums": [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(48)],
+    "capitals": [{"question": f"The capital of country {i}?", "answer": f" city {i + 5}."} for i in range(48)],
 }
 TEMPLATES = {"sums": {}, "capitals": {"prompt": "{question}", "response": "{answer}"}}
-SAMPLES, FEWER, HELD_OUT, LEVELS = 12, 4, 8, (0.25, 0.5, 7)
+SAMPLES, FEWER, HELD_OUT, LEVELS, ROUNDS = 12, 4, 8, (0.25, 0.5, 7), 3
 LAMBDA = 0.01
 
 
@@ -56,7 +56,12 @@ def made(files, checkpoint, tmp_path_factory):
         main(
             [
                 *("inspect", "--model", str(checkpoint), *contexts(files), f"--samples=[{FEWER},{SAMPLES}]"),
-                *(f"--held_out={HELD_OUT}", f"--levels=[{','.join(map(str, LEVELS))}]", "--two_sided=true"),
+                *(
+                    f"--held_out={HELD_OUT}",
+                    f"--levels=[{','.join(map(str, LEVELS))}]",
+                    "--two_sided=true",
+                    f"--rounds={ROUNDS}",
+                ),
                 *("--layers=[q_proj,1.mlp.down_proj]", "--output", str(output)),
             ]
         )
@@ -73,31 +78,36 @@ def model(checkpoint):
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-def encoded(files, tokenizer, name, others=False):
+def encoded(files, tokenizer, name, round=0, others=False, rounds=ROUNDS):
     data = DataConfig(str(files / f"{name}.jsonl"), samples=SAMPLES, **TEMPLATES[name])
-    samples = load_others(data, HELD_OUT) if others else load_samples(data)
+    drawn = load_rounds(data, rounds)
+    samples = drawn[round]
+    if others:
+        shown = [sample.row for samples in drawn for sample in samples]
+        samples = load_others(data, HELD_OUT, rounds)
+        assert not any(sample.row in shown for sample in samples)
     return [encode(tokenizer, sample, 512) for sample in samples]
 
 
 @pytest.fixture(scope="module")
 def covariances(files, model, tokenizer):
     """{context: {layer: C (n, n)}}, from the inputs of one sample after the other."""
-    found = {}
-    for name in ROWS:
-        rows, hooks = {}, []
-        for layer, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and layer != "lm_head":
-                keep = rows.setdefault(layer, [])
-                hooks.append(
-                    module.register_forward_pre_hook(lambda _, args, keep=keep: keep.append(args[0][0].double()))
-                )
-        with torch.no_grad():
-            for e in encoded(files, tokenizer, name):
-                model(torch.tensor([e.ids]))
-        for hook in hooks:
-            hook.remove()
-        found[name] = {layer: (X := torch.cat(parts)).T @ X / len(X) for layer, parts in rows.items()}
-    return found
+    return {name: of_round(files, model, tokenizer, name, 0) for name in ROWS}
+
+
+def of_round(files, model, tokenizer, name, round):
+    rows, hooks = {}, []
+    for layer, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and layer != "lm_head":
+            keep = rows.setdefault(layer, [])
+            hear = lambda _, args, keep=keep: keep.append(args[0][0].double())  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(hear))
+    with torch.no_grad():
+        for e in encoded(files, tokenizer, name, round):
+            model(torch.tensor([e.ids]))
+    for hook in hooks:
+        hook.remove()
+    return {layer: (X := torch.cat(parts)).T @ X / len(X) for layer, parts in rows.items()}
 
 
 def regular(C):
@@ -178,12 +188,12 @@ def test_covariances_are_shrunk(made, files, covariances):
 
 
 @torch.no_grad()
-def losses(model, files, tokenizer, *names):
+def losses(model, files, tokenizer, *names, rounds=ROUNDS):
     """The mean loss over the answer tokens of what was not shown of each context."""
     found = {}
     for name in names or ROWS:
         total = count = 0.0
-        for e in encoded(files, tokenizer, name, others=True):
+        for e in encoded(files, tokenizer, name, others=True, rounds=rounds):
             logits = model(torch.tensor([e.ids])).logits[0, :-1].double()
             answer = torch.tensor(e.answer[1:])
             total -= float(logits.log_softmax(-1)[answer, torch.tensor(e.ids[1:])[answer]].sum())
@@ -198,7 +208,7 @@ def test_a_level_loses_what_a_model_loses_whose_weights_were_cut(record, files, 
     for text, loss in losses(model, files, tokenizer).items():
         assert cut["base"][text] == pytest.approx(loss, abs=1e-5)
     curves = {curve["label"]: curve for curve in cut["curves"]}
-    assert len(curves) == 1 + 2 * (3 + 1)  # plain; ASVD, CO-SVD, with fewer samples, two-sided
+    assert len(curves) == 1 + 2 * 6  # plain; ASVD, CO-SVD, with fewer samples, two-sided, +, ++
     whole = {n: m.weight.detach().clone() for n, m in model.named_modules() if n in covariances["sums"]}
     try:
         for way, name in [("plain SVD", ""), ("ASVD", "capitals"), ("CO-SVD", "sums"), ("CO-SVD", "capitals")]:
@@ -213,6 +223,39 @@ def test_a_level_loses_what_a_model_loses_whose_weights_were_cut(record, files, 
                 label = f"{way}, {named(files, name)}" if name else way
                 for text, loss in losses(model, files, tokenizer).items():
                     assert curves[label]["loss"][text][number] == pytest.approx(loss, abs=2e-4), (label, level)
+    finally:
+        for layer, W in whole.items():
+            model.get_submodule(layer).weight.data = W
+
+
+def test_selected_and_allocated(record, files, model, tokenizer, covariances):
+    """CO-SVD+ takes the covariance of Algorithm 1, CO-SVD++ discards what Algorithm 2 filters."""
+    curves = {curve["label"]: curve for curve in record["truncation"]["curves"]}
+    whole = {n: m.weight.detach().clone() for n, m in model.named_modules() if n in covariances["sums"]}
+    name, level = "capitals", 1  # half of the components
+    of_rounds = [of_round(files, model, tokenizer, name, i) for i in range(ROUNDS)]
+    U, spectra, log_pis = {}, [], []
+    for layer, W in whole.items():
+        Cs = [C[layer] for C in of_rounds]
+        C = Cs[helpers.literal_selection(W, Cs)[0]]
+        U[layer], sigma, _ = torch.linalg.svd(W.double() @ regular(C), full_matrices=False)
+        eigenvalues = torch.linalg.eigvalsh(regular(C))
+        spectra.append(sigma)
+        log_pis.append(math.log(math.sqrt(len(W)) * float(eigenvalues[-1] / eigenvalues[0])))
+    costs = [sum(W.shape) for W in whole.values()]
+    even = [round(0.5 * min(W.shape)) for W in whole.values()]
+    budget = sum(k * cost for k, cost in zip(even, costs))
+    shared = helpers.literal_allocation(spectra, log_pis, costs, budget, "kpm")
+    assert len(set(shared)) > 3
+    assert budget - max(costs) < sum(k * cost for k, cost in zip(shared, costs)) <= budget
+    try:
+        for label, counts in (("CO-SVD+", even), ("CO-SVD++", shared)):
+            for (layer, W), k in zip(whole.items(), counts):
+                tail = U[layer][:, len(U[layer][0]) - k :]
+                model.get_submodule(layer).weight.data = (W.double() - tail @ (tail.T @ W.double())).float()
+            for text, loss in losses(model, files, tokenizer).items():
+                found = curves[f"{label}, {named(files, name)}"]["loss"][text][level]
+                assert found == pytest.approx(loss, abs=2e-4), label
     finally:
         for layer, W in whole.items():
             model.get_submodule(layer).weight.data = W
@@ -276,7 +319,7 @@ def refused(capsys, *arguments):
             "level 17 discards more components than model.layers.0.self_attn.k_proj has, 16: give shares",
         ),
         (["--levels=2.5"], "a level is 2.5, but must be a share below 1, or a whole number"),
-        (["--levels=0.5", "--samples=24"], "all samples of .*sums.jsonl are shown, and none is left to measure on"),
+        (["--levels=0.5", "--samples=48"], "all samples of .*sums.jsonl are shown, and none is left to measure on"),
         (["--two_sided=true"], "two_sided is of the components that levels discard"),
     ],
 )
@@ -366,7 +409,7 @@ def test_the_page_in_a_browser(theme, made, tmp_path):
     assert [found["width"] for found in seen["pages"]] == [1280, 390]
     for found in seen["pages"]:
         assert (found["overflow"], found["clipped"], found["hidden"]) == (0, [], ["change-card"])
-        assert found["lines"] == [9, 9, 8, 8]
+        assert found["lines"] == [13, 11, 12, 10]
         assert found["layers"] == 3
         assert found["same"]
         assert found["canvases"] == [True, True]
@@ -385,11 +428,11 @@ def test_truncation_of_other_families(family, files, tokenizer):
     config = InspectConfig(context=str(files / "sums.jsonl"), samples=12, held_out=8, levels=[0.999])
     record = inspect_model(model, tokenizer, config, progress=False).record
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    (text,) = losses(model, files, tokenizer, "sums").items()
+    (text,) = losses(model, files, tokenizer, "sums", rounds=1).items()
     assert record["truncation"]["base"][text[0]] == pytest.approx(text[1], abs=1e-4)
     for name in record["layers"]:
         model.get_submodule(name).weight.data.zero_()
-    (text,) = losses(model, files, tokenizer, "sums").items()
+    (text,) = losses(model, files, tokenizer, "sums", rounds=1).items()
     for curve in record["truncation"]["curves"]:
         assert curve["loss"][text[0]][0] == pytest.approx(text[1], abs=2e-3)
 

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from ..config import CordaError, DataConfig
@@ -69,13 +70,14 @@ def digest_of(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
-def load_others(config: DataConfig, count: int) -> list[Sample]:
-    """Up to `count` samples that `load_samples` does not draw with the same configuration, nor any with the same text:
+def load_others(config: DataConfig, count: int, rounds: int = 1) -> list[Sample]:
+    """Up to `count` samples that `load_rounds` does not draw with the same configuration, nor any with the same text:
     to measure on what has not been seen. None if all the data is drawn.
 
-    Raises CordaError as `load_samples` does.
+    Raises CordaError as `load_rounds` does.
     """
-    drawn = {(s.prompt, s.response, s.pair, repr(s.messages)) for s in load_samples(config)}
+    shown = chain(*load_rounds(config, rounds))
+    drawn = {(s.prompt, s.response, s.pair, repr(s.messages)) for s in shown}
     everything = load_samples(replace(config, samples=None))
     others = [s for s in everything if (s.prompt, s.response, s.pair, repr(s.messages)) not in drawn]
     return random.Random(config.seed).sample(others, min(count, len(others)))

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..algebra.compactness import extreme_eigenvalues, log_compactness
+from ..algebra.compactness import allocate, allocation_scores, extreme_eigenvalues, log_compactness
 from ..algebra.covariance import float32_products, shrunk, similarity
 from ..algebra.decomposition import factor, orient, regularize
 from ..algebra.second_order import Low, compact, whole
 from ..algebra.solvers import components
-from ..config import CordaError, DataConfig, InspectConfig
+from ..config import CordaConfig, CordaError, DataConfig, InspectConfig
 from ..data.batches import encode
 from ..data.overview import check_fit, overview
-from ..data.samples import Sample, load_others, load_samples
+from ..data.samples import Sample, load_others, load_rounds, load_samples
 from ..devices import compute_device, double_device, release_cache
 from ..evaluation.evaluate import text_windows
 from ..models.lockstep import Stored, find_blocks, parking
@@ -31,7 +31,8 @@ from ..models.targets import find_targets, require_causal
 from ..models.weights import is_4bit, weight_of, weight_shape
 from ..preprocess.backward import walk_back
 from ..preprocess.collect import Collector
-from ..preprocess.context import Batch, Context, check_context, has_decoder, read_context
+from ..preprocess.context import Batch, Context, answer_mask, check_context, has_decoder, read_context
+from ..preprocess.layer import choose_covariance, extremes_of
 from ..preprocess.statistics import DIRECTIONS
 from ..preprocess.walk import Place, choose_parking, walk
 from ..progress import console, progress_bar
@@ -42,10 +43,15 @@ PLAIN = "plain SVD"
 
 
 class Draw(NamedTuple):
-    """Samples of a context that have a covariance of their own."""
+    """Samples of a context that have a covariance of their own.
+
+    Attributes:
+        round: they are all the samples of this round; None where they are fewer, of the first.
+    """
 
     context: int
     samples: int
+    round: int | None
     batches: list[Batch]
 
 
@@ -55,12 +61,15 @@ class Way(NamedTuple):
     Attributes:
         label: its name in the figures.
         orientation: see `CordaConfig.orientation`.
-        draw: the number of the draw whose covariance it is oriented by; None for the identity.
+        draws: numbers of the draws whose covariances it may be oriented by: none for the identity. Of several each
+            layer takes the most compact (CorDA++, Alg. 1).
+        allocated: whether levels discard components by CorDA++'s rule (Alg. 2), in all as many parameters.
     """
 
     label: str
     orientation: str
-    draw: int | None
+    draws: tuple[int, ...]
+    allocated: bool = False
 
 
 @dataclass
@@ -108,84 +117,188 @@ def inspect_model(
     datas = config.contexts()
     names = context_names(datas)
     check(len(shown), len(names))
-    samples = [load_samples(data) for data in datas]
+    rounds = [load_rounds(data, config.rounds) for data in datas]
     if progress:
-        for name, data, loaded in zip(names, datas, samples):
+        for name, data, (loaded, *_) in zip(names, datas, rounds):
             encoded = [encode(tokenizer, sample, data.max_length) for sample in loaded]
             console.print(overview(name, tokenizer, loaded, encoded, data.max_length, learned=False))
     draws = [
-        Draw(i, n, _batches(model, tokenizer, part, data.max_length, config))
-        for i, (data, loaded) in enumerate(zip(datas, samples))
-        for n, part in _parts(loaded, config, data.seed)
+        Draw(i, len(part), round, _batches(model, tokenizer, part, data.max_length, config))
+        for i, (data, drawn) in enumerate(zip(datas, rounds))
+        for round, part in _parts(drawn, config, data.seed)
     ]
-    full = [next(d for d, draw in enumerate(draws) if draw.context == i) for i in range(len(names))]  # of all samples
+    full = [d for d, draw in enumerate(draws) if draw.round == 0]  # of each context
     abouts = [check_context(model, Context(draws[d].batches, skip_tokens=config.skip_tokens), targets) for d in full]
     texts = _texts(model, tokenizer, config, datas, names) if config.levels else {}
     ways = _ways(names, draws, config)
 
     device = compute_device(model, config.device)
     batches = [batch for draw in draws for batch in draw.batches]
-    rounds = [d for d, draw in enumerate(draws) for _ in draw.batches]
-    context = Context(batches, rounds, skip_tokens=config.skip_tokens)
-    waiting = [*batches, *([b for text in texts.values() for b in text] * (1 + len(ways) * len(config.levels)))]  # type: ignore[arg-type]
-    states = 2 + (len(blocks) if config.two_sided else 0)
-    place = Place(device, stored, parking(choose_parking(config.park, model, waiting, device, states), work))
-    solving = double_device(device)
-
+    variants = 1 + len(ways) * len(config.levels)  # type: ignore[arg-type]
+    waiting = [*batches, *([batch for text in texts.values() for batch in text] * variants)]
+    park = choose_parking(config.park, model, waiting, device, 2 + (len(blocks) if config.two_sided else 0))
+    draw_of = [d for d, draw in enumerate(draws) for _ in draw.batches]
+    context = Context(batches, draw_of, skip_tokens=config.skip_tokens)
+    seen = _Walks(model, targets, blocks, context, Place(device, stored, parking(park, work)), config.damping, texts)
     found = Inspection({"contexts": [{"name": n, **about} for n, about in zip(names, abouts)], "layers": {}})
-    decomposed = len(targets) if config.levels else len(shown)
-    total = len(blocks) * (1 + len(names) * config.two_sided) + decomposed * len(ways)
+    later = [way for way in ways if way.allocated]  # when all spectra are known
+    total = len(blocks) * (1 + len(names) * config.two_sided + bool(later))
+    total += (len(targets) if config.levels else len(shown)) * len(ways)
     with float32_products("highest"), progress_bar("inspecting", total, progress) as advance:
-        sides = (
-            [_output_sides(model, targets, draws[d].batches, place, advance) for d in full] if config.two_sided else []
-        )
+        if config.two_sided:
+            for d in full:
+                seen.sides[d] = _output_sides(model, targets, draws[d].batches, seen.place, advance)
+        first = [way for way in ways if not way.allocated]
+        cosines: list[Tensor] = []
 
-        def decompose(name: str, way: Way, covariances: Sequence[Tensor]) -> Components:
-            side = (
-                sides[draws[way.draw].context][name]
-                if way.orientation == "two_sided" and way.draw is not None
-                else None
-            )
-            C = None if way.draw is None or not covariances else covariances[way.draw].to(solving)
-            parts = _decompose(name, weight_of(targets[name]).to(solving), C, side, way.orientation, config.damping)
-            if name in shown:
-                found.spectra.setdefault(name, {})[way.label] = parts.sigma.float().cpu()
-            advance()
-            return parts
+        def describe(members: Sequence[str], Cs: Sequence[Tensor]) -> None:
+            of_all = [Cs[d] for d in full] if Cs else []
+            about, shrunken, cosine = _describe(members, of_all, targets, config, seen.solving)
+            cosines.extend([cosine] if Cs else [])
+            for name, layer in about.items():
+                pis = dict(zip(names, layer["log10_pi"]))
+                found.record["layers"][name] = places[name] | layer | {"log10_pi": pis}
+                if name in shown and Cs:
+                    found.maps[name] = dict(zip(names, shrunken))
 
-        collector = Collector(model, targets, context)
-        truncation = Truncation(model, targets, blocks, texts, len(ways), counts, place) if config.levels else None
+        cut = seen.walk(first, [counts] * len(first), shown, describe, advance)
+        if later:
+            allocated = [seen.allocated(way, counts) for way in later]
+            cut |= seen.walk(later, allocated, shown, lambda *_: None, advance)
+    found.record["layers"] = {name: found.record["layers"][name] for name in targets}
+    labels = {way.label for way in ways if not way.allocated}  # an allocated way has the spectrum of the selected one
+    found.spectra = {
+        name: {label: sigma.float() for label, sigma in seen.spectra[name].items() if label in labels} for name in shown
+    }
+    found.record["similarity"] = _mean_similarity(cosines, names)
+    if config.levels:
+        found.record["truncation"] = _truncated(cut, ways, names, draws, texts, config)
+    return found
+
+
+class _Walks:
+    """Walks of the contexts through a model, and of the texts behind them with cut weights.
+
+    Attributes:
+        sides: by draw, D of each layer, where it is known.
+        spectra: {layer: {label: σ (R,)}}, float64 on the CPU.
+        choices: {(layer, draws): which of the draws it takes, and log π}.
+        selected: {(layer, draws): σ (R,) by that draw}, float64 on the CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, nn.Module],
+        blocks: Mapping[str, nn.Module],
+        context: Context,
+        place: Place,
+        damping: float,
+        texts: Mapping[str, Sequence[Batch]],
+    ):
+        self.model, self.targets, self.blocks, self.context = model, targets, blocks, context
+        self.place, self.damping, self.texts = place, damping, texts
+        self.solving = double_device(place.device)
+        self.sides: dict[int, dict[str, Low]] = {}
+        self.spectra: dict[str, dict[str, Tensor]] = {}
+        self.choices: dict[tuple[str, tuple[int, ...]], tuple[int, float]] = {}
+        self.selected: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def walk(
+        self,
+        ways: Sequence[Way],
+        counts: Sequence[Mapping[str, list[int]]],
+        shown: Sequence[str],
+        describe: Callable[[Sequence[str], Sequence[Tensor]], None],
+        advance: Callable[[], None],
+    ) -> dict[str, list[dict[str, float]]]:
+        """Run the contexts through the model, and the texts with cut weights.
+
+        Args:
+            counts: for each way how many components of each layer every level discards.
+            shown: the layers that are decomposed where there is no text.
+            describe: called with layers that share their input, and its covariances.
+
+        Returns:
+            {label of the way, or "" for the whole weights: [{text: loss} for each level]}.
+        """
+        model, targets, place = self.model, self.targets, self.place
+        collector = Collector(model, targets, self.context)
+        truncation = Truncation(model, targets, self.blocks, self.texts, counts, place) if self.texts else None
         with closing(truncation) if truncation else nullcontext():
-            cosines: list[Tensor] = []
-            for _, groups in walk(model, targets, context, place, collector=collector):
+            for _, groups in walk(model, targets, self.context, place, collector=collector):
                 covariances = {name: Cs for members, Cs in groups or [] for name in members}
+
+                def decompose(name: str, w: int, Cs: Mapping[str, list[Tensor]] = covariances) -> Components:
+                    parts = self._components(name, ways[w], Cs[name])
+                    self.spectra.setdefault(name, {})[ways[w].label] = parts.sigma.cpu()
+                    advance()
+                    return parts
+
                 for members, Cs in groups or []:
-                    about, shrunken, cosine = _describe(
-                        members, [Cs[d] for d in full] if Cs else [], targets, config, solving
-                    )
-                    cosines += [cosine] if Cs else []
-                    for name, layer in about.items():
-                        found.record["layers"][name] = places[name] | {
-                            key: dict(zip(names, value)) if key == "log10_pi" else value for key, value in layer.items()
-                        }
-                        if name in shown and Cs:
-                            found.maps[name] = dict(zip(names, shrunken))
+                    describe(members, Cs)
                 if truncation and truncation.left:
                     collector.stop()
-                    truncation.through(list(covariances), lambda name, w: decompose(name, ways[w], covariances[name]))  # noqa: B023
+                    truncation.through(list(covariances), decompose)
                 else:
                     for name in (name for name in covariances if name in shown):
-                        for way in ways:
-                            decompose(name, way, covariances[name])
-                del groups
-                release_cache(device)
+                        for w in range(len(ways)):
+                            decompose(name, w)
+                del groups, covariances, decompose
+                release_cache(place.device)
                 advance()
-    found.record["layers"] = {name: found.record["layers"][name] for name in targets}
-    found.spectra = {name: found.spectra[name] for name in shown}
-    found.record["similarity"] = _mean_similarity(cosines, names)
-    if truncation:
-        found.record["truncation"] = _truncated(truncation, ways, names, draws, config)
-    return found
+        return truncation.losses([way.label for way in ways]) if truncation else {}
+
+    def allocated(self, way: Way, counts: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """How many components of each layer every level discards where CorDA++ shares them out (Alg. 2), with no more
+        parameters in all than `counts` has. The spectra are those of the first walk.
+
+        Args:
+            way: whose covariances were chosen there, without the allocation.
+        """
+        names = [name for name in counts if (name, way.draws) in self.selected]
+        scores = [allocation_scores(self.choices[n, way.draws][1], self.selected[n, way.draws]) for n in names]
+        costs = [sum(weight_shape(self.targets[name])) for name in names]
+        shared: dict[str, list[int]] = {name: list(of_layer) for name, of_layer in counts.items()}
+        for level in range(len(next(iter(counts.values())))):
+            even = [counts[name][level] for name in names]
+            budget = sum(k * cost for k, cost in zip(even, costs))
+            for name, k in zip(names, allocate(scores, costs, budget, "kpm", min_rank=min(1, *even))):
+                shared[name][level] = k
+        return shared
+
+    def _components(self, name: str, way: Way, covariances: Sequence[Tensor]) -> Components:
+        """All components of a layer."""
+        W = weight_of(self.targets[name]).to(self.solving)
+        if not bool(W.isfinite().all()):
+            raise CordaError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
+        C = L = None
+        try:
+            if way.draws and covariances:
+                C = covariances[self._chosen(name, W, way, covariances)].to(self.solving)
+            if way.orientation == "two_sided":
+                D = whole(Low(*(part.to(W.device) for part in self.sides[way.draws[0]][name])))
+                L = factor(D / D.diagonal().mean(), self.damping) if float(D.diagonal().sum()) else None
+            W = W.double() if L is None else L.T @ W.double()
+            U, sigma = components(W, partial(orient, C=C, orientation=way.orientation, damping=self.damping))
+        except torch.linalg.LinAlgError as error:
+            raise CordaError(f"a covariance of {name} is singular to float64: raise --damping") from error
+        if len(way.draws) > 1:
+            self.selected[name, way.draws] = sigma.cpu()
+        return Components(U, sigma, L)
+
+    def _chosen(self, name: str, W: Tensor, way: Way, covariances: Sequence[Tensor]) -> int:
+        """The draw whose covariance orients a layer: of several, the most compact."""
+        if len(way.draws) == 1:
+            return way.draws[0]
+        if (name, way.draws) not in self.choices:
+            config = CordaConfig(damping=self.damping)
+            of_draws = [covariances[d] for d in way.draws]
+            choice = choose_covariance(W, of_draws, extremes_of(of_draws, config, self.solving), config)
+            assert choice.round is not None
+            assert choice.log_pi is not None
+            self.choices[name, way.draws] = way.draws[choice.round], choice.log_pi
+        return self.choices[name, way.draws][0]
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
@@ -254,10 +367,11 @@ def context_names(datas: Sequence[DataConfig]) -> list[str]:
     return [f"{name} {i + 1}" if longer.count(name) > 1 else name for i, name in enumerate(longer)]
 
 
-def _parts(samples: list[Sample], config: InspectConfig, seed: int) -> list[tuple[int, list[Sample]]]:
-    """All samples of a context, and draws of fewer from them where truncation is measured with these, too."""
-    fewer = [n for n in config.samples if n < len(samples)] if config.levels else []  # type: ignore[union-attr]
-    return [(len(samples), samples), *((n, random.Random(seed).sample(samples, n)) for n in reversed(fewer))]
+def _parts(rounds: list[list[Sample]], config: InspectConfig, seed: int) -> list[tuple[int | None, list[Sample]]]:
+    """The rounds of a context; and draws of fewer from the first, where truncation is measured with these, too."""
+    fewer = [n for n in config.samples if n < len(rounds[0])] if config.levels else []  # type: ignore[union-attr]
+    smaller = [(None, random.Random(seed).sample(rounds[0], n)) for n in reversed(fewer)]
+    return [(0, rounds[0]), *smaller, *((i, rounds[i]) for i in range(1, len(rounds)))]
 
 
 def _batches(
@@ -282,7 +396,7 @@ def _texts(
         return {context_names([text])[0]: _batches(model, tokenizer, windows, text.max_length, config)}
     texts = {}
     for data, name in zip(datas, names):
-        others = load_others(data, config.held_out)
+        others = load_others(data, config.held_out, config.rounds)
         if not others:
             raise CordaError(
                 f"all samples of {data.data} are shown, and none is left to measure on: fewer --samples, or a --text"
@@ -292,15 +406,20 @@ def _texts(
 
 
 def _ways(names: Sequence[str], draws: Sequence[Draw], config: InspectConfig) -> list[Way]:
-    """Plain SVD, then ASVD and CO-SVD with each context, CO-SVD also with fewer samples; two-sided if asked for."""
-    full = [next(d for d, draw in enumerate(draws) if draw.context == i) for i in range(len(names))]
-    ways = [Way(PLAIN, "identity", None)]
-    ways += [Way(f"ASVD, {name}", "diagonal", d) for name, d in zip(names, full)]
-    for d, draw in enumerate(draws):
-        fewer = "" if d in full else f", {draw.samples} samples"
-        ways.append(Way(f"CO-SVD, {names[draw.context]}{fewer}", "covariance", d))
-    if config.two_sided:
-        ways += [Way(f"two-sided, {name}", "two_sided", d) for name, d in zip(names, full)]
+    """Plain SVD, then ASVD and CO-SVD with each context, CO-SVD also with fewer samples; two-sided if asked for; with
+    several rounds CO-SVD+ and CO-SVD++."""
+    ways = [Way(PLAIN, "identity", ())]
+    for label, orientation in (("ASVD", "diagonal"), ("CO-SVD", "covariance"), ("two-sided", "two_sided")):
+        if orientation == "two_sided" and not config.two_sided:
+            continue
+        for d, draw in enumerate(draws):
+            if draw.round == 0 or (draw.round is None and orientation == "covariance"):
+                fewer = f", {draw.samples} samples" if draw.round is None else ""
+                ways.append(Way(f"{label}, {names[draw.context]}{fewer}", orientation, (d,)))
+    for label, allocated in (("CO-SVD+", False), ("CO-SVD++", True)) if config.rounds > 1 else ():
+        for i, name in enumerate(names):
+            of_rounds = tuple(d for d, draw in enumerate(draws) if draw.context == i and draw.round is not None)
+            ways.append(Way(f"{label}, {name}", "covariance", of_rounds, allocated))
     return ways
 
 
@@ -323,22 +442,6 @@ def _output_sides(
             D = step.gradients.pop(name).to(place.device)
             sides[name] = Low(*(part.cpu() for part in compact(D, DIRECTIONS)))
     return sides
-
-
-def _decompose(
-    name: str, W: Tensor, C: Tensor | None, side: Low | None, orientation: str, damping: float
-) -> Components:
-    if not bool(W.isfinite().all()):
-        raise CordaError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-    try:
-        L = None
-        if side is not None:
-            D = whole(Low(*(part.to(W.device) for part in side)))
-            L = factor(D / D.diagonal().mean(), damping) if float(D.diagonal().sum()) else None
-        W = W.double() if L is None else L.T @ W.double()
-        return Components(*components(W, partial(orient, C=C, orientation=orientation, damping=damping)), L)
-    except torch.linalg.LinAlgError as error:
-        raise CordaError(f"a covariance of {name} is singular to float64: raise --damping") from error
 
 
 def _describe(
@@ -388,21 +491,25 @@ def _mean_similarity(cosines: Sequence[Tensor], names: Sequence[str]) -> dict[st
 
 
 def _truncated(
-    truncation: Truncation, ways: Sequence[Way], names: Sequence[str], draws: Sequence[Draw], config: InspectConfig
+    cut: Mapping[str, list[dict[str, float]]],
+    ways: Sequence[Way],
+    names: Sequence[str],
+    draws: Sequence[Draw],
+    texts: Mapping[str, Sequence[Batch]],
+    config: InspectConfig,
 ) -> dict[str, Any]:
     """Losses, {text: [value of each level]}, of the whole model and of every way."""
-    base, *cut = truncation.losses()
-    curves = []
-    for w, way in enumerate(ways):
-        draw = None if way.draw is None else draws[way.draw]
-        levels = cut[w * len(config.levels) : (w + 1) * len(config.levels)]  # type: ignore[arg-type]
+    [base], curves = cut[""], []
+    for way in ways:
+        draw = draws[way.draws[0]] if way.draws else None
         curves.append(
             {
                 "label": way.label,
                 "orientation": way.orientation,
                 "context": draw and names[draw.context],
                 "samples": draw and draw.samples,
-                "loss": {text: [level[text] for level in levels] for text in base},
+                "loss": {text: [level[text] for level in cut[way.label]] for text in base},
             }
         )
-    return {"levels": config.levels, "tokens": truncation.tokens(), "base": base, "curves": curves}
+    tokens = {text: sum(int(answer_mask(batch).sum()) for batch in batches) for text, batches in texts.items()}
+    return {"levels": config.levels, "tokens": tokens, "base": base, "curves": curves}

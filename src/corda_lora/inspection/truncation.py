@@ -38,8 +38,7 @@ class Truncation:
     Args:
         blocks: by name, in the order in which they are run.
         texts: batches by name. The loss is measured where they have labels.
-        ways: the number of ways to decompose a layer.
-        counts: for each layer how many components each level discards.
+        counts: for each way to decompose layers, how many components of each layer every level discards.
 
     Attributes:
         left: how many blocks have not been passed.
@@ -51,15 +50,14 @@ class Truncation:
         targets: Mapping[str, nn.Module],
         blocks: Mapping[str, nn.Module],
         texts: Mapping[str, Sequence[Batch]],
-        ways: int,
-        counts: Mapping[str, list[int]],
+        counts: Sequence[Mapping[str, list[int]]],
         place: Place,
     ):
         self.targets, self.counts, self.left = targets, counts, len(blocks)
         self.texts = [name for name, batches in texts.items() for _ in batches]  # of each batch
         self.batches = [batch for batches in texts.values() for batch in batches]
-        self.levels = len(next(iter(counts.values())))
-        variants = 1 + ways * self.levels  # the whole weights come first
+        self.levels = len(next(iter(counts[0].values())))
+        variants = 1 + len(counts) * self.levels  # the whole weights come first
         self.sums = torch.zeros(variants, len(self.batches), dtype=torch.float64)
         self.running: int | None = None  # the text that runs, of all variants
         self.homes: dict[str, Tensor] = {}  # whole weights of the layers in the block
@@ -108,7 +106,7 @@ class Truncation:
         self._restore()
         way, level = divmod(variant - 1, self.levels)
         for name in self.homes:
-            layer, counts = self.targets[name], self.counts[name]
+            layer, counts = self.targets[name], self.counts[way][name]
             if level == 0:
                 U, sigma, L = self.decompose(name, way)
                 self.cut[name] = Components(U[:, U.shape[1] - max(counts) :].clone(), sigma, L)
@@ -128,17 +126,14 @@ class Truncation:
         for rows, ids in zip(logits.split(part), targets.split(part)):
             self.sums[variant, text] += float(cross_entropy(rows.float(), ids, reduction="sum"))
 
-    def tokens(self) -> dict[str, int]:
-        """How many tokens of each text the loss is a mean over."""
-        counts = dict.fromkeys(self.texts, 0)
-        for name, batch in zip(self.texts, self.batches):
-            counts[name] += int(answer_mask(batch).sum())
-        return counts
-
-    def losses(self) -> list[dict[str, float]]:
-        """The mean loss on each text, in nats per token: of the whole weights, then of each level of each way."""
-        totals, counts = torch.zeros(len(self.sums), len(self.tokens()), dtype=torch.float64), self.tokens()
-        for i, name in enumerate(counts):
-            mine = [text == name for text in self.texts]
-            totals[:, i] = self.sums[:, mine].sum(1) / counts[name]
-        return [dict(zip(counts, row)) for row in totals.tolist()]
+    def losses(self, labels: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+        """The mean loss on each text, in nats per token: {label of a way: [{text: loss} for each level]}, and under ""
+        that of the whole weights."""
+        answers = [int(answer_mask(batch).sum()) for batch in self.batches]
+        means: list[dict[str, float]] = [{} for _ in self.sums]
+        for text in dict.fromkeys(self.texts):
+            mine = [i for i, name in enumerate(self.texts) if name == text]
+            for mean, loss in zip(means, self.sums[:, mine].sum(1).tolist()):
+                mean[text] = loss / sum(answers[i] for i in mine)
+        whole, *cut = means
+        return {"": [whole]} | {label: cut[w * self.levels : (w + 1) * self.levels] for w, label in enumerate(labels)}

@@ -93,7 +93,10 @@ def change_measures(
 
         measures |= {
             f"‖ΔW X‖ / ‖W X‖{of}": (partial(moved, key="outputs"), "how far the outputs move, over their size"),
-            f"predicted drift{of}": (partial(moved, key="predicted_drift"), "nats per answer token"),
+            f"predicted drift{of}": (
+                partial(moved, key="predicted_drift"),
+                "nats per answer token, of this layer alone; layers can pull together",
+            ),
             f"leak{of}": (partial(moved, key="leak"), "tr(A C Aᵀ)"),
         }
     measures |= {

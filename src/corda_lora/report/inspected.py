@@ -157,7 +157,7 @@ def adapter_sentences(record: Mapping[str, Any]) -> list[str]:
     kind, whole = max(kinds, key=kinds.__getitem__), sum(squares.values())
     said = [f"The adapter changes {plural(len(layers), 'layer')} at {of_ranks}, with {parameters:,} parameters."]
     if whole:
-        said[0] += f" {kinds[kind] / whole:.0%} of the change, by squares, is in {kind}."
+        said[0] += f" {100 * kinds[kind] / whole:.0f} % of the change, by squares, is in {kind}."
     for label, (value, _) in change_measures(record).items():
         found = {name: x for name, about in layers.items() if (x := value(about)) is not None}
         most = max(found, key=found.__getitem__)
@@ -170,11 +170,8 @@ def adapter_sentences(record: Mapping[str, Any]) -> list[str]:
         elif label.startswith("predicted drift"):
             total = sum(found.values())
             where = f" on {label.rpartition(', ')[2]}" if "," in label else " on the context that was to be kept"
-            share = f", {found[most] / total:.0%} of it in {most}" if total else ""
-            said.append(
-                f"Predicted drift{where}: {number(total)} nats per answer token, summed layer by layer{share}. Layers "
-                "can pull together, so measured drift may be higher: corda eval --keep."
-            )
+            share = f", {100 * found[most] / total:.0f} % of it in {most}" if total else ""
+            said.append(f"Predicted drift{where}: {number(total)} nats per answer token{share}.")
         elif label == "‖ΔW‖ / ‖W‖":
             lost = median([about["rounded_away"] or 0.0 for about in layers.values()])
             rounded = (
@@ -303,7 +300,8 @@ def _context_data(
     maps: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
     """What the page's script draws."""
-    ways = list(next(iter(spectra.values()))) if spectra else []
+    ways = list(next(iter(spectra.values()), {}))
+    ways += [c["label"] for c in record.get("truncation", {"curves": []})["curves"] if c["label"] not in ways]
     names = record["similarity"]["contexts"]
     data: dict[str, Any] = {
         "titles": {way: way for way in ways},
