@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from corda_lora.cli import main
+from corda_lora.cli import _with_data, main
 from corda_lora.config import CordaError
 from corda_lora.files import output_lock
 
@@ -779,3 +779,11 @@ def test_eval_takes_lists_of_data(checkpoint, data, measured):
     keep, learn = str(data / "keep.jsonl"), str(data / "learn.jsonl")
     run("eval", "--model", checkpoint, "--keep", json.dumps([keep, {"data": learn, "samples": 2}]))
     assert [(config.data, config.samples) for config in measured[0].data("keep")] == [(keep, None), (learn, 2)]
+
+
+def test_data_given_several_times_is_a_list():
+    given = ["eval", "--keep", "a.jsonl", "--keep.prompt", "{q}", "--keep", "b.jsonl", "--learn", "c.jsonl"]
+    assert _with_data(given, ["keep", "learn"]) == [
+        *("eval", "--keep", json.dumps([{"data": "a.jsonl", "prompt": "{q}"}, {"data": "b.jsonl"}])),
+        *("--learn", "c.jsonl"),
+    ]

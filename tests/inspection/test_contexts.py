@@ -17,6 +17,7 @@ from corda_lora.config import CordaError, DataConfig, InspectConfig
 from corda_lora.data.batches import encode
 from corda_lora.data.samples import load_others, load_rounds
 from corda_lora.inspection.contexts import inspect_model
+from corda_lora.report.text import number
 
 ROWS = {
     "sums": [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(48)],
@@ -268,6 +269,11 @@ def test_what_is_drawn_is_what_was_found(made, record):
         for text, values in curve["loss"].items():
             expected = [math.exp(x) for x in (record["truncation"]["base"][text], *values)]
             assert [y for _, y, _ in shown[text][curve["label"]]] == pytest.approx(expected)
+    first = re.search("<h1>(.*?)</h1>", (made / "report.html").read_text(encoding="utf-8"))[1]
+    text, curves = next(iter(shown)), shown[next(iter(shown))]
+    for way in ("plain SVD", "ASVD", "CO-SVD", "two-sided"):
+        best = min(points[-1][1] for label, points in curves.items() if label.split(",")[0] == way)
+        assert f"{number(best)} by {way}" in first, (way, text)
     for a, b in combinations(record["truncation"]["curves"], 2):
         assert a["loss"] != b["loss"], (a["label"], b["label"])
 
@@ -452,3 +458,16 @@ def test_only_causal_models_are_truncated(files, tokenizer):
     config = InspectConfig(context=str(files / "sums.jsonl"), levels=[0.5])
     with pytest.raises(CordaError, match="no causal language model"):
         inspect_model(tiny.build("bert"), tokenizer, config, progress=False)
+
+
+def test_parked_states_change_nothing(files, tokenizer, tmp_path):
+    contexts = [str(files / "sums.jsonl"), {"data": str(files / "capitals.jsonl"), **TEMPLATES["capitals"]}]
+    records = []
+    for park in ("device", "disk"):
+        datas = [DataConfig(**data) if isinstance(data, dict) else data for data in contexts]
+        options = {"samples": 12, "levels": [0.25, 0.5], "rounds": 2, "two_sided": True, "batch_tokens": 40}
+        config = InspectConfig(context=datas, park=park, **options)
+        found = inspect_model(tiny.build("llama"), tokenizer, config, work=tmp_path, progress=False)
+        records.append(found.record)
+    assert records[0] == records[1]
+    assert not list(tmp_path.iterdir())

@@ -121,11 +121,15 @@ def context_sentences(record: Mapping[str, Any]) -> list[str]:
     said = []
     for text in (record.get("truncation") or {"base": {}})["base"]:
         cut = record["truncation"]
-        level = len(cut["levels"]) - 1
-        each = [f"{number(perplexity(c['loss'][text][level]))} by {c['label']}" for c in cut["curves"]]
+        best: dict[str, tuple[float, str]] = {}  # of each kind of way
+        for curve in cut["curves"]:
+            way, _, rest = curve["label"].partition(", ")
+            found = perplexity(curve["loss"][text][-1]), f"{way} ({rest})" if rest else way
+            best[way] = min(best.get(way, found), found)
+        each = ", ".join(f"{number(value)} by {label}" for value, label in sorted(best.values()))
         said.append(
-            f"Without the smallest {level_text(cut['levels'][level])} of each layer’s components the perplexity on "
-            f"{text} is {', '.join(each)}; whole, it is {number(perplexity(cut['base'][text]))}."
+            f"Without the smallest {level_text(cut['levels'][-1])} of each layer’s components the perplexity on {text} "
+            f"is {each}; whole, it is {number(perplexity(cut['base'][text]))}."
         )
     names, values = record["similarity"]["contexts"], record["similarity"]["channels_at_one_scale"]
     pairs = sorted((values[i][j], names[i], names[j]) for i, j in combinations(range(len(names)), 2)) if values else []
