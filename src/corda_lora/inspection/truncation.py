@@ -65,10 +65,11 @@ class Truncation:
         # Without padding no mask is needed: else each text that waits would hold one.
         bare = [{k: v for k, v in b.items() if k != "attention_mask" or not bool(v.all())} for b in self.batches]
         inputs = inputs_of(model, bare, place.device)
+        # The walk of the contexts has the embeddings on the device, and not the head.
+        walked = set(tensors_beside(model, blocks.values(), to_end=False))
+        head = [x for x in tensors_beside(model, blocks.values(), to_end=True) if x not in walked]
         with ExitStack() as stack:
-            stack.enter_context(
-                on_device(tensors_beside(model, blocks.values(), to_end=True), place.device, place.stored)
-            )
+            stack.enter_context(on_device(head, place.device, place.stored))
             stack.callback(model.register_forward_hook(self._measure).remove)
             self.walk = lockstep(
                 model, list(blocks.values()), inputs * variants, self._enter, to_end=True, park=place.park
