@@ -13,14 +13,16 @@ import peft
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corda_lora.cli import _with_data, main
-from corda_lora.config import CordaError
+from corda_lora.config import CordaError, ModelConfig
 from corda_lora.files import output_lock
+from corda_lora.models.loading import load_model
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(12)]
 LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 33)]
@@ -710,6 +712,16 @@ def test_eval_refuses(arguments, message, checkpoint, data, capsys):
     arguments = [a.format(data=data) for a in arguments]
     assert message in refused(capsys, "eval", "--model", checkpoint, *arguments)
     assert nothing_left(data)
+
+
+def test_the_bar_of_a_gguf_files_weights_is_one_that_quiet_ends(tmp_path, capfd):
+    (tmp_path / "model.gguf").write_bytes(b"no weights")
+    with pytest.raises(CordaError):
+        load_model(ModelConfig(str(tmp_path / "model.gguf")))
+    transformers.utils.logging.disable_progress_bar()
+    list(modeling_gguf_pytorch_utils.tqdm(range(3)))
+    transformers.utils.logging.enable_progress_bar()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_gguf_file_without_the_package_that_reads_it(tmp_path, capsys, monkeypatch):

@@ -181,6 +181,12 @@ def test_what_does_not_go_together_is_one_sentence(encoder, checkpoint, work, ca
         "the model is a classifier: say with label which column of test.tsv has the labels": [
             *("eval", *model, *tuned, "test.tsv", *IN_EVAL[2:], "--learn.prompt", "{sentence}")
         ],
+        "has no head for these labels, so there is no before to compare with: measure the adapter alone": [
+            *("eval", "--before", encoder, "--after", "tuned", "--learn", "test.tsv", *IN_EVAL)
+        ],
+        "there is no model in tuned: it is an adapter, which goes with its model": [
+            *("eval", "--model", "tuned", "--learn", "test.tsv", *IN_EVAL)
+        ],
         "has no head for these labels: give --model and --adapter": [
             *("eval", *model, "--labels", "no,yes", "--learn", "test.tsv", *IN_EVAL)
         ],

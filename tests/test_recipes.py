@@ -94,3 +94,10 @@ def test_a_plan_that_cannot_be_made_is_a_sentence(arguments, sentence, checkpoin
         cli.main(["plan", *arguments])
     assert stopped.value.code == 2
     assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_task_that_there_is_not_is_refused(checkpoint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", str(RECIPES[0]), "--model", str(checkpoint), "--eval.tasks", "gsm9k"])
+    assert stopped.value.code == 2
+    assert "there is no task 'gsm9k'; nearest names: gsm8k" in capsys.readouterr().err

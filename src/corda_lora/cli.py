@@ -56,7 +56,7 @@ from .config import (
     why_not,
 )
 from .evaluation.measures import KINDS
-from .evaluation.tasks.registry import TASKS
+from .evaluation.tasks.registry import TASKS, named_tasks
 from .files import (
     check_name,
     check_output,
@@ -557,6 +557,7 @@ def plan_recipe(options: Namespace) -> None:
     start, memory of its training, and the time of what can be counted. From config.json alone: neither the weights nor
     data on the hub are needed. If the hub cannot be reached, --model may name a folder with the model's config.json."""
     source, config = _take(ModelConfig, options), _take(CompareConfig, options)
+    named_tasks(replace(config.eval, data_dir=None))  # a plan needs no data
     _check_card(options)
     from .compare.plan import plan_comparison
     from .preprocess.plan import planned_model
@@ -663,7 +664,12 @@ def evaluate(options: Namespace) -> dict[str, Any]:
 
     def load_tuned() -> Any:
         model = load_model(source).to(accelerator())
-        if has_new_head(model) and (options.adapter is None or options.before):
+        if has_new_head(model) and options.before and options.adapter is not None:
+            raise CordaError(
+                f"{source.model} has no head for these labels, so there is no before to compare with: measure the "
+                "adapter alone, with --model and --adapter"
+            )
+        if has_new_head(model) and options.adapter is None:
             raise CordaError(f"{source.model} has no head for these labels: give --model and --adapter, a trained one")
         return model if options.adapter is None else load_adapter(model, options.adapter).eval()
 

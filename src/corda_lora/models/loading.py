@@ -24,6 +24,7 @@ from .weights import compute_as_stored
 
 # Tables that older versions stored with the weights; models compute them now.
 TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
+ADAPTER = "adapter_config.json"  # PEFT's
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -303,7 +304,8 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             raise CordaError(f"to read {config.model}, the package gguf is needed: pip install gguf")
         return str(path.parent), {"gguf_file": path.name}
     if local and not (path / "config.json").is_file():
-        raise CordaError(f"there is no model in {config.model}: it has no config.json")
+        what = "it is an adapter, which goes with its model" if (path / ADAPTER).is_file() else "it has no config.json"
+        raise CordaError(f"there is no model in {config.model}: {what}")
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision is not None:
         options["revision"] = config.revision
