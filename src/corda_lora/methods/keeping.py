@@ -71,7 +71,7 @@ def context_statistics(
     path = setup.folder / (NAME if kind == "keep" else f"{kind}.{NAME}")
     if not path.is_file():
         if kind == "generic":
-            encoded = own_text(model, setup.tokenizer)
+            encoded = own_text(model, setup.tokenizer, progress=False)
         else:
             length = setup.data(kind).max_length
             encoded = [encode(setup.tokenizer, s, length) for s in setup.context(kind, samples)]

@@ -8,13 +8,14 @@ from torch import nn
 
 from ..config import CordaError
 from ..data.batches import Encoded
+from ..progress import track
 
 TEXTS, LENGTH, BATCH = 256, 128, 64
 
 
 @torch.no_grad()
 def own_text(
-    model: nn.Module, tokenizer: Any, texts: int = TEXTS, length: int = LENGTH, seed: int = 0
+    model: nn.Module, tokenizer: Any, texts: int = TEXTS, length: int = LENGTH, seed: int = 0, progress: bool = True
 ) -> list[Encoded]:
     """Texts that a causal language model draws from its own distribution, after the token that begins a text and up to
     the one that ends it, or `length` tokens. All tokens but the first count as an answer. The adapter of a PeftModel is
@@ -33,7 +34,7 @@ def own_text(
         torch.random.fork_rng([device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        for begin in range(0, texts, BATCH):
+        for begin in track(range(0, texts, BATCH), "own texts", progress):
             ids = torch.full((min(BATCH, texts - begin), 1), first, device=device)
             rows += model.generate(  # type: ignore[operator]
                 input_ids=ids,
