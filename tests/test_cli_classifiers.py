@@ -187,6 +187,9 @@ def test_what_does_not_go_together_is_one_sentence(encoder, checkpoint, work, ca
         "there is no model in tuned: it is an adapter, which goes with its model": [
             *("eval", "--model", "tuned", "--learn", "test.tsv", *IN_EVAL)
         ],
+        "the adapter in tuned has the labels no, yes, in this order: leave labels out": [
+            *("eval", *model, "--labels", "yes,no", *tuned, "test.tsv", *IN_EVAL)
+        ],
         "has no head for these labels: give --model and --adapter": [
             *("eval", *model, "--labels", "no,yes", "--learn", "test.tsv", *IN_EVAL)
         ],

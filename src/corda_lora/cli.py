@@ -639,7 +639,7 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     given. With --before and --after it also says what was gained and lost, with intervals."""
     _name_models(options)
     source, config = _take(ModelConfig, options), _take(EvalConfig, options)
-    from .adapters.lora import check_base, labels_of, load_adapter, read_marks
+    from .adapters.lora import check_base, load_adapter, read_marks, with_labels_of
     from .devices import accelerator
     from .evaluation.before_after import changes
     from .evaluation.evaluate import evaluate as measure
@@ -658,8 +658,8 @@ def evaluate(options: Namespace) -> dict[str, Any]:
             "without its adapter the quantized residual is no model to compare with: give --original, the full model"
         )
     checked_tasks(config)
-    if options.adapter is not None and source.labels is None:
-        source = replace(source, labels=labels_of(options.adapter))
+    if options.adapter is not None:
+        source = with_labels_of(source, options.adapter)
     tokenizer = load_tokenizer(source)
 
     def load_tuned() -> Any:
@@ -844,12 +844,12 @@ def export(options: Namespace) -> dict[str, Any]:
     if options.original is not None and options.form != "lora":
         raise CordaError("--original goes with --as lora only: the others are of MODEL itself")
     from .adapters.export import RECORD, export_for_original, export_lora, export_merged, export_residual
-    from .adapters.lora import WEIGHTS, labels_of, read_marks
+    from .adapters.lora import WEIGHTS, read_marks, with_labels_of
     from .models.loading import load_model, load_tokenizer
     from .report.verdicts import another_function
 
     read_marks(options.adapter)
-    source = replace(source, labels=source.labels or labels_of(options.adapter))
+    source = with_labels_of(source, options.adapter)
     recipe = {"model": asdict(source), "as": options.form, "r": options.r, "uniform": options.uniform}
     original = None if options.original is None else replace(source, model=options.original, revision=None)
     recipe |= {"original": original.model} if original else {}

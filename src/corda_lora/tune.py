@@ -5,7 +5,7 @@ tune(tuning, Path("tuned"))
 """
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from . import devices
 from .adapters.card import TRAINING
-from .adapters.lora import RECORD, labels_of, load_adapter, read_marks, read_record, renew_heads, save_adapter
+from .adapters.lora import RECORD, load_adapter, read_marks, read_record, renew_heads, save_adapter, with_labels_of
 from .config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
 from .data.batches import encode
 from .data.labels import check_labels, with_labels
@@ -79,7 +79,7 @@ def read_tuning(
     if folder:
         read_marks(folder)
         weights, record = folder / "adapter_model.safetensors", read_record(folder)
-        source = replace(source, labels=source.labels or labels_of(folder))
+        source = with_labels_of(source, folder)
     source = with_labels(source, data)
     samples = load_samples(data)
     evaluated = load_samples(held_out) if isinstance(held_out, DataConfig) else []

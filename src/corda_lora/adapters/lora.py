@@ -25,6 +25,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import CordaError
+from ..config import CordaError, ModelConfig
 from ..files import CHECKSUMS, check_checksums, read_json, sha256_of, whole_folder, write_checksums, write_json
 from ..models.targets import check_bare, known_labels, lora_config, new_modules
 from ..models.weights import fingerprint, layer_digest
@@ -272,6 +273,21 @@ def labels_of(directory: Path) -> list[str] | None:
         return None if labels is None else list(map(str, labels))
     except (ValueError, AttributeError, TypeError) as error:
         raise CordaError(f"{path} is damaged: {error!r}") from error
+
+
+def with_labels_of(source: ModelConfig, directory: Path) -> ModelConfig:
+    """The model with the labels of a classifier's adapter, if it says any.
+
+    Raises CordaError as `labels_of` does, and if other labels are given, or the same in another order: the outputs of
+    its head would be taken for each other."""
+    labels = labels_of(directory)
+    if labels is None:
+        return source
+    if source.labels not in (None, labels):
+        raise CordaError(
+            f"the adapter in {directory} has the labels {', '.join(labels)}, in this order: leave labels out"
+        )
+    return replace(source, labels=labels)
 
 
 def renew_heads(peft_model: PeftModel) -> None:

@@ -54,9 +54,10 @@ def find_labels(data: DataConfig, samples: Sequence[Sample]) -> list[str]:
     if len(labels) == 1:
         raise CordaError(f"all samples of {data.data} have the label {short(labels[0])}: there are none to tell apart")
     if len(labels) > 20 and 2 * len(labels) > len(samples):
+        quantity = f" (to predict it as a number: --labels {data.label})" if numbers else ""
         raise CordaError(
             f"{data.data} has {len(labels):,} labels for {len(samples):,} samples: is {data.label} the column of the "
-            f"labels? (to predict it as a number: --labels {data.label})"
+            f"labels?{quantity}"
         )
     return labels
 
@@ -76,7 +77,9 @@ def check_labels(name: str, samples: Iterable[Sample], labels: Sequence[str] | N
         if labels is None or sample.label is None:
             return
         if len(labels) == 1 and number_of(sample.label) is None:
-            raise CordaError(f"{name} has the label {short(sample.label)}, but {labels[0]} is a number")
+            raise CordaError(
+                f"{name} has the label {short(sample.label)}, but {labels[0]} is a number, as it is the only label"
+            )
         if len(labels) > 1 and sample.label not in labels:
             known = short(", ".join(map(repr, labels)), 200)[1:-1]
             raise CordaError(f"{name} has the label {short(sample.label)}, and the model does not: it has {known}")
