@@ -171,8 +171,8 @@ class Thread(threading.Thread):
     """Has its own end of the pipe, as a process has."""
 
     def __init__(self, target, args, daemon):
-        comparison, pipe, *others = args
-        super().__init__(target=target, args=[comparison, Connection(os.dup(pipe.fileno())), *others], daemon=daemon)
+        pipe, *others = args
+        super().__init__(target=target, args=[Connection(os.dup(pipe.fileno())), *others], daemon=daemon)
 
     def terminate(self):
         pass

@@ -17,7 +17,7 @@ def samples_of(path, **options):
     return load_samples(DataConfig(str(path), **options))
 
 
-@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".csv", ";"), (".tsv", "\t")])
 def test_cells_stay_text(suffix, delimiter, tmp_path):
     path = tmp_path / f"data{suffix}"
     path.write_text(f"response{delimiter}n\n" + "".join(f"{cell}{delimiter}{i}\n" for i, cell in enumerate(CELLS)))

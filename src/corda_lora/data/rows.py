@@ -143,10 +143,18 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _read_table(path: Path, delimiter: str, columns: Sequence[str] | None) -> list[Row]:
-    """A header, unless `columns` stands for it, then a row on each line, or on several where quotes say so."""
+    """A header, unless `columns` stands for it, then a row on each line, or on several where quotes say so.
+
+    A CSV whose first line has semicolons and no comma is separated by them, as spreadsheets write it where the comma is
+    a decimal mark.
+    """
     csv.field_size_limit(sys.maxsize)
+    text = read_text(path)
+    first = text.partition("\n")[0]
+    if delimiter == "," and ";" in first and "," not in first and (columns is None or len(columns) > 1):
+        delimiter = ";"
     # Ends of lines are kept, so that a new line in a quoted cell stays what it is.
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     start = 1
     try:
@@ -158,7 +166,7 @@ def _read_table(path: Path, delimiter: str, columns: Sequence[str] | None) -> li
             if len(cells) > len(header):
                 raise CordaError(
                     f"{path} line {start} has {len(cells)} cells for {len(header)} columns: "
-                    f"a cell with {'a tab' if delimiter != ',' else 'a comma'} in it stands in double quotes"
+                    f"a cell with a {NAMES[delimiter]} in it stands in double quotes"
                 )
             if cells:
                 rows.append(dict(zip(header, cells)))
@@ -175,3 +183,4 @@ def _read_lines(path: Path) -> list[Row]:
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_lines}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+NAMES = {",": "comma", ";": "semicolon", "\t": "tab"}

@@ -28,7 +28,7 @@ from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
 from ..models.targets import budget_of, choose_targets
-from ..models.weights import ALREADY, BLOCK, packed_bytes, quantized_names, weight_shape
+from ..models.weights import ALREADY, BLOCK, is_4bit, packed_bytes, quantized_names, weight_shape
 from .backward import LOGITS
 from .context import read_context, token_masks
 from .layer import keeps_all
@@ -200,7 +200,7 @@ def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
     """Raises CordaError as `choose_targets` and `find_blocks` do, or if the layers cannot be quantized."""
     targets, packed = choose_targets(model, config), packed_bytes(model)
     if config.quantization:
-        if packed:
+        if packed or any(is_4bit(module) for module in targets.values()):
             raise CordaError(ALREADY)
         quantized_names(model, targets)
     blocks = find_blocks(model, list(targets))
