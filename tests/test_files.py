@@ -17,6 +17,7 @@ from corda_lora.files import (
     is_partial,
     output_lock,
     read_json,
+    scratch_folder,
     whole_file,
     whole_folder,
     write_checksums,
@@ -97,6 +98,35 @@ def test_what_a_library_wrote_beside_a_file_when_it_was_killed_is_removed(here):
     assert all(is_partial(path) for path in left)
     write_text(here / "out", "new")
     assert [path.name for path in here.iterdir()] == ["out"]
+
+
+def test_what_is_needed_on_the_way_is_removed_also_after_a_kill(here):
+    killed = (
+        "import os, pathlib\nfrom corda_lora.files import scratch_folder\n"
+        "with scratch_folder(pathlib.Path('out')) as folder:\n"
+        "    (folder / 'states').write_text('x')\n    os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed]).returncode == -9
+    (left,) = here.iterdir()
+    with scratch_folder(Path("out")) as folder:
+        assert not left.exists()
+        assert not any(folder.iterdir())
+    assert not any(here.iterdir())
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_files_have_the_rights_that_umask_says(private, here):
+    """safetensors writes a file for its owner alone."""
+    before = os.umask(0o077 if private else 0o022)
+    try:
+        with whole_file(here / "file") as partial:
+            partial.touch(0o600)
+        with whole_folder(here / "folder") as folder:
+            (folder / "file").touch(0o600)
+    finally:
+        os.umask(before)
+    for path in (here / "file", here / "folder" / "file"):
+        assert path.stat().st_mode & 0o777 == (0o600 if private else 0o644)
 
 
 @pytest.mark.parametrize("make", ["folder", "file", "link"])

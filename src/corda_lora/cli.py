@@ -12,7 +12,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -65,6 +64,7 @@ from .files import (
     output_lock,
     read_json,
     remove_work,
+    scratch_folder,
     sha256_of,
     whole_folder,
     write_json,
@@ -813,14 +813,14 @@ def look(options: Namespace) -> None:
         command, seconds = shlex.join(["corda", *options.command]), time.perf_counter() - since
         return about_run(options.adapter, source, config, command, seconds)
 
-    with tempfile.TemporaryDirectory(dir=options.output.absolute().parent) as work:
+    with scratch_folder(options.output) as work:
         if adapter is not None:
-            found, values = inspect_adapter(adapter, config, model, tokenizer, stored, Path(work))
+            found, values = inspect_adapter(adapter, config, model, tokenizer, stored, work)
             record = about() | found
             sentences = adapter_sentences(record)
         else:
             assert model is not None
-            seen = inspect_model(model, tokenizer, config, stored, Path(work), check=check_page)
+            seen = inspect_model(model, tokenizer, config, stored, work, check=check_page)
             record = about() | seen.record
             sentences = context_sentences(record)
     with whole_folder(options.output) as folder:

@@ -671,10 +671,10 @@ class InspectConfig:
         response: template of the response, likewise.
         samples: the number of samples of each context, drawn with the seed. Of several numbers, such as [32,256], the
             largest is taken, and truncation is also measured with covariances of fewer.
-        max_length: the number of tokens at which a sample is cut.
+        max_length: the number of tokens at which a sample is cut, where its data has no other number.
         layers: the layers whose spectra and covariances are shown: names or endings of names. Default: those of the
             middle block.
-        levels: how many of the smallest components of every layer are discarded, as counts or as shares of the layer's.
+        levels: how many of the smallest components of every layer are discarded; a number below 1 is a share of them.
             The loss is measured at each, by plain SVD, ASVD and CO-SVD with each context. Default: none.
         text: running text on which that is measured. Default: samples of each context that were not shown.
         held_out: the number of such samples, or of windows of the text.
@@ -715,14 +715,19 @@ class InspectConfig:
             raise CordaError("samples is an empty list: give how many samples of a context are shown")
         if broken := [level for level in self.levels if level > 1 and level != int(level)]:
             raise CordaError(f"a level is {broken[0]:g}, but must be a share below 1, or a whole number of components")
-        for name, asked in (("two_sided", self.two_sided), ("rounds", self.rounds > 1)):
-            if asked and not self.levels:
-                raise CordaError(f"{name} is of the components that levels discard: give levels, or leave it out")
+        if self.levels and self.levels[0] < 1 <= self.levels[-1]:
+            raise CordaError(
+                f"levels are shares below 1 or counts of components, not both: {self.levels[0]:g} is a share, "
+                f"{self.levels[-1]:g} a count"
+            )
+        asked = {"two_sided": self.two_sided, "rounds": self.rounds > 1, "text": self.text is not None}
+        for name in (name for name, given in asked.items() if given and not self.levels):
+            raise CordaError(f"{name} is of the components that levels discard: give levels, or leave it out")
 
     def contexts(self) -> list[DataConfig]:
         """The contexts, however they were given, with the templates and the number of samples that they do not set."""
         given = self.context if isinstance(self.context, list) else [self.context]
-        configs = [DataConfig(data, max_length=self.max_length) if isinstance(data, str) else data for data in given]
+        configs = [self._cut(data) for data in given]
         assert isinstance(self.samples, list)
         return [
             replace(
@@ -733,6 +738,14 @@ class InspectConfig:
             )
             for c in configs
         ]
+
+    def running_text(self) -> DataConfig | None:
+        """The text, however it was given."""
+        return None if self.text is None else self._cut(self.text)
+
+    def _cut(self, given: str | DataConfig) -> DataConfig:
+        data = DataConfig(given) if isinstance(given, str) else given
+        return replace(data, max_length=self.max_length) if data.max_length == DataConfig.max_length else data
 
 
 @dataclass

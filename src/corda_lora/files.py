@@ -36,6 +36,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         with _full_disk(path):
             folder.mkdir()
             yield partial
+            _share(partial, folder)
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -59,6 +60,7 @@ def whole_folder(directory: Path) -> Iterator[Path]:
             yield partial
             for path in partial.rglob("*"):
                 if path.is_file():
+                    _share(path, partial)
                     with open(path, "rb+") as file:
                         os.fsync(file.fileno())
             if directory.exists():
@@ -67,6 +69,18 @@ def whole_folder(directory: Path) -> Iterator[Path]:
             _sync_folder(directory.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """Yield a new folder beside an output, for what is needed while that is made. It is removed at the end. What a
+    killed process left is removed first."""
+    folder = _partial_of(work_folder(output.absolute()))
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_folder(directory: Path) -> None:
@@ -262,6 +276,14 @@ def _partial_of(path: Path) -> Path:
         if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     return partial
+
+
+def _share(path: Path, folder: Path) -> None:
+    """Let those read and write a file who may do so in its new folder, as umask says: safetensors writes for the owner
+    alone."""
+    with suppress(PermissionError):  # not every file system has such rights
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode & 0o7777 | folder.stat().st_mode & 0o666)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`corda inspect --adapter`: every number against a plain float64 reference, of a LoRA of PEFT's and of CorDA's."""
 
 import json
+import math
 import re
 
 import helpers
@@ -14,6 +15,7 @@ from corda_lora.cli import main
 from corda_lora.config import DataConfig
 from corda_lora.data.batches import encode
 from corda_lora.data.samples import load_samples
+from corda_lora.inspection.adapter import read_adapter
 
 ROWS = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(20)]
 TEXT = [{"text": "The quick brown fox. " * 2} for _ in range(4)]
@@ -196,6 +198,10 @@ def test_bad_adapters(checkpoint, lora, files, tmp_path, capsys):
     folder, weights = changed("dora", use_dora=True)
     save_file(weights, folder / "adapter_model.safetensors")
     assert "is a DoRA" in refused(capsys, "--adapter", folder, *out)
+    folder, weights = changed("diverged")
+    next(iter(weights.values()))[0, 0] = math.nan
+    save_file(weights, folder / "adapter_model.safetensors")
+    assert "holds NaN or infinity: its training diverged" in refused(capsys, "--adapter", folder, *out)
     folder, weights = changed("other")
     save_file({n.replace("layers.1", "layers.7"): w for n, w in weights.items()}, folder / "adapter_model.safetensors")
     assert "the model has no layer model.layers.7." in refused(capsys, "--adapter", folder, "--model", checkpoint, *out)
@@ -205,6 +211,21 @@ def test_bad_adapters(checkpoint, lora, files, tmp_path, capsys):
     said = refused(capsys, "--adapter", folder, "--model", checkpoint, *out)
     assert re.search(r"has the shape \(32, \d+\), but the adapter is for \(32, \d+\)", said), said
     assert not (tmp_path / "seen").exists()
+
+
+def test_experts_and_copies_of_the_base_are_no_layers(lora, tmp_path):
+    """PEFT's factors of fused experts are several in one, and it saves the base's own embeddings beside an adapter."""
+    config = json.loads((lora / "adapter_config.json").read_text())
+    config["target_parameters"] = ["mlp.experts.gate_up_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    weights = load_file(lora / "adapter_model.safetensors")
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    factors = {f"{experts}.lora_A.weight": torch.ones(16, 32), f"{experts}.lora_B.weight": torch.ones(48, 16)}
+    copy = {"base_model.model.model.embed_tokens.base_layer.weight": torch.ones(4, 4)}
+    save_file(weights | factors | copy, tmp_path / "adapter_model.safetensors")
+    adapter = read_adapter(tmp_path)
+    assert set(adapter.layers) == set(read_adapter(lora).layers)
+    assert adapter.left == sorted(factors)
 
 
 PROBE = """

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import contextmanager
 from itertools import combinations
 
 import helpers
@@ -24,7 +25,7 @@ ROWS = {
     "capitals": [{"question": f"The capital of country {i}?", "answer": f" city {i + 5}."} for i in range(48)],
 }
 TEMPLATES = {"sums": {}, "capitals": {"prompt": "{question}", "response": "{answer}"}}
-SAMPLES, FEWER, HELD_OUT, LEVELS, ROUNDS = 12, 4, 8, (0.25, 0.5, 7), 3
+SAMPLES, FEWER, HELD_OUT, LEVELS, ROUNDS = 12, 4, 8, (0.25, 0.45, 0.5), 3
 LAMBDA = 0.01
 
 
@@ -218,7 +219,7 @@ def test_a_level_loses_what_a_model_loses_whose_weights_were_cut(record, files, 
                     W = W.double()
                     U = torch.linalg.svd(oriented(W, way, covariances[name][layer] if name else None))[0]
                     R = min(W.shape)
-                    k = round(level * R) if level < 1 else int(level)
+                    k = round(level * R)
                     tail = U[:, R - k : R]
                     model.get_submodule(layer).weight.data = (W - tail @ (tail.T @ W)).float()
                 label = f"{way}, {named(files, name)}" if name else way
@@ -233,7 +234,7 @@ def test_selected_and_allocated(record, files, model, tokenizer, covariances):
     """CO-SVD+ takes the covariance of Algorithm 1, CO-SVD++ discards what Algorithm 2 filters."""
     curves = {curve["label"]: curve for curve in record["truncation"]["curves"]}
     whole = {n: m.weight.detach().clone() for n, m in model.named_modules() if n in covariances["sums"]}
-    name, level = "capitals", 1  # half of the components
+    name, level = "capitals", 2  # half of the components
     of_rounds = [of_round(files, model, tokenizer, name, i) for i in range(ROUNDS)]
     U, spectra, log_pis = {}, [], []
     for layer, W in whole.items():
@@ -326,7 +327,13 @@ def refused(capsys, *arguments):
         ),
         (["--levels=2.5"], "a level is 2.5, but must be a share below 1, or a whole number"),
         (["--levels=0.5", "--samples=48"], "all samples of .*sums.jsonl are shown, and none is left to measure on"),
+        (
+            ["--levels=[0.5,1.0]"],
+            "levels are shares below 1 or counts of components, not both: 0.5 is a share, 1 a count",
+        ),
+        (["--levels=0.001"], "level 0.001 discards no component: the widest layer has 32"),
         (["--two_sided=true"], "two_sided is of the components that levels discard"),
+        (["--text=text.txt"], "text is of the components that levels discard"),
     ],
 )
 def test_bad_options(options, sentence, checkpoint, files, tmp_path, capsys):
@@ -362,6 +369,27 @@ def test_a_page_that_would_be_too_large(checkpoint, files, tmp_path, capsys, mon
         "the page would have about 0 MB, for 4 layers and 2 contexts: leave some --layers out, so that at most 2"
         in said
     )
+
+
+def test_a_sample_is_cut_at_max_length_however_its_data_is_given(files):
+    """Several contexts, or one with options, come as `DataConfig`s, whose own length was taken."""
+    given = [str(files / "sums.jsonl"), DataConfig("a.csv", prompt="{x}"), DataConfig("b.csv", max_length=7)]
+    config = InspectConfig(given, max_length=5, levels=0.5, text=DataConfig("text.txt"))
+    assert [data.max_length for data in config.contexts()] == [5, 5, 7]
+    assert config.running_text().max_length == 5
+
+
+def test_the_command_cuts_each_context_and_names_it(checkpoint, files, tmp_path, capsys):
+    output = tmp_path / "seen"
+    arguments = ["--model", checkpoint, *contexts(files), "--samples=2", "--max_length=5", "--output", output]
+    main(["inspect", *map(str, arguments)])
+    record = json.loads((output / "inspect.json").read_text())
+    assert [context["tokens"] for context in record["contexts"]] == [10, 10]
+    said = " ".join(capsys.readouterr().err.split())
+    for name in ROWS:  # a note of low rank says which context has it
+        assert f"{named(files, name)} has 10 real tokens in 2 samples" in said
+    modes = {path.name: path.stat().st_mode & 0o777 for path in output.iterdir()}
+    assert len(set(modes.values())) == 1, modes  # safetensors writes for the owner alone
 
 
 def test_a_model_without_a_context(checkpoint, tmp_path, capsys):
@@ -426,12 +454,12 @@ def test_the_page_in_a_browser(theme, made, tmp_path):
 # --- other families
 
 
-@pytest.mark.parametrize("family", ["gpt2_conv1d", "gemma2", "mixtral"])
-def test_truncation_of_other_families(family, files, tokenizer):
+@pytest.mark.parametrize(("family", "level"), [("gpt2_conv1d", 32), ("gemma2", 0.999), ("mixtral", 0.999)])
+def test_truncation_of_other_families(family, level, files, tokenizer):
     """The whole weights, and all components discarded: each layer's weight is then zero. The model is as it was."""
     model = tiny.build(family)
     before = tiny.snapshot(model)
-    config = InspectConfig(context=str(files / "sums.jsonl"), samples=12, held_out=8, levels=[0.999])
+    config = InspectConfig(context=str(files / "sums.jsonl"), samples=12, held_out=8, levels=[level])
     record = inspect_model(model, tokenizer, config, progress=False).record
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     (text,) = losses(model, files, tokenizer, "sums", rounds=1).items()
@@ -444,9 +472,17 @@ def test_truncation_of_other_families(family, files, tokenizer):
 
 
 @pytest.mark.parametrize("family", ["bert", "t5", "deepseek_v2", "opt"])
-def test_spectra_of_other_families(family, files, tokenizer):
+def test_spectra_of_other_families(family, files, tokenizer, monkeypatch):
+    steps = []
+
+    @contextmanager
+    def counted(_, total, __):
+        yield lambda: steps.append(total)
+
+    monkeypatch.setattr("corda_lora.inspection.contexts.progress_bar", counted)
     config = InspectConfig(context=[str(files / "sums.jsonl")], samples=12)
     found = inspect_model(tiny.build(family), tokenizer, config, progress=False)
+    assert len(steps) == steps[0]  # also where layers are outside of the blocks
     assert set(found.spectra) <= set(found.record["layers"])
     assert all(
         set(by) == {"plain SVD", *(f"{way}, {named(files, 'sums')}" for way in ("ASVD", "CO-SVD"))}

@@ -90,8 +90,13 @@ def read_adapter(directory: Path) -> Adapter:
         raise CordaError(
             f"the adapter in {directory} is a DoRA, whose norms change its layers, too: merge it, and compare"
         )
+    if damaged := next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None):
+        raise CordaError(f"{damaged} of the adapter in {directory} holds NaN or infinity: its training diverged")
     layers = {}
+    others = [name.rpartition(".")[0] for name in config.target_parameters or []]  # experts, with factors of many
     for name in [n.removeprefix(PREFIX).removesuffix(FACTOR) for n in weights if n.endswith(FACTOR)]:
+        if any(f".{name}".endswith(f".{other}") for other in others):
+            continue
         A = weights.pop(f"{PREFIX}{name}{FACTOR}")
         B = weights.pop(f"{PREFIX}{name}.lora_B.weight", None)
         if B is None or A.ndim != 2 or B.ndim != 2 or B.shape[1] != len(A):
@@ -106,7 +111,8 @@ def read_adapter(directory: Path) -> Adapter:
     made_for = marks["fingerprint"] if marks else (config.auto_mapping or {}).get(BASE)
     statistics = _statistics(directory, made_for)
     in_adapter = bool(marks) and marks["split"] == "residual"  # type: ignore[index]
-    return Adapter(layers, sorted(weights), config.base_model_name_or_path, made_for, in_adapter, statistics)
+    left = sorted(name for name in weights if ".base_layer." not in name)  # PEFT's copies of the base's own
+    return Adapter(layers, left, config.base_model_name_or_path, made_for, in_adapter, statistics)
 
 
 def _statistics(directory: Path, made_for: str | None) -> Statistics | None:
@@ -169,7 +175,7 @@ def inspect_adapter(
         read = read_context(tokenizer, [samples], data.max_length, config.batch_tokens, has_decoder(model))
         check_fit(model, (ids for batch in read.batches for ids in batch["input_ids"].tolist()))
         contexts.append(Context(read.batches, skip_tokens=config.skip_tokens))
-        record["contexts"].append({"name": name, **check_context(model, contexts[-1], targets)})
+        record["contexts"].append({"name": name, **check_context(model, contexts[-1], targets, name)})
     inside = all(any(name.startswith(f"{block}.") for block in blocks) for name in targets)
     backward = task_type(model) is peft.TaskType.CAUSAL_LM and inside
     answers = [sum(int(answer_mask(b).sum()) for b in context.batches) if backward else 0 for context in contexts]

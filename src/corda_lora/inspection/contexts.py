@@ -128,7 +128,10 @@ def inspect_model(
         for round, part in _parts(drawn, config, data.seed)
     ]
     full = [d for d, draw in enumerate(draws) if draw.round == 0]  # of each context
-    abouts = [check_context(model, Context(draws[d].batches, skip_tokens=config.skip_tokens), targets) for d in full]
+    abouts = [
+        check_context(model, Context(draws[d].batches, skip_tokens=config.skip_tokens), targets, name)
+        for d, name in zip(full, names)
+    ]
     texts = _texts(model, tokenizer, config, datas, names) if config.levels else {}
     ways = _ways(names, draws, config)
 
@@ -142,7 +145,8 @@ def inspect_model(
     seen = _Walks(model, targets, blocks, context, Place(device, stored, parking(park, work)), config.damping, texts)
     found = Inspection({"contexts": [{"name": n, **about} for n, about in zip(names, abouts)], "layers": {}})
     later = [way for way in ways if way.allocated]  # when all spectra are known
-    total = len(blocks) * (1 + len(names) * config.two_sided + bool(later))
+    steps = len(blocks) + any(not place["block"] for place in places.values())  # of a walk
+    total = steps * (1 + bool(later)) + len(blocks) * len(names) * config.two_sided
     total += (len(targets) if config.levels else len(shown)) * len(ways)
     with float32_products("highest"), progress_bar("inspecting", total, progress) as advance:
         if config.two_sided:
@@ -336,7 +340,7 @@ def _middle(places: Mapping[str, Mapping[str, str]], blocks: Sequence[str]) -> l
 def discarded(targets: Mapping[str, nn.Module], levels: Sequence[float]) -> dict[str, list[int]]:
     """How many components of each layer every level discards.
 
-    Raises CordaError if these are more than a layer has.
+    Raises CordaError if these are more than a layer has, or none of any layer.
     """
     ranks = {name: min(weight_shape(module)) for name, module in targets.items()}
     if levels and levels[-1] > min(ranks.values()):
@@ -344,6 +348,8 @@ def discarded(targets: Mapping[str, nn.Module], levels: Sequence[float]) -> dict
         raise CordaError(
             f"level {levels[-1]:g} discards more components than {name} has, {ranks[name]}: give shares, such as 0.25"
         )
+    if levels and round(levels[0] * max(ranks.values())) == 0:
+        raise CordaError(f"level {levels[0]:g} discards no component: the widest layer has {max(ranks.values())}")
     return {name: [round(level * R) if level < 1 else int(level) for level in levels] for name, R in ranks.items()}
 
 
@@ -389,8 +395,7 @@ def _texts(
 
     Raises CordaError if there are none.
     """
-    if config.text is not None:
-        text = DataConfig(config.text, max_length=config.max_length) if isinstance(config.text, str) else config.text
+    if text := config.running_text():
         before = len(encode(tokenizer, Sample("", "", {}), 1).ids)  # a begin-of-text token
         windows = text_windows(tokenizer, load_samples(text), max(1, text.max_length - before))[: config.held_out]
         return {context_names([text])[0]: _batches(model, tokenizer, windows, text.max_length, config)}

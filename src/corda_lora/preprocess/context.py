@@ -152,36 +152,40 @@ def answer_mask(batch: Batch) -> Tensor:
     return real[:, :-1] & answers[:, 1:]
 
 
-def check_context(model: nn.Module, context: Context, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
+def check_context(
+    model: nn.Module, context: Context, targets: Mapping[str, nn.Module], name: str = "the context"
+) -> dict[str, Any]:
     """Count the samples and the real tokens of a context, for corda.json. Warn where a round has fewer tokens than the
     widest layer has inputs: its covariance has low rank. Warn where padding tokens count as real.
+
+    Args:
+        name: of the context, in these sentences.
 
     Raises CordaError if there is no real token.
     """
     if not context.batches:
-        raise CordaError("the context is empty: no batch was given")
+        raise CordaError(f"{name} is empty: no batch was given")
     masks = [token_masks(batch, has_decoder(model), context.skip_tokens)[0] for batch in context.batches]
     samples, tokens = sum(map(len, masks)), int(sum(mask.sum() for mask in masks))
     if tokens == 0 and context.skip_tokens:
-        raise CordaError(f"no sample of the context has more than the {context.skip_tokens} tokens that are left out")
+        raise CordaError(f"no sample of {name} has more than the {context.skip_tokens} tokens that are left out")
     if tokens == 0:
-        raise CordaError(f"the context holds only padding: the attention masks of its {samples} samples are all zero")
+        raise CordaError(f"{name} holds only padding: the attention masks of its {samples} samples are all zero")
     _warn_of_padding(model, context.batches, masks)
-    width, widest = max((weight_shape(module)[1], name) for name, module in targets.items())
+    width, widest = max((weight_shape(module)[1], layer) for layer, module in targets.items())
     counts = {"samples": samples, "tokens": tokens, "widest": width}
     rounds = context.rounds or [0] * len(masks)
     by_round = [int(sum(m.sum() for m, r in zip(masks, rounds) if r == i)) for i in sorted(set(rounds))]
     if min(by_round) == 0:
-        raise CordaError(f"a round of the context holds only padding, of {len(by_round)} rounds")
+        raise CordaError(f"a round of {name} holds only padding, of {len(by_round)} rounds")
     if len(by_round) > 1:
         counts["rounds"] = len(by_round)
     if min(by_round) < width:
         counts["samples_for_full_rank"] = math.ceil(samples / len(by_round) * width / min(by_round))
-        smallest = "the context"
-        if len(by_round) > 1:
-            smallest = f"the smallest of {len(by_round)} rounds of the context"
+        each = samples // len(by_round)
+        smallest = f"the smallest of {len(by_round)} rounds of {name}" if len(by_round) > 1 else name
         warnings.warn(
-            f"{smallest} has {min(by_round)} real tokens in {samples // len(by_round)} samples, fewer than {widest} is "
+            f"{smallest} has {min(by_round)} real tokens in {each} sample{'s' * (each > 1)}, fewer than {widest} is "
             f"wide ({width}), so its covariance has low rank; about {counts['samples_for_full_rank']} such samples "
             "would do",
             stacklevel=3,

@@ -51,7 +51,7 @@ def model_map(
 def compactness_map(record: Mapping[str, Any]) -> dict[str, Any]:
     """log10 π of each layer, for each context."""
     names = record["similarity"]["contexts"]
-    return model_map(record["layers"], lambda about: about["log10_pi"], names)
+    return {**model_map(record["layers"], lambda about: about["log10_pi"], names), "unit": "log10 π"}
 
 
 def truncation_data(cut: Mapping[str, Any]) -> dict[str, Any]:

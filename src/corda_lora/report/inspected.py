@@ -134,7 +134,8 @@ def context_sentences(record: Mapping[str, Any]) -> list[str]:
     names, values = record["similarity"]["contexts"], record["similarity"]["channels_at_one_scale"]
     pairs = sorted((values[i][j], names[i], names[j]) for i, j in combinations(range(len(names)), 2)) if values else []
     if len(pairs) == 1:
-        said.append(f"{pairs[0][1]} and {pairs[0][2]} use the channels alike by {pairs[0][0]:.2f} of 1.")
+        value, a, b = pairs[0]
+        said.append(f"The similarity of {a} and {b} is {value:.2f}; at 1 they light up the same channels alike.")
     elif pairs:
         (low, a, b), (high, c, d) = pairs[0], pairs[-1]
         said.append(f"{c} and {d} use the channels most alike ({high:.2f} of 1), {a} and {b} least ({low:.2f}).")
