@@ -290,6 +290,13 @@ def test_pictures_have_every_curve_by_its_name(made, record, monkeypatch):
         kind, layer, name = key.split("|")
         (spectra if kind == "spectrum" else maps).setdefault(layer, {})[name] = tensor
     inspected_pictures.draw_contexts(made, record, spectra, maps)
+    for name, figure in figures.items():
+        figure.canvas.draw()
+        for ax in figure.axes:
+            numbers = [text.get_text() for text in ax.get_yticklabels() if text.get_text()]
+            assert not any("$" in text for text in numbers), (name, numbers)
+            assert name != "truncation" or len(numbers) > 1
+    assert [text.get_text() for text in figures["compactness"].axes[0].get_xticklabels()] == ["0", "1"]
     for ax in figures["truncation"].axes:
         lines = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
         for curve in record["truncation"]["curves"]:
@@ -410,6 +417,8 @@ const overflow = () => document.documentElement.scrollWidth - document.documentE
     return b.left < s.left - 1 || b.right > s.right + 1 || b.top < s.top - 1 || b.bottom > s.bottom + 1; };
   out.clipped = [...document.querySelectorAll(".chart text")].filter(clipped).map((t) => t.textContent);
   out.hidden = [...document.querySelectorAll("section[hidden]")].map((s) => s.id);
+  const scales = document.querySelector("#truncation svg").querySelectorAll("text");
+  out.numbers = [...scales].filter((t) => t.getAttribute("text-anchor") === "end" && isFinite(t.textContent)).length;
   const lines = (host) => document.querySelectorAll(host + " polyline").length;
   out.lines = [lines("#truncation"), lines("#spectra")];
   document.querySelector("#truncation + .legend button").click();
@@ -444,6 +453,7 @@ def test_the_page_in_a_browser(theme, made, tmp_path):
     for found in seen["pages"]:
         assert (found["overflow"], found["clipped"], found["hidden"]) == (0, [], ["change-card"])
         assert found["lines"] == [13, 11, 12, 10]
+        assert found["numbers"] > 2  # on an axis that is no decade long
         assert found["layers"] == 3
         assert found["same"]
         assert found["canvases"] == [True, True]

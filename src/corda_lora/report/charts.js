@@ -49,7 +49,8 @@ function logTicks(low, high) {
   const marks = decades > 5 ? [1] : decades > 2.6 ? [1, 3] : [1, 2, 5];
   for (let k = every * Math.floor(Math.log10(low) / every); k <= Math.log10(high); k += every)
     for (const m of marks) ticks.push(+`${m}e${k}`);
-  return ticks.filter((t) => t >= low && t <= high);
+  const within = ticks.filter((t) => t >= low && t <= high);
+  return within.length > 2 ? within : linearTicks(low, high, 5); // of a range too narrow for round numbers of a logarithm
 }
 
 function tickText(t) {

@@ -97,14 +97,17 @@ def change_measures(
                 partial(moved, key="predicted_drift"),
                 "nats per answer token, of this layer alone; layers can pull together",
             ),
-            f"leak{of}": (partial(moved, key="leak"), "tr(A C Aᵀ)"),
+            f"leak{of}": (partial(moved, key="leak"), "tr(A C Aᵀ): the mean square of what A reads of the inputs"),
         }
     measures |= {
         "predicted drift": (lambda layer: layer.get("predicted_drift"), "on the context whose statistics are there"),
-        "‖ΔW‖ / ‖W‖": (lambda layer: layer.get("relative"), "of the weight"),
-        "‖ΔW‖": (lambda layer: layer["norm"], "Frobenius"),
+        "‖ΔW‖ / ‖W‖": (lambda layer: layer.get("relative"), "size of the change over that of the weight"),
+        "‖ΔW‖": (lambda layer: layer["norm"], "size of the change: its Frobenius norm"),
         "rank": (lambda layer: layer["r"], ""),
-        "effective rank": (lambda layer: layer["effective_rank"], "(Σσ²)² / Σσ⁴"),
+        "effective rank": (
+            lambda layer: layer["effective_rank"],
+            "(Σσ²)² / Σσ⁴ of ΔW: about how many directions it has",
+        ),
         "rounded away": (lambda layer: layer.get("rounded_away"), "share of ‖ΔW‖ that merging loses"),
         "‖A‖": (lambda layer: layer["norm_A"], ""),
         "‖B‖": (lambda layer: layer["norm_B"], ""),

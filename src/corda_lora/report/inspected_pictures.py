@@ -26,7 +26,8 @@ def draw_contexts(
             for i, (way, sigma) in enumerate(spectra[layer].items()):
                 points = spectrum_points(sigma)
                 ax.plot([x for x, _ in points], [y for _, y in points], label=way, **look(i) | {"marker": ""})
-            ax.set(yscale="log", title=layer, xlabel="component", ylabel="σ / σ₁")
+            ax.set(title=layer, xlabel="component", ylabel="σ / σ₁")
+            _logarithmic(ax)
         save_picture(figure, folder / "spectra")
 
         names, layers = record["similarity"]["contexts"], list(maps)[:PANELS]
@@ -63,8 +64,8 @@ def draw_contexts(
                 for i, (way, points) in enumerate(curves.items()):
                     ax.plot([x for x, *_ in points], [y for _, y, _ in points], label=way, **look(i))
                 shares = record["truncation"]["levels"][-1] < 1
-                ax.set(yscale="log", title=text, xlabel="discarded " + ("share" if shares else "components"))
-                ax.set_ylabel("perplexity")
+                ax.set(title=text, xlabel="discarded " + ("share" if shares else "components"), ylabel="perplexity")
+                _logarithmic(ax)
             save_picture(figure, folder / "truncation")
 
 
@@ -95,12 +96,26 @@ def draw_maps(plt: Any, path: Path, found: Mapping[str, Any], label: str = "") -
         limits = {"vmin": low, "vmax": high} if label else {}
         image = ax.imshow(array, cmap="viridis", aspect="auto", **limits)
         ax.set(title=name, xlabel="block")
+        every = -(-len(found["blocks"]) // 16)
+        blocks = range(0, len(found["blocks"]), every)
+        ax.set_xticks(blocks, [found["blocks"][i].rpartition(".")[2] for i in blocks])
         ax.set_yticks(range(len(found["kinds"])), found["kinds"], fontsize=8)
         if not label:
             figure.colorbar(image, ax=ax)
     if label:
         figure.colorbar(image, ax=list(grid[:, 0]), label=label)
     write_picture(figure, path)
+
+
+def _logarithmic(ax: Any) -> None:
+    """A logarithmic axis with plain numbers, as pictures have no mathematical text; also where it is no decade long."""
+    from matplotlib.ticker import LogLocator
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
 
 
 def _limits(logs: Sequence[Tensor]) -> tuple[float, float]:
