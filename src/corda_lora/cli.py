@@ -776,6 +776,9 @@ def compare(options: Namespace) -> None:
     comparison = run_comparison(source, config, options.output, options.jobs, gpus, command)
     write_report(options.output, comparison)
     out.print(f"written to {options.output / 'report.html'}, and report.md, runs.csv, comparison.json beside it")
+    runs = comparison["runs"]
+    if all(run["status"] in ("failed", "does not fit") for run in runs):
+        raise CordaError(f"no run could be done; of {runs[0]['method']}: {runs[0]['why']}")
 
 
 def look(options: Namespace) -> None:

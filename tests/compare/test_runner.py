@@ -436,3 +436,11 @@ def test_the_recipes_are_right(path):
     for entry in _take(CompareConfig, options.compare).entries.values():
         for value in entry.swept_values or [None]:
             check_options(entry.method, entry.options | ({entry.swept_option: value} if entry.sweep else {}))
+
+
+def test_a_comparison_of_which_no_run_could_be_done_fails(recipe, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", recipe({"bitfit": "[1.0e-3, 1.0e-2]"}, seeds=1), "--output", "out"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no run could be done; of bitfit: BitFit trains biases, and LlamaForCausalLM has none" in said
+    assert Path("out/report.html").is_file()
