@@ -86,14 +86,15 @@ def plan_comparison(model: Any, source: ModelConfig, recipe: CompareConfig, mach
     parameters = sum(p.numel() for p in model.parameters())
     common: dict[str, Any] = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "target_modules": recipe.target_modules}
     budget = shapes_of(model, CordaConfig(**common)).budget
-    data = _data(recipe.data)
+    comparison = Comparison(source, recipe, Path())
+    data = comparison.learn
     samples = _count(data)
     steps = recipe.train.max_steps
     if steps is None and samples is not None:
         steps = math.ceil(recipe.train.epochs * samples / recipe.train.batch_size)
     tokens = recipe.train.batch_size * data.max_length  # of a step, at most
     entries = []
-    for name, scheduled in Comparison(source, recipe, Path()).entries.items():
+    for name, scheduled in comparison.entries.items():
         entry = recipe.entries[name]
         whole = entry.method == "full"
         # Forward, backward to the inputs, backward to the weights; checkpointing runs forward once more.
@@ -102,7 +103,7 @@ def plan_comparison(model: Any, source: ModelConfig, recipe: CompareConfig, mach
         config = corda_config(entry.method, entry.options, **common)
         start: Plan | None = None
         if config is not None:
-            shown = data if config.mode == "ipm" else _data(recipe.context or recipe.data)
+            shown = data if config.mode == "ipm" else comparison.keep or data
             shown = replace(shown, samples=entry.options.get("samples") or recipe.context_samples)
             known = shown if Path(shown.data).exists() else replace(shown, data="")
             read = planned_tokens(source, known, config.rounds or 1, 4096, model.config.is_encoder_decoder)
@@ -123,10 +124,6 @@ def _of_start(plan: Plan | None, machine: Machine) -> tuple[float | None, float 
     if plan is None:
         return None, None, None
     return plan.seconds, plan.peaks[machine.accelerator is None], plan.disk_bytes
-
-
-def _data(data: str | DataConfig) -> DataConfig:
-    return DataConfig(data) if isinstance(data, str) else data
 
 
 def _count(data: DataConfig) -> int | None:
