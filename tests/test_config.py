@@ -7,7 +7,6 @@ from typing import get_type_hints
 import pytest
 from peft import LoraConfig
 
-from corda_lora import config
 from corda_lora.config import (
     CompareConfig,
     CordaConfig,
@@ -19,6 +18,7 @@ from corda_lora.config import (
     ModelConfig,
     TrainConfig,
 )
+from corda_lora.config.values import Positive, check_value
 from corda_lora.recipes import load_recipe
 
 NEEDED = {
@@ -76,7 +76,7 @@ def test_defaults_are_in_range():
     for kind in CONFIGS:
         made = kind(**NEEDED.get(kind, {}))
         assert dataclasses.replace(made) == made
-    assert config.check_value("learning_rate", 1, config.Positive) is None  # an int is a number
+    assert check_value("learning_rate", 1, Positive) is None  # an int is a number
 
 
 @pytest.mark.parametrize(

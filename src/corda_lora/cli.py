@@ -30,14 +30,9 @@ from rich.text import Text
 from yaml import YAMLError
 
 from .config import (
-    CONTEXT_SAMPLES,
-    LARGEST,
-    NOT_OURS,
     CompareConfig,
     CordaConfig,
     CordaError,
-    Count,
-    CountOrZero,
     DataConfig,
     EvalConfig,
     InspectConfig,
@@ -45,15 +40,11 @@ from .config import (
     LoraStart,
     MethodConfig,
     ModelConfig,
-    Positive,
-    Seed,
-    Share,
     TrainConfig,
-    check_value,
-    misfit,
-    short,
-    why_not,
 )
+from .config.data import CONTEXT_SAMPLES
+from .config.lora import NOT_OURS, why_not
+from .config.values import LARGEST, Count, CountOrZero, Positive, Seed, Share, check_value, misfit, short
 from .evaluation.measures import KINDS
 from .evaluation.tasks.registry import TASKS, named_tasks
 from .files import (

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from .config import CordaError, short
+from .config import CordaError
+from .config.values import short
 
 CHECKSUMS = "sha256.json"
 LONGEST_NAME = 255  # bytes, on every common file system

@@ -11,7 +11,7 @@ import torch
 
 from corda_lora.adapters.lora import read_marks
 from corda_lora.cli import main
-from corda_lora.config import KEEP
+from corda_lora.config.train import KEEP
 from corda_lora.demo import run
 from corda_lora.demo.facts import knowledge_questions, word_problems
 

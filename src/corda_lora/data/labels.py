@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import CordaError, DataConfig, ModelConfig, short
+from ..config import CordaError, DataConfig, ModelConfig
+from ..config.values import short
 from .batches import Encoded
 from .samples import Sample, load_samples
 

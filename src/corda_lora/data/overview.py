@@ -9,7 +9,8 @@ from typing import Any
 from rich.text import Text
 from torch import nn
 
-from ..config import CordaError, short
+from ..config import CordaError
+from ..config.values import short
 from .batches import Encoded
 from .samples import Sample
 

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from .. import CordaConfig, CordaError, KeepCallback, get_corda_model
 from ..adapters.lora import save_adapter
-from ..config import KEEP, LoraStart, ModelConfig, TrainConfig
+from ..config import LoraStart, ModelConfig, TrainConfig
+from ..config.train import KEEP
 from ..data.batches import Encoded, encode
 from ..data.samples import Sample
 from ..devices import has_bfloat16, peak_bytes

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import CordaError, short
+from ..config import CordaError
+from ..config.values import short
 from ..data.batches import batch_by_length, encode
 from ..data.samples import Sample
 from ..progress import track

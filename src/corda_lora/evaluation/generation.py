@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import CordaError, EvalConfig, find_all
+from ..config import CordaError, EvalConfig
+from ..config.values import find_all
 from ..data.batches import batch_by_length, encode_question, pad
 from ..data.samples import Sample
 from ..models.targets import require_causal

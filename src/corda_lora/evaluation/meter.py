@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..adapters.card import TRAINING
 from ..adapters.lora import lora_layers, on_residual
-from ..config import CONTEXT_SAMPLES, KEEP, CordaError, DataConfig, KeepConfig
+from ..config import CordaError, DataConfig, KeepConfig
+from ..config.data import CONTEXT_SAMPLES
+from ..config.train import KEEP
 from ..data.batches import Encoded, encode
 from ..data.samples import Sample, digest_of, load_others, load_samples
 from ..files import read_json, sha256_of

@@ -10,7 +10,8 @@ from ..adapters.lora import install
 from ..algebra.compactness import allocate
 from ..algebra.decomposition import regularize
 from ..algebra.second_order import Low, steepest_rows, whole
-from ..config import CordaConfig, CordaError, NonNegative, Positive
+from ..config import CordaConfig, CordaError
+from ..config.values import NonNegative, Positive
 from ..devices import compute_device, double_device
 from ..models.weights import weight_shape
 from ..preprocess.layer import LayerStart

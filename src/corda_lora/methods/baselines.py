@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from .. import peft as peft_
 from ..adapters.lora import install, lora_layers
-from ..config import CordaConfig, CordaError, NonNegative
+from ..config import CordaConfig, CordaError
+from ..config.values import NonNegative
 from ..data.batches import context_batches, encode, pad
 from ..data.samples import Sample
 from ..devices import compute_device, double_device

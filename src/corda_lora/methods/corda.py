@@ -9,7 +9,8 @@ from torch import nn
 
 from ..adapters.lora import BASE_FOLDER, load_adapter, renew_heads
 from ..adapters.prepare import prepare
-from ..config import CordaConfig, Count, DataConfig, ModelConfig, NonNegative
+from ..config import CordaConfig, DataConfig, ModelConfig
+from ..config.values import Count, NonNegative
 from ..models.loading import load_model
 from .baselines import adamw_with_ratio
 from .keeping import AFTER, what_is_kept, with_penalties

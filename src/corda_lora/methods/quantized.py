@@ -27,7 +27,8 @@ from ..adapters.lora import lora_layers
 from ..algebra.decomposition import orient, regularize, split_components
 from ..algebra.folding import best_fit, fold
 from ..algebra.solvers import chosen_components
-from ..config import CordaError, Count, NonNegative
+from ..config import CordaError
+from ..config.values import Count, NonNegative
 from ..data.batches import encode
 from ..devices import compute_device, double_device
 from ..models.weights import (

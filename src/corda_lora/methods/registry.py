@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapters.held import HalvedLinear, held_size
 from ..adapters.lora import lora_layers
-from ..config import CordaConfig, CordaError, DataConfig, TrainConfig, check_value
+from ..config import CordaConfig, CordaError, DataConfig, TrainConfig
+from ..config.values import check_value
 from ..data.samples import Sample, load_samples
 from ..files import whole_file
 from ..models.weights import weight_shape

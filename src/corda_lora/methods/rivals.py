@@ -19,7 +19,8 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.lora import lora_layers
-from ..config import CordaError, Count, NonNegative, Range
+from ..config import CordaError
+from ..config.values import Count, NonNegative, Range
 from ..data.batches import Encoded, context_batches, encode
 from ..devices import compute_device, double_device
 from ..evaluation.answers import answer_log_probs, padded, with_answers

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import modeling_gguf_pytorch_utils
 
-from ..config import CordaError, ModelConfig, short
+from ..config import CordaError, ModelConfig
+from ..config.values import short
 from .targets import NEW, is_of_head
 from .weights import compute_as_stored
 

@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import CordaConfig, CordaError, find_all
+from ..config import CordaConfig, CordaError
+from ..config.values import find_all
 from .weights import weight_shape
 
 TASK_TYPES = {

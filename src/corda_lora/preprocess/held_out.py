@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..algebra.decomposition import energies
-from ..config import OTHERS_LEAK
+from ..config.data import OTHERS_LEAK
 from .context import Batch, Context
 from .layer import LayerStart
 from .walk import Place, walk

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
-from ..config import OTHERS_LEAK
+from ..config.data import OTHERS_LEAK
 
 KEPT_WELL, KEPT_IN_PART = 0.15, 0.30  # shares of probability that moved, at most
 UNCHANGED = 1e-6  # nats: below, a drift is rounding

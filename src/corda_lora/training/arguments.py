@@ -13,7 +13,8 @@ from transformers import get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl import SFTConfig, SFTTrainer
 
-from ..config import CordaError, TrainConfig, short
+from ..config import CordaError, TrainConfig
+from ..config.values import short
 
 # What cannot be passed through, and why.
 _DATA = "the samples come prepared: see --prompt, --response and --max_length"

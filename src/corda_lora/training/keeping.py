@@ -21,7 +21,9 @@ from transformers import TrainerCallback
 from ..adapters.held import unwrapped
 from ..adapters.lora import lora_layers
 from ..algebra.second_order import Low, predicted_drift, quadratic
-from ..config import KEEP, CordaError, Count, NonNegative, Positive, check_value
+from ..config import CordaError
+from ..config.train import KEEP
+from ..config.values import Count, NonNegative, Positive, check_value
 from ..models.weights import layer_digest
 from ..preprocess.statistics import Statistics
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import CordaError, DataConfig, EvalConfig, short
+from ...config import CordaError, DataConfig, EvalConfig
+from ...config.values import short
 from ...data.rows import Row, load_rows
 from ..sandbox import check_sandbox, run_programs
 from .registry import Scores, task

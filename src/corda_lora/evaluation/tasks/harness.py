@@ -23,7 +23,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ...config import CordaError, DataConfig, EvalConfig, short
+from ...config import CordaError, DataConfig, EvalConfig
+from ...config.values import short
 from ...data.rows import Row, load_rows
 from ...progress import progress_bar
 from .registry import TASKS, Scores, Task, writes

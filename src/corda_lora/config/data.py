@@ -1,0 +1,61 @@
+"""Which samples: of a context, of a task, of what is measured."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .values import CordaError, Count, Seed, check_fields, split
+
+CONTEXT_SAMPLES = 1000  # the default number of samples of a context
+OTHERS_LEAK = 1.1  # times as much as the samples of a context, others may leak before more samples are asked for
+
+
+@dataclass
+class DataConfig:
+    """Which samples, and what of a row is used.
+
+    Args:
+        data: name of a data set on the Hugging Face hub, a folder that `datasets` saved, or a file: .json, .jsonl,
+            .csv, .tsv, .parquet, .txt. Rows are chats if there is a column `messages` or `conversations`.
+        prompt: template of the prompt over the row's columns, such as "Question: {question}\\nAnswer:". Default: the
+            column `prompt` if there is one.
+        response: template of the response, such as " {answer[0]}". Default: the column `response`, `completion` or
+            `text`.
+        label: the column with the label of a text to classify; the prompt is the text, by default of the column
+            `prompt`, `text` or `sentence`. The model gets a head for these labels. Where they are numbers with a
+            fraction, the head has one output, and predicts the number.
+        pair: template of a second text, to classify two texts that stand side by side, such as "{hypothesis}".
+        columns: names of the columns of a .csv or .tsv file whose first line does not name them, with commas between or
+            as a list.
+        chat: render prompt and response as turns of the user and the assistant, by the model's chat template. An
+            instruct model is used in that form, so ask the context in it: the form alone has moved a plain LoRA's drift
+            from 1.1 to 0.4.
+        turns: in chats, which turns of the assistant carry the loss: `all`, or the `last` alone.
+        rows: split of the data set, or a slice of it: "train", "test", "train[2000:]". A file is all "train".
+        name: configuration of a hub data set ("main" of openai/gsm8k).
+        samples: take this many, drawn with the seed; all if there are fewer or if not given.
+        seed: the seed of the draw.
+        max_length: the number of tokens at which a sample is cut.
+    """
+
+    data: str
+    # Templates are `str`: as `str | None` the command line would read them as YAML, and take a `#` for a comment.
+    prompt: str = ""
+    response: str = ""
+    label: str = ""
+    pair: str = ""
+    columns: str | list[str] | None = None
+    chat: bool = False
+    turns: Literal["all", "last"] = "all"
+    rows: str = "train"
+    name: str | None = None
+    samples: Count | None = None
+    seed: Seed = 0
+    max_length: Count = 512
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.columns = split(self.columns) or None
+        if self.pair and not self.label:
+            raise CordaError("pair is the second of two texts to classify: name the column of their label, too")
+        if self.label and (self.response or self.chat):
+            raise CordaError(f"a text to classify has a label and no {'response' if self.response else 'chat'}")
