@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import commands
 import tiny
 
-from corda_lora import cli
+from corda_lora.cli import command
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cli.build_parser = functools.cache(cli.build_parser)  # it takes as long as the rest
+    command.build_parser = functools.cache(command.build_parser)  # it takes as long as the rest
     given = commands.given(tiny.character_tokenizer)
     gc.freeze()  # every training ends with a garbage collection
     ends: collections.Counter[str] = collections.Counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from corda_lora.cli import build_parser
+from corda_lora.cli.parser import build_parser
 from corda_lora.methods.registry import METHODS
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from corda_lora.cli import _with_data, main
+from corda_lora.cli import main
+from corda_lora.cli.arguments import with_data
 from corda_lora.config import CordaError, ModelConfig
 from corda_lora.files import output_lock
 from corda_lora.models.loading import load_model
@@ -247,7 +248,7 @@ def test_help_and_exit_codes_of_the_command():
     missing = command("eval", "--model", "./nowhere", "--keep", "x.jsonl")
     assert missing.returncode == 2
     assert missing.stderr == "corda eval: there is no model in ./nowhere: it has no config.json\n"
-    code = "import sys, corda_lora.cli as c; c.build_parser(); sys.exit('torch' in sys.modules)"
+    code = "import sys, corda_lora.cli.parser as p; p.build_parser(); sys.exit('torch' in sys.modules)"
     assert command().returncode == 0  # help is quick: the parser needs no torch
 
 
@@ -795,7 +796,7 @@ def test_eval_takes_lists_of_data(checkpoint, data, measured):
 
 def test_data_given_several_times_is_a_list():
     given = ["eval", "--keep", "a.jsonl", "--keep.prompt", "{q}", "--keep", "b.jsonl", "--learn", "c.jsonl"]
-    assert _with_data(given, ["keep", "learn"]) == [
+    assert with_data(given, ["keep", "learn"]) == [
         *("eval", "--keep", json.dumps([{"data": "a.jsonl", "prompt": "{q}"}, {"data": "b.jsonl"}])),
         *("--learn", "c.jsonl"),
     ]

@@ -20,6 +20,7 @@ import transformers
 from crashes import crashes
 
 from corda_lora import cli
+from corda_lora.cli import command
 from corda_lora.compare import runner
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(4)]
@@ -43,7 +44,7 @@ def given(tmp_path_factory, tokenizer):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
-    monkeypatch.setattr(cli, "build_parser", functools.cache(cli.build_parser))  # it takes as long as the rest
+    monkeypatch.setattr(command, "build_parser", functools.cache(command.build_parser))  # it takes as long as the rest
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

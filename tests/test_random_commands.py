@@ -9,14 +9,14 @@ from commands import commands, given, outcome
 from hypothesis import given as drawn
 from hypothesis import settings
 
-from corda_lora import cli
+from corda_lora.cli import command
 
 
 @pytest.fixture(scope="module")
 def folder():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
-        patch.setattr(cli, "build_parser", functools.cache(cli.build_parser))  # it takes as long as the rest
+        patch.setattr(command, "build_parser", functools.cache(command.build_parser))  # it takes as long as the rest
         yield given(tiny.character_tokenizer)
 
 

@@ -7,6 +7,9 @@ import tiny
 import yaml
 
 from corda_lora import cli
+from corda_lora.cli.command import instantiate
+from corda_lora.cli.parser import build_parser
+from corda_lora.cli.shared import take
 from corda_lora.compare.runner import check_methods
 from corda_lora.config import CompareConfig, DataConfig, ModelConfig
 from corda_lora.data.templates import parse_template
@@ -28,10 +31,10 @@ NAMES = [path.stem for path in RECIPES]
 
 def load(path, *arguments) -> tuple[ModelConfig, CompareConfig]:
     """The recipe as `corda compare` reads it."""
-    parser, _ = cli.build_parser()
+    parser, _ = build_parser()
     options = parser.parse_args(["compare", "--config", str(path), "--output", "out", *arguments])
-    options = cli._instantiate(parser, options)["compare"]
-    return cli._take(ModelConfig, options), cli._take(CompareConfig, options)
+    options = instantiate(parser, options)["compare"]
+    return take(ModelConfig, options), take(CompareConfig, options)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

@@ -15,7 +15,9 @@ import psutil
 import pytest
 import torch
 
-from corda_lora.cli import _take, build_parser, main
+from corda_lora.cli import main
+from corda_lora.cli.parser import build_parser
+from corda_lora.cli.shared import take
 from corda_lora.compare.comparison import Comparison
 from corda_lora.compare.frontier import task_loss
 from corda_lora.compare.runner import LOG, _Session, _Worker
@@ -433,7 +435,7 @@ def test_rates_are_swept_in_order_and_once():
 def test_the_recipes_are_right(path):
     parser, _ = build_parser()
     options = parser.instantiate(parser.parse_args(["compare", "--config", str(path), "--output", "out"]))
-    for entry in _take(CompareConfig, options.compare).entries.values():
+    for entry in take(CompareConfig, options.compare).entries.values():
         for value in entry.swept_values or [None]:
             check_options(entry.method, entry.options | ({entry.swept_option: value} if entry.sweep else {}))
 

@@ -1,0 +1,85 @@
+"""A command line as the parser takes it."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+import yaml
+from yaml import YAMLError
+
+from ..config import CordaError, DataConfig
+from ..config.values import check_value
+from ..evaluation.measures import KINDS
+
+PLAN_RECIPE = "plan_recipe"  # `corda plan RECIPE` has the options of a comparison
+OF_DATA = {"eval": KINDS, "train": ("context",), "inspect": ("context", "text")}  # the options that are data, by verb
+
+
+def for_parser(given: Sequence[str]) -> list[str]:
+    """A command line with underscores in its options, with each option of data and what belongs to it in one argument,
+    and with a recipe as --config. Raises CordaError as `with_data` does."""
+    arguments = [_underscored(argument) for argument in given]
+    verb = arguments[0] if arguments else ""
+    if verb in OF_DATA:
+        return with_data(arguments, OF_DATA[verb])
+    if verb in ("compare", "plan") and arguments[1:] and not arguments[1].startswith("-"):
+        return [verb if verb == "compare" else PLAN_RECIPE, "--config", *arguments[1:]]
+    return arguments
+
+
+def with_data(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
+    """`--keep FILE --keep.prompt TEMPLATE` as one argument, `--keep {"data": FILE, "prompt": TEMPLATE}`; `--keep` given
+    several times as a list of these.
+
+    The parser would read each nested value as YAML, and take `{answer}` for a mapping and a `#` for a comment. Numbers
+    and switches are read as YAML here.
+
+    Raises CordaError if a value does not fit: the parser would take all of the argument for a name of data.
+    """
+    hints = get_type_hints(DataConfig, include_extras=True)
+    texts = {name for name, hint in hints.items() if hint in (str, str | None)}
+    others: list[str] = []
+    data: dict[str, list[dict[str, Any]]] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        option = re.fullmatch(rf"--({'|'.join(kinds)})(?:\.(\w+))?(?:=(.*))?", argument, re.DOTALL)
+        if option is None or (option[3] is None and not rest):
+            others.append(argument)
+            continue
+        kind, name, value = option[1], option[2] or "data", option[3] if option[3] is not None else rest.pop(0)
+        if name == "data" and (option[2] is None and value[:1] in "[{"):  # a list or a mapping: the parser reads it
+            others += [f"--{kind}", value]
+        else:
+            if name not in hints:
+                raise CordaError(f"{kind}.{name} is no option: there are {', '.join(f'{kind}.{n}' for n in hints)}")
+            value = value if name in texts else _yaml(value)
+            check_value(f"{kind}.{name}", value, hints[name])
+            items = data.setdefault(kind, [{}])
+            if name == "data" and "data" in items[-1]:
+                items.append({})
+            items[-1][name] = value
+    for kind, items in data.items():
+        values = items[0]
+        if len(items) > 1:
+            others += [f"--{kind}", json.dumps(items)]
+        elif "data" in values:
+            others += [f"--{kind}", values["data"] if len(values) == 1 else json.dumps(values)]
+        else:  # a recipe may name the data
+            others += [f"--{kind}.{name}={json.dumps(value)}" for name, value in values.items()]
+    return others
+
+
+def _yaml(text: str) -> Any:
+    """The value of a YAML text; the text itself if it is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except YAMLError:
+        return text
+
+
+def _underscored(argument: str) -> str:
+    """`--learning-rate` means `--learning_rate`."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if argument.startswith("--") else argument

@@ -1,0 +1,128 @@
+"""The command: from a command line to an exit code."""
+
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.text import Text
+
+from ..config import CordaError
+from ..config.values import short
+from ..progress import console
+from .arguments import PLAN_RECIPE, for_parser
+from .parser import build_parser
+from .wording import in_our_words, shortened
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Exits with 0, or with 2 and one sentence if there is something for the user to mend."""
+    # One block after another of other sizes: without this the accelerator's memory is cut into pieces nobody can use.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of much that is in order here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where there are no kernels to download
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log has no use for them
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = for_parser(given)
+    except CordaError as error:
+        _say(given[0], str(error))
+        raise SystemExit(2) from error
+    parser, verbs = build_parser()
+    try:
+        options = parser.parse_args(arguments)
+    except UnicodeDecodeError as error:
+        parser.error(f"the recipe is not UTF-8: it has the byte 0x{error.object[error.start]:02x}")
+    if options.verb is None:
+        parser.print_help()
+        raise SystemExit(2)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = lambda message, *_: console.print(
+        Text.assemble(("note:", "yellow"), f" {message}"), highlight=False
+    )
+    try:
+        with _sigterm_as_interrupt():
+            options = instantiate(parser, options)
+            options[options.verb].command = given
+            verbs[options.verb](options[options.verb])
+    except KeyboardInterrupt as interrupt:
+        resumes = options.verb in ("init", "train", "compare")
+        _say(options.verb, "stopped" + "; finished work is kept, and the same command goes on from it" * resumes)
+        raise SystemExit(143 if isinstance(interrupt, _Terminated) else 130) from None
+    except Exception as error:
+        if sentence := _mendable(error):
+            _say(options.verb, sentence)
+            raise SystemExit(2) from error
+        traceback.print_exc()
+        _say(options.verb, "this is a bug of corda-lora: please report it with the lines above")
+        raise SystemExit(1) from error
+
+
+def instantiate(parser: ArgumentParser, options: Namespace) -> Namespace:
+    """The options with their dataclasses made. Raises CordaError as the dataclasses do."""
+    try:
+        return parser.instantiate(options)
+    except CordaError:
+        raise
+    except TypeError as error:
+        if "must be a mapping" not in str(error):
+            raise
+        raise CordaError(
+            "a section of the recipe, such as train or eval, is no mapping of options to values"
+        ) from error
+    except ValueError as error:  # jsonargparse lists why each alternative of a union failed; a dataclass's own is ours
+        reasons = re.findall(r"^\s*- (?!Expected a |Does not validate)(.*)", str(error), re.MULTILINE)
+        raise CordaError(reasons[0] if reasons else in_our_words(str(error))) from error
+
+
+def _say(verb: str, message: str) -> None:
+    """Print one sentence on stderr."""
+    print(f"corda {'plan' if verb == PLAN_RECIPE else verb}: {shortened(message)}", file=sys.stderr)
+
+
+def _mendable(error: Exception) -> str | None:
+    """The sentence for an error that the user can mend; None for a bug."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, CordaError):
+        return str(error)
+    # "No space left" is in the messages of Python and safetensors, "inline_container.cc" in that of `torch.save`.
+    if any(sign in str(error) for sign in ("No space left", "inline_container.cc")):
+        return f"the disk is full or cannot be written ({text})"
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+        return f"out of memory ({text})"
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("corda_lora"):
+        return f"the package {error.name} is needed: pip install {error.name}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {short(error.filename)}" if error.filename else error.strerror
+    return text if isinstance(error, OSError) else None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM. It ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Inside this context the first SIGTERM raises `_Terminated`; later ones do not disturb the cleaning up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
