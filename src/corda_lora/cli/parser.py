@@ -24,7 +24,7 @@ from .export import add_export
 from .init import add_init
 from .inspect import add_inspect
 from .plan import add_plan
-from .shared import spoken
+from .shared import follows, spoken
 from .train import add_train
 from .wording import Help, Parser
 
@@ -100,8 +100,11 @@ def _run_checked(
     if output is not None and check is not None:
         check(output)
     reports = options.get("jobs") == 0  # also of a comparison that goes on
-    with nullcontext() if output is None or reports else output_lock(output), spoken(options):
+    locks = output is not None and not reports and not follows(options)
+    with output_lock(output) if locks else nullcontext(), spoken(options):
         result = run(options)
+    if follows(options):
+        return
     if options.get("json"):
         print(json.dumps(result, indent=1))
     elif options.get("quiet") and output is not None:

@@ -26,12 +26,14 @@ class Context:
         rounds: the round of each batch, counted from 0. Empty: the rounds are not told apart.
         numbers: what messages call each sample, in the batches' order. Empty: they are counted from 0.
         skip_tokens: how many real tokens at the beginning of each sample are left out of the covariances.
+        begin: the number of the first batch, where these are a part of a context's.
     """
 
     batches: Sequence[Batch] = ()
     rounds: Sequence[int] = ()
     numbers: Sequence[Any] = ()
     skip_tokens: int = 0
+    begin: int = 0
 
 
 def read_context(
