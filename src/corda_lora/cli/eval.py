@@ -3,14 +3,17 @@
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from ..config import CordaError, EvalConfig, ModelConfig
-from ..evaluation.tasks.registry import TASKS
+from ..evaluation.tasks.registry import TASKS, checked_tasks
 from ..files import check_output, check_result, read_json, whole_folder, write_json
 from .shared import AddVerb, out, take
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import BothSides
 
 
 def add_eval(verb: AddVerb) -> None:
@@ -55,17 +58,39 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     given. With --before and --after it also says what was gained and lost, with intervals."""
     _name_models(options)
     source, config = take(ModelConfig, options), take(EvalConfig, options)
-    from ..adapters.lora import check_base, load_adapter, read_marks, with_labels_of
-    from ..devices import accelerator
-    from ..evaluation.before_after import changes
-    from ..evaluation.evaluate import evaluate as measure
-    from ..evaluation.evaluate import evaluate_beside
-    from ..evaluation.tasks.registry import checked_tasks
-    from ..models.loading import check_original, load_model, load_tokenizer
-    from ..models.targets import has_new_head
-    from ..report.before_after import changes_table, gained_and_lost, write_evaluation
+    from ..report.before_after import write_evaluation
     from ..report.terminal import results_table
     from ..report.verdicts import verdicts
+
+    original = _original(options)
+    checked_tasks(config)
+    scores: BothSides | None = {} if options.before or config.tasks else None
+    results = _measured(options, source, config, original, scores)
+    if (table := results_table(results)).row_count:  # none if all that was asked for waits for a judge
+        out.print(table)
+    sentences = verdicts(results)
+    for sentence in sentences:
+        out.print(sentence, highlight=False)
+    if options.adapter is not None and (drift := _drift_in_training(options.adapter)):
+        out.print(drift, highlight=False)
+    measured: dict[str, Any] = {"model": source.model, "adapter": options.adapter and str(options.adapter)}
+    measured["results"] = results
+    if options.before:
+        measured |= {"before": options.before, "after": options.after, **_changes(scores or {})}
+    if options.output is not None and options.output.suffix == ".json":
+        write_json(options.output, measured)
+    elif options.output is not None:
+        with whole_folder(options.output) as folder:
+            write_evaluation(folder, measured, scores or {}, shlex.join(["corda", *options.command]))
+        out.print(f"written to {options.output}")
+    return {**measured, "verdicts": sentences}
+
+
+def _original(options: Namespace) -> dict[str, Any] | None:
+    """The full model, by its name and revision, where MODEL is a quantized one to measure beside it.
+
+    Raises CordaError if it is needed and nobody names it."""
+    from ..adapters.lora import read_marks
 
     marks = read_marks(options.adapter) if options.adapter is not None else None
     original = (marks or {}).get("original") if options.original is None else {"model": options.original}
@@ -73,7 +98,23 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         raise CordaError(
             "without its adapter the quantized residual is no model to compare with: give --original, the full model"
         )
-    checked_tasks(config)
+    return original
+
+
+def _measured(
+    options: Namespace,
+    source: ModelConfig,
+    config: EvalConfig,
+    original: dict[str, Any] | None,
+    scores: "BothSides | None",
+) -> Any:
+    """The results of the base model and the tuned one; `scores` gets those of each sample of the benchmarks."""
+    from ..adapters.lora import check_base, load_adapter, with_labels_of
+    from ..devices import accelerator
+    from ..evaluation.evaluate import evaluate, evaluate_beside
+    from ..models.loading import check_original, load_model, load_tokenizer
+    from ..models.targets import has_new_head
+
     if options.adapter is not None:
         source = with_labels_of(source, options.adapter)
     tokenizer = load_tokenizer(source)
@@ -89,45 +130,30 @@ def evaluate(options: Namespace) -> dict[str, Any]:
             raise CordaError(f"{source.model} has no head for these labels: give --model and --adapter, a trained one")
         return model if options.adapter is None else load_adapter(model, options.adapter).eval()
 
-    scores: dict[tuple[str, str], dict[str, Any]] | None = {} if options.before or config.tasks else None
     if original is None:
-        results = measure(load_tuned(), tokenizer, config, scores=scores)
-    else:
-        full = replace(source, **{"revision": None, **original})
-        if options.adapter is not None:  # before the full model runs
-            check_base(load_model(source), options.adapter)
-        if not options.before:
-            check_original(full)
-            out.print(f"measured beside the full model, {full.model}", highlight=False)
-        elif load_tokenizer(full).get_vocab() != tokenizer.get_vocab():
-            raise CordaError(f"{options.after} has another vocabulary than {options.before}, so nothing is comparable")
-        results = evaluate_beside(
-            lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config, scores=scores
-        )
-    if (table := results_table(results)).row_count:  # none if all that was asked for waits for a judge
-        out.print(table)
-    sentences = verdicts(results)
-    for sentence in sentences:
+        return evaluate(load_tuned(), tokenizer, config, scores=scores)
+    full = replace(source, **{"revision": None, **original})
+    if options.adapter is not None:  # before the full model runs
+        check_base(load_model(source), options.adapter)
+    if not options.before:
+        check_original(full)
+        out.print(f"measured beside the full model, {full.model}", highlight=False)
+    elif load_tokenizer(full).get_vocab() != tokenizer.get_vocab():
+        raise CordaError(f"{options.after} has another vocabulary than {options.before}, so nothing is comparable")
+    return evaluate_beside(lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config, scores=scores)
+
+
+def _changes(scores: "BothSides") -> dict[str, Any]:
+    """Print what was gained and lost. Returns it."""
+    from ..evaluation.before_after import changes
+    from ..report.before_after import changes_table, gained_and_lost
+
+    found = changes(scores)
+    gained = gained_and_lost(found)
+    out.print(changes_table(found))
+    for sentence in gained:
         out.print(sentence, highlight=False)
-    if options.adapter is not None and (drift := _drift_in_training(options.adapter)):
-        out.print(drift, highlight=False)
-    measured: dict[str, Any] = {"model": source.model, "adapter": options.adapter and str(options.adapter)}
-    measured["results"] = results
-    if options.before:
-        found = changes(scores or {})
-        gained = gained_and_lost(found)
-        out.print(changes_table(found))
-        for sentence in gained:
-            out.print(sentence, highlight=False)
-        measured |= {"before": options.before, "after": options.after, "gained_and_lost": gained}
-        measured["changes"] = [asdict(change) for change in found]
-    if options.output is not None and options.output.suffix == ".json":
-        write_json(options.output, measured)
-    elif options.output is not None:
-        with whole_folder(options.output) as folder:
-            write_evaluation(folder, measured, scores or {}, shlex.join(["corda", *options.command]))
-        out.print(f"written to {options.output}")
-    return {**measured, "verdicts": sentences}
+    return {"gained_and_lost": gained, "changes": [asdict(change) for change in found]}
 
 
 def _name_models(options: Namespace) -> None:

@@ -56,17 +56,8 @@ def init(options: Namespace) -> dict[str, Any]:
         from ..data.labels import with_labels
 
         source = with_labels(source, data)
-    recipe: dict[str, Any] = {"model": source.model, "revision": source.revision, "dtype": source.dtype}
-    recipe["config"] = asdict(config)
     original = None if options.original is None else replace(source, model=options.original, revision=None)
-    recipe |= {"batch_tokens": options.batch_tokens} | ({"original": original.model} if original else {})
-    recipe |= {"labels": source.labels} if source.labels else {}
-    recipe |= {"data": asdict(data) if data and config.reads_context else None}
-    if data and config.reads_context and (options.output / "corda.json").is_file():
-        from ..data.samples import digest_of, load_rounds
-
-        assert config.rounds is not None
-        recipe |= {"samples_sha256": digest_of(chain(*load_rounds(data, config.rounds)))}
+    recipe = _recipe(options, config, source, data)
     is_there = is_made(options.output / "corda.json", recipe) and not (options.output / "training.json").is_file()
     if options.processes:
         options.processes.check_same({"output": is_there})
@@ -77,7 +68,7 @@ def init(options: Namespace) -> dict[str, Any]:
             remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
         push(options, hub_repo(options))
-        return _start_made(options.output, config)
+        return _made(options.output, config)
     from ..adapters.prepare import prepare
     from ..report.terminal import start_cost, start_table
 
@@ -95,7 +86,7 @@ def init(options: Namespace) -> dict[str, Any]:
     )
     if follows(options):
         return {}
-    made = _start_made(options.output, config)
+    made = _made(options.output, config)
     out.print(start_table(start))
     for sentence in made["verdicts"]:
         out.print(sentence, highlight=False)
@@ -108,16 +99,35 @@ def init(options: Namespace) -> dict[str, Any]:
     out.print(start_cost(start))
     out.print(f"written to {options.output}")
     push(options, repo)
-    model = str(options.output / "base") if config.quantization else source.model
-    following = shlex.join(["corda", "train", "--model", model, "--start", str(options.output)])
-    following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'}"
-    following += f" --label {data.label} --output tuned/" if data and data.label else " --output tuned/"
-    rate = f"(its learning rate: {made['learning_rate']:g})"
-    out.print(f"next: {following}  {rate}", highlight=False, soft_wrap=True)
+    out.print(_next(options.output, config, source, data, made["learning_rate"]), highlight=False, soft_wrap=True)
     return made
 
 
-def _start_made(output: Path, config: CordaConfig) -> dict[str, Any]:
+def _recipe(options: Namespace, config: CordaConfig, source: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
+    """What makes the starts of two commands the same. The samples are read only if there is a start to compare with."""
+    recipe: dict[str, Any] = {"model": source.model, "revision": source.revision, "dtype": source.dtype}
+    recipe |= {"config": asdict(config), "batch_tokens": options.batch_tokens}
+    recipe |= {} if options.original is None else {"original": options.original}
+    recipe |= {"labels": source.labels} if source.labels else {}
+    recipe |= {"data": asdict(data) if data and config.reads_context else None}
+    if data and config.reads_context and (options.output / "corda.json").is_file():
+        from ..data.samples import digest_of, load_rounds
+
+        assert config.rounds is not None
+        recipe |= {"samples_sha256": digest_of(chain(*load_rounds(data, config.rounds)))}
+    return recipe
+
+
+def _next(output: Path, config: CordaConfig, source: ModelConfig, data: DataConfig | None, rate: float) -> str:
+    """The command that trains the start."""
+    model = str(output / "base") if config.quantization else source.model
+    following = shlex.join(["corda", "train", "--model", model, "--start", str(output)])
+    following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'}"
+    following += f" --label {data.label} --output tuned/" if data and data.label else " --output tuned/"
+    return f"next: {following}  (its learning rate: {rate:g})"
+
+
+def _made(output: Path, config: CordaConfig) -> dict[str, Any]:
     """What is known of an adapter's start on disk: corda.json, what its figures mean, and the rate to train it with."""
     from ..report.verdicts import start_verdicts
     from ..training.rates import rate_of

@@ -36,6 +36,29 @@ def train(options: Namespace) -> dict[str, Any]:
     """Train an adapter through TRL, from the start that `corda init` wrote or from a plain LoRA. The loss covers only
     the responses. With --label the model is a classifier, whose head is trained, too. If a run is interrupted, the same
     command resumes it from its last checkpoint."""
+    tuning = _tuning(options)
+    from ..training.train import DivergedError
+    from ..tune import check_tuning, is_tuned, tune
+
+    if is_tuned(tuning, options.output):
+        out.print(f"{options.output} is whole already: the same command made it")
+        push(options, hub_repo(options))
+        return _made(options.output)
+    check_tuning(tuning, options.output)
+    repo = hub_repo(options)
+    try:
+        result = tune(tuning, options.output)
+    except DivergedError as error:
+        print(f"corda train: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    _say(result, options.max_drift)
+    out.print(f"written to {options.output}")
+    push(options, repo)
+    return _made(options.output)
+
+
+def _tuning(options: Namespace) -> Any:
+    """What the options ask for: a `tune.Tuning`. Raises CordaError if they do not go together."""
     source, config, lora = take(ModelConfig, options), take(TrainConfig, options), take(LoraStart, options)
     keep, data = take(KeepConfig, options), take(DataConfig, options, data=options.data)
     own = [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(LoraStart(), f.name)]
@@ -46,30 +69,25 @@ def train(options: Namespace) -> dict[str, Any]:
         if options.eval_share:
             raise CordaError("--eval_share holds out samples of --data: leave it or --eval_data out")
         held_out = replace(data, data=options.eval_data, rows=options.eval_rows, samples=None)
-    from ..report.verdicts import kept
-    from ..training.train import DivergedError
-    from ..tune import check_tuning, is_tuned, read_tuning, tune
+    from ..tune import read_tuning
 
-    tuning = read_tuning(source, data, config, options.start or lora, held_out, keep)
-    if is_tuned(tuning, options.output):
-        out.print(f"{options.output} is whole already: the same command made it")
-        push(options, hub_repo(options))
-        return {"output": str(options.output), **read_json(options.output / "training.json")}
-    check_tuning(tuning, options.output)
-    repo = hub_repo(options)
-    try:
-        result = tune(tuning, options.output)
-    except DivergedError as error:
-        print(f"corda train: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+    return read_tuning(source, data, config, options.start or lora, held_out, keep)
+
+
+def _say(result: dict[str, Any], max_drift: float | None) -> None:
+    """Print what a training came to."""
+    from ..report.verdicts import kept
+
     out.print(f"loss {result['train_loss']:.4f} over {result['steps']} steps, {result['seconds']:.0f} s")
     for step, loss in result["held_out_loss"]:
         if step == result["kept_step"]:
             out.print(f"held-out loss {loss:.4f} at step {step}, whose adapter is kept")
     if "drift" in result:
         drift = result["drift"][-1][2] or 0.0
-        asked = f" ({keep.max_drift:g} was asked for)" if keep.max_drift else ""
+        asked = f" ({max_drift:g} was asked for)" if max_drift else ""
         out.print(f"drift {drift:.3g} nats per answer token of the context{asked}: {kept(drift)}", highlight=False)
-    out.print(f"written to {options.output}")
-    push(options, repo)
-    return {"output": str(options.output), **read_json(options.output / "training.json")}
+
+
+def _made(output: Path) -> dict[str, Any]:
+    """What is known of a trained adapter on disk."""
+    return {"output": str(output), **read_json(output / "training.json")}

@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import regex
-
 
 class CordaError(ValueError):
     """An error that the user can mend. The message is one sentence that names the input and what is wrong with it; the
@@ -112,6 +110,8 @@ def _said(hint: Any) -> Iterator[str]:
 
 def check_pattern(name: str, pattern: str) -> None:
     """Raises CordaError if `pattern` is no regular expression."""
+    import regex  # not above: --help has no use for it
+
     try:
         regex.compile(pattern)
     except regex.error as error:
@@ -133,6 +133,8 @@ def find_all(name: str, pattern: str, text: str, whole: bool = False) -> list[An
 
     Raises CordaError if they take longer than a second: some expressions take time exponential in the text's length.
     """
+    import regex
+
     try:
         if whole:
             match = regex.fullmatch(pattern, text, timeout=1)
