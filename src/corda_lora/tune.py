@@ -15,7 +15,7 @@ from . import devices
 from .adapters.card import TRAINING
 from .adapters.lora import RECORD, load_adapter, read_marks, read_record, renew_heads, save_adapter, with_labels_of
 from .config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
-from .data.batches import encode
+from .data.batches import encode_all
 from .data.labels import check_labels, with_labels
 from .data.overview import overview
 from .data.samples import Sample, digest_of, hold_out, load_samples
@@ -142,7 +142,7 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
     where = tuning.held_out.data if isinstance(tuning.held_out, DataConfig) else "held out"
     for name, samples in ((tuning.data.data, tuning.samples), (where, tuning.evaluated)):
         if samples:
-            encoded = [encode(tokenizer, sample, length, end=True) for sample in samples]
+            encoded = encode_all(tokenizer, samples, length, end=True)
             console.print(overview(name, tokenizer, samples, encoded, length, end=True))
     peft_model = _adapted(tuning)
     keeper, lines = make_keeper(peft_model, tokenizer, tuning.keep, tuning.context)

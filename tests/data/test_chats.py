@@ -134,7 +134,7 @@ def test_a_template_without_ends_of_turns(tmp_path, tokenizer):
 def test_what_the_model_sees_before_it_answers(tmp_path, tokenizer):
     (sample,) = load(tmp_path, {"messages": messages()})
     tokenizer = with_template(tokenizer, CHATML)
-    assert tokenizer.decode(encode_question(tokenizer, sample)).endswith("1$\n#user\ntwo?$\n#assistant\n")
+    assert tokenizer.decode(encode_question(tokenizer, sample).ids).endswith("1$\n#user\ntwo?$\n#assistant\n")
     other = sample.answered("3")
     assert parts(tokenizer, other)[1:] == ["3$", "\n"]
     assert encode_question(tokenizer, other) == encode_question(tokenizer, sample)

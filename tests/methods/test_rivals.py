@@ -40,9 +40,9 @@ def trained(prepare, name, options, micro_batch_size=8, precision="fp32", **fiel
 @torch.no_grad()
 def context_losses(prepared, setup, base):
     """KL(base‖tuned) and cross entropy, per answer token of the whole context, written out in float64."""
-    rows = padded(_encoded_context(setup, None), setup.tokenizer, base)
-    tuned, before = (answer_log_probs(m.eval(), *rows).double() for m in (prepared.model, base))
-    targets = rows[0][:, 1:][rows[2]]
+    inputs, answers = padded(_encoded_context(setup, None), setup.tokenizer, base)
+    tuned, before = (answer_log_probs(m.eval(), inputs, answers).double() for m in (prepared.model, base))
+    targets = inputs["input_ids"][:, 1:][answers]
     return (before.exp() * (before - tuned)).sum(1).mean(), F.nll_loss(tuned, targets)
 
 

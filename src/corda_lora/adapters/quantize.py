@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..data.images import processor_of
 from ..devices import compute_device
 from ..files import whole_file, write_json
 from ..models.lockstep import Stored, find_blocks, on_device, tensors_of
@@ -68,7 +69,7 @@ def write_base(model: nn.Module, start: Start, folder: Path, stored: Stored, tok
     if generation is not None:
         generation.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        (processor_of(tokenizer) or tokenizer).save_pretrained(folder)
 
 
 def _parts(model: nn.Module, start: Start) -> Iterator[dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CompareConfig, CordaError, DataConfig, EvalConfig, ModelConfig
-from ..data.batches import encode
+from ..data.batches import encode_all
 from ..data.samples import load_samples
 from ..files import check_checksums, check_writable, is_partial, read_json, write_checksums, write_json
 from ..methods.registry import METHODS
@@ -67,7 +67,7 @@ class Comparison:
         if self.recipe.train.max_steps:
             return self.recipe.train.max_steps
         tokenizer, length = load_tokenizer(self.source), self.learn.max_length
-        trained = [bool(encode(tokenizer, sample, length, end=True).targets) for sample in load_samples(self.learn)]
+        trained = [bool(e.targets) for e in encode_all(tokenizer, load_samples(self.learn), length, end=True)]
         return training_steps(self.recipe.train, sum(trained))
 
     def folder(self, job: Job) -> Path:

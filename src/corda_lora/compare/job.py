@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..config import CordaError
-from ..data.batches import encode
+from ..data.batches import encode_all
 from ..data.samples import load_samples
 from ..devices import accelerator, peak_bytes
 from ..evaluation.answers import TUNED
@@ -152,7 +152,7 @@ class _Curve(TrainerCallback):
         recipe = comparison.recipe
         data = recipe.eval.data("learn")[0]
         samples = load_samples(data)[: recipe.curve_samples]
-        self.encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in samples]
+        self.encoded = encode_all(tokenizer, samples, data.max_length, end=True)
         self.steps = {round(i * comparison.steps / recipe.curve_points) for i in range(recipe.curve_points + 1)}
         self.tokenizer, self.batch_tokens, self.counter = tokenizer, recipe.eval.batch_tokens, counter
         self.points: list[list[float]] = []

@@ -15,7 +15,8 @@ class DataConfig:
 
     Args:
         data: name of a data set on the Hugging Face hub, a folder that `datasets` saved, or a file: .json, .jsonl,
-            .csv, .tsv, .parquet, .txt. Rows are chats if there is a column `messages` or `conversations`.
+            .csv, .tsv, .parquet, .txt. Rows are chats if there is a column `messages` or `conversations`. The columns
+            `image` and `images` have images: paths relative to the file, URLs or bytes.
         prompt: template of the prompt over the row's columns, such as "Question: {question}\\nAnswer:". Default: the
             column `prompt` if there is one.
         response: template of the response, such as " {answer[0]}". Default: the column `response`, `completion` or
@@ -34,7 +35,8 @@ class DataConfig:
         name: configuration of a hub data set ("main" of openai/gsm8k).
         samples: take this many, drawn with the seed; all if there are fewer or if not given.
         seed: the seed of the draw.
-        max_length: the number of tokens at which a sample is cut.
+        max_length: the number of tokens at which a sample is cut. The tokens of an image are never cut.
+        bad_images: `refuse` rows with an image that cannot be read, or `skip` them, and say which.
     """
 
     data: str
@@ -51,6 +53,7 @@ class DataConfig:
     samples: Count | None = None
     seed: Seed = 0
     max_length: Count = 512
+    bad_images: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
         check_fields(self)

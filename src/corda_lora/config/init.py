@@ -46,6 +46,8 @@ class CordaConfig:
         skip_tokens: the number of first tokens of each sample to leave out of the covariances. In many models the
             activations of the first token are far larger than any other's. Leave it at 0 for a context to keep: the
             adapter may otherwise change what the first token does.
+        tokens: which tokens of samples with images count in the covariances: `all`, or those of `text` or `image`
+            alone, for study.
         target_modules: the layers to adapt, as in PEFT: endings of names, a regular expression, or `all-linear`.
         quantization: `nf4` quantizes the model's linear layers to 4 bits (QLoRA's NF4, through bitsandbytes). With the
             splits paper and balanced, what is quantized is the residual W - s·BA of an adapter of rank r (QCorDA), and
@@ -83,6 +85,7 @@ class CordaConfig:
     solver: Literal["auto", "gram", "subspace", "svd"] = "auto"
     damping: Positive = 0.01
     skip_tokens: CountOrZero = 0
+    tokens: Literal["all", "text", "image"] = "all"
     target_modules: str | list[str] = "all-linear"
     quantization: Literal["nf4"] | None = None
     double_quantization: bool = False

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import CordaError
 from .chats import render_chat, render_question
+from .images import Shown, Span, expanded, image_inputs, image_tokens, processor_of
 from .samples import Sample, as_samples
 
 
@@ -21,6 +22,7 @@ class Encoded(NamedTuple):
         cut: how many tokens were cut off after these by `max_length`.
         label: of a text to classify; None of other samples.
         types: for each token, which of two texts it belongs to, (s,), where the model tells them apart.
+        shown: the sample's images; None if it has none.
     """
 
     ids: list[int]
@@ -28,6 +30,7 @@ class Encoded(NamedTuple):
     cut: int = 0
     label: str | None = None
     types: list[int] | None = None
+    shown: Shown | None = None
 
     @property
     def start(self) -> int:
@@ -40,6 +43,30 @@ class Encoded(NamedTuple):
         return sum(self.answer[1:]) if self.label is None else 1
 
 
+class CutImageError(CordaError):
+    """`max_length` would cut the tokens of an image. `needed` is the least that does not."""
+
+    def __init__(self, max_length: int, needed: int):
+        super().__init__(
+            f"max_length {max_length} cuts the tokens of images, without which the model cannot read the others: the "
+            f"samples need {needed:,} (--max_length)"
+        )
+        self.needed = needed
+
+
+def encode_all(tokenizer: Any, samples: Iterable[Sample], max_length: int, end: bool = False) -> list[Encoded]:
+    """`encode` of each sample. If images would be cut, the error names the length that all of them need."""
+    encoded, needed = [], 0
+    for sample in samples:
+        try:
+            encoded.append(encode(tokenizer, sample, max_length, end))
+        except CutImageError as error:
+            needed = max(needed, error.needed)
+    if needed:
+        raise CutImageError(max_length, needed)
+    return encoded
+
+
 def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> Encoded:
     """Tokens of the prompt and the response, or of a chat, cut at `max_length`.
 
@@ -50,12 +77,15 @@ def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -
     does not end in it.
 
     Raises:
-        CordaError: the sample is a chat, and the tokenizer cannot write it: see `render_chat`.
+        CordaError: the sample is a chat, and the tokenizer cannot write it: see `render_chat`; or its images cannot be
+            written: see `expanded`; or they have a place, and there is none.
+        CutImageError: tokens of an image are beyond `max_length`.
     """
     if sample.label is not None:
         return _encode_labelled(tokenizer, sample, max_length)
+    shown = None
     if sample.messages:
-        ids, answer, is_open = _encode_chat(tokenizer, sample)
+        ids, answer, is_open, shown = _encode_chat(tokenizer, sample)
     else:
         prompt, response = _begin(tokenizer, sample.prompt), _ids(tokenizer, sample.response)
         if not sample.prompt and prompt and response[:1] == prompt:
@@ -65,7 +95,19 @@ def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -
     eos = tokenizer.eos_token_id
     if end and is_open and eos is not None and ids[-1] != eos:
         ids, answer = [*ids, eos], [*answer, True]
-    return Encoded(ids[:max_length], answer[:max_length], max(0, len(ids) - max_length))
+    _check_images(tokenizer, ids, shown, max_length)
+    return Encoded(ids[:max_length], answer[:max_length], max(0, len(ids) - max_length), shown=shown)
+
+
+def _check_images(tokenizer: Any, ids: Sequence[int], shown: Shown | None, max_length: int) -> None:
+    if (processor := processor_of(tokenizer)) is None:
+        return
+    tokens = {*image_tokens(processor)}
+    last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in tokens), -1)
+    if shown is None and last >= 0:
+        raise CordaError("a sample has the model's token of an image in its text, and there is no image")
+    if last >= max_length:
+        raise CutImageError(max_length, last + 1)
 
 
 def _encode_labelled(tokenizer: Any, sample: Sample, max_length: int) -> Encoded:
@@ -81,11 +123,28 @@ def _encode_labelled(tokenizer: Any, sample: Sample, max_length: int) -> Encoded
     return Encoded(ids, [False] * len(ids), cut, sample.label, None if types is None else list(types))
 
 
-def encode_question(tokenizer: Any, sample: Sample) -> list[int]:
+def encode_question(tokenizer: Any, sample: Sample) -> Encoded:
     """Tokens of all that the model sees when it is to give the sample's (last) response."""
-    if sample.messages:
-        return _ids(tokenizer, render_question(tokenizer, sample.question(), sample.row.get("tools") or None))
-    return _begin(tokenizer, sample.prompt)
+    if not sample.messages:
+        ids, shown = _begin(tokenizer, sample.prompt), None
+    else:
+        text = render_question(tokenizer, sample.question(), sample.row.get("tools") or None)
+        text, _, shown = _with_images(tokenizer, text, [], sample)
+        ids = _ids(tokenizer, text)
+    return Encoded(ids, [False] * len(ids), shown=shown)
+
+
+def _with_images(tokenizer: Any, text: str, spans: list[Span], sample: Sample) -> tuple[str, list[Span], Shown | None]:
+    """A rendered chat as a model reads it that reads images, too: with all tokens of the sample's, and beginning as its
+    processor would have it begin."""
+    shown = None
+    if sample.images:
+        text, spans, shown = expanded(tokenizer, text, spans, sample.images)
+    begin = tokenizer.bos_token if processor_of(tokenizer) is not None else None
+    if begin and not text.startswith(begin) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        # LLaVA-1.5's template leaves the begin-of-text token to its tokenizer.
+        text, spans = begin + text, [(a + len(begin), b + len(begin)) for a, b in spans]
+    return text, spans, shown
 
 
 def text_of(tokenizer: Any, sample: Sample) -> str:
@@ -95,21 +154,22 @@ def text_of(tokenizer: Any, sample: Sample) -> str:
     return sample.prompt + sample.response
 
 
-def _encode_chat(tokenizer: Any, sample: Sample) -> tuple[list[int], list[bool], bool]:
-    """Token ids; for each whether the loss is there; and whether the chat ends in an assistant's words, with no mark of
-    the template's own that ends its turn, such as <|im_end|>."""
+def _encode_chat(tokenizer: Any, sample: Sample) -> tuple[list[int], list[bool], bool, Shown | None]:
+    """Token ids; for each whether the loss is there; whether the chat ends in an assistant's words, with no mark of
+    the template's own that ends its turn, such as <|im_end|>; and its images."""
     text, spans = render_chat(tokenizer, sample.messages, sample.first, sample.row.get("tools") or None)
+    text, spans, shown = _with_images(tokenizer, text, spans, sample)
     is_open = bool(spans) and text[spans[-1][0] :].rstrip().endswith(sample.response.strip())
     if tokenizer.is_fast:
         tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         # A token belongs to a turn when its last character does.
         answer = [any(a < end <= b for a, b in spans) for _, end in tokens.offset_mapping]
-        return list(tokens.input_ids), answer, is_open
+        return list(tokens.input_ids), answer, is_open, shown
     # A slow tokenizer does not say which characters a token stands for: the turns are tokenized apart.
     cuts = [0, *(position for span in spans for position in span), len(text)]
     pieces = [_ids(tokenizer, text[a:b]) for a, b in pairwise(cuts)]
     answer = [bool(n % 2) for n, piece in enumerate(pieces) for _ in piece]
-    return [i for piece in pieces for i in piece], answer, is_open
+    return [i for piece in pieces for i in piece], answer, is_open, shown
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -144,6 +204,15 @@ def pad(sequences: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]
     return ids, mask
 
 
+def padded_batch(rows: Sequence[Encoded], pad_id: int) -> tuple[dict[str, Tensor], Tensor]:
+    """What a model's forward takes of some samples, ids and mask (b, s) with their images; and which tokens are of
+    responses, (b, s) bool."""
+    ids, mask = pad([e.ids for e in rows], pad_id)
+    answers, _ = pad([e.answer for e in rows], False)
+    inputs = {"input_ids": ids, "attention_mask": mask, **image_inputs([e.shown for e in rows], ids)}
+    return inputs, answers.bool()
+
+
 def batch_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Indices grouped so that a padded batch has at most `batch_tokens` tokens; alike lengths go together. A batch of
     an eighth of that is large enough to work at full speed, and takes none that would make the others pad much."""
@@ -172,7 +241,7 @@ def context_batches(
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     filled = [(i, s) for i, s in enumerate(samples) if s.messages or (s.prompt + s.response).strip()]
-    encoded = [(i, encode(tokenizer, s, max_length)) for i, s in filled]
+    encoded = list(zip((i for i, _ in filled), encode_all(tokenizer, (s for _, s in filled), max_length)))
     if has_decoder:
         after = _after(tokenizer)
         inputs = [(i, [*e.ids[: e.start], *after], e.ids[e.start :]) for i, e in encoded if 0 < e.start < len(e.ids)]
@@ -184,11 +253,13 @@ def context_batches(
         inputs = [(i, e.ids, [t if a else -100 for t, a in zip(e.ids, e.answer)]) for i, e in encoded if e.ids]
         if not inputs:
             raise CordaError("the context is empty: no sample has a token")
+    shown = {i: e.shown for i, e in encoded}
     batches, numbers = [], []
     for indices in batch_by_length([len(ids) for _, ids, _ in inputs], batch_tokens):
         ids, mask = pad([inputs[i][1] for i in indices], pad_id)
         labels, _ = pad([inputs[i][2] for i in indices], -100)
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        images = image_inputs([shown[inputs[i][0]] for i in indices], ids)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels, **images})
         numbers += [inputs[i][0] for i in indices]
     return batches, numbers
 

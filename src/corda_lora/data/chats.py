@@ -9,6 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import has_generation_markers
 
 from ..config import CordaError
+from .images import has_place, parts_of, processor_of, require_processor, words_of
 
 Message = dict[str, Any]
 Span = tuple[int, int]  # of characters
@@ -26,6 +27,7 @@ def render_chat(
         CordaError: the tokenizer has no chat template, the template refuses the chat, or it writes a turn in another
             way when others follow, so that the turn cannot be found.
     """
+    messages = _as_read(tokenizer, messages)
     text = _render(tokenizer, messages, tools)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if has_generation_markers(tokenizer.get_chat_template(tools=tools)):
@@ -38,7 +40,7 @@ def render_chat(
         )
         if rendered == [text] and len(spans) == len(turns):
             for turn, (a, b) in zip(turns, spans):
-                if messages[turn]["content"].strip() not in text[a:b]:
+                if words_of(messages[turn]).strip() not in text[a:b]:
                     raise _unclear(turn)
             return text, [span for turn, span in zip(turns, spans) if turn >= first]
     return text, [_find_turn(tokenizer, messages, i, tools, text) for i in turns if i >= first]
@@ -46,16 +48,27 @@ def render_chat(
 
 def render_question(tokenizer: Any, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
     """The chat as the model sees it when it is to answer."""
-    return _render(tokenizer, messages, tools, add_generation_prompt=True)
+    return _render(tokenizer, _as_read(tokenizer, messages), tools, add_generation_prompt=True)
+
+
+def _as_read(tokenizer: Any, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages as the model's chat template reads them: that of a vision-language model takes a list of parts.
+
+    Raises CordaError if there are images, and the model reads none."""
+    if has_place(messages):
+        require_processor(tokenizer)
+    if processor_of(tokenizer) is None:
+        return messages
+    return [message | {"content": parts_of(message)} for message in messages]
 
 
 def _find_turn(tokenizer: Any, messages: Sequence[Message], i: int, tools: list[Any] | None, text: str) -> Span:
     """The span of the assistant's turn `i` in the text of the whole chat."""
-    content = messages[i]["content"].strip()
+    content = words_of(messages[i]).strip()
     through = _render(tokenizer, messages[: i + 1], tools)
     closing = through[through.rfind(content) + len(content) :].rstrip() if content else ""
     if i:
-        question, asked = render_question(tokenizer, messages[:i], tools), messages[i - 1]["content"].strip()
+        question, asked = render_question(tokenizer, messages[:i], tools), words_of(messages[i - 1]).strip()
         start = _common_prefix(question, text)
         is_found = start >= question.rfind(asked) + len(asked) >= len(asked)
     else:

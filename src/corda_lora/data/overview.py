@@ -1,5 +1,6 @@
 """What is said of samples before long work: how many and how long they are, and one of them as the model reads it."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -16,6 +17,7 @@ from .samples import Sample
 
 SHOWN = 400  # characters of a prompt or a response
 SHOWN_LABELS = 8
+REPEATED = re.compile(r"(<[^<>\s]+>)\1{3,}")
 
 
 def overview(
@@ -92,6 +94,7 @@ def _of_labels(
 
 def _shown(tokenizer: Any, ids: Sequence[int]) -> str:
     text = tokenizer.decode(ids).replace("\n", "\\n")
+    text = REPEATED.sub(lambda match: f"{match[1]} × {len(match[0]) // len(match[1])}", text)  # those of an image
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
 
 

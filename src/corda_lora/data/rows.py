@@ -40,7 +40,7 @@ def load_rows(config: DataConfig) -> tuple[Sequence[Row], list[str]]:
             raise CordaError(f"cannot read {path}: {error.strerror}") from error
         return _slice(rows, config), list(dict.fromkeys(column for row in rows for column in row))
     dataset = _load_dataset(config, path)
-    return dataset, list(dataset.column_names)
+    return _undecoded(dataset), list(dataset.column_names)
 
 
 def _slice(rows: list[Row], config: DataConfig) -> list[Row]:
@@ -77,6 +77,18 @@ def _load_dataset(config: DataConfig, path: Path) -> Any:
         reason = " ".join(str(error.__cause__ or error).strip().split("\n")[:2])  # the second: what there is instead
         reason = f"the folder holds no data that `datasets` can read ({reason})" if path.is_dir() else reason
         raise CordaError(f"cannot load data {config.data!r} (rows {config.rows!r}): {reason}") from error
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The data set with its images as they are stored, so that one which cannot be read is known by its row."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        item = getattr(feature, "feature", feature)
+        if isinstance(item, datasets.Image):
+            stored = datasets.Image(decode=False)
+            dataset = dataset.cast_column(name, stored if item is feature else type(feature)(stored))
+    return dataset
 
 
 def _first_line(error: Exception) -> str:

@@ -8,13 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import CordaError, DataConfig
+from .images import COLUMNS, BadImageError, Picture, has_place, row_images, with_images
 from .rows import Row, load_rows
 from .templates import MissingValueError, is_missing, parse_template, render, short
 
 Message = dict[str, Any]
+SOURCES = ("image", "path", "url", "image_url", "base64", "bytes")  # what a part of a message calls its image
+NAMED = 5  # rows that are left out and are named one by one
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
@@ -29,6 +33,7 @@ class Sample(NamedTuple):
         first: in a chat, the first message that may carry the loss. All turns of the assistant from there on do.
         label: of a text to classify, which is the prompt; None of other samples.
         pair: a second text to classify with the first.
+        images: in the order of their places in the messages.
     """
 
     prompt: str
@@ -38,18 +43,25 @@ class Sample(NamedTuple):
     first: int = 0
     label: str | None = None
     pair: str = ""
+    images: tuple[Picture, ...] = ()
 
     def answered(self, response: str) -> "Sample":
         """The same question with another response."""
         if not self.messages:
             return Sample(self.prompt, response, {})
         before = self.question()
-        return Sample("", response, self.row, (*before, {"role": "assistant", "content": response}), len(before))
+        turns = (*before, {"role": "assistant", "content": response})
+        return Sample("", response, self.row, turns, len(before), images=self.images)
 
     def question(self) -> tuple[Message, ...]:
         """The turns of a chat before the assistant's last."""
         turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         return self.messages[: turns[-1]] if turns else self.messages
+
+    @property
+    def shown(self) -> tuple[Any, ...]:
+        """All that a model is shown: equal for samples that are the same."""
+        return self.prompt, self.response, self.pair, repr(self.messages), tuple(p.sha256 for p in self.images)
 
 
 def load_samples(config: DataConfig) -> list[Sample]:
@@ -66,7 +78,9 @@ def digest_of(samples: Iterable[Sample]) -> str:
     digest = hashlib.sha256()
     for s in samples:
         labelled = [s.label, s.pair] if s.label is not None else []
-        digest.update(json.dumps([s.prompt, s.response, s.messages, s.first, *labelled], default=str).encode())
+        images = [[picture.sha256 for picture in s.images]] if s.images else []
+        parts = [s.prompt, s.response, s.messages, s.first, *labelled, *images]
+        digest.update(json.dumps(parts, default=str).encode())
     return digest.hexdigest()
 
 
@@ -77,16 +91,16 @@ def load_others(config: DataConfig, count: int, rounds: int = 1) -> list[Sample]
     Raises CordaError as `load_rounds` does.
     """
     shown = chain(*load_rounds(config, rounds))
-    drawn = {(s.prompt, s.response, s.pair, repr(s.messages)) for s in shown}
-    everything = load_samples(replace(config, samples=None))
-    others = [s for s in everything if (s.prompt, s.response, s.pair, repr(s.messages)) not in drawn]
+    drawn = {s.shown for s in shown}
+    others = [s for s in load_samples(replace(config, samples=None)) if s.shown not in drawn]
     return random.Random(config.seed).sample(others, min(count, len(others)))
 
 
 def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
     """Several independent draws of `config.samples` samples; the first is that of `load_samples`.
 
-    Rows with a missing value are left out with a warning that counts them, and others are drawn in their place.
+    Rows with a missing value are left out with a warning that counts them, and others are drawn in their place; so are
+    rows with an image that cannot be read, where `config.bad_images` says so.
 
     Raises:
         CordaError: as `load_samples` does, and if the data has no more rows than one round takes, so that all rounds
@@ -106,6 +120,7 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
     count = len(rows) if config.samples is None else min(config.samples, len(rows))
     result: list[list[Sample]] = []
     missing: dict[int, str] = {}  # row: the field without a value
+    unseen: dict[int, str] = {}  # row: why its image cannot be read
     for _ in range(rounds):
         drawn = list(range(len(rows))) if everything else generator.sample(range(len(rows)), count)
         samples: dict[int, Sample] = {}
@@ -116,6 +131,9 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
                 except MissingValueError as error:
                     missing[i] = str(error)
                 except CordaError as error:
+                    if isinstance(error, BadImageError) and config.bad_images == "skip":
+                        missing[i], unseen[i] = "a readable image", str(error)
+                        continue
                     raise CordaError(f"row {i + 1} of {config.data} ({config.rows}): {error}") from error
             if len(samples) == count:
                 break
@@ -125,6 +143,10 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
                 break
         result.append([samples[i] for i in sorted(samples)])
     _report_missing(config, missing, looked_at=len(missing) + sum(map(len, result)))
+    if any(column in columns for column in COLUMNS) and not config.label:
+        _report_unillustrated(config, list(chain(*result)))
+    for i, why in sorted(unseen.items())[:NAMED]:
+        warnings.warn(f"row {i + 1} of {config.data} ({config.rows}) was left out: {why}", stacklevel=3)
     if not any(s.messages or (s.prompt + s.response).strip() for samples in result for s in samples):
         raise CordaError(f"every sample of {config.data} is empty text")
     return result
@@ -173,6 +195,11 @@ def as_samples(items: Iterable[Any]) -> list[Sample]:
     return samples
 
 
+def _report_unillustrated(config: DataConfig, samples: Sequence[Sample]) -> None:
+    if without := sum(not s.images for s in samples):
+        warnings.warn(f"{config.data}: {without:,} of {len(samples):,} rows have no image: read as text", stacklevel=4)
+
+
 def _report_missing(config: DataConfig, missing: dict[int, str], looked_at: int) -> None:
     if not missing:
         return
@@ -190,6 +217,30 @@ def _reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sampl
     """
     if config.label:
         return _label_reader(config, columns)
+    read, path = _text_reader(config, columns), Path(config.data)
+    folder = path if path.is_dir() else path.parent if path.is_file() else None
+
+    def read_shown(row: Row) -> Sample:
+        sample, values = read(row), row_images(row)
+        return _with_images(sample, values, folder, config) if values or has_place(sample.messages) else sample
+
+    return read_shown
+
+
+def _with_images(sample: Sample, values: Sequence[Any], folder: Path | None, config: DataConfig) -> Sample:
+    """The sample with the images of its row, which makes a chat of a prompt and a response: the model's chat template
+    knows where images stand."""
+    if not sample.messages:
+        turns = [{"role": "user", "content": sample.prompt}]
+        turns += [{"role": "assistant", "content": sample.response}] * bool(sample.response.strip())
+        sample = _chat(turns, 0, sample.row, config)
+    messages, pictures = with_images(sample.messages, values, folder)
+    row = {name: value for name, value in sample.row.items() if name not in COLUMNS}  # decoded images are large
+    return sample._replace(messages=messages, images=pictures, row=row)
+
+
+def _text_reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sample]:
+    """The same, of the texts of a row."""
     if not config.prompt and not config.response:
         for column in ("messages", "conversations"):
             if column in columns:
@@ -295,16 +346,41 @@ def _messages(value: Any, column: str) -> list[Message]:
         if not isinstance(role, str):
             raise CordaError(f"{column}[{i}] has no role and content (or from and value): {short(message)}")
         content = message.get("content", message.get("value"))
-        if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            content = "".join(part["text"] for part in content)
+        if isinstance(content, list):
+            content = _parts(content)
         calls = not is_missing(message.get("tool_calls"))
         if is_missing(content) and not calls:
             raise MissingValueError(f"{column}[{i}][content]")
-        if not isinstance(content, str) and not calls:
+        if not isinstance(content, str) and not calls and not _is_shown(content):
             raise CordaError(f"the content of {column}[{i}] is no text: {short(content)}")
         others = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
         messages.append({"role": ROLES.get(role, role), "content": content or "", **others})
     return messages
+
+
+def _is_shown(content: Any) -> bool:
+    """Whether a content is of texts and images, as `_parts` writes it."""
+    return isinstance(content, list) and all(
+        isinstance(p, dict) and p.get("type") in ("text", "image") for p in content
+    )
+
+
+def _parts(content: list[Any]) -> Any:
+    """The parts of a message's content: one text, if all are texts; or texts and images, each `{"type": "image"}` with
+    its own `image`, or without one. What is neither is left as it is."""
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+            key = next((key for key in SOURCES if not is_missing(part.get(key))), None)
+            own = {} if key is None else {"image": {"bytes": part[key]} if key in ("base64", "bytes") else part[key]}
+            parts.append({"type": "image", **own})
+        else:
+            return content
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
 
 
 def _chat(messages: list[Message], first: int, row: Row, config: DataConfig) -> Sample:

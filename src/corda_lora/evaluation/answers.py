@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import CordaError
-from ..data.batches import Encoded, batch_by_length, pad
+from ..data.batches import Encoded, batch_by_length, padded_batch
 from ..models.targets import has_new_head
 from ..progress import track
 
@@ -98,13 +98,13 @@ def read_answers(
     compared = sides(model) if compared is None else compared
     batches = batch_by_length([len(e.ids) for e in encoded], batch_tokens)
     for number, indices in enumerate(track(batches, label, progress)):
-        ids, mask, answers = padded([encoded[i] for i in indices], tokenizer, model)
-        targets = ids[:, 1:][answers]  # (a,)
+        inputs, answers = padded([encoded[i] for i in indices], tokenizer, model)
+        targets = inputs["input_ids"][:, 1:][answers]  # (a,)
         rows = answers.nonzero()[:, 0]  # (a,)
-        base = None if reference is None else reference(number).to(ids.device)
+        base = None if reference is None else reference(number).to(answers.device)
         for side, active in compared.items():
             with active():
-                log_probs = answer_log_probs(model, ids, mask, answers)  # (a, vocabulary)
+                log_probs = answer_log_probs(model, inputs, answers)  # (a, vocabulary)
             yield side, Answers(log_probs, targets, rows, len(indices), base)
             if side == "base":
                 base = log_probs
@@ -120,22 +120,21 @@ def with_answers(encoded: Sequence[Encoded]) -> list[Encoded]:
     return answered
 
 
-def answer_log_probs(model: nn.Module, ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
+def answer_log_probs(model: nn.Module, inputs: Mapping[str, Tensor], answers: Tensor) -> Tensor:
     """log p of the next token wherever `answers` is true, float32: (a, vocabulary).
 
     Args:
-        ids, mask: (b, s).
+        inputs: of the model's forward, of (b, s) tokens.
         answers: (b, s − 1) bool; position i asks for the prediction of token i + 1.
     """
     columns = answers.any(0).nonzero().flatten()  # only these columns go through the output head
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
+    output = model(**inputs, use_cache=False, logits_to_keep=columns)
     return F.log_softmax(output.logits[answers[:, columns]].float(), dim=-1)
 
 
-def padded(rows: Sequence[Encoded], tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids (b, s), attention mask (b, s), and which next-token predictions are the answers' (b, s − 1), on the model's
-    device."""
-    ids, mask = pad([e.ids for e in rows], tokenizer.pad_token_id or 0)
-    answers = pad([e.answer for e in rows], False)[0][:, 1:]
+def padded(rows: Sequence[Encoded], tokenizer: Any, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """What the model's forward takes, ids and mask (b, s) with the samples' images; and which next-token predictions
+    are the answers' (b, s − 1). All on the model's device."""
+    inputs, answers = padded_batch(rows, tokenizer.pad_token_id or 0)
     device = next(model.parameters()).device
-    return ids.to(device), mask.to(device), answers.to(device)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, answers[:, 1:].to(device)

@@ -31,15 +31,15 @@ def record_base(
     head = model.get_output_embeddings()  # type: ignore[operator]
     batches = batch_by_length([len(e.ids) for e in encoded], batch_tokens)
     for number, indices in enumerate(track(batches, f"base, {label.split()[0]}", progress)):
-        ids, mask, answers = padded([encoded[i] for i in indices], tokenizer, model)
+        inputs, answers = padded([encoded[i] for i in indices], tokenizer, model)
         columns = answers.any(0).nonzero().flatten()
-        inputs: list[Tensor] = []
-        hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))  # noqa: B023
+        given: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))  # noqa: B023
         try:
-            output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=columns)
+            output = model(**inputs, use_cache=False, logits_to_keep=columns)
         finally:
             hook.remove()
-        hidden = inputs[0][answers[:, columns]]  # (a, d)
+        hidden = given[0][answers[:, columns]]  # (a, d)
         logits = output.logits[answers[:, columns]]  # (a, vocabulary)
         exact = torch.allclose(head(hidden).float(), logits.float(), rtol=1e-4, atol=1e-4)
         tensors[f"{label} {'hidden' if exact else 'logits'} {number}"] = (hidden if exact else logits).cpu()

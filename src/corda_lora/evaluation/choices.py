@@ -55,12 +55,12 @@ def read_choices(
     ]
     scores = {side: torch.zeros(len(encoded)) for side in compared}
     for indices in track(batch_by_length([len(e.ids) for e in encoded], batch_tokens), "choices", progress):
-        ids, mask, answers = padded([encoded[i] for i in indices], tokenizer, model)
+        inputs, answers = padded([encoded[i] for i in indices], tokenizer, model)
         rows = answers.nonzero()[:, 0]  # (a,) the row of the batch that each answer token belongs to
         for side, active in compared.items():
             with active():
-                log_probs = answer_log_probs(model, ids, mask, answers)  # (a, vocabulary)
-            by_token = log_probs.gather(1, ids[:, 1:][answers][:, None]).flatten()  # (a,)
+                log_probs = answer_log_probs(model, inputs, answers)  # (a, vocabulary)
+            by_token = log_probs.gather(1, inputs["input_ids"][:, 1:][answers][:, None]).flatten()  # (a,)
             by_row = torch.zeros(len(indices), device=by_token.device).index_add_(0, rows, by_token)
             scores[side][torch.tensor(indices)] = by_row.cpu()
     lengths = [len(question.row["choices"]) for question in questions]

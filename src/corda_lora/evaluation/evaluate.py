@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import CordaError, EvalConfig
-from ..data.batches import Encoded, encode, text_of
+from ..data.batches import Encoded, encode, encode_all, text_of
 from ..data.labels import check_labels
 from ..data.overview import check_fit, overview
 from ..data.samples import Sample, load_samples
@@ -210,7 +210,7 @@ def measured_samples(
         before = len(encode(tokenizer, Sample("", "", {}), 1).ids)  # a begin-of-text token
         samples = text_windows(tokenizer, samples, max(1, max_length - before))
     length = UNCUT if kind == "choices" else max_length
-    return samples, [encode(tokenizer, sample, length, end=kind == "learn") for sample in samples]
+    return samples, encode_all(tokenizer, samples, length, end=kind == "learn")
 
 
 def measures_of(kind: str, config: EvalConfig, model: nn.Module) -> list[Measure]:

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..config import CordaError, EvalConfig
 from ..config.values import find_all
-from ..data.batches import batch_by_length, encode_question, pad
+from ..data.batches import Encoded, batch_by_length, encode_question, pad
+from ..data.images import image_inputs
 from ..data.samples import Sample
 from ..models.targets import require_causal
 from ..progress import progress_bar, track
@@ -48,7 +49,7 @@ def read_continuations(
 ) -> Iterator[tuple[str, Continuations]]:
     """(side, its greedy answers) for each batch of samples."""
     prompts = [encode_question(tokenizer, s) for s in samples]
-    batches = batch_by_length([len(p) + config.max_new_tokens for p in prompts], config.batch_tokens)
+    batches = batch_by_length([len(p.ids) + config.max_new_tokens for p in prompts], config.batch_tokens)
     for indices in track(batches, "exact match", progress):
         responses = [samples[i].response for i in indices]
         for side, active in compared.items():
@@ -76,7 +77,7 @@ def complete(
     """
     require_causal(model)
     encoded = [encode_question(tokenizer, Sample(prompt, "", {})) for prompt in prompts]
-    longest = max(map(len, encoded))
+    longest = max(len(e.ids) for e in encoded)
     shape: Any = model.config
     context = getattr(shape.get_text_config(), "max_position_embeddings", None) or longest + max_new_tokens
     if longest >= context:
@@ -86,9 +87,9 @@ def complete(
     answers: dict[int, str] = {}
     with progress_bar(label, len(prompts)) as advance:
         while left := [i for i in range(len(prompts)) if i not in answers]:
-            lengths = [len(encoded[i]) + max_new_tokens for i in left]
+            lengths = [len(encoded[i].ids) + max_new_tokens for i in left]
             rows = [left[i] for i in batch_by_length(lengths, batch_tokens)[-1]]  # the longest first
-            most = min(max_new_tokens, context - max(len(encoded[i]) for i in rows))
+            most = min(max_new_tokens, context - max(len(encoded[i].ids) for i in rows))
             try:
                 answers.update(zip(rows, generate(model, tokenizer, [encoded[i] for i in rows], most, stop=stop)))
             except torch.OutOfMemoryError:
@@ -103,19 +104,21 @@ def complete(
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Encoded],
     max_new_tokens: int,
     temperature: float = 0.0,
     stop: Sequence[str] = (),
 ) -> list[str]:
     """Continuations up to the end-of-text token or one of the strings `stop`: greedy, or drawn at a temperature."""
-    flipped, mask = pad([p[::-1] for p in prompts], tokenizer.pad_token_id or 0)
+    flipped, mask = pad([p.ids[::-1] for p in prompts], tokenizer.pad_token_id or 0)
     ids, mask = flipped.flip(1), mask.flip(1)  # padded on the left, so that all prompts end in the last column
     device = next(model.parameters()).device
+    images = {name: tensor.to(device) for name, tensor in image_inputs([p.shown for p in prompts], ids).items()}
     stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     output = model.generate(  # type: ignore[operator]
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
+        **images,
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         **({"temperature": temperature} if temperature else {}),

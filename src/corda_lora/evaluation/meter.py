@@ -14,7 +14,7 @@ from ..adapters.lora import lora_layers, on_residual
 from ..config import CordaError, DataConfig, KeepConfig
 from ..config.data import CONTEXT_SAMPLES
 from ..config.train import KEEP
-from ..data.batches import Encoded, encode
+from ..data.batches import Encoded, encode_all
 from ..data.samples import Sample, digest_of, load_others, load_samples
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
@@ -127,7 +127,7 @@ def make_keeper(
     with warnings.catch_warnings():  # of rows that are left out: `load_context` has said it
         warnings.simplefilter("ignore")
         other_samples = load_others(data, MEASURED)
-    shown, others = ([encode(tokenizer, s, data.max_length) for s in part] for part in (samples, other_samples))
+    shown, others = (encode_all(tokenizer, part, data.max_length) for part in (samples, other_samples))
     answered = sum(e.targets > 0 for e in shown)
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:
         return None, [f"no drift is predicted, and none held down: the context has {answered} samples with a response"]

@@ -26,7 +26,7 @@ from ..algebra.covariance import float32_products
 from ..algebra.decomposition import product
 from ..algebra.second_order import predicted_drift
 from ..config import CordaError, InspectConfig
-from ..data.batches import encode
+from ..data.batches import encode_all
 from ..data.overview import check_fit, overview
 from ..data.samples import load_samples
 from ..devices import compute_device, release_cache
@@ -170,7 +170,7 @@ def inspect_adapter(
     for name, data in zip(names, datas):
         samples = load_samples(data)
         if progress:
-            encoded = [encode(tokenizer, sample, data.max_length) for sample in samples]
+            encoded = encode_all(tokenizer, samples, data.max_length)
             console.print(overview(name, tokenizer, samples, encoded, data.max_length, learned=False))
         read = read_context(tokenizer, [samples], data.max_length, config.batch_tokens, has_decoder(model))
         check_fit(model, (ids for batch in read.batches for ids in batch["input_ids"].tolist()))

@@ -21,7 +21,7 @@ from ..algebra.decomposition import factor, orient, regularize
 from ..algebra.second_order import Low, compact, whole
 from ..algebra.solvers import components
 from ..config import CordaConfig, CordaError, DataConfig, InspectConfig
-from ..data.batches import encode
+from ..data.batches import encode, encode_all
 from ..data.overview import check_fit, overview
 from ..data.samples import Sample, load_others, load_rounds, load_samples
 from ..devices import compute_device, double_device, release_cache
@@ -120,7 +120,7 @@ def inspect_model(
     rounds = [load_rounds(data, config.rounds) for data in datas]
     if progress:
         for name, data, (loaded, *_) in zip(names, datas, rounds):
-            encoded = [encode(tokenizer, sample, data.max_length) for sample in loaded]
+            encoded = encode_all(tokenizer, loaded, data.max_length)
             console.print(overview(name, tokenizer, loaded, encoded, data.max_length, learned=False))
     draws = [
         Draw(i, len(part), round, _batches(model, tokenizer, part, data.max_length, config))

@@ -15,10 +15,10 @@ from .. import peft as peft_
 from ..adapters.lora import install, lora_layers
 from ..config import CordaConfig, CordaError
 from ..config.values import NonNegative
-from ..data.batches import context_batches, encode, pad
+from ..data.batches import context_batches, encode, encode_all, padded_batch
 from ..data.samples import Sample
 from ..devices import compute_device, double_device
-from ..models.targets import is_classifier, is_of_head
+from ..models.targets import freeze_tower, image_side, is_classifier, is_of_head
 from ..models.weights import weight_of, weight_shape
 from ..preprocess.context import Context
 from ..preprocess.layer import LayerStart
@@ -34,13 +34,15 @@ from .registry import SLOW_RATES, Prepared, Setup, count_parameters, method
 
 @method("full", "full fine-tuning", "transformers", SLOW_RATES)
 def full(model: nn.Module, setup: Setup) -> Prepared:
-    return Prepared(model.float().requires_grad_(True))
+    freeze_tower(model.float().requires_grad_(True))
+    return Prepared(model)
 
 
 @method("bitfit", "BitFit", "Ben Zaken et al., arXiv 2106.10199", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2))
 def bitfit(model: nn.Module, setup: Setup) -> Prepared:
     model.float()  # bfloat16 would round most steps away
-    biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
+    sees = image_side(model)
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias") and not sees(name)]
     heads = [p for name, p in model.named_parameters() if is_classifier(model) and is_of_head(name)]
     if not biases:
         raise CordaError(f"BitFit trains biases, and {type(model).__name__} has none")
@@ -233,15 +235,13 @@ def labelled_batches(
     setup: Setup, samples: Sequence[Sample], model: nn.Module, size: int = 8
 ) -> list[dict[str, Tensor]]:
     """Batches of `size` samples with labels. The prompt is masked as in training."""
-    encoded = [encode(setup.tokenizer, s, setup.learn.max_length, end=True) for s in samples]
+    encoded = encode_all(setup.tokenizer, samples, setup.learn.max_length, end=True)
     encoded = [e for e in encoded if e.targets]
     device, batches = next(model.parameters()).device, []
     for i in range(0, len(encoded), size):
         rows = encoded[i : i + size]
-        ids, mask = pad([e.ids for e in rows], setup.tokenizer.pad_token_id or 0)
-        answers, _ = pad([e.answer for e in rows], False)
-        labels = ids.masked_fill(~answers, -100)
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch, answers = padded_batch(rows, setup.tokenizer.pad_token_id or 0)
+        batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
         batches.append({key: value.to(device) for key, value in batch.items()})
     return batches
 
@@ -267,8 +267,8 @@ def peft_corda(model: nn.Module, setup: Setup, mode: str, drop_in: bool = False)
     @torch.no_grad()
     def run() -> None:
         for sample in setup.context(kind):
-            ids = encode(setup.tokenizer, sample, setup.data(kind).max_length).ids
-            model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+            batch, _ = padded_batch([encode(setup.tokenizer, sample, setup.data(kind).max_length)], 0)
+            model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
 
     decompose(model, config, run_model=run)
     return Prepared(peft.get_peft_model(model, config))

@@ -11,7 +11,7 @@ from ..adapters.lora import lora_layers
 from ..algebra.compactness import compactness_term, extreme_eigenvalues, log_compactness
 from ..algebra.decomposition import regularize
 from ..algebra.second_order import Low, whole
-from ..data.batches import encode
+from ..data.batches import encode_all
 from ..models.weights import weight_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import NAME, Statistics, collect_statistics
@@ -74,7 +74,7 @@ def context_statistics(
             encoded = own_text(model, setup.tokenizer, progress=False)
         else:
             length = setup.data(kind).max_length
-            encoded = [encode(setup.tokenizer, s, length) for s in setup.context(kind, samples)]
+            encoded = encode_all(setup.tokenizer, setup.context(kind, samples), length)
         path.parent.mkdir(parents=True, exist_ok=True)
         pad_id = setup.tokenizer.pad_token_id or 0
         collect_statistics(model, setup.targets, encoded, pad_id, draws=draws, progress=False).save(path)

@@ -29,7 +29,7 @@ from ..algebra.folding import best_fit, fold
 from ..algebra.solvers import chosen_components
 from ..config import CordaError
 from ..config.values import Count, NonNegative
-from ..data.batches import encode
+from ..data.batches import encode_all
 from ..devices import compute_device, double_device
 from ..models.weights import (
     Quantized,
@@ -154,7 +154,7 @@ def _layers(model: nn.Module, setup: Setup, of_task: bool, samples: int | None) 
     left, where = dict(setup.targets), double_device(device)
     if of_task:
         max_length = setup.data("learn").max_length
-        encoded = [encode(setup.tokenizer, sample, max_length) for sample in setup.context("learn", samples)]
+        encoded = encode_all(setup.tokenizer, setup.context("learn", samples), max_length)
         batches = answered_batches(encoded, setup.tokenizer.pad_token_id or 0)
         for members, C, Ds in collect_sides(model, setup.targets, batches, progress=False):
             for name in members:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.lora import lora_layers
 from ..config import CordaError
 from ..config.values import Count, NonNegative, Range
-from ..data.batches import Encoded, context_batches, encode
+from ..data.batches import Encoded, context_batches, encode_all
 from ..devices import compute_device, double_device
 from ..evaluation.answers import answer_log_probs, padded, with_answers
 from ..models.weights import weight_of, weight_shape
@@ -47,12 +47,12 @@ def distill(
     """
     peft_model = peft.get_peft_model(model, setup.lora())
 
-    def divergence(ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
+    def divergence(inputs: dict[str, Tensor], answers: Tensor) -> Tensor:
         peft_model.eval()
         with torch.no_grad(), peft_model.disable_adapter():
-            base = answer_log_probs(peft_model, ids, mask, answers)  # (a, vocabulary)
+            base = answer_log_probs(peft_model, inputs, answers)  # (a, vocabulary)
         peft_model.train()
-        return F.kl_div(answer_log_probs(peft_model, ids, mask, answers), base, reduction="sum", log_target=True)
+        return F.kl_div(answer_log_probs(peft_model, inputs, answers), base, reduction="sum", log_target=True)
 
     term = _on_context(peft_model, setup, weight, size, samples, divergence)
     return Prepared(peft_model, rehearsals={"distillation": term})
@@ -70,8 +70,9 @@ def replay(
     """
     model = peft.get_peft_model(model, setup.lora())
 
-    def cross_entropy(ids: Tensor, mask: Tensor, answers: Tensor) -> Tensor:
-        return F.nll_loss(answer_log_probs(model, ids, mask, answers), ids[:, 1:][answers], reduction="sum")
+    def cross_entropy(inputs: dict[str, Tensor], answers: Tensor) -> Tensor:
+        right = inputs["input_ids"][:, 1:][answers]
+        return F.nll_loss(answer_log_probs(model, inputs, answers), right, reduction="sum")
 
     return Prepared(model, rehearsals={"replay": _on_context(model, setup, weight, size, samples, cross_entropy)})
 
@@ -82,13 +83,13 @@ def _on_context(
     weight: float,
     size: int,
     samples: int | None,
-    total: Callable[[Tensor, Tensor, Tensor], Tensor],
+    total: Callable[[dict[str, Tensor], Tensor], Tensor],
 ) -> Callable[[], Tensor]:
     """A term of the loss over `size` samples of the context, which are drawn for each optimizer step and dealt out to
     its micro-batches.
 
     Args:
-        total: (ids (b, s), attention mask (b, s), answers (b, s − 1)) → the sum over the answer tokens.
+        total: (inputs of b × s tokens, answers (b, s − 1)) → the sum over the answer tokens.
     """
     encoded = _encoded_context(setup, samples)
     if size > len(encoded):
@@ -107,7 +108,7 @@ def _on_context(
 
 def _encoded_context(setup: Setup, samples: int | None) -> list[Encoded]:
     max_length = setup.data("keep").max_length
-    return with_answers([encode(setup.tokenizer, s, max_length) for s in setup.context("keep", samples)])
+    return with_answers(encode_all(setup.tokenizer, setup.context("keep", samples), max_length))
 
 
 def _shares(encoded: Sequence[Encoded], size: int, parts: int, seed: int) -> Iterator[tuple[list[Encoded], float]]:

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from transformers import modeling_gguf_pytorch_utils
 
 from ..config import CordaError, ModelConfig
 from ..config.values import short
-from .targets import NEW, is_of_head
+from .targets import NEW, is_of_head, reads_images
 from .weights import compute_as_stored
 
 # Tables that older versions stored with the weights; models compute them now.
@@ -110,24 +110,40 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
         shards = check_shards(folder)
         if class_of(settings) is not None and getattr(settings, "quantization_config", None) is None:
             model = empty_model(settings, config)
-            tensors = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in shards}
+            in_file = _names_in_file(model, shards)
+            tensors = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in in_file}
             for n, tensor in tensors.items():
-                stored = torch.Size(_shard(shards[n]).get_slice(n).get_shape())
+                stored = torch.Size(_shard(shards[in_file[n]]).get_slice(in_file[n]).get_shape())
                 if stored != tensor.shape:
-                    raise _other_shape(config.model, n, stored, tensor.shape)
+                    raise _other_shape(config.model, in_file[n], stored, tensor.shape)
             readers: dict[Tensor, Callable[[], Tensor]] = {
-                tensor: partial(_read, shards[n], n, tensor.dtype) for n, tensor in tensors.items()
+                tensor: partial(_read, shards[in_file[n]], in_file[n], tensor.dtype) for n, tensor in tensors.items()
             }
             missing = [n for n, parameter in model.named_parameters() if parameter not in readers]
             if not missing:
                 known = {n for n, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
-                _warn_of_unexpected(config.model, model, shards.keys() - known)
+                _warn_of_unexpected(config.model, model, in_file.keys() - known)
                 return model.eval(), readers
             why = f"it has no {missing[0]}"
         else:
             why = "it is quantized, or its class is not in transformers"
     warnings.warn(f"the whole model is loaded: its checkpoint cannot be read block by block ({why})", stacklevel=2)
     return load_model(config), {}
+
+
+def _names_in_file(model: nn.Module, shards: Mapping[str, Path]) -> dict[str, str]:
+    """For each tensor of a checkpoint its name in the model: its name in the file. They differ where a family's modules
+    were moved about since it was published, as those of LLaVA were; transformers knows how. A tensor that is made of
+    several, or of a part of one, keeps the file's name."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renames = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+        prefix, state = model.base_model_prefix, model.state_dict()
+        return {rename_source_key(name, renames, [], prefix, state)[0]: name for name in shards}
+    except (ImportError, TypeError):  # of an older transformers: where names differ, the model is loaded whole
+        return {name: name for name in shards}
 
 
 def read_settings(config: ModelConfig) -> Any:
@@ -259,14 +275,40 @@ def _read(path: Path, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer, with a padding token (the end-of-text token if it has none of its own)."""
+    """The tokenizer, with a padding token (the end-of-text token if it has none of its own). That of a vision-language
+    model has its processor as the attribute `processor`; or, as `no_processor`, why that cannot be loaded: a text can
+    be read without."""
     name, options = _source(config)
-    with _loading(f"the tokenizer of {config.model!r}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    tokenizer, why = None, ""
+    if "gguf_file" not in options and reads_images(read_settings(config)):
+        try:
+            with _loading(f"the processor of {config.model!r}"):
+                tokenizer = with_processor(transformers.AutoProcessor.from_pretrained(name, **options))
+        except CordaError as error:
+            why = str(error)
+    if tokenizer is None:
+        with _loading(f"the tokenizer of {config.model!r}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        tokenizer.no_processor = why
     if "gguf_file" in options:
         _set_special_tokens(tokenizer, Path(config.model))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def with_processor(processor: Any) -> Any:
+    """The tokenizer of a processor, as `load_tokenizer` gives it.
+
+    Raises CordaError if it is none of images and texts, or is of another make than transformers' own."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or not hasattr(processor, "get_text_with_replacements"):
+        raise CordaError(
+            f"{type(processor).__name__} is no processor that says where it writes an image into a text: this model's "
+            "images cannot be read with this version of transformers"
+        )
+    tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+    tokenizer.processor = processor
     return tokenizer
 
 

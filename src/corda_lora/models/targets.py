@@ -4,7 +4,7 @@ import copy
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import peft
@@ -50,6 +50,31 @@ def task_type(model: nn.Module) -> TaskType | None:
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model (adapted or not) gives a text a label, or a number."""
     return task_type(_base_of(model)) is TaskType.SEQ_CLS
+
+
+def reads_images(settings: Any) -> bool:
+    """Whether a model's configuration is that of a vision-language model."""
+    return getattr(settings, "vision_config", None) is not None and not hasattr(settings, "projection_dim")
+
+
+def image_side(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a module, by name, is outside of a vision-language model's language model and output head: in the vision
+    tower, or in the connector between the two. What comes there are patches, and not tokens."""
+    base: Any = _base_of(model)
+    if not reads_images(getattr(base, "config", None)):
+        return lambda name: False
+    language = (base.get_decoder(), base.get_output_embeddings())
+    inside = [name for name, module in base.named_modules() if any(module is part for part in language)]
+    return lambda name: not any(name == i or name.startswith(f"{i}.") or not i for i in inside)
+
+
+def freeze_tower(model: nn.Module) -> None:
+    """Keep the vision tower of a vision-language model as it is while all else trains, the connector included."""
+    if reads_images(getattr(model, "config", None)):
+        tower: Any = model.get_encoder(modality="image")  # type: ignore[operator]
+        tower.requires_grad_(False)
+        if isinstance(connector := getattr(tower, "merger", None), nn.Module):  # Qwen2-VL's is in its tower
+            connector.requires_grad_(True)
 
 
 def known_labels(model: nn.Module) -> list[str] | None:
@@ -123,8 +148,8 @@ def find_targets(
     """The layers that PEFT's options `target_modules`, `exclude_modules` and `layers_to_transform` mean, by name, in
     the model's order.
 
-    `all-linear` leaves out the output head, the head of a classifier, layers that no LoRA of PEFT's can adapt, and
-    layers with fewer than r components (see `left_out`, which names them).
+    `all-linear` leaves out the output head, the head of a classifier, what sees images (see `image_side`), layers that
+    no LoRA of PEFT's can adapt, and layers with fewer than r components (see `left_out`, which names them).
 
     Raises:
         CordaError: an option matches nothing (the nearest names are given); a named layer is not linear, or takes no
@@ -196,6 +221,7 @@ def _matched_layers(
         matched = {n: m for n, m in modules.items() if LoraModel._check_target_module_exists(config, n)}
     if not matched:
         raise _no_match(model, "target_modules", target_modules)
+    matched = _of_language(model, matched, target_modules)
     if exclude_modules:
         excluded = {n for n, m in model.named_modules() if is_linear(m) and _is_excluded(n, exclude_modules)}
         if not excluded:
@@ -209,6 +235,24 @@ def _matched_layers(
         if not is_linear(module):
             raise CordaError(f"target {name} is a {type(module).__name__}; CorDA adapts linear layers only")
     return matched
+
+
+def _of_language(
+    model: nn.Module, matched: dict[str, nn.Module], target_modules: str | list[str]
+) -> dict[str, nn.Module]:
+    """The layers without those that see images, which endings of names and all-linear mean on language models alone.
+
+    Raises CordaError if a regular expression or a whole name means one, or nothing is left."""
+    sees = image_side(model)
+    left = {name: module for name, module in matched.items() if not sees(name)}
+    patterns = isinstance(target_modules, str) and not _is_all_linear(target_modules)
+    seeing = [n for n in matched if n not in left and (patterns or not left or n in target_modules)]
+    if seeing:
+        raise CordaError(
+            f"target {seeing[0]} is of the vision tower or the connector, which are given patches and not tokens: "
+            "these are not adapted; modules_to_save trains the connector whole"
+        )
+    return left
 
 
 def _is_excluded(name: str, exclude_modules: str | list[str]) -> bool:
@@ -319,10 +363,11 @@ def left_out(model: nn.Module, targets: Mapping[str, nn.Module], config: CordaCo
     These are parameters with the weights of several layers in one (a mixture's experts), layers that no LoRA of PEFT's
     can adapt, and layers with fewer than r components.
     """
+    sees = image_side(model)
     fused = [
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
-        if name not in targets and not isinstance(module, nn.modules.conv._ConvNd)
+        if name not in targets and not sees(name) and not isinstance(module, nn.modules.conv._ConvNd)
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1
     ]

@@ -14,7 +14,7 @@ A model that is built otherwise is refused.
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,9 +30,8 @@ from ..models.weights import weight_shape
 from ..progress import track
 from .collect import Collector, Gradients, Group, frozen
 from .context import Batch, Context, answer_mask
-from .walk import Place, inputs_of, tensors_beside
+from .walk import Place, inputs_of, pixels_of, tensors_beside, tensors_that_see
 
-NO_ANSWER = "no sample of the context has a response, so nothing tells what its answers hang on"
 LOGITS = 2**25  # so many numbers the output head computes at a time
 
 
@@ -55,7 +54,6 @@ def walk_back(
     place: Place,
     finished: Collection[str] = (),
     on_block: Callable[[], None] = lambda: None,
-    listeners: tuple[Collector, Gradients] | None = None,
 ) -> Iterator[StepBack]:
     """Run the context forward through the model and back, and yield a step for each block, the last block first, with D
     of its target layers beside their covariances. The last step has the target layers that no batch ran: these have
@@ -67,7 +65,6 @@ def walk_back(
     Args:
         finished: layers whose statistics are not needed. Gradients go through them, but nothing is summed up.
         on_block: called when all batches have gone forward through a block.
-        listeners: in place of the default ones; they must be made for this context.
 
     Raises CordaError: the model is no causal language model; a target is outside of the blocks; the blocks form no
     chain; the context has no answer; activations or gradients have NaN or Inf.
@@ -80,17 +77,19 @@ def walk_back(
             f"{min(outside)} is outside of the model's blocks, so what its outputs do to the answers is not known: "
             "leave it out of target_modules"
         )
-    if listeners is None and not any(bool(answer_mask(batch).any()) for batch in context.batches):
-        raise CordaError(NO_ANSWER)
+    if not any(bool(answer_mask(batch).any()) for batch in context.batches):
+        raise CordaError("no sample of the context has a response, so nothing tells what its answers hang on")
     device, finished = place.device, set(finished)
-    if listeners is None:
-        collector = Collector(model, {n: m for n, m in targets.items() if n not in finished}, context)
-        listeners = collector, Gradients(collector)
-    collector, gradients = listeners
-    with frozen(model), on_device(tensors_beside(model, blocks.values(), to_end=False), device, place.stored):
-        run = _forward(model, list(blocks.values()), inputs_of(model, context.batches, device), place, on_block)
-        with on_device(tensors_beside(model, blocks.values(), to_end=True), device, place.stored):
-            passed = _tail(model, context, run, place)  # gradients at the output of the block that is next
+    collector = Collector(model, {n: m for n, m in targets.items() if n not in finished}, context)
+    gradients = Gradients(collector)
+    seeing = tensors_that_see(model)
+    always = [t for t in tensors_beside(model, blocks.values(), to_end=False) if t not in seeing]
+    inputs = inputs_of(model, context.batches, device, pixels=False)
+    with frozen(model), on_device(always, device, place.stored):
+        run = _forward(model, list(blocks.values()), inputs, seeing, place, on_block)
+        head = [t for t in tensors_beside(model, blocks.values(), to_end=True) if t not in seeing]
+        with on_device([*head, *seeing], device, place.stored):
+            passed = _tail(model, context.batches, run, place)  # gradients at the output of the block that is next
         order = list(run.calls)[::-1]
         with collector.listening(), gradients.listening(), visits(order, device, place.stored) as visit:
             for block in order:
@@ -164,8 +163,14 @@ class _Run:
 
 
 def _forward(
-    model: nn.Module, blocks: Sequence[nn.Module], inputs: list[Batch], place: Place, on_block: Callable[[], None]
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    inputs: list[Batch],
+    seeing: Collection[Tensor],
+    place: Place,
+    on_block: Callable[[], None],
 ) -> _Run:
+    """Args: seeing: tensors that are on the device only until all batches are at the first block (see `walk`)."""
     run = _Run(inputs, states=[[] for _ in inputs])
     returned: dict[int, weakref.ref[Tensor]] = {}  # batch -> what its last block returned
     batch = 0
@@ -197,8 +202,10 @@ def _forward(
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
-        with visits(blocks, place.device, place.stored) as visit:
+        with visits(blocks, place.device, place.stored) as visit, ExitStack() as at_first:
+            at_first.enter_context(on_device([*seeing, *pixels_of(inputs)], place.device, place.stored))
             for block, advance in lockstep(model, blocks, inputs, start, park=place.park):
+                at_first.close()
                 with visit(block):
                     advance()
                 on_block()
@@ -208,7 +215,7 @@ def _forward(
     return run
 
 
-def _tail(model: nn.Module, context: Context, run: _Run, place: Place) -> list[Tensor]:
+def _tail(model: nn.Module, batches: Sequence[Batch], run: _Run, place: Place) -> list[Tensor]:
     """The gradient of Σ log p(y) at the last block's output, parked, for each batch.
 
     The model's own forward is run with blocks that do nothing: the last one returns its output of before, the others
@@ -217,17 +224,17 @@ def _tail(model: nn.Module, context: Context, run: _Run, place: Place) -> list[T
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     gradients = []
-    for index, (batch, inputs) in enumerate(zip(context.batches, run.inputs)):
-        number, x = context.begin + index, run.states[index].pop().to(place.device).requires_grad_()  # (b, s, d)
+    for number, (batch, inputs) in enumerate(zip(batches, run.inputs)):
+        x = run.states[number].pop().to(place.device).requires_grad_()  # (b, s, d)
         x.grad = torch.zeros_like(x)
         answers = answer_mask(batch).nonzero().to(place.device)  # (a, 2)
-        drawn = uniform(len(answers), number).to(place.device)
         part = max(1, LOGITS // weight_shape(head)[0])
-        for where, u in zip(answers.split(part), drawn.split(part)):
+        for where, u in zip(answers.split(part), uniform(len(answers), number).to(place.device).split(part)):
             rows, columns = where.T
             hook = head.register_forward_pre_hook(lambda head, args: (args[0][rows, columns][None],))  # noqa: B023
             try:
-                with _skipped(run.forms, x), torch.enable_grad():
+                pixels = on_device(pixels_of([inputs]), place.device)
+                with _skipped(run.forms, x), pixels, torch.enable_grad():
                     logits = model(**inputs).logits[0]  # (a', vocabulary)
                     log_likelihood = drawn_log_likelihood(logits, u)
             finally:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,14 @@ class Context:
         rounds: the round of each batch, counted from 0. Empty: the rounds are not told apart.
         numbers: what messages call each sample, in the batches' order. Empty: they are counted from 0.
         skip_tokens: how many real tokens at the beginning of each sample are left out of the covariances.
-        begin: the number of the first batch, where these are a part of a context's.
+        tokens: "text" or "image", to leave the tokens of the other out of them.
     """
 
     batches: Sequence[Batch] = ()
     rounds: Sequence[int] = ()
     numbers: Sequence[Any] = ()
     skip_tokens: int = 0
-    begin: int = 0
+    tokens: str = "all"
 
 
 def read_context(
@@ -154,6 +154,25 @@ def answer_mask(batch: Batch) -> Tensor:
     return real[:, :-1] & answers[:, 1:]
 
 
+def counted_tokens(model: nn.Module, context: Context) -> Callable[[Batch], tuple[Tensor, Tensor | None]]:
+    """`token_masks` of a batch of the context, without the tokens that it leaves out.
+
+    Raises CordaError if it tells tokens of images from others, and the model reads no images."""
+    decodes = has_decoder(model)
+    if context.tokens == "all":
+        return lambda batch: token_masks(batch, decodes, context.skip_tokens)
+    image = getattr(getattr(model, "config", None), "image_token_id", None)
+    if image is None:
+        raise CordaError(f"tokens is {context.tokens}, but {type(model).__name__} reads no images: leave it out")
+
+    def of_kind(batch: Batch) -> tuple[Tensor, Tensor | None]:
+        counted, decoder_counted = token_masks(batch, decodes, context.skip_tokens)
+        of_image = (batch["input_ids"] == image).cpu()
+        return counted & (of_image if context.tokens == "image" else ~of_image), decoder_counted
+
+    return of_kind
+
+
 def check_context(
     model: nn.Module, context: Context, targets: Mapping[str, nn.Module], name: str = "the context"
 ) -> dict[str, Any]:
@@ -167,10 +186,13 @@ def check_context(
     """
     if not context.batches:
         raise CordaError(f"{name} is empty: no batch was given")
-    masks = [token_masks(batch, has_decoder(model), context.skip_tokens)[0] for batch in context.batches]
+    counted = counted_tokens(model, context)
+    masks = [counted(batch)[0] for batch in context.batches]
     samples, tokens = sum(map(len, masks)), int(sum(mask.sum() for mask in masks))
     if tokens == 0 and context.skip_tokens:
         raise CordaError(f"no sample of {name} has more than the {context.skip_tokens} tokens that are left out")
+    if tokens == 0 and context.tokens != "all":
+        raise CordaError(f"no sample of {name} has a token of {'an image' if context.tokens == 'image' else 'text'}")
     if tokens == 0:
         raise CordaError(f"{name} holds only padding: the attention masks of its {samples} samples are all zero")
     _warn_of_padding(model, context.batches, masks)

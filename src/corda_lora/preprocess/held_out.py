@@ -1,6 +1,6 @@
 """How well the samples that were shown stand for others of their kind, and how many would."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import torch
@@ -8,10 +8,8 @@ from torch import nn
 
 from ..algebra.decomposition import energies
 from ..config.data import OTHERS_LEAK
-from ..processes import Processes
-from .context import Context
-from .pipeline import Start
-from .share import Share, SharedCollector
+from .context import Batch, Context
+from .layer import LayerStart
 from .walk import Place, walk
 
 
@@ -19,28 +17,20 @@ from .walk import Place, walk
 def held_out_leaks(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
-    start: Start,
-    context: Context,
+    layers: Mapping[str, LayerStart],
+    batches: Sequence[Batch],
     place: Place,
-    processes: Processes | None = None,
+    skip_tokens: int = 0,
+    tokens: str = "all",
 ) -> dict[str, float]:
-    """The leak tr(A C Aᵀ) of each layer of a start, with C of samples that its components were not chosen from. A layer
-    that none of their tokens came to is missing. Several processes share the batches, if there are as many."""
+    """The leak tr(A C Aᵀ) of each layer, with C of samples that its components were not chosen from. A layer that none
+    of their tokens came to is missing."""
     leaks: dict[str, float] = {}
-    collector = None
-    if processes and len(context.batches) >= processes.size:
-        share = Share(processes, targets, start.config, place.device)
-        context = share.part(context)
-        collector = SharedCollector(model, targets, context, 1, share)
-    for _, groups in walk(model, targets, context, place, collector=collector):
+    for _, groups in walk(model, targets, Context(batches, skip_tokens=skip_tokens, tokens=tokens), place):
         for members, covariances in groups or []:
             for C in covariances:
-                As = {name: start.layers[name].A.to(C.device).double() for name in members}
-                leaks |= {name: float(energies(A, C).sum()) for name, A in As.items()}
-    if collector is not None:
-        for told in collector.share.processes.gather(leaks):
-            leaks |= told
-    return {name: leaks[name] for name in targets if name in leaks}
+                leaks |= {name: float(energies(layers[name].A.to(C.device).double(), C).sum()) for name in members}
+    return leaks
 
 
 def times_as_much(shown: Mapping[str, float], held_out: Mapping[str, float]) -> float | None:

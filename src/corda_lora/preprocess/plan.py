@@ -34,6 +34,7 @@ from .context import read_context, token_masks
 from .layer import keeps_all
 from .machine import Machine, this_machine
 from .statistics import DIRECTIONS
+from .walk import tensors_that_see
 
 PROCESS = 1.0e9  # bytes of a Python process with torch, transformers and a tokenizer
 CONTEXT = 0.6e9  # bytes of the accelerator's memory that CUDA itself takes, beside all tensors
@@ -78,6 +79,7 @@ class Shapes(NamedTuple):
         parameters: their number.
         budget: parameters of the adapter.
         rest: bytes that are on the device throughout.
+        seeing: parameters and bytes of what sees images, which is there before the first block alone.
         head: parameters of the output head, which is run where the context goes backward.
         blocks: the number of parameters, the bytes and the targets of each block.
         loaded: bytes of a model that is in 4 or 8 bits, which is in the CPU's memory whole; else 0.
@@ -91,6 +93,7 @@ class Shapes(NamedTuple):
     head: int
     blocks: list[tuple[int, int, list[Layer]]]
     loaded: int = 0
+    seeing: tuple[int, int] = (0, 0)
 
 
 class Stage(NamedTuple):
@@ -206,7 +209,8 @@ def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
     blocks = find_blocks(model, list(targets))
     leaders = shared_inputs(model, targets, blocks)
     layers = {name: Layer(name, *weight_shape(module), leaders.get(name)) for name, module in targets.items()}
-    sizes, rest = [], set(tensors_of(model))
+    seeing = tensors_that_see(model)
+    sizes, rest = [], set(tensors_of(model)) - seeing
     for prefix, block in blocks.items():
         inside = [layers.pop(name) for name in list(layers) if name.startswith(f"{prefix}.")]
         sizes.append((sum(p.numel() for p in block.parameters()), _bytes(tensors_of(block), packed), inside))
@@ -222,7 +226,8 @@ def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
     parameters = sum(p.numel() for p in model.parameters())
     dtype = next(model.parameters()).dtype
     loaded, budget = _bytes(tensors_of(model), packed) if packed else 0, budget_of(targets, config, model)
-    return Shapes(dtype, hidden, parameters, budget, _bytes(rest, packed), head_parameters, sizes, loaded)
+    seen = sum(t.numel() for t in seeing), _bytes(seeing, packed)
+    return Shapes(dtype, hidden, parameters, budget, _bytes(rest, packed), head_parameters, sizes, loaded, seen)
 
 
 def _bytes(tensors: Iterable[Tensor], packed: Mapping[Tensor, int]) -> int:
@@ -344,6 +349,9 @@ def init_plan(
             unfinished += sum(_stored(layer, config) + folded[layer.name] for layer in layers)
         stored.append(unfinished + 4 * sides * (config.keep > 0))
 
+    if tokens.total:  # as if every token stood for a patch
+        work["forward"][multiply] += 2 * shapes.seeing[0] * tokens.total
+        peak["forward"] = max(peak["forward"], always + shapes.seeing[1])
     if config.runs_back and tokens.total:  # the tail, as if every token were an answer
         work["forward"][multiply] += 6 * shapes.head * tokens.total
         logits = 5 * 4 * min(LOGITS, shapes.head // max(1, shapes.hidden) * tokens.batch)
@@ -389,19 +397,6 @@ def init_plan(
         work_bytes,
         flops,
     )
-
-
-def group_seconds(members: Sequence[Layer], config: CordaConfig, on_cpu: bool, machine: Machine) -> float:
-    """Seconds that layers which share their input take, from their covariances to what is kept of them."""
-    seen = members[0].leader is not None
-    costs = [_decomposition(layer, min(config.r, layer.m, layer.n), seen, config, on_cpu)[0] for layer in members]
-    if config.quantization:
-        costs += [_quantization(layer, seen, config)[0] for layer in members]
-    if config.keep:
-        costs.append(_compaction(members)[0])
-    if seen and ((config.rounds or 1) > 1 or config.allocates):
-        costs.append(_selection(members, config, on_cpu)[0])
-    return sum(flop / _rate(machine, kind) for cost in costs for kind, flop in cost.items())
 
 
 def _rate(machine: Machine, kind: str) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..algebra.covariance import float32_products
 from ..algebra.second_order import Low, compact
 from ..config import CordaError
-from ..data.batches import Encoded, batch_by_length, pad
+from ..data.batches import Encoded, batch_by_length, padded_batch
 from ..devices import free_bytes
 from ..files import whole_file
 from ..models.lockstep import find_blocks, parking
@@ -131,16 +131,9 @@ def answered_batches(encoded: Sequence[Encoded], pad_id: int, batch_tokens: int 
     check_samples(len(encoded))
     batches: list[Batch] = []
     for indices in batch_by_length([len(e.ids) for e in encoded], batch_tokens):
-        ids, mask = pad([encoded[i].ids for i in indices], pad_id)
-        answer, _ = pad([encoded[i].answer for i in indices], False)
-        labels = ids.masked_fill(~answer.bool(), -100)
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        batch, answers = padded_batch([encoded[i] for i in indices], pad_id)
+        batches.append(batch | {"labels": batch["input_ids"].masked_fill(~answers, -100)})
     return batches
-
-
-def tokens_and_answers(batches: Sequence[Batch]) -> tuple[int, int]:
-    """How many tokens batches have in all, and in the answers."""
-    return sum(int(token_masks(b)[0].sum()) for b in batches), sum(int(answer_mask(b).sum()) for b in batches)
 
 
 class WholeSides(NamedTuple):
@@ -232,6 +225,8 @@ def collect_statistics(
         input_side = small(C)
         layers |= {name: Sides(input_side, small(Ds.pop(name))) for name in members}
     digests = {name: layer_digest(module) for name, module in targets.items()}
-    samples = sum(len(batch["labels"]) for batch in batches) // draws
-    tokens, answers = (count // draws for count in tokens_and_answers(batches))
+    samples, answers, tokens = (
+        sum(int(n) for n in each) // draws
+        for each in zip(*((len(b["labels"]), answer_mask(b).sum(), token_masks(b)[0].sum()) for b in batches))
+    )
     return Statistics({n: layers[n] for n in targets if n in layers}, samples, answers, tokens, digests)

@@ -3,8 +3,9 @@
 import inspect
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..devices import free_bytes, synchronize
 from ..models.lockstep import Parking, Stored, find_blocks, lockstep, on_device, tensors_of, visits
+from ..models.targets import image_side, reads_images
 from .collect import Collector, Group
 from .context import Batch, Context, has_decoder, token_masks
 
@@ -68,6 +70,7 @@ def walk(
     finished = set(finished)
     to_end = bool(late) or not blocks
     always = tensors_beside(model, blocks.values(), to_end)  # on the device throughout
+    seeing = tensors_that_see(model)  # only until all batches are at the first block
 
     def unseen(names: Sequence[str]) -> list[Group] | None:
         return None if finished.issuperset(names) else [Group([name], []) for name in names]
@@ -85,16 +88,19 @@ def walk(
 
     if collector is None:
         collector = Collector(model, {n: m for n, m in targets.items() if n not in finished}, context)
-    batches, order = inputs_of(model, context.batches, place.device), list(inside)
+    batches, order = inputs_of(model, context.batches, place.device, pixels=False), list(inside)
     training = model.training
     model.eval()
     try:
         with (
-            on_device(always, place.device, place.stored),
+            on_device([t for t in always if t not in seeing], place.device, place.stored),
             collector.listening(),
             visits(order, place.device, place.stored) as visit,
+            ExitStack() as at_first,
         ):
+            at_first.enter_context(on_device([*seeing, *pixels_of(batches)], place.device, place.stored))
             for block, run in lockstep(model, order, batches, collector.start, to_end, place.park):
+                at_first.close()
                 with visit(block):
                     run()
                     names = inside.pop(block)
@@ -131,15 +137,33 @@ def tensors_beside(model: nn.Module, blocks: Collection[nn.Module], to_end: bool
     return [tensor for tensor in tensors_of(model) if tensor not in unused]
 
 
-def inputs_of(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> list[Batch]:
+def tensors_that_see(model: nn.Module) -> set[Tensor]:
+    """Parameters and buffers of a vision-language model's vision tower and connector; none of another model."""
+    sees = image_side(model)
+    return {tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if sees(name)}
+
+
+def pixels_of(batches: Sequence[Batch]) -> list[Tensor]:
+    """The pixels of batches' images: they are large, and of no use behind the first block."""
+    return [x for batch in batches for name, x in batch.items() if name.startswith("pixel_")]
+
+
+def inputs_of(model: nn.Module, batches: Sequence[Batch], device: torch.device, pixels: bool = True) -> list[Batch]:
     """The batches on the device, and without a cache: else every paused batch would hold its keys and values. Only a
-    decoder gets labels, which its inputs are made of: no loss is needed."""
+    decoder gets labels, which its inputs are made of: no loss is needed.
+
+    Args:
+        pixels: whether images go there, too. Else the caller moves them when they are needed (see `pixels_of`).
+    """
     left_out = set() if has_decoder(model) else {"labels"}
-    inputs = [
-        {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k not in left_out}
-        for batch in batches
-    ]
-    if "use_cache" in inspect.signature(model.forward).parameters:
+
+    def moved(name: str, value: Any) -> Any:
+        stays = not isinstance(value, Tensor) or (name.startswith("pixel_") and not pixels)
+        return value if stays else value.to(device)
+
+    inputs = [{k: moved(k, v) for k, v in batch.items() if k not in left_out} for batch in batches]
+    names = inspect.signature(model.forward).parameters
+    if "use_cache" in names or reads_images(getattr(model, "config", None)):  # LLaVA's hands it on without naming it
         inputs = [{**batch, "use_cache": False} for batch in inputs]
     return inputs  # type: ignore[return-value]
 

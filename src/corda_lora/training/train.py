@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapters.held import held_size, marks_of
 from ..config import CordaError, LoraStart, TrainConfig
-from ..data.batches import encode
+from ..data.batches import encode_all
+from ..data.images import Shown, image_inputs
 from ..data.overview import check_fit
 from ..data.samples import Sample
 from ..devices import has_bfloat16
@@ -143,20 +145,26 @@ def train(
         raise CordaError(
             "the output head carries an adapter, which cannot be trained: TRL reads the head's weight past the adapter"
         )
-    encoded = label_rows if labelled else encoded_rows
+    shown: list[Shown | None] = []  # the images of rows, by number
+    encoded = label_rows if labelled else partial(encoded_rows, shown=shown)
     rows = encoded(model, tokenizer, samples, max_length)
     held_out_rows = encoded(model, tokenizer, held_out, max_length) if held_out else None
+    collate = Illustrated(tokenizer.pad_token_id or 0, shown) if any(shown) else None
     device = next(model.parameters()).device
     check_precision(model, config.precision)
     warn_without_bfloat16(config, device)
     rate, whose = (config.learning_rate, "") if config.learning_rate else default_rate(model)
     packing = config.trainer.get("packing", False)
+    if packing and collate:
+        raise CordaError("trainer.packing puts several samples into one sequence, which images cannot be in")
     if packing and labelled:
         raise CordaError("trainer.packing puts several responses into one sequence: a classifier has none")
     if packing:
         check_packing(model, rows)
     steps = training_steps(config, len(pack_dataset(rows.select_columns("input_ids"), max_length) if packing else rows))
     arguments = trainer_arguments(config, rate, steps, max_length, device, work, held_out_rows is not None)
+    arguments.remove_unused_columns = collate is None
+    collating = {} if collate is None else {"data_collator": collate}
     stopping = [_EarlyStopping(config.early_stopping)] if config.early_stopping else []
     trainer: Any = (_LabelTrainer if labelled else _Trainer)(
         model,
@@ -164,6 +172,7 @@ def train(
         train_dataset=rows,
         eval_dataset=held_out_rows,
         processing_class=tokenizer,
+        **collating,
         optimizers=(optimizer, None),
         callbacks=[*callbacks, *stopping, _Checksums()],
     )
@@ -213,18 +222,42 @@ def default_rate(model: nn.Module) -> tuple[float, str]:
     return rate_of(marks["split"], mode), f"the split {marks['split']} in {mode}"
 
 
-def encoded_rows(model: nn.Module, tokenizer: Any, samples: Sequence[Sample], max_length: int) -> datasets.Dataset:
-    """The samples that have a response, as TRL takes them: token ids, and which of them carry the loss.
+def encoded_rows(
+    model: nn.Module, tokenizer: Any, samples: Sequence[Sample], max_length: int, shown: list[Shown | None]
+) -> datasets.Dataset:
+    """The samples that have a response, as TRL takes them: token ids, and which of them carry the loss; and, if there
+    are images, the number of the row in `shown`, to which its images are added.
 
     Raises CordaError if no sample has a response, or the model cannot read them.
     """
     datasets.disable_progress_bars()
-    encoded = [encode(tokenizer, s, max_length, end=True) for s in samples]
-    rows = [{"input_ids": e.ids, "completion_mask": list(map(int, e.answer))} for e in encoded if e.targets]
-    if not rows:
+    encoded = [e for e in encode_all(tokenizer, samples, max_length, end=True) if e.targets]
+    if not encoded:
         raise CordaError("no sample has a response to learn: say with a template which columns are prompt and response")
-    check_fit(model, (row["input_ids"] for row in rows))
-    return datasets.Dataset.from_list(rows)
+    check_fit(model, (e.ids for e in encoded))
+    columns: dict[str, list[Any]] = {
+        "input_ids": [e.ids for e in encoded],
+        "completion_mask": [[*map(int, e.answer)] for e in encoded],
+    }
+    if any(e.shown for e in encoded):
+        columns["number"] = [*range(len(shown), len(shown) + len(encoded))]
+        shown += [e.shown for e in encoded]
+    return datasets.Dataset.from_dict(columns)
+
+
+class Illustrated:
+    """TRL's collator of token ids and labels, with the images of rows: their pixels are made here, batch by batch."""
+
+    def __init__(self, pad_id: int, shown: Sequence[Shown | None]):
+        self.collate, self.shown = DataCollatorForLanguageModeling(pad_id), shown
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = dict(self.collate([{k: v for k, v in row.items() if k != "number"} for row in rows]))
+        return batch | self.images(rows, batch["input_ids"])
+
+    def images(self, rows: Sequence[dict[str, Any]], ids: Tensor) -> dict[str, Tensor]:
+        """What the forward takes beside the ids (b, s)."""
+        return image_inputs([self.shown[row["number"]] if "number" in row else None for row in rows], ids)
 
 
 def trained_share(model: nn.Module) -> str:
@@ -339,12 +372,16 @@ class _Trainer(_Terms, SFTTrainer):
         """Raises CordaError if the log-probabilities that TRL trains with are not the model's own. TRL multiplies the
         last hidden states by the head's weight: what else a model, or a hook, does before the logits is passed by."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        ids = torch.tensor([self.train_dataset[0]["input_ids"]], device=self.args.device)
+        row, device = self.train_dataset[0], self.args.device
+        ids, images = torch.tensor([row["input_ids"]]), {}
+        if isinstance(self.data_collator, Illustrated):
+            images = {name: x.to(device) for name, x in self.data_collator.images([row], ids).items()}
+        ids = ids.to(device)
         self.model.eval()  # training turns dropout on again
-        own = model.forward(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        own = model.forward(input_ids=ids, **images, use_cache=False).logits[0, :-1].float().log_softmax(-1)
         own = own.gather(1, ids[0, 1:, None])[:, 0]
         with suppress(RuntimeError):  # of shapes that do not go together
-            fused = model.forward(input_ids=ids, labels=ids, fused_lm_head=True).log_probs[0]
+            fused = model.forward(input_ids=ids, **images, labels=ids, fused_lm_head=True).log_probs[0]
             if (own - fused).abs().mean() < 0.1:  # bfloat16 alone makes a few hundredths
                 return
         raise CordaError(

@@ -274,6 +274,7 @@ def _batches(
 
 def _answer(model: Any, tokenizer: Any, batch: Sequence[dict[str, Any]]) -> tuple[list[list[str]], int]:
     """The answers to both turns of questions of one temperature, and how many had no room."""
+    from ...data.batches import Encoded
     from ...data.chats import render_question
     from ..generation import generate
 
@@ -284,13 +285,13 @@ def _answer(model: Any, tokenizer: Any, batch: Sequence[dict[str, Any]]) -> tupl
         for chat, question in zip(chats, batch):
             chat.append({"role": "user", "content": question["turns"][turn]})
         texts = [render_question(tokenizer, chat) for chat in chats]
-        prompts = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < limit]
+        prompts = [Encoded(list(tokenizer(text, add_special_tokens=False).input_ids), []) for text in texts]
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt.ids) < limit]
         cut += len(prompts) - len(fitting)
         said = [""] * len(prompts)
         if fitting:
             shown = [prompts[i] for i in fitting]
-            room = min(ANSWER_TOKENS, limit - max(map(len, shown)))
+            room = min(ANSWER_TOKENS, limit - max(len(prompt.ids) for prompt in shown))
             temperature = TEMPERATURES.get(batch[0]["category"], 0.0)
             for i, text in zip(fitting, generate(model, tokenizer, shown, int(room), temperature)):
                 said[i] = text.strip()
