@@ -11,7 +11,7 @@ ROOT = Path(corda_lora.__file__).parent
 
 # A module imports from its own level and the levels above it here. A circle is found all the same.
 LEVELS = [
-    {"version", "config", "recipes", "devices", "files", "progress"},
+    {"version", "config", "recipes", "devices", "files", "processes", "progress"},
     {"algebra"},
     {"models"},
     {"data"},
@@ -27,6 +27,7 @@ LEVELS = [
     {"__init__"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 
 

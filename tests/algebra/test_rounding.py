@@ -76,3 +76,12 @@ def test_where_inputs_are_not_correlated_each_number_takes_its_nearest_level(H):
 def test_a_zero_weight_stays_zero():
     scales = torch.zeros(3, 2)
     assert not values(optq(torch.zeros(3, 16), metric(16), LEVELS, scales), scales, 8).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's kernel runs on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_chooses_the_same_levels(dtype):
+    W, H = torch.randn(70, 160, dtype=torch.float64), metric(160)
+    scales = largest(W, 8)
+    codes = optq(W, H, LEVELS, scales, dtype)
+    assert torch.equal(optq(W, H.cuda(), LEVELS, scales, dtype).cpu(), codes)

@@ -370,7 +370,7 @@ def test_a_disk_that_is_full_while_the_next_block_computes(command, capsys, tmp_
     from corda_lora.preprocess import work as module
 
     monkeypatch.setattr(
-        "corda_lora.preprocess.pipeline.saving", lambda store, device: module.saving(store, torch.device("cuda"))
+        "corda_lora.preprocess.pipeline.saving", lambda store, device, _: module.saving(store, torch.device("cuda"))
     )
     written, write = [], module.save_file
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..algebra.folding import best_fit
+from ..algebra.order import ordered
 from ..config import CordaError, ModelConfig
+from ..data.batches import Encoded
 from ..data.images import processor_of
 from ..devices import double_device
 from ..files import whole_folder, write_json
@@ -19,8 +21,11 @@ from ..models.loading import check_original, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import tied_layers
 from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
+from ..preprocess.statistics import answered_batches, collect_sides, tokens_and_answers
 from .card import write_card
-from .lora import BASE, load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks
+from .lora import BASE, load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks, write_all_checksums
+from .order import NAME as ORDER
+from .order import read_order, save_order
 from .quantize import dequantize_in_place
 
 RECORD = "export.json"
@@ -43,7 +48,8 @@ def export_lora(
     rounding), so that the update cast to bfloat16 is as near as any LoRA's.
 
     Args:
-        r: compress to this rank.
+        r: compress to this rank: to the best fit in each layer; of an adapter whose components are in order, to those
+            that are used at this R (see `Order`), which is the same as `decoding_ranks` with `fixed`.
         uniform: pad all layers to the largest rank with zeros, which changes nothing: for what reads one rank from the
             configuration, or takes lora_alpha / rank of each tensor as the scale (llama.cpp).
         record: what made the export, written to export.json.
@@ -57,10 +63,65 @@ def export_lora(
     marks = read_marks(Path(directory))
     peft_model, scale, factors = _factors(model, directory)
     halved = marks is not None and marks["split"] in HALVED
-    base = (peft_model.peft_config["default"].auto_mapping or {}).get(BASE)  # of a residual's adapter
-    if marks is not None and marks["split"] == "residual":
-        base = marks["fingerprint"]
+    base = _only_base(peft_model, marks)
     return _write_lora(peft_model, scale, factors, Path(directory), output, r, uniform, record, halved, base)
+
+
+@torch.no_grad()
+def export_ordered(
+    model: nn.Module,
+    directory: Path | str,
+    output: Path,
+    encoded: Sequence[Encoded],
+    pad_id: int,
+    batch_tokens: int = 1024,
+    record: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """The same adapter as a plain LoRA whose components are in the order of their predicted gain on samples (see
+    `algebra.order`), which are run through the model with the adapter on it.
+
+    Args:
+        encoded: samples with responses, of what the adapter was trained for.
+
+    Returns:
+        by layer the gain of each component (r,), in nats per answer token.
+
+    Raises CordaError as `export_lora` does, and what `collect_sides` refuses.
+    """
+    marks = read_marks(Path(directory))
+    peft_model, scale, factors = _factors(model, directory)
+    layers = {name: layer.get_base_layer() for name, layer in lora_layers(peft_model).items()}
+    if others := [name for name, module in layers.items() if getattr(module, "weight", torch.empty(0)).ndim != 2]:
+        raise CordaError(f"{others[0]} is no linear layer, whose components could be put in order")
+    batches, gains = answered_batches(encoded, pad_id, batch_tokens), {}
+    tokens, answers = tokens_and_answers(batches)
+    peft_model.eval()
+
+    def put(name: str, C: Tensor | None, D: Tensor | None) -> None:
+        A, B = factors[name]
+        device = double_device(A.device)
+        C, D = (None if M is None else M.to(device) for M in (C, D))
+        new_A, new_B, squares = ordered(A.to(device), B.to(device), C, D)
+        factors[name] = new_A.to(A), new_B.to(B)
+        gains[name] = 0.5 * tokens / answers * scale**2 * squares * (C is not None)
+
+    for members, C, Ds in collect_sides(peft_model.get_base_model(), layers, batches, progress):
+        for name in members:
+            put(name, C, Ds.pop(name))
+    for name in layers.keys() - gains.keys():  # no token reached it
+        put(name, None, None)
+    gains = {name: gains[name] for name in layers}
+    base = _only_base(peft_model, marks)
+    _write_lora(peft_model, scale, factors, Path(directory), output, None, False, record, False, base, gains)
+    return gains
+
+
+def _only_base(peft_model: PeftModel, marks: Mapping[str, Any] | None) -> str | None:
+    """The fingerprint of the only model that an adapter is right on: a residual's."""
+    if marks is not None and marks["split"] == "residual":
+        return str(marks["fingerprint"])
+    return (peft_model.peft_config["default"].auto_mapping or {}).get(BASE)
 
 
 @torch.no_grad()
@@ -125,19 +186,27 @@ def _write_lora(
     record: Mapping[str, Any] | None,
     refactor: bool,
     base: str | None = None,
+    gains: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Write factors in place of the adapter's; see `export_lora`.
 
     Args:
         refactor: factor their products anew.
         base: the fingerprint of the only model that the adapter is right on.
+        gains: of the factors' components, which are in order.
     """
     layers, config = lora_layers(peft_model), peft_model.peft_config["default"]
     largest = max(len(A) for A, _ in factors.values())
     if r is not None and r > largest:
         raise CordaError(f"rank {r} is no compression: the adapter's largest rank is {largest}")
     error = total = 0.0
-    if r is not None or refactor:
+    if r is not None and (directory / ORDER).is_file():
+        prefixes = read_order(directory).ranks(r)
+        for name, (A, B) in factors.items():
+            k = prefixes[name]
+            error, total = error + _square(A[k:], B[:, k:]), total + _square(A, B)
+            factors[name] = (A[:k], B[:, :k]) if k else (A[:1], 0 * B[:, :1])  # PEFT knows no rank of zero
+    elif r is not None or refactor:
         for name, (A, B) in factors.items():
             A, B, rest, whole = compress(A, B, min(r or len(A), len(A)))
             error, total = error + rest, total + whole
@@ -157,7 +226,16 @@ def _write_lora(
     with whole_folder(output) as folder:
         _write_record(folder, record)
         save_plain(peft_model, folder, read_records(directory), note)
+        if gains is not None:
+            save_order(folder, gains)
+            write_all_checksums(folder)
     return share
+
+
+def _square(A: Tensor, B: Tensor) -> float:
+    """‖B A‖²."""
+    A, B = A.double(), B.double()
+    return float(((B.T @ B) * (A @ A.T)).sum())
 
 
 def _lacking(full: nn.Module, stored: Stored, name: str, Q: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
@@ -180,15 +258,10 @@ def compress(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor, float, float
     """Best rank-r factors of B A (Eckart-Young), with ‖BA − B_r A_r‖² and ‖BA‖². A: (k, n), B: (m, k), k ≥ r; the
     factors have no more than min(m, n) components.
 
-    The SVD is of a (k, k) matrix: B = Q_b R_b, Aᵀ = Q_a R_a, and B A = Q_b (R_b R_aᵀ) Q_aᵀ.
+    The SVD is of a (k, k) matrix: see `ordered`.
     """
-    Q_b, R_b = torch.linalg.qr(B.double())  # (m, k), (k, k)
-    Q_a, R_a = torch.linalg.qr(A.double().T)  # (n, k), (k, k)
-    U, sigma, Vh = torch.linalg.svd(R_b @ R_a.T)
-    root = sigma[:r].sqrt()
-    new_A = root[:, None] * (Vh[:r] @ Q_a.T)
-    new_B = (Q_b @ U[:, :r]) * root
-    return new_A.to(A.dtype), new_B.to(B.dtype), float((sigma[r:] ** 2).sum()), float((sigma**2).sum())
+    new_A, new_B, squares = ordered(A, B)
+    return new_A[:r].to(A), new_B[:, :r].to(B), float(squares[r:].sum()), float(squares.sum())
 
 
 @torch.no_grad()

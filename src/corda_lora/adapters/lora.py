@@ -147,7 +147,7 @@ def save_adapter(
             save_file({name: sigma.float() for name, sigma in spectra.items()}, folder / SPECTRA)
         if statistics is not None:
             statistics.save(folder / STATISTICS)
-        _write_checksums(folder)
+        write_all_checksums(folder)
         if base is not None:
             base.rename(folder / BASE_FOLDER)
 
@@ -172,7 +172,7 @@ def save_plain(peft_model: PeftModel, folder: Path, records: Records, note: str 
     if labels := known_labels(peft_model):
         config["auto_mapping"] = (config["auto_mapping"] or {}) | {LABELS: labels}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _write_checksums(folder)
+    write_all_checksums(folder)
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -298,7 +298,7 @@ def renew_heads(peft_model: PeftModel) -> None:
             module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
 
 
-def _write_checksums(folder: Path) -> None:
+def write_all_checksums(folder: Path) -> None:
     """Of all but the card, whose metadata PEFT renews, and which a publisher edits, and the times, which differ between
     runs that are otherwise the same."""
     write_checksums(folder, "*.safetensors", "*.json")

@@ -1,8 +1,9 @@
 """A model and samples of an ability → the start of an adapter on disk: what `corda init` runs."""
 
 import hashlib
+import socket
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..data.batches import encode_all
 from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_others, load_rounds
 from ..devices import compute_device
-from ..files import check_output, remove_folder
+from ..files import check_output, remove_folder, work_folder
 from ..models.loading import check_original, load_model, load_tokenizer, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import choose_targets, modules_named
@@ -25,6 +26,7 @@ from ..preprocess.pipeline import Start, preprocess
 from ..preprocess.plan import check_room, init_plan
 from ..preprocess.walk import Place
 from ..preprocess.work import MANIFEST, open_work
+from ..processes import Processes
 from ..progress import console
 from ..version import __version__
 from .lora import BASE_FOLDER, RECORD, TIMING, install, save_adapter
@@ -44,6 +46,7 @@ def prepare(
     keep_work: bool = False,
     progress: bool = True,
     original: ModelConfig | None = None,
+    processes: Processes | None = None,
 ) -> Start:
     """Cut an adapter's start out of a model, and write it as an adapter directory that plain PEFT loads on that model.
 
@@ -67,10 +70,13 @@ def prepare(
         progress: show a progress bar.
         original: where `source` is in 4 bits already, the checkpoint of its full weights: the context runs through
             them, and the components are theirs. Default: the values that the quantized weights stand for.
+        processes: those that share the work (see `preprocess.share`), each of which calls this with the same arguments.
+            The first one writes the output.
 
     Raises:
         CordaError: see `preprocess`, `load_rounds` and `open_model`; something is in the way of the output, or its disk
-            has too little room; OUTPUT.work belongs to another run; a loaded model has no tokenizer.
+            has too little room; OUTPUT.work belongs to another run; a loaded model has no tokenizer. Processes that
+            see different files or versions, or no common folder.
     """
     if not config.reads_context:
         data = None
@@ -115,15 +121,20 @@ def prepare(
     run = {**record, "config": asdict(config), "dtype": dtype, "batch_tokens": batch_tokens}
     run |= {"tokens": hashlib.sha256(tokens).hexdigest(), "corda-lora": __version__}
     run |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    work = open_work(output, run, lambda folder: (folder / MANIFEST).is_file())
+    if processes:
+        processes.check_same({**run, "context": data and digest_of(chain(*rounds))})
+        run |= {"processes": processes.size}
+    work = _open_shared(output, run, processes) if processes else _open(output, run)
     try:
-        start = preprocess(model, config, context, progress, stored, work, park, base)
+        start = preprocess(model, config, context, progress, stored, work, park, base, processes)
     except CordaError:
-        if not (work / MANIFEST).is_file():  # nothing was finished
+        if not (work / MANIFEST).is_file() and (processes is None or processes.first):  # nothing was finished
             remove_folder(work)
         raise
     if data and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
-        _add_held_out(start, model, stored, tokenizer, data, batch_tokens)
+        _add_held_out(start, model, stored, tokenizer, data, batch_tokens, processes)
+    if processes and not processes.first:
+        return start
     quantized = work / BASE_FOLDER if config.quantization else None
     if quantized:
         write_base(model, start, quantized, stored, tokenizer)
@@ -143,8 +154,34 @@ def prepare(
     return start
 
 
+def _open(output: Path, run: dict[str, Any]) -> Path:
+    return open_work(output, run, lambda folder: (folder / MANIFEST).is_file())
+
+
+def _open_shared(output: Path, run: dict[str, Any], processes: Processes) -> Path:
+    """The folder of work, which the first process opens. Raises CordaError if another does not see it."""
+    work = _open(output, run) if processes.first else work_folder(output)
+    processes.gather(None)
+    path = work / "run.json"
+    seen = processes.gather((socket.gethostname(), path.read_text() if path.is_file() else None))
+    for number, (host, text) in enumerate(seen):
+        if text != seen[0][1]:
+            if processes.first and not (work / MANIFEST).is_file():
+                remove_folder(work)
+            raise CordaError(
+                f"process {number} on {host} does not see {work}: the output must be in a folder that all hosts share"
+            )
+    return work
+
+
 def _add_held_out(
-    start: Start, model: nn.Module, stored: Stored, tokenizer: Any, data: DataConfig, batch_tokens: int
+    start: Start,
+    model: nn.Module,
+    stored: Stored,
+    tokenizer: Any,
+    data: DataConfig,
+    batch_tokens: int,
+    processes: Processes | None,
 ) -> None:
     """Add to the record how much other samples of the data leak, if there are others: of each layer, how many times as
     much as those shown, and how many samples would be enough."""
@@ -154,10 +191,10 @@ def _add_held_out(
     if len(others) < OTHERS // 4:
         return
     config, record = start.config, start.record
-    batches = read_context(tokenizer, [others], data.max_length, batch_tokens, has_decoder(model)).batches
+    context = read_context(tokenizer, [others], data.max_length, batch_tokens, has_decoder(model))
     place = Place(compute_device(model, config.device), stored)
-    targets = choose_targets(model, config)
-    leaks = held_out_leaks(model, targets, start.layers, batches, place, config.skip_tokens, config.tokens)
+    context = replace(context, skip_tokens=config.skip_tokens, tokens=config.tokens)
+    leaks = held_out_leaks(model, choose_targets(model, config), start, context, place, processes)
     for name, leak in leaks.items():
         record["layers"][name]["held_out_leak"] = leak
     shown = {name: layer.record.leak for name, layer in start.layers.items() if layer.record.leak is not None}

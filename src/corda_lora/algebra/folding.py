@@ -114,13 +114,13 @@ def left_by(A: Tensor, covariance: Tensor | None = None, damping: float = LEFT_D
         covariance: C (n, n), positive definite. Default: the identity.
     """
     A = A.double()
-    H = torch.eye(A.shape[1], dtype=A.dtype, device=A.device) if covariance is None else covariance.double()
+    H = torch.eye(A.shape[1]).to(A) if covariance is None else covariance.to(torch.float64, copy=True)
     least = 1e-9 * H.diagonal().mean()  # where A takes up everything
     AC = A @ H  # (r, n)
     energies, V = eigh(AC @ A.T)
     independent = energies > 1e-10 * energies[-1]
     rows = (V[:, independent] / energies[independent].sqrt()).T @ AC
-    H = H - rows.T @ rows
+    H.addmm_(rows.T, rows, alpha=-1)
     H.diagonal().add_((damping * H.diagonal().mean()).clamp(min=least))
     return H
 

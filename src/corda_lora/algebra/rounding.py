@@ -13,6 +13,8 @@ Column k is rounded where (E L)_k would be zero, at w_k + Σ_{i>k} e_i L_ik / L_
 the error of one rounding. Those with the largest H_kk come first (GPTQ's `act_order`): the others take up their errors.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,20 +33,50 @@ def optq(W: Tensor, H: Tensor, levels: Tensor, scales: Tensor, dtype: torch.dtyp
     Raises torch.linalg.LinAlgError where H is singular to float64.
     """
     (m, n), levels, scales = W.shape, levels.to(H.device), scales.to(H.device)
-    between = ((levels[1:] + levels[:-1]) / 2).double()
     order = H.diagonal().argsort()  # the last is rounded first
     L = torch.linalg.cholesky(H.double()[order[:, None], order])
     W = W.T.to(H.device, torch.float64)[order]  # (n, m), as all that follows: columns are rows
-    block_of = order // (n // scales.shape[1])
+    scales = scales.T[order // (n // scales.shape[1])]
     codes = torch.empty(n, m, dtype=torch.uint8, device=H.device)
     errors = torch.empty_like(W)
+    round_chunk = _round_chunk if not H.is_cuda or (kernel := _kernel()) is None else kernel
     for end in range(n, 0, -CHUNK):
         begin = max(0, end - CHUNK)
-        taken = L[end:, begin:end].T @ errors[end:]  # Σ e_i L_ik
-        for k in range(end - 1, begin - 1, -1):
-            scale = scales[:, block_of[k]]
-            code = torch.bucketize((W[k] + taken[k - begin] / L[k, k]) / scale, between)
-            errors[k] = W[k] - (levels[code] * scale).to(dtype)
-            codes[k] = code
-            taken[: k - begin] += L[k, begin:k, None] * errors[k]
+        chunk = slice(begin, end)
+        taken = L[end:, chunk].T @ errors[end:]  # Σ e_i L_ik
+        round_chunk(W[chunk], taken, L[chunk, chunk], scales[chunk], levels, dtype, codes[chunk], errors[chunk])
     return torch.empty_like(codes).index_copy_(0, order, codes).T
+
+
+def _round_chunk(
+    W: Tensor,
+    taken: Tensor,
+    L: Tensor,
+    scales: Tensor,
+    levels: Tensor,
+    dtype: torch.dtype,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
+    """Round c columns, the last first, into `codes` and `errors`.
+
+    Args:
+        W, scales, codes, errors: (c, m): columns are rows.
+        taken: (c, m), what they are to take up of the columns rounded before.
+        L: (c, c), lower triangular.
+    """
+    between = ((levels[1:] + levels[:-1]) / 2).double()
+    for k in range(len(W) - 1, -1, -1):
+        code = torch.bucketize((W[k] + taken[k] / L[k, k]) / scales[k], between)
+        errors[k] = W[k] - (levels[code] * scales[k]).to(dtype)
+        codes[k] = code
+        taken[:k] += L[k, :k, None] * errors[k]
+
+
+def _kernel() -> Callable[..., None] | None:
+    """`kernels.round_chunk`, which does the same on a GPU in one launch; None where Triton is not installed."""
+    try:
+        from .kernels import round_chunk
+    except ImportError:
+        return None
+    return round_chunk

@@ -13,7 +13,8 @@ from ..config.values import check_value
 from ..evaluation.measures import KINDS
 
 PLAN_RECIPE = "plan_recipe"  # `corda plan RECIPE` has the options of a comparison
-OF_DATA = {"eval": KINDS, "train": ("context",), "inspect": ("context", "text")}  # the options that are data, by verb
+# The options that are data, by verb.
+OF_DATA = {"eval": KINDS, "train": ("context",), "inspect": ("context", "text"), "export": ("data",)}
 
 
 def for_parser(given: Sequence[str]) -> list[str]:

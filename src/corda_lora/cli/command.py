@@ -17,10 +17,13 @@ from rich.text import Text
 
 from ..config import CordaError
 from ..config.values import short
+from ..processes import Processes, joined, number_of_processes
 from ..progress import console
 from .arguments import PLAN_RECIPE, for_parser
 from .parser import build_parser
 from .wording import in_our_words, shortened
+
+SHARED = ("init",)  # verbs whose work several processes share
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log has no use for them
     given = list(sys.argv[1:] if argv is None else argv)
+    given = given[1:] if given[:1] == ["--"] else given  # torchrun -m corda_lora -- VERB, which some versions leave
     try:
         arguments = for_parser(given)
     except CordaError as error:
@@ -49,22 +53,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_: console.print(
         Text.assemble(("note:", "yellow"), f" {message}"), highlight=False
     )
+    processes: Processes | None = None
     try:
-        with _sigterm_as_interrupt():
+        with _sigterm_as_interrupt(), _processes(options.verb) as processes:
             options = instantiate(parser, options)
             options[options.verb].command = given
+            options[options.verb].processes = processes
             verbs[options.verb](options[options.verb])
     except KeyboardInterrupt as interrupt:
         resumes = options.verb in ("init", "train", "compare")
-        _say(options.verb, "stopped" + "; finished work is kept, and the same command goes on from it" * resumes)
-        raise SystemExit(143 if isinstance(interrupt, _Terminated) else 130) from None
+        stopped = "stopped" + "; finished work is kept, and the same command goes on from it" * resumes
+        _end(options.verb, 143 if isinstance(interrupt, _Terminated) else 130, stopped, processes)
     except Exception as error:
         if sentence := _mendable(error):
-            _say(options.verb, sentence)
-            raise SystemExit(2) from error
+            _end(options.verb, 2, sentence, processes, error)
         traceback.print_exc()
-        _say(options.verb, "this is a bug of corda-lora: please report it with the lines above")
-        raise SystemExit(1) from error
+        _end(options.verb, 1, "this is a bug of corda-lora: please report it with the lines above", processes, error)
+
+
+@contextmanager
+def _processes(verb: str) -> Iterator[Processes | None]:
+    """The processes that torchrun or accelerate started for a command, if they are several. Raises CordaError for a
+    verb that does not share its work."""
+    if number_of_processes() == 1:
+        yield None
+        return
+    if verb not in SHARED:
+        raise CordaError(f"{verb} does not share its work among processes: start it by itself, not by a launcher")
+    with joined() as processes:
+        yield processes
+
+
+def _end(
+    verb: str, code: int, sentence: str, processes: Processes | None, error: BaseException | None = None
+) -> NoReturn:
+    """Print a sentence, unless another of several processes has said it all, and exit."""
+    if processes is None:
+        _say(verb, sentence)
+        raise SystemExit(code) from error
+    if sentence := processes.last_word(sentence):
+        _say(verb, sentence)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own end would wait for tensors that are on their way between GPUs
 
 
 def instantiate(parser: ArgumentParser, options: Namespace) -> Namespace:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from ..config import CordaError, ModelConfig
+from ..config import CordaError, DataConfig, ModelConfig
+from ..config.data import CONTEXT_SAMPLES
 from ..config.values import Count
 from ..files import check_output, is_made, sha256_of
 from .shared import AddVerb, add_push, hub_repo, out, push, take
@@ -22,9 +23,17 @@ def add_export(verb: AddVerb) -> None:
     )
     parser.add_argument("--adapter", type=Path, required=True, help="directory from `corda train`")
     parser.add_argument(
-        "--as", dest="form", type=Literal["lora", "merged", "residual"], default="lora", help="what to write"
+        "--as", dest="form", type=Literal["lora", "merged", "residual", "ordered"], default="lora", help="what to write"
     )
-    parser.add_argument("--r", type=Count | None, help="compress the LoRA to this rank; the error is printed")
+    parser.add_argument(
+        "--r",
+        type=Count | None,
+        help="compress the LoRA to this rank; the error is printed. Of components in order: those that this mean rank "
+        "pays for",
+    )
+    parser.add_argument(
+        "--data", type=str | DataConfig | None, help="DATA of the task, whose samples say what each component gains"
+    )
     parser.add_argument(
         "--original", type=str | None, help="write the LoRA for the full model that a quantized MODEL was made from"
     )
@@ -37,7 +46,9 @@ def add_export(verb: AddVerb) -> None:
 
 def export(options: Namespace) -> dict[str, Any]:
     """Turn an adapter into (lora) a plain LoRA on the original model, exact or compressed to a rank; (merged) the whole
-    model with it merged in; (residual) the residual model and the rank-r adapter for it."""
+    model with it merged in; (residual) the residual model and the rank-r adapter for it; (ordered) a plain LoRA of the
+    same function whose components are in the order of what they gain on samples of the task: every prefix of them is
+    the best adapter of its size."""
     source = take(ModelConfig, options)
     if options.r is not None and options.form != "lora":
         raise CordaError("--r goes with --as lora only")
@@ -45,9 +56,25 @@ def export(options: Namespace) -> dict[str, Any]:
         raise CordaError("--uniform goes with --as lora only: a merged model has no ranks")
     if options.original is not None and options.form != "lora":
         raise CordaError("--original goes with --as lora only: the others are of MODEL itself")
-    from ..adapters.export import RECORD, export_for_original, export_lora, export_merged, export_residual
+    if (options.form == "ordered") != (options.data is not None):
+        raise CordaError("--as ordered goes with --data, samples of the task that the adapter was trained for")
+    from ..adapters.export import (
+        RECORD,
+        export_for_original,
+        export_lora,
+        export_merged,
+        export_ordered,
+        export_residual,
+    )
     from ..adapters.lora import WEIGHTS, read_marks, with_labels_of
+    from ..adapters.order import NAME as ORDER
+    from ..adapters.order import read_order
+    from ..data.batches import encode
+    from ..data.overview import overview
+    from ..data.samples import digest_of, load_samples
+    from ..devices import compute_device
     from ..models.loading import load_model, load_tokenizer
+    from ..report.terminal import order_table
     from ..report.verdicts import another_function
 
     read_marks(options.adapter)
@@ -55,7 +82,13 @@ def export(options: Namespace) -> dict[str, Any]:
     recipe = {"model": asdict(source), "as": options.form, "r": options.r, "uniform": options.uniform}
     original = None if options.original is None else replace(source, model=options.original, revision=None)
     recipe |= {"original": original.model} if original else {}
-    recipe |= {name: sha256_of(options.adapter / name) for name in ("adapter_config.json", WEIGHTS)}
+    files = [name for name in ("adapter_config.json", WEIGHTS, ORDER) if (options.adapter / name).is_file()]
+    recipe |= {name: sha256_of(options.adapter / name) for name in files}
+    data = DataConfig(options.data) if isinstance(options.data, str) else options.data
+    if data is not None:
+        data = replace(data, samples=data.samples or CONTEXT_SAMPLES)
+        samples = load_samples(data)
+        recipe |= {"data": asdict(data), "samples_sha256": digest_of(samples)}
     if is_made(options.output / RECORD, recipe):
         out.print(f"{options.output} is whole already: the same command made it")
         push(options, hub_repo(options))
@@ -81,6 +114,15 @@ def export(options: Namespace) -> dict[str, Any]:
         result["relative_error"] = error
         if quantized:
             out.print(f"dequantized, and merged: rounding changed the weights by {error:.1e} of their length")
+    elif data is not None:
+        tokenizer = load_tokenizer(source)
+        encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in samples]
+        out.print(overview(data.data, tokenizer, samples, encoded, data.max_length, end=True))
+        model = model.to(compute_device(model, None))
+        found = (options.adapter, options.output, encoded, tokenizer.pad_token_id or 0)
+        gains = export_ordered(model, *found, record=recipe)
+        result["gain"] = float(sum(gain.sum() for gain in gains.values()))
+        out.print(order_table(read_order(options.output), gains))
     else:
         export_residual(model, options.adapter, options.output, load_tokenizer(source), recipe)
     out.print(f"written to {options.output}")

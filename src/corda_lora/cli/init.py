@@ -12,7 +12,7 @@ from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
 from ..config.data import CONTEXT_SAMPLES
 from ..config.values import Count
 from ..files import is_made, read_json, remove_work
-from .shared import AddVerb, add_push, hub_repo, out, push, take
+from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
 
 
 def add_init(verb: AddVerb) -> None:
@@ -58,7 +58,12 @@ def init(options: Namespace) -> dict[str, Any]:
         source = with_labels(source, data)
     original = None if options.original is None else replace(source, model=options.original, revision=None)
     recipe = _recipe(options, config, source, data)
-    if is_made(options.output / "corda.json", recipe) and not (options.output / "training.json").is_file():
+    is_there = is_made(options.output / "corda.json", recipe) and not (options.output / "training.json").is_file()
+    if options.processes:
+        options.processes.check_same({"output": is_there})
+    if is_there and follows(options):
+        return {}
+    if is_there:
         if not options.keep_work:
             remove_work(options.output, recipe)
         out.print(f"{options.output} is whole already: the same command made it")
@@ -77,7 +82,10 @@ def init(options: Namespace) -> dict[str, Any]:
         park=options.park,
         keep_work=options.keep_work,
         original=original,
+        processes=options.processes,
     )
+    if follows(options):
+        return {}
     made = _made(options.output, config)
     out.print(start_table(start))
     for sentence in made["verdicts"]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .export import add_export
 from .init import add_init
 from .inspect import add_inspect
 from .plan import add_plan
-from .shared import spoken
+from .shared import follows, spoken
 from .train import add_train
 from .wording import Help, Parser
 
@@ -78,24 +79,33 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         subcommands.add_subcommand(name, sub, help=summary)
         if not summary:
             subcommands._choices_actions.pop()
-
-        def checked(options: Namespace) -> None:
-            for action in (a for a in sub._actions if a.dest in options):
-                check_value(action.dest, options[action.dest], getattr(action, "_typehint", Any))
-            output = options.get("output")
-            if output is not None and check is not None:
-                check(output)
-            reports = options.get("jobs") == 0  # also of a comparison that goes on
-            with nullcontext() if output is None or reports else output_lock(output), spoken(options):
-                returned = run(options)
-            if options.get("json"):
-                print(json.dumps(returned, indent=1))
-            elif options.get("quiet") and output is not None:
-                print(output)
-
-        verbs[name] = checked
+        verbs[name] = partial(_run_checked, sub, run, check)
         return sub
 
     for add in (add_demo, add_init, add_plan, add_train, add_eval, add_compare, add_inspect, add_export):
         add(verb)
     return parser, verbs
+
+
+def _run_checked(
+    parser: ArgumentParser,
+    run: Callable[[Namespace], Any],
+    check: Callable[[Path], None] | None,
+    options: Namespace,
+) -> None:
+    """Run a verb when its options and its output are found in order, and print its result where --json asks for it."""
+    for action in (a for a in parser._actions if a.dest in options):
+        check_value(action.dest, options[action.dest], getattr(action, "_typehint", Any))
+    output = options.get("output")
+    if output is not None and check is not None:
+        check(output)
+    reports = options.get("jobs") == 0  # also of a comparison that goes on
+    locks = output is not None and not reports and not follows(options)
+    with output_lock(output) if locks else nullcontext(), spoken(options):
+        result = run(options)
+    if follows(options):
+        return
+    if options.get("json"):
+        print(json.dumps(result, indent=1))
+    elif options.get("quiet") and output is not None:
+        print(output)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from ..processes import Processes
 from ..progress import console
 
 T = TypeVar("T")
@@ -17,8 +18,9 @@ out = Console(markup=False, emoji=False)
 
 @contextmanager
 def spoken(options: Namespace) -> Iterator[None]:
-    """Inside this context, --json keeps the standard output free, and --quiet silences everything but errors."""
-    quiet = bool(options.get("quiet"))
+    """Inside this context, --json keeps the standard output free, and --quiet silences everything but errors. Of
+    several processes the first one alone speaks."""
+    quiet = bool(options.get("quiet")) or follows(options)
     out.quiet, console.quiet = quiet or bool(options.get("json")), quiet
     if quiet:
         from transformers.utils.logging import disable_progress_bar
@@ -28,6 +30,12 @@ def spoken(options: Namespace) -> Iterator[None]:
         yield
     finally:
         out.quiet = console.quiet = False
+
+
+def follows(options: Namespace) -> bool:
+    """Whether another process of the same run prints, and writes the output."""
+    processes: Processes | None = options.get("processes")
+    return processes is not None and not processes.first
 
 
 def take(kind: type[T], options: Namespace, **set_here: Any) -> T:
@@ -45,7 +53,7 @@ def add_push(parser: ArgumentParser) -> None:
 
 def hub_repo(options: Namespace) -> str:
     """The repository on the hub that is made for the output before the work begins; "" without --push."""
-    if not options.push:
+    if not options.push or follows(options):
         return ""
     from ..adapters.hub import make_repo
 

@@ -42,7 +42,8 @@ def in_our_words(message: str, actions: Sequence[argparse.Action] = ()) -> str:
     typed = [action for action in actions if hasattr(action, "_typehint")]
     hints = {action.dest: action._typehint for action in typed}
     names = {action.dest: action.option_strings[0].lstrip("-") for action in typed}
-    if option in get_type_hints(DataConfig) and (kind := next((k for k in ("learn", "context") if k in hints), "")):
+    kind = next((k for k in ("learn", "context", "data") if k in hints), "")
+    if kind and option in get_type_hints(DataConfig):
         return f"--{option} is an option of data: after --{kind} DATA give --{kind}.{option}"
     inner = get_type_hints(MethodConfig, include_extras=True) | get_type_hints(DataConfig, include_extras=True)
     values = re.findall(r"(?:Got|Given) value: (.*)", reason)

@@ -32,6 +32,7 @@ from .collect import Collector, Gradients, Group, frozen
 from .context import Batch, Context, answer_mask
 from .walk import Place, inputs_of, pixels_of, tensors_beside, tensors_that_see
 
+NO_ANSWER = "no sample of the context has a response, so nothing tells what its answers hang on"
 LOGITS = 2**25  # so many numbers the output head computes at a time
 
 
@@ -54,6 +55,7 @@ def walk_back(
     place: Place,
     finished: Collection[str] = (),
     on_block: Callable[[], None] = lambda: None,
+    listeners: tuple[Collector, Gradients] | None = None,
 ) -> Iterator[StepBack]:
     """Run the context forward through the model and back, and yield a step for each block, the last block first, with D
     of its target layers beside their covariances. The last step has the target layers that no batch ran: these have
@@ -65,6 +67,7 @@ def walk_back(
     Args:
         finished: layers whose statistics are not needed. Gradients go through them, but nothing is summed up.
         on_block: called when all batches have gone forward through a block.
+        listeners: in place of the default ones; they must be made for this context.
 
     Raises CordaError: the model is no causal language model; a target is outside of the blocks; the blocks form no
     chain; the context has no answer; activations or gradients have NaN or Inf.
@@ -77,11 +80,13 @@ def walk_back(
             f"{min(outside)} is outside of the model's blocks, so what its outputs do to the answers is not known: "
             "leave it out of target_modules"
         )
-    if not any(bool(answer_mask(batch).any()) for batch in context.batches):
-        raise CordaError("no sample of the context has a response, so nothing tells what its answers hang on")
+    if listeners is None and not any(bool(answer_mask(batch).any()) for batch in context.batches):
+        raise CordaError(NO_ANSWER)
     device, finished = place.device, set(finished)
-    collector = Collector(model, {n: m for n, m in targets.items() if n not in finished}, context)
-    gradients = Gradients(collector)
+    if listeners is None:
+        collector = Collector(model, {n: m for n, m in targets.items() if n not in finished}, context)
+        listeners = collector, Gradients(collector)
+    collector, gradients = listeners
     seeing = tensors_that_see(model)
     always = [t for t in tensors_beside(model, blocks.values(), to_end=False) if t not in seeing]
     inputs = inputs_of(model, context.batches, device, pixels=False)
@@ -89,7 +94,7 @@ def walk_back(
         run = _forward(model, list(blocks.values()), inputs, seeing, place, on_block)
         head = [t for t in tensors_beside(model, blocks.values(), to_end=True) if t not in seeing]
         with on_device([*head, *seeing], device, place.stored):
-            passed = _tail(model, context.batches, run, place)  # gradients at the output of the block that is next
+            passed = _tail(model, context, run, place)  # gradients at the output of the block that is next
         order = list(run.calls)[::-1]
         with collector.listening(), gradients.listening(), visits(order, device, place.stored) as visit:
             for block in order:
@@ -215,7 +220,7 @@ def _forward(
     return run
 
 
-def _tail(model: nn.Module, batches: Sequence[Batch], run: _Run, place: Place) -> list[Tensor]:
+def _tail(model: nn.Module, context: Context, run: _Run, place: Place) -> list[Tensor]:
     """The gradient of Σ log p(y) at the last block's output, parked, for each batch.
 
     The model's own forward is run with blocks that do nothing: the last one returns its output of before, the others
@@ -224,12 +229,13 @@ def _tail(model: nn.Module, batches: Sequence[Batch], run: _Run, place: Place) -
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     gradients = []
-    for number, (batch, inputs) in enumerate(zip(batches, run.inputs)):
-        x = run.states[number].pop().to(place.device).requires_grad_()  # (b, s, d)
+    for index, (batch, inputs) in enumerate(zip(context.batches, run.inputs)):
+        number, x = context.begin + index, run.states[index].pop().to(place.device).requires_grad_()  # (b, s, d)
         x.grad = torch.zeros_like(x)
         answers = answer_mask(batch).nonzero().to(place.device)  # (a, 2)
+        drawn = uniform(len(answers), number).to(place.device)
         part = max(1, LOGITS // weight_shape(head)[0])
-        for where, u in zip(answers.split(part), uniform(len(answers), number).to(place.device).split(part)):
+        for where, u in zip(answers.split(part), drawn.split(part)):
             rows, columns = where.T
             hook = head.register_forward_pre_hook(lambda head, args: (args[0][rows, columns][None],))  # noqa: B023
             try:

@@ -28,7 +28,8 @@ class Group(NamedTuple):
 
     Attributes:
         members: their names.
-        covariances: C (d_in, d_in) of that input, one for each round; empty if the layers were not run.
+        covariances: C (d_in, d_in) of that input, one for each round; empty if the layers were not run, or another
+            process has them (see `share`).
     """
 
     members: list[str]
@@ -244,6 +245,24 @@ class Collector:
             CordaError: an input had NaN or Inf; names the layer and the sample. A layer got tokens in some of the
                 rounds only.
         """
+        self._check_finite(names)
+        groups, sums = [], self.take_sums(names)
+        while sums:  # popped: a sum is turned into a mean in its own memory
+            members, of_rounds = sums.pop(0)
+            means = [s.mean() for _, s in sorted(of_rounds.items()) if s.count]
+            self.counts |= dict.fromkeys(members, sum(s.count for s in of_rounds.values()))
+            del of_rounds
+            if len(means) == self.round_count:
+                groups.append(Group(members, means))
+            elif means:
+                raise CordaError(f"{members[0]} got no token in some of the rounds: give fewer rounds or more samples")
+        return groups
+
+    @property
+    def round_count(self) -> int:
+        return len(set(self.rounds))
+
+    def _check_finite(self, names: Sequence[str]) -> None:
         for name in names:
             checks = self.finite.pop(name, [])
             # Synchronizes once for all batches.
@@ -253,6 +272,10 @@ class Collector:
                 if not bool(finite.all()):
                     sample = self._first_not_finite(batch, finite)
                     raise CordaError(f"Invalid value found in input of {name}, {sample}: NaN or Inf")
+
+    def take_sums(self, names: Sequence[str]) -> list[tuple[list[str], dict[int, Covariance]]]:
+        """The named layers that were run, in groups that share their input, with the sums of each round; these are then
+        forgotten."""
         members_of: dict[tuple[Call, ...], list[str]] = {}  # the calls that hold a layer's sums -> such layers
         for name in names:
             calls = [(name, 0)]
@@ -268,17 +291,7 @@ class Collector:
         for held in sums:
             for call in held:
                 self.covariances.pop(call, None)
-        groups = []
-        for held, members in members_of.items():
-            [of_rounds] = sums.pop(held)
-            means = [s.mean() for _, s in sorted(of_rounds.items()) if s.count]
-            self.counts |= dict.fromkeys(members, sum(s.count for s in of_rounds.values()))
-            del of_rounds
-            if len(means) == len(set(self.rounds)):
-                groups.append(Group(members, means))
-            elif means:
-                raise CordaError(f"{members[0]} got no token in some of the rounds: give fewer rounds or more samples")
-        return groups
+        return [(members, sums.pop(held)[0]) for held, members in members_of.items()]
 
     def _first_not_finite(self, batch: int, finite: Tensor) -> str:
         """Names the first sample of a batch that is not finite, or the batch if its samples cannot be told apart."""
@@ -321,13 +334,16 @@ class Gradients:
         Raises CordaError if a gradient had NaN or Inf.
         """
         Ds = {}
-        for name in names:
-            total, (m, _) = self.sums.pop(name), weight_shape(self.collector.layers[name])
+        for name, total in self.take_sums(names).items():
+            m, _ = weight_shape(self.collector.layers[name])
             D = total.mean() if total.count else torch.zeros(m, m)
             if not bool(D.diagonal().isfinite().all()):
                 raise CordaError(f"Invalid value found in the gradient at the output of {name}: NaN or Inf")
             Ds[name] = D
         return Ds
+
+    def take_sums(self, names: Sequence[str]) -> dict[str, Covariance]:
+        return {name: self.sums.pop(name) for name in names}
 
 
 @contextmanager

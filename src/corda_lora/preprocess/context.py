@@ -27,6 +27,7 @@ class Context:
         numbers: what messages call each sample, in the batches' order. Empty: they are counted from 0.
         skip_tokens: how many real tokens at the beginning of each sample are left out of the covariances.
         tokens: "text" or "image", to leave the tokens of the other out of them.
+        begin: the number of the first batch, where these are a part of a context's.
     """
 
     batches: Sequence[Batch] = ()
@@ -34,6 +35,7 @@ class Context:
     numbers: Sequence[Any] = ()
     skip_tokens: int = 0
     tokens: str = "all"
+    begin: int = 0
 
 
 def read_context(

@@ -1,6 +1,6 @@
 """How well the samples that were shown stand for others of their kind, and how many would."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 
 import torch
@@ -8,8 +8,10 @@ from torch import nn
 
 from ..algebra.decomposition import energies
 from ..config.data import OTHERS_LEAK
-from .context import Batch, Context
-from .layer import LayerStart
+from ..processes import Processes
+from .context import Context
+from .pipeline import Start
+from .share import Share, SharedCollector
 from .walk import Place, walk
 
 
@@ -17,20 +19,28 @@ from .walk import Place, walk
 def held_out_leaks(
     model: nn.Module,
     targets: Mapping[str, nn.Module],
-    layers: Mapping[str, LayerStart],
-    batches: Sequence[Batch],
+    start: Start,
+    context: Context,
     place: Place,
-    skip_tokens: int = 0,
-    tokens: str = "all",
+    processes: Processes | None = None,
 ) -> dict[str, float]:
-    """The leak tr(A C Aᵀ) of each layer, with C of samples that its components were not chosen from. A layer that none
-    of their tokens came to is missing."""
+    """The leak tr(A C Aᵀ) of each layer of a start, with C of samples that its components were not chosen from. A layer
+    that none of their tokens came to is missing. Several processes share the batches, if there are as many."""
     leaks: dict[str, float] = {}
-    for _, groups in walk(model, targets, Context(batches, skip_tokens=skip_tokens, tokens=tokens), place):
+    collector = None
+    if processes and len(context.batches) >= processes.size:
+        share = Share(processes, targets, start.config, place.device)
+        context = share.part(context)
+        collector = SharedCollector(model, targets, context, 1, share)
+    for _, groups in walk(model, targets, context, place, collector=collector):
         for members, covariances in groups or []:
             for C in covariances:
-                leaks |= {name: float(energies(layers[name].A.to(C.device).double(), C).sum()) for name in members}
-    return leaks
+                As = {name: start.layers[name].A.to(C.device).double() for name in members}
+                leaks |= {name: float(energies(A, C).sum()) for name, A in As.items()}
+    if collector is not None:
+        for told in collector.share.processes.gather(leaks):
+            leaks |= told
+    return {name: leaks[name] for name in targets if name in leaks}
 
 
 def times_as_much(shown: Mapping[str, float], held_out: Mapping[str, float]) -> float | None:

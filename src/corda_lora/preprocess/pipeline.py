@@ -41,8 +41,9 @@ from ..models.weights import (
     weight_of,
     weight_shape,
 )
+from ..processes import Processes
 from ..progress import progress_bar
-from .backward import StepBack, walk_back
+from .backward import NO_ANSWER, StepBack, walk_back
 from .collect import Group
 from .context import Batch, Context, answer_mask, check_context, consecutive_rounds
 from .layer import (
@@ -60,6 +61,7 @@ from .layer import (
     start_layer,
 )
 from .ranks import Ranks
+from .share import Share, SharedCollector, SharedGradients
 from .statistics import DIRECTIONS, Sides, Statistics, check_samples
 from .walk import Place, choose_parking, walk
 from .work import LayerStore, saving
@@ -95,6 +97,7 @@ def preprocess(
     work: Path | None = None,
     park: str = "auto",
     base: nn.Module | None = None,
+    processes: Processes | None = None,
 ) -> Start:
     """Collect the context's covariances and cut the adapter's start out of every target layer. The model's weights
     are read, not changed.
@@ -112,12 +115,14 @@ def preprocess(
         park: where the hidden states of waiting batches are: `device`, `cpu`, `disk`, or `auto`: the first of them
             that has room.
         base: the model in 4 bits that the adapter is for, where `model` has the full weights of it.
+        processes: those that share the work (see `share`). Each calls this with the same arguments, and returns the
+            same; `work` is a folder that all see.
 
     Raises:
         CordaError: a target that matches nothing, a rank above a layer's, a budget that cannot be met, an empty or
             all-padding context, more rounds than batches, what `walk_back` and `check_quantization` refuse, work that
             is damaged or was done on other weights, NaN or Inf in the activations. All but the last two before any long
-            work.
+            work. More processes than layers or batches; ProcessEndedError where another process has ended.
     """
     began = time.perf_counter()
     targets = choose_targets(model, config)
@@ -142,6 +147,8 @@ def preprocess(
         )
     if config.reads_context:
         record["context"] = check_context(model, context, targets)
+    share = Share(processes, targets, config, device) if processes else None
+    part = share.part(context) if share else context
     blocks = 0  # through which the context goes a second time
     if config.runs_back:
         require_causal(model)
@@ -149,21 +156,36 @@ def preprocess(
         record["context"]["answers"] = sum(int(answer.sum()) for answer in answers)
         if config.keep:
             check_samples(sum(int(answer.any(1).sum()) for answer in answers))
+        if not record["context"]["answers"]:
+            raise CordaError(NO_ANSWER)
         blocks = len(find_blocks(model, list(targets)))
     restart_peak(device)
     with tempfile.TemporaryDirectory() as temporary, float32_products("highest"):
         store = LayerStore(work or Path(temporary))
-        where = choose_parking(park, model, context.batches, device, states=2 + blocks)
+        where = choose_parking(park, model, part.batches, device, states=2 + blocks)
         place = Place(device, stored, parking(where, store.folder))
         ranks = Ranks(targets, config, model)
         clock = _Clock(device)
         digests = _finished_before(store, ranks, device)
         fallbacks: list[str] = []  # layers that the solver gave up on
-        with progress_bar("decomposing", blocks + len(targets), progress) as advance, saving(store, device) as save:
+        listeners = None
+        if share:
+            share.order = list(digests)
+            collector = SharedCollector(
+                model, {n: m for n, m in targets.items() if n not in digests}, part, len(set(context.rounds)), share
+            )
+            listeners = collector, SharedGradients(collector)
+        with (
+            progress_bar("decomposing", blocks + len(targets), progress) as advance,
+            saving(store, device, processes) as save,
+        ):
             if config.runs_back:
-                steps = walk_back(model, targets, context, place, digests, on_block=advance)
+                steps = walk_back(model, targets, part, place, digests, on_block=advance, listeners=listeners)
             else:
-                steps = (StepBack(*step, {}) for step in walk(model, targets, context, place, digests))
+                walked = walk(model, targets, part, place, digests, listeners[0] if listeners else None)
+                steps = (StepBack(*step, {}) for step in walked)
+            if share:
+                steps = share.own_steps(steps, targets, elsewhere=advance)
             for names, groups, gradients in steps:
                 clock.lap("forward")
                 if groups is None:
@@ -182,6 +204,9 @@ def preprocess(
                 del block
                 clock.lap("state")
         clock.lap("state")  # where a thread writes, the last block is on the disk only now
+        if share:
+            fallbacks = [name for names in share.processes.gather(fallbacks) for name in names]
+            ranks = _ranks_of_all(store, share.order, Ranks(targets, config, model))
         warn_of_fallbacks(fallbacks)
         layers, sides, record["totals"] = _start(store, targets, ranks, config)
         clock.lap("factors")
@@ -200,6 +225,9 @@ def preprocess(
     took["seconds"] = {"all": time.perf_counter() - began} | clock.seconds
     if clock.peaks:
         took["peak_accelerator_bytes"] = clock.peaks
+    if processes:
+        took["seconds"]["waiting"] = processes.waited
+        took["processes"] = processes.gather(took["seconds"])
     return Start(config, layers, record, took, statistics, quantized)
 
 
@@ -299,6 +327,14 @@ def _finished_before(store: LayerStore, ranks: Ranks, device: torch.device) -> d
         digests[name] = layer.record.digest
         ranks.see(name, None if layer.scores is None else layer.scores.to(double_device(device)))
     return digests
+
+
+def _ranks_of_all(store: LayerStore, order: Iterable[str], ranks: Ranks) -> Ranks:
+    """Ranks that have seen all layers in the store, in an order."""
+    scores = {name: layer.scores for name, layer in store.load(spectra_only=True)}
+    for name in order:
+        ranks.see(name, scores[name])
+    return ranks
 
 
 def _check_weights(layers: Mapping[str, nn.Module], digests: Mapping[str, str], store: LayerStore) -> None:

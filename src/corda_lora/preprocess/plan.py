@@ -399,6 +399,19 @@ def init_plan(
     )
 
 
+def group_seconds(members: Sequence[Layer], config: CordaConfig, on_cpu: bool, machine: Machine) -> float:
+    """Seconds that layers which share their input take, from their covariances to what is kept of them."""
+    seen = members[0].leader is not None
+    costs = [_decomposition(layer, min(config.r, layer.m, layer.n), seen, config, on_cpu)[0] for layer in members]
+    if config.quantization:
+        costs += [_quantization(layer, seen, config)[0] for layer in members]
+    if config.keep:
+        costs.append(_compaction(members)[0])
+    if seen and ((config.rounds or 1) > 1 or config.allocates):
+        costs.append(_selection(members, config, on_cpu)[0])
+    return sum(flop / _rate(machine, kind) for cost in costs for kind, flop in cost.items())
+
+
 def _rate(machine: Machine, kind: str) -> float:
     """FLOP/s of a kind of work. QR and Cholesky (`factor`) reach a fifth of the rate of products. Products with a
     vector (`vector`) are as fast as memory is read."""

@@ -136,6 +136,11 @@ def answered_batches(encoded: Sequence[Encoded], pad_id: int, batch_tokens: int 
     return batches
 
 
+def tokens_and_answers(batches: Sequence[Batch]) -> tuple[int, int]:
+    """How many tokens batches have in all, and in the answers."""
+    return sum(int(token_masks(b)[0].sum()) for b in batches), sum(int(answer_mask(b).sum()) for b in batches)
+
+
 class WholeSides(NamedTuple):
     """Layers that share their input, as `collect_sides` finds them.
 
@@ -225,8 +230,6 @@ def collect_statistics(
         input_side = small(C)
         layers |= {name: Sides(input_side, small(Ds.pop(name))) for name in members}
     digests = {name: layer_digest(module) for name, module in targets.items()}
-    samples, answers, tokens = (
-        sum(int(n) for n in each) // draws
-        for each in zip(*((len(b["labels"]), answer_mask(b).sum(), token_masks(b)[0].sum()) for b in batches))
-    )
+    samples = sum(len(batch["labels"]) for batch in batches) // draws
+    tokens, answers = (count // draws for count in tokens_and_answers(batches))
     return Statistics({n: layers[n] for n in targets if n in layers}, samples, answers, tokens, digests)

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..algebra.second_order import Low
 from ..config import CordaError
 from ..files import is_partial, sha256_of, whole_file, work_folder, write_text
 from ..models.weights import Quantized
+from ..processes import Processes
 from .layer import Decomposed, LayerRecord
 from .statistics import Sides
 
@@ -99,14 +101,26 @@ class LayerStore:
 
     def save(self, layers: Mapping[str, Decomposed]) -> None:
         """Add a block. It is on the disk when this returns."""
-        name = f"{len(self.files):04}.safetensors"
+        self.add([self.write(layers)])
+
+    def write(self, layers: Mapping[str, Decomposed], number: int = 0) -> tuple[str, str, list[str]]:
+        """Write the file of a block, the `number`-th to come. Returns its name and checksum and the layers in it, to
+        `add`."""
+        name = f"{len(self.files) + number:04}.safetensors"
         tensors = {f"{name}|{key}": x for name, layer in layers.items() for key, x in _parts(name, layer).items()}
         records = json.dumps({layer: asdict(decomposed.record) for layer, decomposed in layers.items()})
-        with whole_file(self.folder / name) as partial:
-            save_file(tensors, partial, metadata={"records": records})
-            self.files[name] = sha256_of(partial)
-        self.blocks.append(list(layers))
-        write_text(self.manifest, json.dumps({"files": self.files, "blocks": self.blocks}))
+        with whole_file(self.folder / name) as path:
+            save_file(tensors, path, metadata={"records": records})
+            checksum = sha256_of(path)
+        return name, checksum, list(layers)
+
+    def add(self, written: Iterable[tuple[str, str, list[str]]], note: bool = True) -> None:
+        """Blocks whose files have been written are finished: `note` it in the manifest."""
+        for name, checksum, layers in written:
+            self.files[name] = checksum
+            self.blocks.append(layers)
+        if note:
+            write_text(self.manifest, json.dumps({"files": self.files, "blocks": self.blocks}))
 
     def load(self, spectra_only: bool = False) -> Iterator[tuple[str, Decomposed]]:
         """The layers, in the order they were saved, read one at a time. `spectra_only` leaves out the large tensors."""
@@ -148,20 +162,33 @@ def _parts(name: str, layer: Decomposed) -> dict[str, Tensor]:
 
 
 @contextmanager
-def saving(store: LayerStore, device: torch.device) -> Iterator[Callable[[Mapping[str, Decomposed]], None]]:
+def saving(
+    store: LayerStore, device: torch.device, processes: Processes | None = None
+) -> Iterator[Callable[[Mapping[str, Decomposed]], None]]:
     """Yield `store.save`. Where a device other than the CPU computes, yield a function that writes a block while the
-    next is computed: at most one block waits, and an error is raised at the next block, or at the end."""
+    next is computed: at most one block waits, and an error is raised at the next block, or at the end.
+
+    Several processes, which must save equally often, write a file each. The first process notes them all together.
+    """
+    write: Callable[[Mapping[str, Decomposed]], Any] = store.save
+    if processes is not None:
+        write = partial(store.write, number=processes.rank)
+
+    def finish(written: Any) -> None:
+        if processes is not None:
+            store.add(processes.gather(written), note=processes.first)
+
     if device.type == "cpu":
-        yield store.save
+        yield lambda layers: finish(write(layers))
         return
     with ThreadPoolExecutor(1) as writer:
-        last: list[Future[None]] = []
+        last: list[Future[Any]] = []
 
         def save(layers: Mapping[str, Decomposed]) -> None:
             if last:
-                last.pop().result()
-            last.append(writer.submit(store.save, layers))
+                finish(last.pop().result())
+            last.append(writer.submit(write, layers))
 
         yield save
         if last:
-            last.pop().result()
+            finish(last.pop().result())

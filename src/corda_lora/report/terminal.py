@@ -1,10 +1,10 @@
-"""The tables that `corda init`, `corda plan` and `corda eval` print."""
+"""The tables that `corda init`, `corda plan`, `corda eval` and `corda export` print."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -54,6 +54,34 @@ def start_table(start: Any) -> Table:
             f"{mean(r['norm_A'] for r in records):.3g}",
             f"{mean(r['norm_B'] for r in records):.3g}",
         )
+    return table
+
+
+def order_table(order: Any, gains: Mapping[str, Any]) -> Table:
+    """What an adapter in order keeps at its rank, at half of it, and so on.
+
+    Args:
+        order: an `adapters.order.Order`.
+        gains: of each layer's components, (r,).
+    """
+    total = sum(float(gain.sum()) for gain in gains.values())
+    table = Table(
+        title=f"{len(gains)} layers in order",
+        caption="gain: predicted, nats per answer token; what is lost of it is KL(whole‖cut)",
+    )
+    for column in ("mean rank", "ranks", "layers without any", "gain"):
+        table.add_column(column, justify="right")
+    R = order.full
+    while R >= 1:
+        ranks = order.ranks(R)
+        kept = sum(float(gain[: ranks[name]].sum()) for name, gain in gains.items())
+        table.add_row(
+            f"{R:.3g}",
+            f"{min(ranks.values())}–{max(ranks.values())}",
+            str(sum(r == 0 for r in ranks.values())),
+            f"{kept:.3g} ({kept / total if total else 1:.1%})",
+        )
+        R /= 2
     return table
 
 

@@ -1,0 +1,150 @@
+"""Several processes that do one piece of work together, as `torchrun` and `accelerate launch` start them.
+
+The launcher tells each process its number and how many there are (RANK, LOCAL_RANK, WORLD_SIZE), and where they meet
+(MASTER_ADDR, MASTER_PORT). Small things are told over gloo, between CPUs; tensors on CUDA devices go over NCCL. If one
+of the processes ends, the others end too. Its sentence is printed once, and once more where process 0 is, if that is on
+another host.
+"""
+
+import os
+import pickle
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from .config import CordaError
+
+FAILED = "corda/failed"  # the name in the store for what the first process to end has said
+LONGEST_WAIT = timedelta(hours=6)  # for a process that lives: one that dies is noticed at once
+
+
+def number_of_processes() -> int:
+    """How many processes the launcher started; 1 without one. Raises CordaError if WORLD_SIZE is no number."""
+    return _number("WORLD_SIZE", "1")
+
+
+def rank_here() -> int:
+    """The number of this process, from 0 on."""
+    return _number("RANK", "0")
+
+
+def _number(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise CordaError(f"{name} is {text!r} in the environment, but must be a number: start with torchrun")
+    return int(text)
+
+
+class ProcessEndedError(CordaError):
+    """Another process has ended, so that this one cannot go on."""
+
+
+@dataclass
+class Processes:
+    """The processes of one run, once they have met (see `joined`).
+
+    Attributes:
+        rank: the number of this one, from 0 on.
+        size: how many there are, at least 2.
+        store: where one that fails leaves its sentence for the others.
+        waited: seconds spent until all had come to the same place.
+    """
+
+    rank: int
+    size: int
+    store: Any
+    waited: float = 0.0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, in the order of their numbers: all must call this at the same place.
+
+        Raises ProcessEndedError if one has ended."""
+        import torch.distributed as dist
+
+        since, found = time.perf_counter(), [None] * self.size
+        with self.watching():
+            dist.all_gather_object(found, value)
+        self.waited += time.perf_counter() - since
+        return found
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside this context an error of the connection is a ProcessEndedError."""
+        try:
+            yield
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ProcessEndedError(
+                f"one of the {self.size} processes has ended without a word (killed, or out of memory), so the others "
+                "end, too; finished work is kept, and the same command goes on from it"
+            ) from error
+
+    def check_same(self, what: dict[str, Any]) -> None:
+        """Raises CordaError, in every process, if `what` is not the same in all of them: it names the first entry that
+        differs, and where."""
+        found = self.gather((socket.gethostname(), what))
+        for number, (host, other) in enumerate(found):
+            for key in {**found[0][1], **other}:
+                first = found[0][1].get(key)
+                if other.get(key) != first:
+                    raise CordaError(
+                        f"process {number} on {host} sees another {key} than process 0 on {found[0][0]} "
+                        f"({_short(other.get(key))} and {_short(first)}): all need the same files and versions"
+                    )
+
+    def last_word(self, sentence: str) -> str:
+        """What this process says when it ends with a sentence, or with none: nothing, where another was the first to
+        end, and what that one said is on the same terminal."""
+        host = socket.gethostname()
+        with suppress(Exception):  # whoever holds the store may be gone
+            self.store.set_timeout(timedelta(seconds=5))
+            if not sentence and not self.store.check([FAILED]):
+                return sentence
+            said = self.store.compare_set(FAILED, "", "\0".join((str(self.rank), host, sentence))).decode()
+            rank, where, first = said.split("\0")
+            if int(rank) != self.rank:
+                return f"process {rank} on {where}: {first}" if self.first and where != host else ""
+        return sentence
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Meet the other processes, for a `with` block: each with a CUDA device of its own, if there are any.
+
+    Raises CordaError if there are fewer devices than processes on this host, or the others cannot be reached.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    local, backend = _number("LOCAL_RANK", str(rank_here())), "gloo"
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise CordaError(
+                f"process {local} of this host has no GPU of its own: there are {torch.cuda.device_count()}; start as "
+                "many processes as GPUs"
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
+    except (RuntimeError, ValueError) as error:
+        raise CordaError(f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun") from error
+    try:
+        yield Processes(rank, size, store)
+    finally:
+        with suppress(Exception):
+            dist.destroy_process_group()

@@ -1,0 +1,188 @@
+"""`corda init` by several processes: the adapter is that of one."""
+
+import functools
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import transformers
+from ranks import run_together
+from safetensors.torch import load_file
+
+from corda_lora.algebra.second_order import Low, whole
+from corda_lora.config import CordaConfig, CordaError
+from corda_lora.models.targets import find_targets
+from corda_lora.preprocess.context import Context
+from corda_lora.preprocess.share import Share
+from corda_lora.processes import Processes
+
+ROWS = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, tokenizer):
+    """A model of three blocks, and data."""
+    folder = tmp_path_factory.mktemp("given")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.SIZE | {"num_hidden_layers": 3}))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+@pytest.fixture
+def command(given, tmp_path):
+    """command(output, *options) → the arguments of `corda init`."""
+
+    def arguments(output, *options):
+        data = ["--context", given / "known.jsonl", "--samples", 40, "--batch_tokens", 256]
+        return ["init", "--model", given / "model", *data, "--r", 2, *options, "--output", tmp_path / output]
+
+    return arguments
+
+
+def ran(ended):
+    assert ended.codes == [0] * len(ended.codes), ended.err
+    return ended
+
+
+def layers_of(folder):
+    return load_file(folder / "adapter_model.safetensors"), json.loads((folder / "corda.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, ["--orientation", "identity"]),  # nothing is summed up
+        (2, ["--preset", "corda++", "--rounds", 2]),  # each sums up a round
+        (3, ["--preset", "corda++", "--rounds", 3, "--mode", "ipm"]),
+    ],
+)
+def test_the_same_bytes_where_each_sum_is_of_one_process(command, tmp_path, size, options):
+    ran(run_together(1, command("one", *options), tmp_path / "log"))
+    ended = ran(run_together(size, command("many", *options), tmp_path / "log"))
+    one, many = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "many"))
+    assert one == many
+    assert "written to" in ended.out[0]
+    assert ended.out[1:] == ended.err[1:] == [""] * (size - 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (2, ["--mode", "ipm"]),
+        (3, ["--mode", "ipm", "--keep", 10]),  # backward, too, with answers that are drawn
+        (2, ["--mode", "ipm", "--orientation", "two_sided", "--preset", "corda+"]),
+        (3, []),
+    ],
+)
+def test_sums_over_processes_are_equal_to_rounding(command, tmp_path, size, options):
+    ran(run_together(1, command("one", *options), tmp_path / "log"))
+    ran(run_together(size, command("many", *options), tmp_path / "log"))
+    (one, record), (many, shared) = (layers_of(tmp_path / name) for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert record.keys() == shared.keys()
+    for key in record.keys() - {"totals", "held_out", "layers"}:
+        assert record[key] == shared[key]
+    # The last components of kpm hang on the small eigenvalues of C, of which float32 knows less.
+    same = functools.partial(pytest.approx, rel=1e-4 if "ipm" in options else 0.02)
+    assert record["totals"].pop("ranks") == shared["totals"].pop("ranks")
+    assert record["totals"] == same(shared["totals"])
+    for name, layer in record["layers"].items():
+        assert layer.keys() == shared["layers"][name].keys()
+        for key in layer.keys() - {"shape"}:
+            assert shared["layers"][name][key] == same(layer[key]), (name, key)
+    if "ipm" in options:
+        for name, A in one.items():
+            signs = (A * many[name]).sum(1, keepdim=True).sign() if "lora_A" in name else 1
+            assert torch.dist(A, signs * many[name]) <= 1e-4 * A.norm(), name
+    if "--keep" in options:
+        first, second = (load_file(tmp_path / name / "statistics.safetensors") for name in ("one", "many"))
+        for name in {name.removesuffix(".diagonal") for name in first if name.endswith("diagonal")}:
+            M, N = (whole(Low(s[f"{name}.factor"].float(), s[f"{name}.diagonal"].float())) for s in (first, second))
+            assert torch.dist(M, N) < 0.01 * M.norm(), name  # they are kept in bfloat16
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(command, tmp_path, killed):
+    options = ["--preset", "corda++", "--rounds", 2]
+    ran(run_together(2, command("whole", *options), tmp_path / "log"))
+    event, ending = "os.rename", f"000{2 + killed}.safetensors"  # of the second window
+    ended = run_together(2, command("out", *options), tmp_path / "log", kills={killed: (event, ending)})
+    assert ended.codes[killed] == -signal.SIGKILL
+    assert ended.codes[1 - killed] == 2
+    [line] = [line for text in ended.err for line in text.splitlines() if line.startswith("corda init:")]
+    assert "one of the 2 processes has ended without a word" in line
+    assert "the same command goes on" in line
+    assert len(json.loads((tmp_path / "out.work" / "finished.json").read_text())["files"]) == 2
+    refused = run_together(1, command("out", *options), tmp_path / "log")  # its sums would be others
+    assert refused.codes == [2]
+    assert "processes was 2 there" in refused.err[0]
+    ran(run_together(2, command("out", *options), tmp_path / "log"))
+    one, many = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert one == many
+    assert not (tmp_path / "out.work").exists()
+    again = ran(run_together(2, command("out", *options), tmp_path / "log"))
+    assert " ".join("".join(again.out).split()).count("is whole already") == 1
+
+
+def test_torchrun_starts_it_and_ends_all_by_one_sentence(command, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "corda_lora", "--"]
+    done = subprocess.run(
+        [*launch, *map(str, command("out", "--batch_tokens", 10**5))], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("corda init:")]
+    assert lines == [
+        "corda init: 2 processes cannot share 1 batches of the context: start fewer, or lower --batch_tokens"
+    ]
+    done = subprocess.run([*launch, *map(str, command("out"))], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_shared_is_refused(given, command, tmp_path):
+    few = command("out", "--orientation", "identity", "--target_modules", "lm_head")
+    ended = run_together(3, few, tmp_path / "log")
+    assert ended.codes == [2, 2, 2]
+    assert "".join(ended.err).count("3 processes cannot share 1 layers: start fewer") == 1
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
+    there = command("out")
+    differing = [str(other) if argument == given / "known.jsonl" else argument for argument in there]
+    ended = run_together(2, [there, differing], tmp_path / "log")
+    assert ended.codes == [2, 2]
+    assert "process 1 on" in "".join(ended.err)
+    assert "all need the same files and versions" in "".join(ended.err)
+    ended = run_together(2, [there, command("elsewhere")], tmp_path / "log")
+    assert ended.codes == [2, 2]
+    assert "must be in a folder that all hosts share" in "".join(ended.err)
+    ended = run_together(2, ["export", "--model", "m", "--adapter", "a", "--output", tmp_path / "x"], tmp_path / "log")
+    assert ended.codes == [2, 2]
+    assert "export does not share its work among processes" in ended.err[0]
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_parts_of_a_context_are_in_order_and_alike():
+    lengths = [12, 3, 3, 3, 3, 3, 3, 3, 3]
+    batches = [{"input_ids": torch.ones(2, length)} for length in lengths]
+    model = tiny.build("llama")
+    targets = find_targets(model, "all-linear")
+    for size in (2, 3, 9):
+        parts = [
+            Share(Processes(rank, size, None), targets, CordaConfig(r=1), torch.device("cpu")).part(
+                Context(batches, list(range(9)))
+            )
+            for rank in range(size)
+        ]
+        assert [i for part in parts for i in part.rounds] == list(range(9))
+        assert [i for part in parts for i in part.numbers] == list(range(18))
+        assert [part.begin for part in parts] == [part.rounds[0] for part in parts]
+        tokens = [sum(batch["input_ids"].numel() for batch in part.batches) for part in parts]
+        assert max(tokens) <= sum(lengths) * 2 / size + 6 or size == 9
+    with pytest.raises(CordaError, match="10 processes cannot share 9 batches"):
+        Share(Processes(0, 10, None), targets, CordaConfig(r=1), torch.device("cpu")).part(Context(batches))
