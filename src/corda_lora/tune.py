@@ -19,12 +19,13 @@ from .data.batches import encode_all
 from .data.labels import check_labels, with_labels
 from .data.overview import overview
 from .data.samples import Sample, digest_of, hold_out, load_samples
-from .evaluation.meter import KeptContext, generic_penalty, kept_digest, load_context, make_keeper
+from .evaluation.meter import KeptContext, generic_penalty, kept_digest, load_contexts, make_keepers
 from .files import check_output, is_made, remove_folder, remove_work, sha256_of, work_folder
 from .models.loading import load_model, load_tokenizer
 from .preprocess.work import open_work
 from .progress import console
 from .training.arguments import check_trainer
+from .training.keeping import Evener
 from .training.train import DivergedError, last_checkpoint, plain_lora, train
 
 
@@ -36,7 +37,7 @@ class Tuning:
         source: with the labels of the head, if the model is to be a classifier.
         samples: of the task.
         evaluated: samples whose loss is measured at each checkpoint.
-        context: the ability to keep; None if nothing is kept.
+        contexts: the abilities to keep.
         record: corda.json of the start; None if it has none.
         recipe: what tells this training from others, for training.json.
     """
@@ -49,7 +50,7 @@ class Tuning:
     keep: KeepConfig
     samples: list[Sample]
     evaluated: list[Sample]
-    context: KeptContext | None
+    contexts: list[KeptContext]
     record: dict[str, Any] | None
     recipe: dict[str, Any]
 
@@ -86,11 +87,11 @@ def read_tuning(
     check_labels(data.data, samples, source.labels)
     check_labels(held_out.data if isinstance(held_out, DataConfig) else "", evaluated, source.labels)
     if source.labels is None:
-        context = load_context(keep, folder, record)
+        contexts = load_contexts(keep, folder, record)
     elif keep.keep or keep.keep_generic or keep.max_drift or keep.context:
         raise CordaError("the drift that keep holds down is that of a language model's answers: a classifier has none")
     else:
-        context = None
+        contexts = []
     recipe = {
         "model": asdict(source),
         "start": asdict(start) if isinstance(start, LoraStart) else str(start),
@@ -99,7 +100,7 @@ def read_tuning(
         "train": asdict(config),
         "keep": asdict(keep),
         "sha256": {
-            "kept": kept_digest(context),
+            "kept": kept_digest(contexts),
             "data": digest_of(samples),
             "held_out": digest_of(evaluated),
             "start": sha256_of(weights) if weights and weights.is_file() else None,
@@ -107,7 +108,7 @@ def read_tuning(
     }
     if not isinstance(held_out, DataConfig):
         samples, evaluated = hold_out(samples, held_out, data.seed)
-    return Tuning(source, data, config, start, held_out, keep, samples, evaluated, context, record, recipe)
+    return Tuning(source, data, config, start, held_out, keep, samples, evaluated, contexts, record, recipe)
 
 
 def is_tuned(tuning: Tuning, output: Path) -> bool:
@@ -130,10 +131,10 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
     last checkpoint, in the folder OUTPUT.work, when it is called again with the same arguments.
 
     Returns what is in training.json: what `train` returns, the recipe, and, where something is kept, "drift": the
-    meter's history (see `training.keeping.Keeper`).
+    meter's history (see `training.keeping.Keeper`), of several abilities one for each by its name.
 
     Raises:
-        CordaError: see `check_tuning`, `load_model`, `load_adapter`, `make_keeper`, `train`; OUTPUT.work belongs to
+        CordaError: see `check_tuning`, `load_model`, `load_adapter`, `make_keepers`, `train`; OUTPUT.work belongs to
             another training.
         DivergedError: as `train` does.
     """
@@ -145,8 +146,9 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
             encoded = encode_all(tokenizer, samples, length, end=True)
             console.print(overview(name, tokenizer, samples, encoded, length, end=True))
     peft_model = _adapted(tuning)
-    keeper, lines = make_keeper(peft_model, tokenizer, tuning.keep, tuning.context)
-    penalties = {"drift": keeper.penalty} if keeper else {}
+    keepers, lines = make_keepers(peft_model, tokenizer, tuning.keep, tuning.contexts)
+    penalties = {f"drift {keeper.name}".strip(): keeper.penalty for keeper in keepers}
+    evener = [Evener(keepers)] if tuning.keep.weights == "validation" and keepers else []
     if price := tuning.keep.keep_generic:
         penalties["generic"] = generic_penalty(peft_model, tokenizer, price)
         lines.append(f"keeps what the model says of its own accord, at a price of {price:g}")
@@ -161,7 +163,7 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
             tuning.config,
             length,
             work,
-            callbacks=[keeper] if keeper else [],
+            callbacks=[*keepers, *evener],
             penalties=penalties,
             held_out=tuning.evaluated,
         )
@@ -173,10 +175,12 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
         remove_folder(work)  # resuming from its checkpoints would end the same way
         raise
     training = {"recipe": tuning.recipe, **result}
-    if keeper:
+    for keeper in keepers:
         if keeper.history[-1][0] != result["kept_step"]:  # early stopping went back to an earlier adapter
             keeper.look(result["kept_step"])
-        training["drift"] = keeper.history
+    if keepers:
+        histories = {keeper.name: keeper.history for keeper in keepers}
+        training["drift"] = histories.get("", histories)
     save_adapter(peft_model, output, {TRAINING: training} | ({RECORD: tuning.record} if tuning.record else {}))
     _keep_logs(output)
     remove_folder(work)

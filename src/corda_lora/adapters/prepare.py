@@ -3,6 +3,7 @@
 import hashlib
 import socket
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
+from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.batches import encode_all
 from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_others, load_rounds
@@ -20,7 +21,7 @@ from ..files import check_output, remove_folder, work_folder
 from ..models.loading import check_original, load_model, load_tokenizer, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import choose_targets, modules_named
-from ..preprocess.context import Context, has_decoder, read_context
+from ..preprocess.context import Ability, Context, has_decoder, read_context, together
 from ..preprocess.held_out import enough_samples, held_out_leaks, times_as_much
 from ..preprocess.pipeline import Start, preprocess
 from ..preprocess.plan import check_room, init_plan
@@ -38,7 +39,7 @@ OTHERS = 64  # samples beside those shown whose leak is measured
 def prepare(
     source: ModelConfig | nn.Module,
     config: CordaConfig,
-    data: DataConfig | None,
+    data: DataConfig | Sequence[ContextConfig] | None,
     output: Path,
     tokenizer: Any = None,
     batch_tokens: int = 4096,
@@ -59,7 +60,7 @@ def prepare(
         source: a checkpoint, which is read block by block, so that the whole model is never in memory; or a loaded
             model, which is left as it was.
         data: samples of the ability to keep (kpm) or to learn (ipm). Not needed with orientation `identity`, unless
-            `keep` is above 0.
+            `keep` is above 0. Or those of several abilities (see `named_contexts`), whose covariances are mixed.
         output: the directory to write, with corda.json (what was run), timing.json, spectra.safetensors and, if `keep`
             is above 0, statistics.safetensors. With `quantization`, the quantized base of the adapter is in its folder
             `base`.
@@ -84,7 +85,10 @@ def prepare(
         raise CordaError("give a context: samples of the ability to keep (kpm) or to learn (ipm)")
     check_output(output)
     assert config.rounds is not None
-    rounds = load_rounds(data, config.rounds) if data else []
+    datas = [data] if isinstance(data, DataConfig) else list(data or ())
+    if len(datas) > 1 and config.rounds > 1:
+        raise CordaError(f"{config.rounds} rounds are of one context, but there are {len(datas)}")
+    shown = [load_rounds(each, config.rounds) for each in datas]
     base: nn.Module | None = None
     if isinstance(source, ModelConfig):
         if original is not None:
@@ -94,23 +98,28 @@ def prepare(
                 raise CordaError(f"original is for a model that is quantized already, but {source.model} is not")
         torch.manual_seed(0)  # of a classifier's new head
         model, stored = open_model(original or source)
-        tokenizer = load_tokenizer(source) if (data or config.quantization) and tokenizer is None else tokenizer
+        tokenizer = load_tokenizer(source) if (datas or config.quantization) and tokenizer is None else tokenizer
     else:
         model, stored = source, {}
-    context = Context()
-    if data:
+    contexts = []
+    for each, rounds in zip(datas, shown):
         if tokenizer is None:
             raise CordaError("give the tokenizer of the loaded model, which the context is encoded by")
         if progress:
-            encoded = encode_all(tokenizer, rounds[0], data.max_length)
-            console.print(overview(data.data, tokenizer, rounds[0], encoded, data.max_length, learned=False))
-        context = read_context(tokenizer, rounds, data.max_length, batch_tokens, has_decoder(model))
+            encoded = encode_all(tokenizer, rounds[0], each.max_length)
+            console.print(overview(each.data, tokenizer, rounds[0], encoded, each.max_length, learned=False))
+        context = read_context(tokenizer, rounds, each.max_length, batch_tokens, has_decoder(model))
         check_fit(model, (ids for batch in context.batches for ids in batch["input_ids"].tolist()))
+        contexts.append(context)
+    context = contexts[0] if contexts else Context()
+    if len(contexts) > 1:
+        abilities = [Ability(each.ability, each.weight) for each in datas if isinstance(each, ContextConfig)]
+        context = together(contexts, abilities)
     check_room(init_plan(model, config, context.batches, park), output)
 
-    record: dict[str, Any] = {"data": asdict(data) if data else None}
-    if data:
-        record |= {"samples_sha256": digest_of(chain(*rounds))}
+    record = data_record(datas)
+    if datas:
+        record |= {"samples_sha256": digest_of(chain(*chain(*shown)))}
     dtype = str(next(model.parameters()).dtype)
     if isinstance(source, ModelConfig):
         dtype = source.dtype
@@ -122,7 +131,7 @@ def prepare(
     run |= {"tokens": hashlib.sha256(tokens).hexdigest(), "corda-lora": __version__}
     run |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if processes:
-        processes.check_same({**run, "context": data and digest_of(chain(*rounds))})
+        processes.check_same({**run, "context": record.get("samples_sha256")})
         run |= {"processes": processes.size}
     work = _open_shared(output, run, processes) if processes else _open(output, run)
     try:
@@ -131,8 +140,8 @@ def prepare(
         if not (work / MANIFEST).is_file() and (processes is None or processes.first):  # nothing was finished
             remove_folder(work)
         raise
-    if data and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
-        _add_held_out(start, model, stored, tokenizer, data, batch_tokens, processes)
+    if len(datas) == 1 and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
+        _add_held_out(start, model, stored, tokenizer, datas[0], batch_tokens, processes)
     if processes and not processes.first:
         return start
     quantized = work / BASE_FOLDER if config.quantization else None
@@ -172,6 +181,13 @@ def _open_shared(output: Path, run: dict[str, Any], processes: Processes) -> Pat
                 f"process {number} on {host} does not see {work}: the output must be in a folder that all hosts share"
             )
     return work
+
+
+def data_record(datas: Sequence[DataConfig]) -> dict[str, Any]:
+    """What corda.json says of where the samples are from."""
+    if len(datas) > 1:
+        return {"data": None, "contexts": [asdict(each) for each in datas]}
+    return {"data": asdict(datas[0]) if datas else None}
 
 
 def _add_held_out(

@@ -8,13 +8,19 @@ from typing import Any, get_type_hints
 import yaml
 from yaml import YAMLError
 
-from ..config import CordaError, DataConfig
+from ..config import ContextConfig, CordaError, DataConfig
 from ..config.values import check_value
 from ..evaluation.measures import KINDS
 
 PLAN_RECIPE = "plan_recipe"  # `corda plan RECIPE` has the options of a comparison
 # The options that are data, by verb.
-OF_DATA = {"eval": KINDS, "train": ("context",), "inspect": ("context", "text"), "export": ("data",)}
+OF_DATA = {
+    "eval": KINDS,
+    "init": ("context",),
+    "train": ("context",),
+    "inspect": ("context", "text"),
+    "export": ("data",),
+}
 
 
 def for_parser(given: Sequence[str]) -> list[str]:
@@ -23,22 +29,25 @@ def for_parser(given: Sequence[str]) -> list[str]:
     arguments = [_underscored(argument) for argument in given]
     verb = arguments[0] if arguments else ""
     if verb in OF_DATA:
-        return with_data(arguments, OF_DATA[verb])
+        return with_data(arguments, OF_DATA[verb], ContextConfig if verb in ("init", "train") else DataConfig)
     if verb in ("compare", "plan") and arguments[1:] and not arguments[1].startswith("-"):
         return [verb if verb == "compare" else PLAN_RECIPE, "--config", *arguments[1:]]
     return arguments
 
 
-def with_data(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
+def with_data(arguments: Sequence[str], kinds: Sequence[str], config: type = DataConfig) -> list[str]:
     """`--keep FILE --keep.prompt TEMPLATE` as one argument, `--keep {"data": FILE, "prompt": TEMPLATE}`; `--keep` given
     several times as a list of these.
 
     The parser would read each nested value as YAML, and take `{answer}` for a mapping and a `#` for a comment. Numbers
     and switches are read as YAML here.
 
+    Args:
+        config: the dataclass of a data's options.
+
     Raises CordaError if a value does not fit: the parser would take all of the argument for a name of data.
     """
-    hints = get_type_hints(DataConfig, include_extras=True)
+    hints = get_type_hints(config, include_extras=True)
     texts = {name for name, hint in hints.items() if hint in (str, str | None)}
     others: list[str] = []
     data: dict[str, list[dict[str, Any]]] = {}

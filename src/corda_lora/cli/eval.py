@@ -181,16 +181,20 @@ def _name_models(options: Namespace) -> None:
 
 
 def _drift_in_training(adapter: Path) -> str | None:
-    """What the meter said at the end of the adapter's training, in a line; None if it was trained without."""
+    """What the meter said at the end of the adapter's training, in a line for each ability; None if it was trained
+    without."""
     path = adapter / "training.json"
-    history = read_json(path).get("drift") if path.is_file() else None
-    if not history:
+    histories = read_json(path).get("drift") if path.is_file() else None
+    if not histories:
         return None
-    try:
-        _, predicted, measured, price = map(float, history[-1])
-    except (TypeError, ValueError, LookupError) as error:
-        raise CordaError(f"{path} is damaged: its drift is no list of measurements") from error
-    return (
-        f"When it was trained: drift {measured:.3g} on samples of the context, {predicted:.3g} predicted from its "
-        f"statistics, at a price of {price:.3g} nats a nat."
-    )
+    lines = []
+    for name, history in histories.items() if isinstance(histories, dict) else [("the context", histories)]:
+        try:
+            _, predicted, measured, price = map(float, history[-1])
+        except (TypeError, ValueError, LookupError) as error:
+            raise CordaError(f"{path} is damaged: its drift is no list of measurements") from error
+        lines.append(
+            f"When it was trained: drift {measured:.3g} on samples of {name}, {predicted:.3g} predicted from its "
+            f"statistics, at a price of {price:.3g} nats a nat."
+        )
+    return "\n".join(lines)

@@ -1,15 +1,15 @@
 """`corda init`: an adapter's start."""
 
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import Namespace
 
-from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
-from ..config.data import CONTEXT_SAMPLES
+from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
+from ..config.data import CONTEXT_SAMPLES, named_contexts
 from ..config.values import Count
 from ..files import is_made, read_json, remove_work
 from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
@@ -28,7 +28,10 @@ def add_init(verb: AddVerb) -> None:
     )
     parser.set_defaults({"samples": CONTEXT_SAMPLES})
     parser.add_argument(
-        "--context", type=str | None, help="DATA that shows the ability to keep (kpm) or to learn (ipm)"
+        "--context",
+        type=str | ContextConfig | list[str | ContextConfig] | None,
+        help="DATA that shows the ability to keep (kpm) or to learn (ipm). Give --context several times for several "
+        "abilities; options of one follow it: --context.weight 2, --context.ability NAME, --context.prompt TEMPLATE",
     )
     parser.add_argument("--original", type=str | None, help="the full weights of a MODEL that is in 4 bits already")
     parser.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
@@ -49,15 +52,18 @@ def init(options: Namespace) -> dict[str, Any]:
     read from the checkpoint block by block: the whole model is never in memory. A run that was broken off goes on
     after its last finished block when the same command is given again."""
     config, source = take(CordaConfig, options), take(ModelConfig, options)
-    data = None if options.context is None else take(DataConfig, options, data=options.context)
-    if data is None and config.reads_context:
+    datas = contexts_of(options)
+    if not datas and config.reads_context:
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
-    if data and data.label:
+    labelled = next((data for data in datas if data.label), None)
+    datas = datas if config.reads_context else []
+    if labelled:
         from ..data.labels import with_labels
 
-        source = with_labels(source, data)
+        source = with_labels(source, labelled)
+    data: Any = datas if len(datas) > 1 else datas[0] if datas else None
     original = None if options.original is None else replace(source, model=options.original, revision=None)
-    recipe = _recipe(options, config, source, data)
+    recipe = _recipe(options, config, source, datas)
     is_there = is_made(options.output / "corda.json", recipe) and not (options.output / "training.json").is_file()
     if options.processes:
         options.processes.check_same({"output": is_there})
@@ -99,32 +105,53 @@ def init(options: Namespace) -> dict[str, Any]:
     out.print(start_cost(start))
     out.print(f"written to {options.output}")
     push(options, repo)
-    out.print(_next(options.output, config, source, data, made["learning_rate"]), highlight=False, soft_wrap=True)
+    out.print(_next(options.output, config, source, labelled, made["learning_rate"]), highlight=False, soft_wrap=True)
     return made
 
 
-def _recipe(options: Namespace, config: CordaConfig, source: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
+def _recipe(options: Namespace, config: CordaConfig, source: ModelConfig, datas: list[DataConfig]) -> dict[str, Any]:
     """What makes the starts of two commands the same. The samples are read only if there is a start to compare with."""
     recipe: dict[str, Any] = {"model": source.model, "revision": source.revision, "dtype": source.dtype}
     recipe |= {"config": asdict(config), "batch_tokens": options.batch_tokens}
     recipe |= {} if options.original is None else {"original": options.original}
     recipe |= {"labels": source.labels} if source.labels else {}
-    recipe |= {"data": asdict(data) if data and config.reads_context else None}
-    if data and config.reads_context and (options.output / "corda.json").is_file():
+    recipe |= {"data": asdict(datas[0]) if len(datas) == 1 else None}
+    recipe |= {"contexts": [asdict(each) for each in datas]} if len(datas) > 1 else {}
+    if datas and (options.output / "corda.json").is_file():
         from ..data.samples import digest_of, load_rounds
 
         assert config.rounds is not None
-        recipe |= {"samples_sha256": digest_of(chain(*load_rounds(data, config.rounds)))}
+        shown = [load_rounds(each, config.rounds) for each in datas]
+        recipe |= {"samples_sha256": digest_of(chain(*chain(*shown)))}
     return recipe
 
 
-def _next(output: Path, config: CordaConfig, source: ModelConfig, data: DataConfig | None, rate: float) -> str:
+def _next(output: Path, config: CordaConfig, source: ModelConfig, labelled: DataConfig | None, rate: float) -> str:
     """The command that trains the start."""
     model = str(output / "base") if config.quantization else source.model
     following = shlex.join(["corda", "train", "--model", model, "--start", str(output)])
     following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'}"
-    following += f" --label {data.label} --output tuned/" if data and data.label else " --output tuned/"
+    following += f" --label {labelled.label} --output tuned/" if labelled else " --output tuned/"
     return f"next: {following}  (its learning rate: {rate:g})"
+
+
+def contexts_of(options: Namespace) -> list[DataConfig]:
+    """The contexts, however they were given. What one does not set itself is as the options of data say.
+
+    Raises CordaError as `named_contexts` does.
+    """
+    shared = {f.name: options[f.name] for f in fields(DataConfig) if f.name != "data"}
+    given = options.context if isinstance(options.context, list) else [options.context]
+    if given == [None]:
+        return []
+    contexts = [ContextConfig(each, **shared) if isinstance(each, str) else _completed(each, shared) for each in given]
+    return list(named_contexts(contexts))
+
+
+def _completed(context: ContextConfig, shared: dict[str, Any]) -> ContextConfig:
+    """A context with the shared options in place of those that it leaves at their defaults."""
+    defaults = {f.name: f.default for f in fields(DataConfig)}
+    return replace(context, **{k: v for k, v in shared.items() if getattr(context, k) == defaults[k]})
 
 
 def _made(output: Path, config: CordaConfig) -> dict[str, Any]:

@@ -82,10 +82,11 @@ def _say(result: dict[str, Any], max_drift: float | None) -> None:
     for step, loss in result["held_out_loss"]:
         if step == result["kept_step"]:
             out.print(f"held-out loss {loss:.4f} at step {step}, whose adapter is kept")
-    if "drift" in result:
-        drift = result["drift"][-1][2] or 0.0
+    drifts = result.get("drift", {})
+    for name, history in drifts.items() if isinstance(drifts, dict) else [("the context", drifts)]:
+        drift = history[-1][2] or 0.0
         asked = f" ({max_drift:g} was asked for)" if max_drift else ""
-        out.print(f"drift {drift:.3g} nats per answer token of the context{asked}: {kept(drift)}", highlight=False)
+        out.print(f"drift {drift:.3g} nats per answer token of {name}{asked}: {kept(drift)}", highlight=False)
 
 
 def _made(output: Path) -> dict[str, Any]:

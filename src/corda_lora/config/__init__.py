@@ -1,7 +1,7 @@
 """The options of every stage: defaults, ranges and meanings. (`corda --help` reads this package: no heavy imports.)"""
 
 from .compare import CompareConfig, MethodConfig
-from .data import DataConfig
+from .data import ContextConfig, DataConfig
 from .eval import EvalConfig, JudgeConfig
 from .init import CordaConfig
 from .inspect import InspectConfig
@@ -12,6 +12,7 @@ from .values import CordaError
 
 __all__ = [
     "CompareConfig",
+    "ContextConfig",
     "CordaConfig",
     "CordaError",
     "DataConfig",

@@ -1,9 +1,11 @@
 """Which samples: of a context, of a task, of what is measured."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
-from .values import CordaError, Count, Seed, check_fields, split
+from .values import CordaError, Count, NonNegative, Seed, check_fields, split
 
 CONTEXT_SAMPLES = 1000  # the default number of samples of a context
 OTHERS_LEAK = 1.1  # times as much as the samples of a context, others may leak before more samples are asked for
@@ -62,3 +64,44 @@ class DataConfig:
             raise CordaError("pair is the second of two texts to classify: name the column of their label, too")
         if self.label and (self.response or self.chat):
             raise CordaError(f"a text to classify has a label and no {'response' if self.response else 'chat'}")
+
+
+@dataclass
+class ContextConfig(DataConfig):
+    """The samples of an ability, beside those of others.
+
+    Args:
+        ability: what it is called. Default: the name of the data.
+        weight: how much it counts beside the others. Only the shares of the sum matter.
+        price: its price in training: nats of loss for a nat of drift. Default: its share of the whole price, so that
+            with equal weights each has the price that it would have alone.
+    """
+
+    ability: str = ""
+    weight: NonNegative = 1.0
+    price: NonNegative | None = None
+
+
+def named_contexts(given: Sequence[str | DataConfig]) -> Sequence[DataConfig]:
+    """The contexts of several abilities, each with a name. One alone has neither a name nor a weight.
+
+    Raises CordaError if two have one name, the weights sum to zero, or one alone has a price.
+    """
+    if not given:
+        raise CordaError("context is an empty list: give samples of an ability")
+    contexts = [each if isinstance(each, ContextConfig) else _with_weight(each) for each in given]
+    if len(contexts) == 1:
+        if contexts[0].price is not None:
+            raise CordaError("price is of one context among several: give the whole price, keep")
+        return [DataConfig(**{f.name: getattr(contexts[0], f.name) for f in fields(DataConfig)})]
+    named = [replace(c, ability=c.ability or Path(c.data).stem or c.data) for c in contexts]
+    names = [c.ability for c in named]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CordaError(f"two contexts are called {twice[0]}: give each an ability of its own")
+    if not sum(c.weight for c in named):
+        raise CordaError(f"the weights of {', '.join(names)} sum to zero: give at least one a weight")
+    return named
+
+
+def _with_weight(given: str | DataConfig) -> ContextConfig:
+    return ContextConfig(given) if isinstance(given, str) else ContextConfig(**asdict(given))

@@ -43,6 +43,9 @@ class CordaConfig:
             alone, for preset corda. `svd` is the float64 SVD, the reference. `auto` takes subspace where it can be used
             and r is small beside the layer, else gram.
         damping: λ of the regularized covariance C + λ·mean(diag C)·I.
+        weights: of several contexts, how much each counts: as `given` with each (or equally), or by `compactness`: each
+            layer takes those under which the r directions that the mixture uses least leak as little as can be for the
+            context that they leak most for.
         skip_tokens: the number of first tokens of each sample to leave out of the covariances. In many models the
             activations of the first token are far larger than any other's. Leave it at 0 for a context to keep: the
             adapter may otherwise change what the first token does.
@@ -84,6 +87,7 @@ class CordaConfig:
     orientation: Literal["covariance", "diagonal", "identity", "two_sided"] = "covariance"
     solver: Literal["auto", "gram", "subspace", "svd"] = "auto"
     damping: Positive = 0.01
+    weights: Literal["given", "compactness"] = "given"
     skip_tokens: CountOrZero = 0
     tokens: Literal["all", "text", "image"] = "all"
     target_modules: str | list[str] = "all-linear"

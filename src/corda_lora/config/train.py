@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from .data import DataConfig
+from .data import ContextConfig, DataConfig, named_contexts
 from .values import CordaError, Count, CountOrZero, Positive, Range, Seed, Share, check_fields
 
 KEEP = 10.0  # the default of λ: see docs/keeping.md
@@ -79,19 +79,29 @@ class KeepConfig:
             ends at this, in nats per answer token.
         keep_generic: the same weight for texts that the model itself draws, without its adapter. They stand for the
             abilities that nobody named.
-        context: DATA that shows the ability to keep. Default: what the start was made from.
+        context: DATA that shows the ability to keep. Default: what the start was made from. Give --context several
+            times for several abilities; options of one follow it: --context.weight 2, --context.price 30. The penalty
+            is then a sum, and the meter has each.
+        weights: of several contexts, their shares of the price: as `given` with each, or by `validation`: they are
+            steered while training so that the largest of the drifts that the meter shows is as small as can be.
     """
 
     keep: Annotated[float, Range(ge=0, le=1e30)] | None = None
     max_drift: Positive | None = None
     keep_generic: Annotated[float, Range(ge=0, le=1e30)] = 0.0
-    context: str | DataConfig | None = None
+    context: str | DataConfig | ContextConfig | list[str | ContextConfig] | None = None
+    weights: Literal["given", "validation"] = "given"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.weights == "validation" and self.max_drift is not None:
+            raise CordaError("max_drift steers the price of each context by itself: leave it or weights out")
         if self.keep == 0 and self.max_drift is not None:
             raise CordaError("keep is 0, so nothing can hold max_drift: leave one of them out")
         if self.keep == 0 and self.context is not None:
             raise CordaError("keep is 0, so nothing of the context would be kept: leave one of them out")
-        if isinstance(self.context, str):
-            self.context = DataConfig(self.context)
+        given: list[Any] = self.context if isinstance(self.context, list) else [self.context]
+        self.contexts = [] if given == [None] else list(named_contexts(given))
+        if self.contexts:
+            named: Any = self.contexts if len(self.contexts) > 1 else self.contexts[0]
+            self.context = named

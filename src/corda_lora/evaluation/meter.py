@@ -1,7 +1,7 @@
 """What a training keeps: the statistics of the context, and the meter on samples of it that they have not seen."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapters.card import TRAINING
 from ..adapters.lora import lora_layers, on_residual
-from ..config import CordaError, DataConfig, KeepConfig
+from ..config import ContextConfig, CordaError, DataConfig, KeepConfig
 from ..config.data import CONTEXT_SAMPLES
 from ..config.train import KEEP
 from ..data.batches import Encoded, encode_all
@@ -26,111 +26,152 @@ MEASURED = 64  # samples that the meter measures the drift on
 
 
 class KeptContext(NamedTuple):
-    """The ability to keep.
+    """An ability to keep.
 
     Attributes:
+        name: of one among several; else empty.
         data: where its samples are from.
         samples: those that are shown.
         price: λ, at which it is kept, or which is steered from there.
         statistics: the file with those of the samples, if there is one already.
     """
 
+    name: str
     data: DataConfig
     samples: list[Sample]
     price: float
     statistics: Path | None
 
 
-def load_context(config: KeepConfig, start: Path | None, record: dict[str, Any] | None) -> KeptContext | None:
-    """The ability to keep, and its price: as given, or else as the training kept it that the start is from, or else
-    what the start was made from (mode kpm). None if nothing is kept.
+def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any] | None) -> list[KeptContext]:
+    """The abilities to keep, each at its price: as given, or else as the training kept them that the start is from, or
+    else what the start was made from (mode kpm). None if nothing is kept.
+
+    The price λ is that of one context. Of several, each has its own or λ times its weight over the mean weight.
 
     Args:
         record: corda.json of the start.
 
-    Raises CordaError if something is to be kept, and nothing says what; or as `load_samples` does.
+    Raises CordaError if something is to be kept, and nothing says what; weights are to be found for one context; or as
+    `load_samples` does.
     """
     if config.keep == 0:
-        return None
+        return []
     try:
-        data, price, path = _kept_before(start, record)
+        datas, price, path = _kept_before(start, record)
         unknown = record is not None and on_residual(record)  # nothing predicts the drift
     except (LookupError, TypeError, AttributeError) as error:
         raise CordaError(f"{start} has a damaged corda.json or {TRAINING}: {error!r}") from error
-    if isinstance(config.context, DataConfig):
-        data, price, path = _with_samples(config.context), None, None
+    if config.contexts:
+        datas, price, path = [_with_samples(data) for data in config.contexts], None, None
     elif unknown and not (config.keep or config.max_drift):
-        return None
+        return []
     price = next((known for known in (config.keep, price) if known is not None), KEEP)
-    if data is None and (config.keep or config.max_drift):
+    if not datas and (config.keep or config.max_drift):
         whose = f"{start} was not made from samples to keep" if start else "a plain LoRA knows of nothing to keep"
         raise CordaError(f"{whose}: give a --context")
-    if data is None or (price == 0 and config.max_drift is None):
-        return None
-    try:
-        return KeptContext(data, load_samples(data), price or KEEP, path)
-    except CordaError as error:
-        if config.context is not None:
-            raise
-        raise CordaError(f"{error}; {start} was made from it: give a --context, or --keep 0") from error
+    if not datas or (price == 0 and config.max_drift is None):
+        return []
+    if config.weights == "validation" and len(datas) == 1:
+        raise CordaError("weights are shared by several contexts, and there is one: leave weights out")
+    total = sum(data.weight for data in datas if isinstance(data, ContextConfig))
+    contexts = []
+    for data in datas:
+        name, own = "", price or KEEP
+        if isinstance(data, ContextConfig):
+            name, own = data.ability, own * len(datas) * data.weight / total if data.price is None else data.price
+        try:
+            contexts.append(KeptContext(name, data, load_samples(data), own, path))
+        except CordaError as error:
+            if config.context is not None:
+                raise
+            raise CordaError(f"{error}; {start} was made from it: give a --context, or --keep 0") from error
+    return contexts
 
 
 def _kept_before(
     start: Path | None, record: dict[str, Any] | None
-) -> tuple[DataConfig | None, float | None, Path | None]:
+) -> tuple[list[DataConfig], float | None, Path | None]:
     """The samples that the training kept that an adapter is from, or that its start was made from (mode kpm); the price
     that either names; and the file of statistics beside the start."""
     trained = read_json(start / TRAINING) if start and (start / TRAINING).is_file() else {"recipe": {}}
     before = trained["recipe"].get("keep") or {}
     price = before.get("keep")
-    if before.get("max_drift") and trained.get("drift"):
-        price = trained["drift"][-1][-1]  # that it was steered to
+    steered = trained.get("drift") if before.get("max_drift") or before.get("weights") == "validation" else None
+    if isinstance(steered, list) and steered:
+        price = steered[-1][-1]
     if before.get("context"):
-        return _with_samples(DataConfig(**before["context"])), price, None
-    if record and record.get("data"):
+        return [_with_samples(data) for data in _datas(before["context"], steered)], price, None
+    if record and (record.get("data") or record.get("contexts")):
         of_start = record["config"].get("keep") or None
         if record["config"]["mode"] == "kpm" or of_start:
             path = Path(start or "") / NAME
             price = of_start if price is None else price
-            return DataConfig(**record["data"]), price, path if path.is_file() else None
-    return None, price, None
+            return _datas(record.get("contexts") or record["data"], steered), price, path if path.is_file() else None
+    return [], price, None
+
+
+def _datas(recorded: Any, steered: Any) -> list[DataConfig]:
+    """The data of a record: of one context, or a list of several, with the prices that these were steered to."""
+    if not isinstance(recorded, list):
+        return [DataConfig(**recorded)]
+    contexts = [ContextConfig(**each) for each in recorded]
+    known = steered if isinstance(steered, dict) else {}
+    return [replace(c, price=known[c.ability][-1][-1]) if c.ability in known else c for c in contexts]
 
 
 def _with_samples(data: DataConfig) -> DataConfig:
     return replace(data, samples=data.samples or CONTEXT_SAMPLES)
 
 
-def kept_digest(context: KeptContext | None) -> str | None:
-    """What tells whether the same is kept at the same price: of the context's samples, its statistics and the price;
+def kept_digest(contexts: Sequence[KeptContext]) -> str | None:
+    """What tells whether the same is kept at the same price: of the contexts' samples, their statistics and prices;
     None if nothing is kept."""
-    if context is None:
-        return None
-    return f"{digest_of(context.samples)} {sha256_of(context.statistics) if context.statistics else ''} {context.price}"
+    digests = (
+        f"{digest_of(each.samples)} {sha256_of(each.statistics) if each.statistics else ''} {each.price}"
+        for each in contexts
+    )
+    return " ".join(digests) or None
 
 
-def make_keeper(
+def make_keepers(
     peft_model: PeftModel,
     tokenizer: Any,
     config: KeepConfig,
-    context: KeptContext | None,
-) -> tuple[Keeper | None, list[str]]:
-    """The keeper of a training, and what to say of it in lines; None if nothing is kept.
+    contexts: Sequence[KeptContext],
+) -> tuple[list[Keeper], list[str]]:
+    """The keepers of a training, one for each ability, and what to say of them in lines.
 
     The statistics are those of the context's file, or are collected here from the model without its adapter.
 
     Raises CordaError as `load_others` and `check_whole_base` do, and where there are too few samples.
     """
-    if context is None:
-        return None, []
-    check_whole_base(peft_model)  # before the context is run
-    data, samples, keep, path = context
-    with warnings.catch_warnings():  # of rows that are left out: `load_context` has said it
+    keepers, lines = [], list[str]()
+    if contexts:
+        check_whole_base(peft_model)  # before the context is run
+    for context in contexts:
+        keeper, said = _make_keeper(peft_model, tokenizer, config, context)
+        keepers += [keeper] if keeper else []
+        lines += said
+    if contexts and peft_model.peft_config["default"].modules_to_save:
+        lines.append("the price does not see modules_to_save, which are trained whole; the measured drift does")
+    return keepers, lines
+
+
+def _make_keeper(
+    peft_model: PeftModel, tokenizer: Any, config: KeepConfig, context: KeptContext
+) -> tuple[Keeper | None, list[str]]:
+    name, data, samples, keep, path = context
+    with warnings.catch_warnings():  # of rows that are left out: `load_contexts` has said it
         warnings.simplefilter("ignore")
         other_samples = load_others(data, MEASURED)
     shown, others = (encode_all(tokenizer, part, data.max_length) for part in (samples, other_samples))
     answered = sum(e.targets > 0 for e in shown)
+    of = f" of {name}" if name else ""
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:
-        return None, [f"no drift is predicted, and none held down: the context has {answered} samples with a response"]
+        return None, [
+            f"no drift{of} is predicted, and none held down: the context has {answered} samples with a response"
+        ]
     statistics = Statistics.load(path) if path else _collected(peft_model, tokenizer, shown)
     few = len(others) < MEASURED // 4
     measured = shown[:MEASURED] if few else others
@@ -141,12 +182,14 @@ def make_keeper(
     price = f"at a price of {keep:g} nats for a nat of drift"
     if config.max_drift:
         price = f"at a price that begins at {keep:g} and is steered to a drift of {config.max_drift:g}"
-    lines = [f"keeps {data.data} ({statistics.samples} samples) {price}"]
-    if peft_model.peft_config["default"].modules_to_save:
-        lines.append("the price does not see modules_to_save, which are trained whole; the measured drift does")
+    elif config.weights == "validation":
+        price = f"at a price that begins at {keep:g}, and more the more it drifts beside the others"
+    lines = [f"keeps {name or data.data} ({statistics.samples} samples) {price}"]
     if few:
-        lines.append("the drift is measured on samples that are shown, as there are no others: others may drift more")
-    return Keeper(PredictedDrift(peft_model, statistics), keep, config.max_drift, drift), lines
+        lines.append(
+            f"the drift{of} is measured on samples that are shown, as there are no others: others may drift more"
+        )
+    return Keeper(PredictedDrift(peft_model, statistics), keep, config.max_drift, drift, name=name), lines
 
 
 def generic_penalty(peft_model: PeftModel, tokenizer: Any, price: float) -> Callable[[], Tensor]:

@@ -78,6 +78,7 @@ class Collector:
         self.per_sample = per_sample
         self.counted = counted_tokens(model, context)
         self.numbers = context.numbers
+        self.abilities = [ability.name for ability in context.abilities]
         self.counts: dict[str, int] = {}
         self.covariances: dict[Call, dict[int, Covariance]] = {}  # call -> round -> sum
         self.leaders: dict[Call, Call] = {}  # call -> the call of another layer whose sum it shares
@@ -249,11 +250,18 @@ class Collector:
         groups, sums = [], self.take_sums(names)
         while sums:  # popped: a sum is turned into a mean in its own memory
             members, of_rounds = sums.pop(0)
+            got = {round for round, s in of_rounds.items() if s.count}
             means = [s.mean() for _, s in sorted(of_rounds.items()) if s.count]
             self.counts |= dict.fromkeys(members, sum(s.count for s in of_rounds.values()))
             del of_rounds
             if len(means) == self.round_count:
                 groups.append(Group(members, means))
+            elif means and self.abilities:
+                missing = next(k for k in range(len(self.abilities)) if k not in got)
+                raise CordaError(
+                    f"{members[0]} got no token of {self.abilities[missing]}: give more samples of it, or leave the "
+                    "layer out"
+                )
             elif means:
                 raise CordaError(f"{members[0]} got no token in some of the rounds: give fewer rounds or more samples")
         return groups
@@ -303,11 +311,13 @@ class Collector:
 
 
 class Gradients:
-    """Sums g gᵀ of the gradients g at the layers' outputs, over the rows that a `Collector` counts."""
+    """Sums g gᵀ of the gradients g at the layers' outputs, over the rows that a `Collector` counts, of all rounds
+    together or of each ability."""
 
     def __init__(self, collector: Collector):
         self.collector = collector
-        self.sums = {name: Covariance() for name in collector.layers}
+        numbers = range(max(1, len(collector.abilities)))
+        self.sums = {(name, number): Covariance() for name in collector.layers for number in numbers}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -320,7 +330,9 @@ class Gradients:
                 hook.remove()
 
     def _on_output(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        rows, total = self.collector.rows_of(module, args[0]), self.sums[self.collector.names[module]]
+        collector = self.collector
+        number = collector.rounds[collector.batch] if collector.abilities else 0
+        rows, total = collector.rows_of(module, args[0]), self.sums[collector.names[module], number]
 
         def add(gradient: Tensor) -> None:
             flat = gradient.reshape(-1, gradient.shape[-1])
@@ -329,21 +341,28 @@ class Gradients:
         output.requires_grad_().register_hook(add)
 
     def take(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """D (m, m) of the named layers; the sums are then forgotten. Zero where no answer hangs on a layer.
+        """D (m, m) of the named layers, or (abilities, m, m); the sums are then forgotten. Zero where no answer hangs
+        on a layer.
 
         Raises CordaError if a gradient had NaN or Inf.
         """
+        found: dict[str, list[Tensor]] = {}
+        for number in range(max(1, len(self.collector.abilities))):
+            for name, total in self.take_sums(names, number).items():
+                m, _ = weight_shape(self.collector.layers[name])
+                found.setdefault(name, []).append(total.mean() if total.count else torch.zeros(m, m))
         Ds = {}
-        for name, total in self.take_sums(names).items():
-            m, _ = weight_shape(self.collector.layers[name])
-            D = total.mean() if total.count else torch.zeros(m, m)
-            if not bool(D.diagonal().isfinite().all()):
+        for name, parts in found.items():
+            like = next((part for part in parts if part.device.type != "cpu"), parts[0])
+            D = torch.stack([part.to(like) for part in parts]) if self.collector.abilities else parts[0]
+            if not bool(D.diagonal(dim1=-2, dim2=-1).isfinite().all()):
                 raise CordaError(f"Invalid value found in the gradient at the output of {name}: NaN or Inf")
             Ds[name] = D
         return Ds
 
-    def take_sums(self, names: Sequence[str]) -> dict[str, Covariance]:
-        return {name: self.sums.pop(name) for name in names}
+    def take_sums(self, names: Sequence[str], number: int) -> dict[str, Covariance]:
+        """The sums of the named layers, of one ability; of all rounds where there are none."""
+        return {name: self.sums.pop((name, number)) for name in names}
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from ..data.samples import Sample
 from ..models.weights import weight_shape
 
 Batch = Mapping[str, Any]
+
+
+class Ability(NamedTuple):
+    """One of several abilities that a context shows together, and its share of the weight."""
+
+    name: str
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Context:
         skip_tokens: how many real tokens at the beginning of each sample are left out of the covariances.
         tokens: "text" or "image", to leave the tokens of the other out of them.
         begin: the number of the first batch, where these are a part of a context's.
+        abilities: where batches are of several abilities; `rounds` then has the number of each batch's ability.
     """
 
     batches: Sequence[Batch] = ()
@@ -36,6 +44,20 @@ class Context:
     skip_tokens: int = 0
     tokens: str = "all"
     begin: int = 0
+    abilities: Sequence[Ability] = ()
+
+    def of_ability(self, number: int) -> "Context":
+        """The batches of one ability alone."""
+        batches = [batch for batch, of in zip(self.batches, self.rounds) if of == number]
+        return replace(self, batches=batches, rounds=(), numbers=(), abilities=())
+
+
+def together(contexts: Sequence[Context], abilities: Sequence[Ability]) -> Context:
+    """The contexts of several abilities, each of one round, as one."""
+    batches = [batch for context in contexts for batch in context.batches]
+    of = [k for k, context in enumerate(contexts) for _ in context.batches]
+    numbers = [f"{n} of {ability.name}" for ability, context in zip(abilities, contexts) for n in context.numbers]
+    return replace(contexts[0], batches=batches, rounds=of, numbers=numbers, abilities=abilities)
 
 
 def read_context(

@@ -63,6 +63,7 @@ class LayerRecord:
             context also runs backward.
         digest: of the weight, see `layer_digest`. It is not in corda.json, which has the fingerprint of all layers.
         input: the layer that was given the same input first, itself included. It is not in corda.json either.
+        weights: α of the abilities of the context, in its order, where there are several (see `algebra.mixture`).
     """
 
     r: int | None = None
@@ -82,6 +83,7 @@ class LayerRecord:
     context_error: float | None = None
     digest: str | None = None
     input: str | None = None
+    weights: list[float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         record = {key: value for key, value in asdict(self).items() if key not in ("digest", "input")}

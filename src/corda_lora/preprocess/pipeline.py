@@ -1,5 +1,6 @@
 """Model and context → the adapter's start: covariances, decomposition, ranks, factors, one block at a time."""
 
+import math
 import tempfile
 import time
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.covariance import float32_products
+from ..algebra.mixture import even_weights, mixed
 from ..algebra.second_order import Low, compact
 from ..algebra.solvers import warn_of_fallbacks
 from ..config import CordaConfig, CordaError
@@ -62,7 +64,7 @@ from .layer import (
 )
 from .ranks import Ranks
 from .share import Share, SharedCollector, SharedGradients
-from .statistics import DIRECTIONS, Sides, Statistics, check_samples
+from .statistics import DIRECTIONS, LEAST_SAMPLES, Sides, Statistics, check_samples
 from .walk import Place, choose_parking, walk
 from .work import LayerStore, saving
 
@@ -145,7 +147,9 @@ def preprocess(
             "--dtype float32 (in Python, a model loaded with dtype=torch.float32)",
             stacklevel=2,
         )
-    if config.reads_context:
+    if config.reads_context and context.abilities:
+        record["context"] = _check_abilities(model, context, targets, config)
+    elif config.reads_context:
         record["context"] = check_context(model, context, targets)
     share = Share(processes, targets, config, device) if processes else None
     part = share.part(context) if share else context
@@ -195,9 +199,11 @@ def preprocess(
                 block: dict[str, Decomposed] = {}
                 while groups:  # popped: a group that is done frees its covariances
                     group = groups.pop(0)
+                    weights = _mix(group, gradients, config, context, double_device(device))
                     for name, decomposed in _decompose(
                         group, gradients, targets, config, ranks, clock, fallbacks, base
                     ):
+                        decomposed.record = replace(decomposed.record, weights=weights)
                         block[name] = decomposed
                         advance()
                 save(block)
@@ -229,6 +235,57 @@ def preprocess(
         took["seconds"]["waiting"] = processes.waited
         took["processes"] = processes.gather(took["seconds"])
     return Start(config, layers, record, took, statistics, quantized)
+
+
+def _check_abilities(
+    model: nn.Module, context: Context, targets: Mapping[str, nn.Module], config: CordaConfig
+) -> dict[str, Any]:
+    """`check_context` of each ability, and their sums.
+
+    Raises CordaError if an ability has too few samples for its weight, and where only one context will do.
+    """
+    if config.keep:
+        raise CordaError(
+            "keep is the price of one context, and with several each has its own, in training: leave keep out here"
+        )
+    if config.rounds != 1:
+        raise CordaError(f"{config.rounds} rounds are of one context, but there are {len(context.abilities)}")
+    total = sum(ability.weight for ability in context.abilities)
+    found = []
+    for number, ability in enumerate(context.abilities):
+        counts = check_context(model, context.of_ability(number), targets, ability.name)
+        share = ability.weight / total
+        least = math.ceil(LEAST_SAMPLES * share * len(context.abilities))
+        if share and counts["samples"] < least:
+            raise CordaError(
+                f"{ability.name} has {counts['samples']} samples, too few for {share:.0%} of the weight: give at least "
+                f"{least}, better some hundreds"
+            )
+        found.append({"name": ability.name, "weight": share, **counts})
+    sums = {name: sum(counts[name] for counts in found) for name in ("samples", "tokens")}
+    return sums | {"widest": found[0]["widest"], "abilities": found}
+
+
+def _mix(
+    group: Group, gradients: dict[str, Tensor], config: CordaConfig, context: Context, device: torch.device
+) -> list[float] | None:
+    """Mix the covariances of a group's abilities, and D of its layers, into one, in place. Returns the weights, in the
+    order of the abilities; None without abilities, or where no token came."""
+    members, covariances = group
+    if not context.abilities:
+        return None
+    weights = [ability.weight for ability in context.abilities]
+    if config.weights == "compactness" and covariances:
+        r = min(config.r, len(covariances[0]) - 1)
+        weights = even_weights([C.to(device) for C in covariances], r)
+    weights = [weight / sum(weights) for weight in weights]
+    for name in members:
+        if name in gradients:
+            gradients[name] = mixed(list(gradients[name]), weights)
+    if not covariances:
+        return None
+    covariances[:] = [mixed(covariances, weights)]
+    return weights
 
 
 def check_quantization(

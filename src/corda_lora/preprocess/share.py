@@ -230,8 +230,8 @@ class SharedGradients(Gradients):
         super().__init__(collector)
         self.share = collector.share
 
-    def take_sums(self, names: Sequence[str]) -> dict[str, Covariance]:
-        mine, share, sums = super().take_sums(names), self.share, dict[str, Covariance]()
+    def take_sums(self, names: Sequence[str], number: int) -> dict[str, Covariance]:
+        mine, share, sums = super().take_sums(names, number), self.share, dict[str, Covariance]()
         told = share.processes.gather({name: _count(total) for name, total in mine.items()})
         for name in names:
             count, dtypes = sum(each[name][0] for each in told), {each[name][1] for each in told} - {None}

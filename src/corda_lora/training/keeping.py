@@ -9,7 +9,7 @@ and shows the prediction multiplied by what the last measurement said.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +153,7 @@ class Keeper(TrainerCallback):
         measure: measures the drift on samples that the statistics have not seen. It may leave the model in evaluation
             mode.
         points: how many measurements are made.
+        name: of the ability, where there are several keepers.
 
     Raises CordaError if `keep` is negative or not finite, or the adapter to start from is beyond `max_drift` already.
     """
@@ -164,12 +165,13 @@ class Keeper(TrainerCallback):
         max_drift: float | None = None,
         measure: Callable[[], float] | None = None,
         points: int = 5,
+        name: str = "",
     ):
         check_value("keep", keep, NonNegative)
         check_value("max_drift", max_drift, Positive | None)
         check_value("points", points, Count)
         self.predicted, self.keep, self.max_drift = predicted, keep, max_drift
-        self.measure, self.points = measure, points
+        self.measure, self.points, self.name = measure, points, name
         self.ratio = 1.0  # measured / predicted, at the last measurement
         self.history: list[list[float | None]] = []
         self.last = 0.0
@@ -185,7 +187,7 @@ class Keeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.predicted.prepare()  # the trainer may have moved the model since
-        if saved := state.stateful_callbacks.get(STATE):
+        if saved := state.stateful_callbacks.get(f"{STATE} {self.name}".strip()):
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
             return
@@ -202,8 +204,12 @@ class Keeper(TrainerCallback):
         self.look(step, measures=step in due)
         if self.max_drift is not None:
             self._steer()
+        self.keep_state(state)
+
+    def keep_state(self, state: Any) -> None:
+        """Have it saved with the next checkpoint."""
         kept = {name: getattr(self, name) for name in ("keep", "ratio", "last", "history")}
-        state.stateful_callbacks[STATE] = {"args": {}, "attributes": kept}  # saved with each checkpoint
+        state.stateful_callbacks[f"{STATE} {self.name}".strip()] = {"args": {}, "attributes": kept}
 
     @torch.no_grad()
     def look(self, step: int, measures: bool = True) -> None:
@@ -224,6 +230,37 @@ class Keeper(TrainerCallback):
         assert self.max_drift is not None
         distance = math.log(max(self.estimate, 1e-12) / self.max_drift)
         self.keep = min(1e6, max(1e-3, self.keep * math.exp(0.2 * max(-1.0, min(1.0, distance)))))
+
+
+class Evener(TrainerCallback):
+    """Steers the prices of several abilities, whose sum stays: up for what drifts more than the others, down for what
+    drifts less, by multiplicative weights on what their meters show. So the largest drift becomes as small as this sum
+    allows, where no price reaches its least share. It comes after its keepers in the list of callbacks.
+
+    Args:
+        keepers: of the abilities.
+        rate: by which a price grows in a step where its drift is e times the geometric mean.
+    """
+
+    LEAST = 0.02  # share of the mean price
+
+    def __init__(self, keepers: Sequence[Keeper], rate: float = 0.1):
+        self.keepers, self.rate = keepers, rate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        prices = even_prices([k.keep for k in self.keepers], [k.estimate for k in self.keepers], self.rate, self.LEAST)
+        for keeper, price in zip(self.keepers, prices):
+            keeper.keep = price
+            keeper.keep_state(state)
+
+
+def even_prices(prices: Sequence[float], drifts: Sequence[float], rate: float, least: float) -> list[float]:
+    """One step of `Evener`: prices of the same sum, nearer to those of equal drifts."""
+    logs = [math.log(max(drift, 1e-12)) for drift in drifts]
+    mean, total = sum(logs) / len(logs), sum(prices)
+    floor = least * total / len(prices)
+    raised = [max(floor, price * math.exp(rate * max(-1.0, min(1.0, log - mean)))) for price, log in zip(prices, logs)]
+    return [price * total / sum(raised) for price in raised]
 
 
 class KeepCallback(Keeper):

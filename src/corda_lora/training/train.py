@@ -184,7 +184,7 @@ def train(
             console.print(f"learning rate {rate:g}: that of {whose} (see docs/training.md)", highlight=False)
     since = time.perf_counter()
     with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
-        trainer.add_callback(_Steps(advance, progress, next((c for c in callbacks if isinstance(c, Keeper)), None)))
+        trainer.add_callback(_Steps(advance, progress, [c for c in callbacks if isinstance(c, Keeper)]))
         trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
     state = trainer.state
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
@@ -400,22 +400,31 @@ class _Steps(TrainerCallback):
     It also has the loss logged with every checkpoint and at the end, so that the log covers all steps, also those
     before a resume, and says the loss of held-out samples when it is measured; in a log, the drift, too."""
 
-    def __init__(self, advance: Callable[..., None], show: bool, keeper: Keeper | None):
-        self.advance, self.show, self.shown, self.keeper = advance, show, 0, keeper
+    def __init__(self, advance: Callable[..., None], show: bool, keepers: Sequence[Keeper]):
+        self.advance, self.show, self.shown, self.keepers = advance, show, 0, keepers
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        note = {"note": f"drift ≈ {self.keeper.estimate:.2g}"} if self.keeper else {}
+        note = {"note": f"drift ≈ {meter(self.keepers)}"} if self.keepers else {}
         self.advance(state.global_step - self.shown, **note)
         self.shown = state.global_step
-        if self.show and self.keeper and not console.is_terminal:  # a log has the bar at the end alone
-            step, _, measured, _ = self.keeper.history[-1]
+        for keeper in self.keepers if self.show and not console.is_terminal else ():  # a log has the bar at the end
+            step, _, measured, _ = keeper.history[-1]
             if step == state.global_step and measured is not None:
-                console.print(f"step {step}: drift {measured:.2g}", highlight=False)
+                of = f" of {keeper.name}" if keeper.name else ""
+                console.print(f"step {step}: drift{of} {measured:.2g}", highlight=False)
         control.should_log |= control.should_save or state.global_step == state.max_steps
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if self.show:
             console.print(f"step {state.global_step}: held-out loss {metrics['eval_loss']:.4f}", highlight=False)
+
+
+def meter(keepers: Sequence[Keeper]) -> str:
+    """The drift now; of several abilities a bar for each, beside the largest."""
+    if len(keepers) == 1:
+        return f"{keepers[0].estimate:.2g}"
+    most = max(keeper.estimate for keeper in keepers) or 1.0
+    return ", ".join(f"{k.name} {'█' * round(6 * k.estimate / most):░<6} {k.estimate:.2g}" for k in keepers)
 
 
 class _EarlyStopping(EarlyStoppingCallback):

@@ -1,0 +1,136 @@
+"""Several abilities to keep, at the command line: `init`, `train`, `eval` and what is refused."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from corda_lora.cli import main
+from corda_lora.config import ContextConfig, KeepConfig
+from corda_lora.evaluation.meter import load_contexts
+
+DRAW = random.Random(0)
+FILES = {
+    "sums": [{"prompt": f"{i} + {i} =", "response": f" {2 * i}"} for i in range(1, 101)],
+    "words": [
+        {"prompt": "say " + "".join(DRAW.choices("abcdefgh", k=6)), "response": " " + "".join(DRAW.choices("xyz", k=3))}
+        for _ in range(100)
+    ],
+    "new": [{"prompt": f"{i} - 1 =", "response": f" {i - 1}"} for i in range(10, 90)],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+    for name, rows in FILES.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run(verb, checkpoint, *arguments):
+    main([verb, "--model", str(checkpoint), *map(str, arguments)])
+
+
+def refused(capsys, verb, checkpoint, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(verb, checkpoint, *arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+BOTH = ["--context", "sums.jsonl", "--context", "words.jsonl", "--context.weight", 3, "--context.ability", "spelling"]
+TRAINING = ["--data", "new.jsonl", "--precision", "fp32", "--max_steps", 4, "--batch_size", 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than.*is wide")
+def test_what_was_mixed_is_kept_in_training_each_at_its_price(folder, checkpoint, capsys):
+    start = ["--r", 4, *BOTH, "--samples", 80, "--output", "start"]
+    run("init", checkpoint, *start)
+    record = json.loads((folder / "start" / "corda.json").read_text())
+    assert [(a["name"], a["weight"], a["samples"]) for a in record["context"]["abilities"]] == [
+        ("sums", 0.25, 80),
+        ("spelling", 0.75, 80),
+    ]
+    assert all(layer["weights"] == [0.25, 0.75] for layer in record["layers"].values())
+    run("init", checkpoint, *start)
+    assert "start is whole already" in capsys.readouterr().out
+    run("train", checkpoint, "--start", "start", *TRAINING, "--keep", 8, "--output", "tuned")
+    said = capsys.readouterr()
+    assert "keeps sums (80 samples) at a price of 4 nats" in said.err
+    assert "keeps spelling (80 samples) at a price of 12 nats" in said.err
+    assert "step 4: drift of sums" in said.err
+    assert "spelling ██" in said.err or "sums ██" in said.err
+    training = json.loads((folder / "tuned" / "training.json").read_text())
+    assert training["drift"].keys() == {"sums", "spelling"}
+    assert {name: history[-1][3] for name, history in training["drift"].items()} == {"sums": 4.0, "spelling": 12.0}
+    assert training["penalties"].keys() == {"drift sums", "drift spelling"}
+    run("eval", checkpoint, "--adapter", "tuned", "--keep", "sums.jsonl")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "on samples of sums" in said
+    assert "on samples of spelling" in said
+    run("train", checkpoint, "--start", "tuned", *TRAINING, "--output", "again")  # keeps the same at the same prices
+    assert "keeps spelling (80 samples) at a price of 12 nats" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than.*is wide")
+def test_prices_that_are_steered_keep_their_sum_and_go_on_from_where_they_were(folder, checkpoint, capsys):
+    run("train", checkpoint, *TRAINING, *BOTH, "--keep", 5, "--weights", "validation", "--r", 4, "--output", "tuned",
+        "--learning_rate", 1e-2)  # fmt: skip
+    drift = json.loads((folder / "tuned" / "training.json").read_text())["drift"]
+    assert sum(history[0][3] for history in drift.values()) == pytest.approx(10)
+    assert sum(history[-1][3] for history in drift.values()) == pytest.approx(10)
+    larger = max(drift, key=lambda name: drift[name][-1][2])
+    assert drift[larger][-1][3] > drift[larger][0][3]
+    capsys.readouterr()
+    run("train", checkpoint, *TRAINING, "--start", "tuned", "--output", "again")
+    assert f"at a price of {drift['sums'][-1][3]:g} nats" in capsys.readouterr().err
+
+
+def test_prices_of_their_own():
+    contexts = [ContextConfig("sums.jsonl", price=2.0), ContextConfig("words.jsonl", weight=3.0)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corda_lora.evaluation.meter.load_samples", lambda data: [])
+        kept = load_contexts(KeepConfig(keep=10.0, context=contexts), None, None)
+        assert {each.name: each.price for each in kept} == {"sums": 2.0, "words": 15.0}
+        assert load_contexts(KeepConfig(keep=10.0, context=contexts[1]), None, None)[0].price == 10.0
+        assert [k.price for k in load_contexts(KeepConfig(context=["sums.jsonl", "words.jsonl"]), None, None)] == [
+            10,
+            10,
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--context", "sums.jsonl", "--context", "sums.jsonl"], "two contexts are called sums"),
+        (["--context", "sums.jsonl", "--context.weight", -1, "--context", "words.jsonl"], "context.weight is -1"),
+        (
+            ["--context", "sums.jsonl", "--context.weight", 0, "--context", "words.jsonl", "--context.weight", 0],
+            "the weights of sums, words sum to zero",
+        ),
+        (["--context", "sums.jsonl", "--context", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--context", "sums.jsonl", "--context.price", 3], "price is of one context among several"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["init", "train"])
+def test_contexts_that_do_not_go_together_are_refused(verb, arguments, said, folder, checkpoint, capsys):
+    rest = TRAINING if verb == "train" else ["--r", 4]
+    assert said in refused(capsys, verb, checkpoint, *rest, *arguments, "--output", "out")
+    assert not (folder / "out").exists()
+
+
+def test_a_context_too_small_for_its_weight_and_other_options_that_are_of_one(folder, checkpoint, capsys):
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in FILES["words"][:20]))
+    start = ["--context", "sums.jsonl", "--context", "few.jsonl", "--context.weight", 9, "--output", "out"]
+    said = refused(capsys, "init", checkpoint, "--r", 4, *start)
+    assert said.startswith("corda init: few has 20 samples, too few for 90% of the weight: give at least 29")
+    assert "leave keep out here" in refused(capsys, "init", checkpoint, "--r", 4, *start, "--keep", 1)
+    assert "rounds are of one context" in refused(capsys, "init", checkpoint, "--preset", "corda++", *start)
+    said = refused(capsys, "train", checkpoint, *TRAINING, "--context", "sums.jsonl", "--weights", "validation",
+                   "--output", "out")  # fmt: skip
+    assert "weights are shared by several contexts, and there is one" in said
+    assert not (folder / "out").exists()
