@@ -20,6 +20,7 @@ def child(rank, size, port, arguments, kills, more, there):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     names |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True, **more}
     os.environ.update({name: str(value) for name, value in names.items()})
+    exec(os.environ.get("FIRST", ""), {})
     for descriptor, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{there}/{rank}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     event, ending = kills.get(str(rank), ("", ""))
@@ -86,6 +87,7 @@ def run_together(size, arguments, there, kills=None, **environment) -> Ended:
     Args:
         there: a folder for what they print.
         kills: {rank: (event, ending)}: that process is killed when it writes such a file (see `sys.audit`).
+        environment: variables; FIRST is code that each process runs before the command.
     """
     arguments = [[str(a) for a in each] if isinstance(each, list) else str(each) for each in arguments]
     there.mkdir(exist_ok=True)

@@ -81,10 +81,14 @@ class Processes:
         try:
             yield
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ProcessEndedError(
-                f"one of the {self.size} processes has ended without a word (killed, or out of memory), so the others "
-                "end, too; finished work is kept, and the same command goes on from it"
-            ) from error
+            raise ProcessEndedError(self.ended) from error
+
+    @property
+    def ended(self) -> str:
+        return (
+            f"one of the {self.size} processes has ended without a word (killed, or out of memory), so the others end, "
+            "too; finished work is kept, and the same command goes on from it"
+        )
 
     def check_same(self, what: dict[str, Any]) -> None:
         """Raises CordaError, in every process, if `what` is not the same in all of them: it names the first entry that
@@ -112,6 +116,12 @@ class Processes:
             if int(rank) != self.rank:
                 return f"process {rank} on {where}: {first}" if self.first and where != host else ""
         return sentence
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another process cannot be reached any more."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _short(value: Any) -> str:

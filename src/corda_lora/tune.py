@@ -4,8 +4,10 @@ tuning = read_tuning(ModelConfig("HuggingFaceTB/SmolLM2-135M"), DataConfig("new.
 tune(tuning, Path("tuned"))
 """
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from . import devices
 from .adapters.card import TRAINING
+from .adapters.held import gather_adapter
 from .adapters.lora import RECORD, load_adapter, read_marks, read_record, renew_heads, save_adapter, with_labels_of
 from .config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
 from .data.batches import encode_all
@@ -23,10 +26,12 @@ from .evaluation.meter import KeptContext, generic_penalty, kept_digest, load_co
 from .files import check_output, is_made, remove_folder, remove_work, sha256_of, work_folder
 from .models.loading import load_model, load_tokenizer
 from .preprocess.work import open_work
+from .processes import Processes
 from .progress import console
-from .training.arguments import check_trainer
+from .training.arguments import check_engine, check_trainer, is_sharded, uses_deepspeed
 from .training.keeping import Evener
 from .training.train import DivergedError, last_checkpoint, plain_lora, train
+from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -123,22 +128,32 @@ def is_tuned(tuning: Tuning, output: Path) -> bool:
 def check_tuning(tuning: Tuning, output: Path) -> None:
     """Raises CordaError if something is in the way of the output, or the trainer's options do not go together."""
     check_output(output)
+    marks = read_marks(tuning.start) if isinstance(tuning.start, Path) else None
+    keeps = bool(tuning.contexts or tuning.keep.keep_generic)
+    check_engine(tuning.config, (marks or {}).get("split"), keeps)
     check_trainer(tuning.config, devices.accelerator(), evaluates=bool(tuning.held_out))
 
 
-def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
+def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> dict[str, Any]:
     """Train, and write the adapter's directory, with training.json. A training that was broken off goes on from its
     last checkpoint, in the folder OUTPUT.work, when it is called again with the same arguments.
+
+    Args:
+        processes: those that share the samples of each step. Each calls this with the same arguments, and the first one
+            writes the output.
 
     Returns what is in training.json: what `train` returns, the recipe, and, where something is kept, "drift": the
     meter's history (see `training.keeping.Keeper`), of several abilities one for each by its name.
 
     Raises:
         CordaError: see `check_tuning`, `load_model`, `load_adapter`, `make_keepers`, `train`; OUTPUT.work belongs to
-            another training.
+            another training. Processes that see different files or versions, or no common folder.
         DivergedError: as `train` does.
     """
     check_tuning(tuning, output)
+    if processes:
+        versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "accelerate")}
+        processes.check_same(tuning.recipe | versions | {"corda-lora": __version__})
     tokenizer, length = load_tokenizer(tuning.source), tuning.data.max_length
     where = tuning.held_out.data if isinstance(tuning.held_out, DataConfig) else "held out"
     for name, samples in ((tuning.data.data, tuning.samples), (where, tuning.evaluated)):
@@ -154,7 +169,8 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
         lines.append(f"keeps what the model says of its own accord, at a price of {price:g}")
     for line in lines:
         console.print(line, highlight=False)
-    work = open_work(output, tuning.recipe, lambda folder: last_checkpoint(folder) is not None)
+    work = open_work(output, tuning.recipe, lambda folder: last_checkpoint(folder) is not None, processes)
+    follows = processes is not None and not processes.first
     try:
         result = train(
             peft_model,
@@ -168,11 +184,12 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
             held_out=tuning.evaluated,
         )
     except CordaError:
-        if last_checkpoint(work) is None:  # the work folder holds nothing to resume from
+        if not follows and last_checkpoint(work) is None:  # the work folder holds nothing to resume from
             remove_folder(work)
         raise
     except DivergedError:
-        remove_folder(work)  # resuming from its checkpoints would end the same way
+        if not follows:
+            remove_folder(work)  # resuming from its checkpoints would end the same way
         raise
     training = {"recipe": tuning.recipe, **result}
     for keeper in keepers:
@@ -181,6 +198,9 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
     if keepers:
         histories = {keeper.name: keeper.history for keeper in keepers}
         training["drift"] = histories.get("", histories)
+    gather_adapter(peft_model)
+    if follows:
+        return training
     save_adapter(peft_model, output, {TRAINING: training} | ({RECORD: tuning.record} if tuning.record else {}))
     _keep_logs(output)
     remove_folder(work)
@@ -190,7 +210,13 @@ def tune(tuning: Tuning, output: Path) -> dict[str, Any]:
 def _adapted(tuning: Tuning) -> Any:
     """The model with the adapter to train."""
     torch.manual_seed(tuning.config.seed)  # of a classifier's new head
-    model = load_model(tuning.source).to(devices.accelerator())
+    # In FSDP's own way to load, which this turns off, all but the first process would have weights of no value.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    model, device = load_model(tuning.source), devices.accelerator()
+    room = devices.free_bytes(device)
+    # What FSDP or DeepSpeed is to split, and no device holds whole, is moved to the devices by them, in pieces.
+    if not (is_sharded() or uses_deepspeed()) or room is None or 1.2 * sum(p.nbytes for p in model.parameters()) < room:
+        model = model.to(device)
     if isinstance(tuning.start, LoraStart):
         return plain_lora(model, tuning.start, tuning.config)
     adapted = load_adapter(model, tuning.start, trainable=True, lora_dropout=tuning.config.lora_dropout or None)

@@ -275,6 +275,27 @@ def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
+@torch.no_grad()
+def gather_adapter(peft_model: nn.Module) -> None:
+    """Put the adapter of a sharded model, and all that trains, together again, on the CPU, to be saved. All processes
+    call this. The model cannot be run any more."""
+    wanted = {id(p) for name, p in peft_model.named_parameters() if p.requires_grad or ".lora_" in name}
+    for module in list(peft_model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in wanted and (isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")):
+                setattr(module, name, nn.Parameter(_gathered(parameter).cpu(), parameter.requires_grad))
+
+
+def _gathered(parameter: nn.Parameter) -> Tensor:
+    """The whole of a parameter that FSDP2 or DeepSpeed's ZeRO-3 shards."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    from deepspeed import zero  # type: ignore[import-not-found]
+
+    with zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The PEFT model inside what accelerate or DDP put around it."""
     while not hasattr(model, "peft_config") and isinstance(inside := getattr(model, "module", None), nn.Module):

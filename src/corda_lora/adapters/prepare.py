@@ -1,7 +1,6 @@
 """A model and samples of an ability → the start of an adapter on disk: what `corda init` runs."""
 
 import hashlib
-import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ from ..data.batches import encode_all
 from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_others, load_rounds
 from ..devices import compute_device
-from ..files import check_output, remove_folder, work_folder
+from ..files import check_output, remove_folder
 from ..models.loading import check_original, load_model, load_tokenizer, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import choose_targets, modules_named
@@ -133,7 +132,7 @@ def prepare(
     if processes:
         processes.check_same({**run, "context": record.get("samples_sha256")})
         run |= {"processes": processes.size}
-    work = _open_shared(output, run, processes) if processes else _open(output, run)
+    work = open_work(output, run, lambda folder: (folder / MANIFEST).is_file(), processes)
     try:
         start = preprocess(model, config, context, progress, stored, work, park, base, processes)
     except CordaError:
@@ -161,26 +160,6 @@ def prepare(
     if not keep_work:
         remove_folder(work)
     return start
-
-
-def _open(output: Path, run: dict[str, Any]) -> Path:
-    return open_work(output, run, lambda folder: (folder / MANIFEST).is_file())
-
-
-def _open_shared(output: Path, run: dict[str, Any], processes: Processes) -> Path:
-    """The folder of work, which the first process opens. Raises CordaError if another does not see it."""
-    work = _open(output, run) if processes.first else work_folder(output)
-    processes.gather(None)
-    path = work / "run.json"
-    seen = processes.gather((socket.gethostname(), path.read_text() if path.is_file() else None))
-    for number, (host, text) in enumerate(seen):
-        if text != seen[0][1]:
-            if processes.first and not (work / MANIFEST).is_file():
-                remove_folder(work)
-            raise CordaError(
-                f"process {number} on {host} does not see {work}: the output must be in a folder that all hosts share"
-            )
-    return work
 
 
 def data_record(datas: Sequence[DataConfig]) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from rich.text import Text
 
 from ..config import CordaError
 from ..config.values import short
-from ..processes import Processes, joined, number_of_processes
+from ..processes import Processes, is_lost_connection, joined, number_of_processes
 from ..progress import console
 from .arguments import PLAN_RECIPE, for_parser
 from .parser import build_parser
 from .wording import in_our_words, shortened
 
-SHARED = ("init",)  # verbs whose work several processes share
+SHARED = ("init", "train")  # verbs whose work several processes share
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         stopped = "stopped" + "; finished work is kept, and the same command goes on from it" * resumes
         _end(options.verb, 143 if isinstance(interrupt, _Terminated) else 130, stopped, processes)
     except Exception as error:
-        if sentence := _mendable(error):
+        lost = processes is not None and is_lost_connection(error)
+        if sentence := processes.ended if processes and lost else _mendable(error):
             _end(options.verb, 2, sentence, processes, error)
         traceback.print_exc()
         _end(options.verb, 1, "this is a bug of corda-lora: please report it with the lines above", processes, error)

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from ..config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
 from ..config.values import Seed, Share
 from ..files import read_json
-from .shared import AddVerb, add_push, hub_repo, out, push, take
+from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
 
 
 def add_train(verb: AddVerb) -> None:
@@ -40,17 +40,25 @@ def train(options: Namespace) -> dict[str, Any]:
     from ..training.train import DivergedError
     from ..tune import check_tuning, is_tuned, tune
 
-    if is_tuned(tuning, options.output):
+    is_there = not follows(options) and is_tuned(tuning, options.output)
+    if options.processes:
+        is_there = options.processes.gather(is_there)[0]
+    if is_there and follows(options):
+        return {}
+    if is_there:
         out.print(f"{options.output} is whole already: the same command made it")
         push(options, hub_repo(options))
         return _made(options.output)
     check_tuning(tuning, options.output)
     repo = hub_repo(options)
     try:
-        result = tune(tuning, options.output)
+        result = tune(tuning, options.output, options.processes)
     except DivergedError as error:
-        print(f"corda train: {error}", file=sys.stderr)
+        if not follows(options):
+            print(f"corda train: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    if follows(options):
+        return {}
     _say(result, options.max_drift)
     out.print(f"written to {options.output}")
     push(options, repo)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..algebra.second_order import Low
 from ..config import CordaError
-from ..files import is_partial, sha256_of, whole_file, work_folder, write_text
+from ..files import is_partial, remove_folder, sha256_of, whole_file, work_folder, write_text
 from ..models.weights import Quantized
 from ..processes import Processes
 from .layer import Decomposed, LayerRecord
@@ -31,16 +32,38 @@ FOLDED, STORED = ("folded.A", "folded.B"), "stored."
 KEYS = ("rows", "U", "sigma", "energy", "scores", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
 
 
-def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -> Path:
+def open_work(
+    output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool], processes: Processes | None = None
+) -> Path:
     """The folder beside `output` for the unfinished work of a run. It is new, or was left by the same run broken off.
 
     Args:
         run: identifies the run: model, configuration, data, versions.
         begun: tells whether a folder holds anything worth keeping.
+        processes: of which the first one opens the folder.
 
-    Raises CordaError if the folder holds work of another run, or files that are none of ours.
+    Raises CordaError if the folder holds work of another run, or files that are none of ours, or if another process
+    does not see it.
     """
     folder = work_folder(output)
+    if processes is None or processes.first:
+        _open(folder, run, begun)
+    if processes is None:
+        return folder
+    processes.gather(None)
+    path = folder / "run.json"
+    seen = processes.gather((socket.gethostname(), path.read_text() if path.is_file() else None))
+    for number, (host, text) in enumerate(seen):
+        if text != seen[0][1]:
+            if processes.first and not begun(folder):
+                remove_folder(folder)
+            raise CordaError(
+                f"process {number} on {host} does not see {folder}: the output must be in a folder that all hosts share"
+            )
+    return folder
+
+
+def _open(folder: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -> None:
     path = folder / "run.json"
     files = [file for file in folder.iterdir() if not is_partial(file)] if folder.is_dir() else []
     foreign = [file for file in files if not OURS.fullmatch(file.name)]
@@ -59,7 +82,6 @@ def open_work(output: Path, run: Mapping[str, Any], begun: Callable[[Path], bool
         raise CordaError(f"{folder} holds unfinished work of another run ({differs}): remove it, or finish that run")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-    return folder
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str:

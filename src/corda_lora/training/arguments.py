@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,10 +16,11 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config import CordaError, TrainConfig
 from ..config.values import short
+from ..processes import number_of_processes
 
 # What cannot be passed through, and why.
 _DATA = "the samples come prepared: see --prompt, --response and --max_length"
-_DEVICE = "corda train runs on one device: see docs/trainers.md for others"
+_DEVICE = "accelerate's own configuration says it: start with `accelerate launch`"
 _RESUME = "the same command given again goes on by itself"
 _UPLOAD = "--push and --hub_private_repo send the output to the hub when it is done"
 _CHECKPOINTS = "--checkpoints says it"
@@ -86,7 +88,7 @@ def trainer_arguments(
         CordaError: an option in `config.trainer` is none of SFTConfig's, is ours to set, has a wrong value or needs a
             package that is missing; or something needs held-out samples, and there are none.
     """
-    micro = config.micro_batch_size or config.batch_size
+    micro, parts = shared_batch(config)
     each = max(1, steps // max(1, config.checkpoints))  # steps from one checkpoint to the next
     options: dict[str, Any] = {
         "logging_steps": max(1, steps // 100),
@@ -116,7 +118,7 @@ def trainer_arguments(
             learning_rate=learning_rate,
             max_steps=steps,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=config.batch_size // micro,
+            gradient_accumulation_steps=parts,
             warmup_steps=math.ceil(config.warmup * steps),
             lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
             weight_decay=config.weight_decay,
@@ -139,7 +141,59 @@ def trainer_arguments(
         raise _refusal(error) from error
     if arguments.n_gpu > 1:  # transformers would spread the model by DataParallel, which TRL refuses
         arguments._n_gpu = 1
+    if arguments.device.type == "cpu":  # of several processes it has a number, at which torch.load takes offence
+        vars(arguments)["_setup_devices"] = torch.device("cpu")
     return arguments
+
+
+def shared_batch(config: TrainConfig) -> tuple[int, int]:
+    """The samples of a forward, and the forwards of a step, in each of the processes that share a batch.
+
+    Raises CordaError if these cannot share it evenly."""
+    processes = number_of_processes()
+    each, over = divmod(config.batch_size, processes)
+    micro = min(config.micro_batch_size or each, each)
+    if over or each % micro:
+        raise CordaError(
+            f"{processes} processes cannot share a batch_size of {config.batch_size} evenly"
+            + (f" in forwards of {micro} samples" if micro and not over else "")
+            + f": give {processes} times a multiple of micro_batch_size"
+        )
+    return micro, each // micro
+
+
+def check_engine(config: TrainConfig, split: str | None, keeps: bool) -> None:
+    """Raises CordaError if accelerate is set to an engine that cannot train this.
+
+    Args:
+        split: of the CorDA adapter; None of another one.
+        keeps: whether a price is put on the drift.
+    """
+    if not is_sharded() and not uses_deepspeed():
+        return
+    if is_sharded() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise CordaError("FSDP 1 flattens the adapter's factors: set fsdp_version to 2 in accelerate's configuration")
+    engine = "FSDP" if is_sharded() else "DeepSpeed"
+    if config.weight_decay and split in ("paper", "balanced"):
+        raise CordaError(
+            f"in {engine} weight decay would shrink the half of a {split} adapter that is held: give --weight_decay 0"
+        )
+    if config.early_stopping:
+        raise CordaError(f"{engine} does not go back to the best adapter: leave early_stopping out")
+    if keeps and uses_deepspeed():
+        raise CordaError(
+            "DeepSpeed shows no whole factor between two layers, so the drift cannot be predicted: use FSDP 2, or give "
+            "--keep 0"
+        )
+
+
+def is_sharded() -> bool:
+    """Whether accelerate is set to FSDP."""
+    return number_of_processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def uses_deepspeed() -> bool:
+    return number_of_processes() > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def check_trainer(config: TrainConfig, device: torch.device, evaluates: bool = False) -> None:

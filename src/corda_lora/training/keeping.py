@@ -16,9 +16,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from ..adapters.held import unwrapped
+from ..adapters.held import HalvedLinear, unwrapped
 from ..adapters.lora import lora_layers
 from ..algebra.second_order import Low, predicted_drift, quadratic
 from ..config import CordaError
@@ -87,7 +88,7 @@ class PredictedDrift:
         self.groups = [self._stacked(names, layers, statistics, share) for names in groups.values()]
 
     def _factors(self, layer: LoraLayer) -> tuple[Tensor, Tensor]:
-        return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+        return whole_factor(layer.lora_A[self.adapter]), whole_factor(layer.lora_B[self.adapter])
 
     def _stacked(
         self, names: list[str], layers: Mapping[str, LoraLayer], statistics: Statistics, share: float
@@ -126,6 +127,19 @@ class PredictedDrift:
                 values = predicted_drift(A, B, inner, D, weight)
             result.append((names, values))
         return result
+
+
+def whole_factor(module: nn.Module) -> Tensor:
+    """The weight of a factor, gathered where FSDP shards it: then its gradient goes to the shards of what trains. (The
+    optimizer drops the gradient of a held half, but not that of a shard.)"""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not isinstance(weight, DTensor):
+        return weight
+    weight = weight.full_tensor()
+    if isinstance(module, HalvedLinear):
+        trained, held = weight.chunk(2, dim=module.axis)
+        weight = torch.cat([trained, held.detach()], dim=module.axis)
+    return weight
 
 
 def check_statistics(statistics: Statistics, layers: Mapping[str, nn.Module]) -> None:

@@ -16,13 +16,15 @@ class SimilarLengths(Sampler[int]):
         lengths: tokens of each sample.
         step_size: samples in one optimizer step.
         seed: each epoch's order follows from seed + epoch.
+        multiple: the index of no sample, that after the last one, fills an epoch up to a multiple of this.
     """
 
-    def __init__(self, lengths: Sequence[int], step_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int, multiple: int = 1):
         self.lengths, self.step_size, self.seed, self.epoch = lengths, step_size, seed, 0
+        self.filling = -len(lengths) % multiple
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.filling
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -32,3 +34,4 @@ class SimilarLengths(Sampler[int]):
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         for start in range(0, len(order), self.step_size):
             yield from sorted(order[start : start + self.step_size], key=lambda i: self.lengths[i])
+        yield from [len(self.lengths)] * self.filling

@@ -12,9 +12,12 @@ from typing import Any
 import datasets
 import peft
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -37,7 +40,7 @@ from ..models.targets import (
 )
 from ..models.weights import is_4bit
 from ..progress import console, progress_bar
-from .arguments import trainer_arguments
+from .arguments import is_sharded, trainer_arguments
 from .classify import LabelTrainer, label_rows
 from .keeping import Keeper
 from .rates import LORA_RATE, rate_of
@@ -115,10 +118,12 @@ def train(
 
     The loss covers only the response and the end-of-text token; a classifier's is that of the label (see
     `training.classify`). With the same seed, every model sees the same samples
-    in the same order.
+    in the same order. Processes that torchrun or accelerate started share each step's samples. (Of a classifier
+    an epoch's last step, if it is not full, is filled up with samples of the epoch's beginning until each has as many.)
 
     Args:
-        work: folder for checkpoints. If it holds checkpoints already, training resumes from the newest.
+        work: folder for checkpoints, which all processes see. If it holds checkpoints already, training resumes from
+            the newest.
         optimizer: used instead of that of `config` (AdamW) over all trainable parameters.
         callbacks: added to the trainer.
         penalties: terms of the loss by name, of the weights alone. Each function gives its weighted term, a scalar. It
@@ -185,9 +190,10 @@ def train(
     since = time.perf_counter()
     with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
         trainer.add_callback(_Steps(advance, progress, [c for c in callbacks if isinstance(c, Keeper)]))
-        trainer.train(resume_from_checkpoint=last_checkpoint(work) if work else None)
+        trainer.train(resume_from_checkpoint=trainer.last_checkpoint(work) if work else None)
     state = trainer.state
-    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+    trained = (local_part(p) for p in model.parameters() if p.requires_grad)
+    if not trainer.everywhere(all(bool(p.isfinite().all()) for p in trained)):
         raise DivergedError("the trained parameters were not finite", state.global_step)
     logs = [log for log in state.log_history if "loss" in log]
     losses = [(log["step"], log["loss"]) for log in logs]
@@ -205,6 +211,11 @@ def train(
         "held_out_loss": [[log["step"], log["eval_loss"]] for log in state.log_history if "eval_loss" in log],
         "penalties": {name: [[log["step"], log[f"penalty/{name}"]] for log in logs] for name in terms},
     }
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def default_rate(model: nn.Module) -> tuple[float, str]:
@@ -322,6 +333,7 @@ class _Terms(Trainer):
 
     penalties: Mapping[str, Callable[[], Tensor]] = {}
     rehearsals: Mapping[str, Callable[[], Tensor]] = {}
+    has_blank = False  # whether the last row is none of the samples, and carries no loss
 
     def compute_loss(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
         """The loss of a micro-batch, with its share of the rehearsals; that of a step's last one has the penalties.
@@ -330,6 +342,8 @@ class _Terms(Trainer):
         loss = super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
         if not self.model.training:
             return loss
+        if is_sharded():
+            return loss  # see `training_step`
         parts = self.current_gradient_accumulation_steps
         # Where the loss counts the tokens of the whole step, transformers adds up the micro-batches; else it averages.
         adds_up = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -343,9 +357,30 @@ class _Terms(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not loss.isfinite():
+        if is_sharded() and self.accelerator.sync_gradients:
+            # FSDP adds the gradients of a forward up on a stream of its own: these come after them. All processes have
+            # the same ones, of which each keeps its shard.
+            for name, term in self.penalties.items():
+                value = term()
+                self._metrics["train"][f"penalty/{name}"].append(value.item())
+                self.accelerator.backward(value)
+                loss = loss + value.detach()
+        if not self.everywhere(bool(loss.isfinite())):
             raise DivergedError(f"the loss was {float(loss):g}", self.state.global_step + 1)
         return loss
+
+    def everywhere(self, fine: bool) -> bool:
+        """Whether something is so in every process."""
+        if self.args.world_size == 1:
+            return fine
+        return bool(self.accelerator.gather(torch.tensor([fine], device=self.args.device)).all())
+
+    def last_checkpoint(self, work: Path) -> str | None:
+        """See `last_checkpoint`, which the first process calls."""
+        found = [last_checkpoint(work) if self.args.process_index == 0 else None]
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        return found[0]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # a data loader draws a number: the training is the same without it
@@ -353,8 +388,10 @@ class _Terms(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengths:
         rows = train_dataset if train_dataset is not None else self.train_dataset
-        step_size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return SimilarLengths([len(ids) for ids in rows["input_ids"]], step_size, self.args.data_seed)
+        at_once = self.args.per_device_train_batch_size * self.args.world_size
+        lengths = [len(ids) for ids in rows["input_ids"]][: -1 if self.has_blank else None]
+        step_size = at_once * self.args.gradient_accumulation_steps
+        return SimilarLengths(lengths, step_size, self.args.data_seed, at_once if self.has_blank else 1)
 
 
 class _Trainer(_Terms, SFTTrainer):
@@ -366,6 +403,10 @@ class _Trainer(_Terms, SFTTrainer):
         for parameter, data in trained:  # TRL rounds what is trained on a 4-bit or 8-bit model to bfloat16
             parameter.data = data.to(parameter.device)
         self._check_head()
+        if self.args.world_size > 1:  # for the places that samples leave where an epoch ends
+            rows: datasets.Dataset = self.train_dataset  # type: ignore[has-type]
+            blank = rows.select([0]).map(lambda row: {"labels": [-100] * len(row["labels"])}, features=rows.features)
+            self.train_dataset, self.has_blank = datasets.concatenate_datasets([rows, blank]), True
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -441,7 +482,10 @@ class _Checksums(TrainerCallback):
     """Writes the checksums of each checkpoint when the trainer has saved it."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        if args.world_size > 1:
+            PartialState().wait_for_everyone()  # each writes a part
+        if args.process_index == 0:
+            write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 def last_checkpoint(work: Path) -> str | None:

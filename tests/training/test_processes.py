@@ -1,0 +1,152 @@
+"""`corda train` by several processes: the adapter is that of one."""
+
+import json
+import signal
+
+import pytest
+import tiny
+import torch
+import transformers
+from ranks import run_together
+from safetensors.torch import load_file
+
+KNOWN = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(60)]
+NEW = [{"prompt": f"{i} + {i + 1} =", "response": f" {2 * i + 1}"} for i in range(50)]  # no whole number of steps
+
+# accelerate's own configuration, as `accelerate launch` hands it over. It knows FSDP on GPUs alone.
+ON_CPU = """
+import accelerate.state as state
+from accelerate import DistributedType
+init = state.AcceleratorState.__init__
+def patched(self, *args, fsdp_plugin=None, **options):
+    init(self, *args, fsdp_plugin=fsdp_plugin, **options)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+state.AcceleratorState.__init__ = patched
+"""
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": 2,
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FIRST": ON_CPU,
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, tokenizer):
+    """A model, data, and the starts anchored, paper and seeded."""
+    folder = tmp_path_factory.mktemp("given")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.SIZE)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, rows in (("known", KNOWN), ("new", NEW)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    context = ["--context", folder / "known.jsonl", "--samples", 40, "--r", 2]
+    for split in ("anchored", "paper", "seeded"):
+        options = ["--split", split, "--output", folder / split]
+        ran(run_together(1, ["init", "--model", folder / "model", *context, *options], folder / "log"))
+    return folder
+
+
+@pytest.fixture
+def command(given, tmp_path):
+    """command(output, *options) → the arguments of `corda train`."""
+
+    def arguments(output, *options, start="anchored"):
+        recipe = ["--max_steps", 6, "--batch_size", 12, "--precision", "fp32", "--checkpoints", 2]
+        start = ["--start", given / start] if start else []
+        data = ["--model", given / "model", "--data", given / "new.jsonl"]
+        return ["train", *data, *start, *recipe, *options, "--output", tmp_path / output]
+
+    return arguments
+
+
+def ran(ended):
+    assert ended.codes == [0] * len(ended.codes), ended.err
+    return ended
+
+
+def same_end(one, many):
+    """Two adapters are equal to rounding, as are their losses and their drift."""
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (one, many))
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.dist(weight, others[name]) < 2e-4 * weight.norm(), name
+    first, second = (json.loads((folder / "training.json").read_text()) for folder in (one, many))
+    assert first["recipe"] == second["recipe"]
+    assert first["samples"] == second["samples"]
+    assert first["steps"] == second["steps"] == 6
+    # The held-out loss is a mean over forwards, of half as many samples in each of two processes.
+    for key in {"loss", "held_out_loss", "drift"} & first.keys():
+        near = 2e-3 if key == "held_out_loss" else 1e-4
+        assert torch.allclose(torch.tensor(first[key]), torch.tensor(second[key]), rtol=near, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("size", "start", "options", "environment"),
+    [
+        (2, "anchored", [], {}),  # with the price on drift
+        (3, "paper", ["--micro_batch_size", 2], {}),
+        (2, None, ["--trainer", "{packing: true}"], {}),
+        (2, "seeded", ["--keep", 0, "--eval_share", 0.28, "--early_stopping", 2], {}),
+        (2, "anchored", [], FSDP),
+        (3, "paper", ["--micro_batch_size", 2], FSDP),
+        (2, "seeded", ["--keep", 0, "--weight_decay", 0.1], FSDP),
+    ],
+)
+def test_the_adapter_of_one_process(given, command, tmp_path, size, start, options, environment):
+    ran(run_together(1, command("one", *options, start=start), tmp_path / "log"))
+    ended = ran(run_together(size, command("many", *options, start=start), tmp_path / "log", **environment))
+    same_end(tmp_path / "one", tmp_path / "many")
+    if start:
+        before, after = (load_file(d / "adapter_model.safetensors") for d in (given / start, tmp_path / "many"))
+        assert any(torch.dist(before[name], after[name]) > 1e-3 for name in before)  # it was trained
+    assert "written to" in ended.out[0]
+    assert ended.out[1:] == [""] * (size - 1)
+    assert not (tmp_path / "many.work").exists()
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP])
+def test_a_killed_training_goes_on_with_another_number_of_processes(command, tmp_path, environment):
+    ran(run_together(1, command("one"), tmp_path / "log"))
+    kills = {0: ("open", "checkpoint-6/trainer_state.json")}
+    ended = run_together(2, command("many"), tmp_path / "log", kills=kills, **environment)
+    assert ended.codes[0] == -signal.SIGKILL
+    assert ended.codes[1] == 2
+    [line] = [line for line in ended.err[1].splitlines() if line.startswith("corda train:")]
+    assert "the same command goes on" in line
+    left = {path.name for path in (tmp_path / "many.work" / "checkpoint-3").iterdir()}
+    assert ("pytorch_model_fsdp_0" in left) == bool(environment)  # it was sharded
+    again = ran(run_together(3, command("many"), tmp_path / "log", **environment))
+    same_end(tmp_path / "one", tmp_path / "many")
+    assert "6/6" in again.err[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "start", "environment", "sentence"),
+    [
+        (2, ["--batch_size", 7], "anchored", {}, "2 processes cannot share a batch_size of 7 evenly"),
+        (2, ["--micro_batch_size", 4], "anchored", {}, "in forwards of 4 samples"),
+        (2, ["--weight_decay", 0.1], "paper", FSDP, "give --weight_decay 0"),
+        (2, [], "anchored", FSDP | {"FSDP_VERSION": 1}, "set fsdp_version to 2"),
+        (2, [], "anchored", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed shows no whole factor"),
+    ],
+)
+def test_what_an_engine_cannot_take_is_refused_before_work(
+    command, tmp_path, size, options, start, environment, sentence
+):
+    ended = run_together(size, command("out", *options, start=start), tmp_path / "log", **environment)
+    assert ended.codes == [2] * size
+    printed = " ".join("".join(ended.err).split())
+    assert printed.count("corda train:") == 1
+    assert sentence in printed
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(command, tmp_path):
+    ended = run_together(2, command("out", "--learning_rate", 1e30), tmp_path / "log")
+    assert ended.codes == [1, 1]
+    assert "".join(ended.err).count("corda train: ") == 1
+    assert not list(tmp_path.glob("out*"))
