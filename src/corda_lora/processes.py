@@ -147,6 +147,8 @@ def joined() -> Iterator[Processes]:
                 "many processes as GPUs"
             )
         torch.cuda.set_device(local)
+        # torchrun leaves each process one thread, but what the GPUs have made is put together on the CPU.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _number("LOCAL_WORLD_SIZE", "1")))
         backend = "cpu:gloo,cuda:nccl"
     try:
         store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))

@@ -174,7 +174,7 @@ def test_the_parts_of_a_context_are_in_order_and_alike():
     targets = find_targets(model, "all-linear")
     for size in (2, 3, 9):
         parts = [
-            Share(Processes(rank, size, None), targets, CordaConfig(r=1), torch.device("cpu")).part(
+            Share(Processes(rank, size, None), model, targets, CordaConfig(r=1), torch.device("cpu")).part(
                 Context(batches, list(range(9)))
             )
             for rank in range(size)
@@ -185,4 +185,16 @@ def test_the_parts_of_a_context_are_in_order_and_alike():
         tokens = [sum(batch["input_ids"].numel() for batch in part.batches) for part in parts]
         assert max(tokens) <= sum(lengths) * 2 / size + 6 or size == 9
     with pytest.raises(CordaError, match="10 processes cannot share 9 batches"):
-        Share(Processes(0, 10, None), targets, CordaConfig(r=1), torch.device("cpu")).part(Context(batches))
+        Share(Processes(0, 10, None), model, targets, CordaConfig(r=1), torch.device("cpu")).part(Context(batches))
+
+
+def test_layers_are_shared_out_by_blocks_and_the_rest_by_cost():
+    model = tiny.build("llama_for_nf4", num_hidden_layers=5)
+    targets = find_targets(model, "all-linear")
+    share = Share(Processes(0, 3, None), model, targets, CordaConfig(r=4), torch.device("cpu"))
+    owners = {}
+    for name in targets:
+        owners.setdefault(name.split(".")[2], set()).add(share.owner([name], seen=True))
+    assert [owners[str(i)] for i in range(3)] == [{0}, {1}, {2}]
+    assert max(share.loads) < 1.3 * min(share.loads)
+    assert len(owners["3"] | owners["4"]) == 3

@@ -29,7 +29,7 @@ def held_out_leaks(
     leaks: dict[str, float] = {}
     collector = None
     if processes and len(context.batches) >= processes.size:
-        share = Share(processes, targets, start.config, place.device)
+        share = Share(processes, model, targets, start.config, place.device)
         context = share.part(context)
         collector = SharedCollector(model, targets, context, 1, share)
     for _, groups in walk(model, targets, context, place, collector=collector):

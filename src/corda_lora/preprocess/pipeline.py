@@ -151,8 +151,6 @@ def preprocess(
         record["context"] = _check_abilities(model, context, targets, config)
     elif config.reads_context:
         record["context"] = check_context(model, context, targets)
-    share = Share(processes, targets, config, device) if processes else None
-    part = share.part(context) if share else context
     blocks = 0  # through which the context goes a second time
     if config.runs_back:
         require_causal(model)
@@ -166,11 +164,13 @@ def preprocess(
     restart_peak(device)
     with tempfile.TemporaryDirectory() as temporary, float32_products("highest"):
         store = LayerStore(work or Path(temporary))
-        where = choose_parking(park, model, part.batches, device, states=2 + blocks)
-        place = Place(device, stored, parking(where, store.folder))
         ranks = Ranks(targets, config, model)
         clock = _Clock(device)
         digests = _finished_before(store, ranks, device)
+        share = Share(processes, model, targets, config, device, digests) if processes else None
+        part = share.part(context) if share else context
+        where = choose_parking(park, model, part.batches, device, states=2 + blocks)
+        place = Place(device, stored, parking(where, store.folder))
         fallbacks: list[str] = []  # layers that the solver gave up on
         listeners = None
         if share:

@@ -2,18 +2,17 @@
 
     batches         shared out in order, so that each process has as many tokens
     covariances     summed over the processes; the sum goes to the one process that decomposes the layers
-    layers          shared out by what they cost, those with the same input to one process
+    layers          a block to each process; where fewer blocks are left than processes, shared out by what they cost
     results         written by each process into the folder of work that all see; the first process writes the output
 
 Every process goes through the same blocks in the same order. After each block they tell one another which layers were
-run, and the sums go to their owners. After as many blocks as there are processes, each decomposes what is its own: over
-several blocks the work can be shared out more evenly than in one.
+run, and the sums go to their owners. After as many blocks as there are processes, each decomposes what is its own.
 
 What one process sums up alone has the same bytes as in a run of one process: a round whose batches are all its own, and
 all that needs no context. A sum over several processes is added up in another order, and equal to rounding.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from ..algebra.covariance import Covariance
 from ..config import CordaConfig, CordaError
 from ..devices import free_bytes
-from ..models.lockstep import tensors_of
+from ..models.lockstep import find_blocks, tensors_of
 from ..models.weights import weight_shape
 from ..processes import Processes
 from .backward import StepBack
@@ -43,10 +42,21 @@ class Share:
     """
 
     def __init__(
-        self, processes: Processes, targets: Mapping[str, nn.Module], config: CordaConfig, device: torch.device
+        self,
+        processes: Processes,
+        model: nn.Module,
+        targets: Mapping[str, nn.Module],
+        config: CordaConfig,
+        device: torch.device,
+        finished: Collection[str] = (),
     ):
         self.processes, self.config, self.device = processes, config, device
         self.shapes = {name: weight_shape(module) for name, module in targets.items()}
+        todo = [name for name in targets if name not in finished]
+        self.block_of = {n: block for block in find_blocks(model, todo) for n in todo if n.startswith(f"{block}.")}
+        blocks = len(set(self.block_of.values()))
+        self.whole_blocks = blocks - blocks % processes.size  # so many, of those that come first, are not divided
+        self.block_owners: dict[str, int] = {}
         self.owners: dict[str, int] = {}
         self.loads = [0.0] * processes.size  # seconds that the layers of each process take, by the plan
         self.order: list[str] = []
@@ -83,13 +93,14 @@ class Share:
         )
 
     def owner(self, members: Sequence[str], seen: bool) -> int:
-        """The process that decomposes layers which share their input: the one with the least to do so far. The same in
-        all processes, which call this for the same layers in the same order."""
+        """The process that decomposes layers which share their input: the one with the least to do when their block was
+        come to. The same in all processes, which call this for the same layers in the same order."""
         if members[0] not in self.owners:
+            least, block = self.loads.index(min(self.loads)), self.block_of.get(members[0])
+            if block and (block in self.block_owners or len(self.block_owners) < self.whole_blocks):
+                least = self.block_owners.setdefault(block, least)
             layers = [Layer(name, *self.shapes[name], members[0] if seen else None) for name in members]
-            cost = group_seconds(layers, self.config, self.device.type == "cpu", H100)
-            least = self.loads.index(min(self.loads))
-            self.loads[least] += cost
+            self.loads[least] += group_seconds(layers, self.config, self.device.type == "cpu", H100)
             self.owners |= dict.fromkeys(members, least)
         return self.owners[members[0]]
 
