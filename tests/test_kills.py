@@ -21,7 +21,7 @@ from crashes import crashes
 
 from corda_lora import cli
 from corda_lora.cli import command
-from corda_lora.compare import runner
+from corda_lora.compare import pool, work
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(4)]
 LEARN = [{"prompt": f"{i} + {i} =", "response": f" {i + i}"} for i in range(1, 5)]
@@ -137,21 +137,21 @@ def test_eval(given, here):
 @pytest.fixture
 def in_threads(monkeypatch):
     """The jobs of a comparison run in threads, so that their writes are seen in this process, and are remembered."""
-    monkeypatch.setattr(runner, "do_job", remembered(runner.do_job))
+    monkeypatch.setattr(work, "do_job", remembered(work.do_job))
     context = types.SimpleNamespace(Pipe=multiprocessing.Pipe, Value=multiprocessing.Value, Process=Thread)
     context.set_forkserver_preload = lambda names: None
-    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(pool.multiprocessing, "get_context", lambda kind: context)
     monkeypatch.setattr("multiprocessing.forkserver.ensure_running", lambda: None)
     monkeypatch.setattr("corda_lora.report.report.write_report", lambda output, comparison: None)
-    monkeypatch.setattr(runner.signal, "signal", lambda number, handler: signal.SIG_DFL)
-    monkeypatch.setattr(runner, "_redirect_output", lambda path: path.touch())
+    monkeypatch.setattr(work.signal, "signal", lambda number, handler: signal.SIG_DFL)
+    monkeypatch.setattr(work, "_redirect_output", lambda path: path.touch())
 
 
 def remembered(do_job):
     """A job gives the same result and files where the same tensors are there: for each of these it is done once."""
     known = {}
 
-    def do(comparison, job, counter):
+    def do(comparison, job, advance):
         tensors = frozenset((str(p), p.read_bytes()) for p in comparison.output.rglob("*.safetensors"))
         key = job, tensors
         folder = comparison.folder(job)
@@ -161,7 +161,7 @@ def remembered(do_job):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
             return result
-        result = do_job(comparison, job, counter)
+        result = do_job(comparison, job, advance)
         known[key] = result, {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         return result
 

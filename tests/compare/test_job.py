@@ -1,7 +1,6 @@
 """What a process does for a job, in this process."""
 
 import json
-import multiprocessing
 from functools import partialmethod
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def comparison(checkpoint, folder):
 
 @pytest.fixture
 def do(comparison):
-    return lambda *job: do_job(comparison, Job(*job), multiprocessing.Value("q", 0))
+    return lambda *job: do_job(comparison, Job(*job), lambda steps: None)
 
 
 def test_later_runs_of_a_process_use_the_compiled_blocks_of_the_first(do, monkeypatch):

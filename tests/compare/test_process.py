@@ -1,9 +1,12 @@
 """The processes of a comparison and the server that they are forked from must not start CUDA too early."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from corda_lora.compare.process import visible_device
 
 BESIDE_A_GPU = """
 import importlib.util, torch
@@ -29,13 +32,35 @@ class Seen:  # PEFT is what imports bitsandbytes
 
 sys.meta_path.insert(0, Seen())
 ours, theirs = multiprocessing.Pipe()
-ours.send_bytes(b"(ccorda_lora.compare.runner\\n_work\\nNt.")  # as pickle writes it
+ours.send_bytes(b"(ccorda_lora.compare.work\\nserve\\nNt.")  # as pickle writes it
 begin(theirs, "5", 1, None, None)
+"""
+# Four processes of two GPUs, which tell their environment in place of doing jobs.
+FOUR = """
+import os
+from corda_lora.compare import pool
+
+NAMES = "CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+
+def tell(comparison, pipe, gpu, *rest):
+    pipe.send((gpu, *map(os.environ.get, NAMES)))
+
+def main():
+    pool.serve = tell
+    processes = pool.Processes(None, ["0", "1"] * 2, None)
+    for worker in [processes.start() for _ in range(4)]:
+        print(*worker.pipe.recv())
+        worker.end()
+    assert processes.slots == ["0", "1"] * 2
+"""
+NVIDIA_SMI = """#!/bin/sh
+[ "$*" = "--query-gpu=index,uuid --format=csv,noheader" ] && printf '0, GPU-aa\\n1, GPU-bb\\n'
 """
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+def run(code, **environment):
+    command, environment = [sys.executable, "-c", code], os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -47,3 +72,30 @@ def test_peft_is_left_to_the_processes_where_its_import_would_start_cuda(machine
 
 def test_a_process_knows_its_gpu_before_anything_starts_cuda():
     assert run(BESIDE_A_GPU + STARTED) == ["peft is imported for GPU 5"]
+
+
+@pytest.fixture
+def four(tmp_path):
+    """four(**environment) → what each of four processes tells of its environment."""
+    (tmp_path / "four.py").write_text(FOUR)
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import four; four.main()"
+    return lambda **environment: [line.split() for line in run(code, PATH=path, **environment)]
+
+
+@pytest.mark.parametrize("daemon", [False, True])
+def test_each_process_sees_one_gpu_and_finds_the_daemon_of_mps(four, tmp_path, daemon):
+    pipes, logs = str(tmp_path / "pipes"), str(tmp_path / "logs")
+    (tmp_path / "pipes").mkdir()
+    if daemon:
+        os.mkfifo(tmp_path / "pipes" / "control")
+    told = four(CUDA_VISIBLE_DEVICES="0,1", CUDA_MPS_PIPE_DIRECTORY=pipes, CUDA_MPS_LOG_DIRECTORY=logs)
+    names = {"0": "GPU-aa", "1": "GPU-bb"} if daemon else {"0": "0", "1": "1"}
+    assert told == [[gpu, names[gpu], pipes, logs] for gpu in ("0", "1", "0", "1")]
+
+
+def test_a_gpu_that_has_a_uuid_is_called_by_it(tmp_path):
+    os.mkfifo(tmp_path / "control")
+    assert visible_device("GPU-cc", {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}) == "GPU-cc"

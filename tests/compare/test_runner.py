@@ -20,9 +20,11 @@ from corda_lora.cli.parser import build_parser
 from corda_lora.cli.shared import take
 from corda_lora.compare.comparison import Comparison
 from corda_lora.compare.frontier import task_loss
-from corda_lora.compare.runner import LOG, _Session, _Worker
+from corda_lora.compare.pool import Process
+from corda_lora.compare.runner import _Session
 from corda_lora.compare.runner import compare as run_comparison
 from corda_lora.compare.schedule import Job
+from corda_lora.compare.work import LOG
 from corda_lora.config import CompareConfig, CordaError, DataConfig, EvalConfig, MethodConfig, ModelConfig, TrainConfig
 from corda_lora.devices import visible_gpus
 from corda_lora.methods.registry import METHODS, check_options
@@ -33,16 +35,16 @@ TWO = {"lora": "[1.0e-3, 1.0e-2]", "corda-kpm-anchored": "[1.0e-2, 3.0e-2]"}
 KILLED = """
 import os, signal
 from corda_lora.cli import main
-from corda_lora.compare.runner import _Worker
+from corda_lora.compare.pool import Process
 os.cpu_count = lambda: 1  # as in the fixture `folder`
-begin, runs = _Worker.begin, []
-def begin_and_die(self, comparison, job):
-    begin(self, comparison, job)
+begin, runs = Process.begin, []
+def begin_and_die(self, job):
+    begin(self, job)
     runs.append(job.is_run)
     if sum(runs) == 3:
         print(self.process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-_Worker.begin = begin_and_die
+Process.begin = begin_and_die
 main(["compare", "recipe.yaml", "--output", "broken"])
 """
 
@@ -50,18 +52,19 @@ main(["compare", "recipe.yaml", "--output", "broken"])
 STOPPED = """
 import os, signal, time
 from corda_lora.cli import main
-from corda_lora.compare.runner import LOG, _Worker
+from corda_lora.compare.pool import Process
+from corda_lora.compare.work import LOG
 os.cpu_count = lambda: 1
-begin, runs = _Worker.begin, []
-def begin_and_stop(self, comparison, job):
-    begin(self, comparison, job)
+begin, runs = Process.begin, []
+def begin_and_stop(self, job):
+    begin(self, job)
     runs.append(job.is_run)
     if sum(runs) == 2:
         print(self.process.pid, flush=True)
-        while not (comparison.folder(job) / LOG).exists():
+        while not (self.pool.comparison.folder(job) / LOG).exists():
             time.sleep(0.01)
         os.killpg(0, signal.SIGINT)
-_Worker.begin = begin_and_stop
+Process.begin = begin_and_stop
 main(["compare", "recipe.yaml", "--output", "out"])
 """
 STOPPED_WORK = "corda compare: stopped; finished work is kept, and the same command goes on from it"
@@ -172,17 +175,17 @@ def test_ctrl_c_ends_all_processes_with_one_sentence(recipe):
 
 
 def test_sigterm_ends_the_runs_and_keeps_those_that_are_done(recipe, compare, monkeypatch, capfd):
-    begin, processes = _Worker.begin, []
+    begin, processes = Process.begin, []
 
-    def begin_and_stop(self, comparison, job):
-        begin(self, comparison, job)
+    def begin_and_stop(self, job):
+        begin(self, job)
         processes.append(self.process)
         if len(results("out")) == 1:
-            while not (comparison.folder(job) / LOG).exists():
+            while not (self.pool.comparison.folder(job) / LOG).exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(_Worker, "begin", begin_and_stop)
+    monkeypatch.setattr(Process, "begin", begin_and_stop)
     file = recipe({"lora": "[1.0e-3, 1.0e-2]"}, seeds=1)
     with pytest.raises(SystemExit) as stopped:
         main(["compare", file, "--output", "out"])
@@ -190,7 +193,7 @@ def test_sigterm_ends_the_runs_and_keeps_those_that_are_done(recipe, compare, mo
     assert capfd.readouterr().err.strip().splitlines()[-1] == STOPPED_WORK
     assert not any(process.is_alive() for process in processes)
     written = {name: path.stat().st_mtime_ns for name, path in results("out").items()}
-    monkeypatch.setattr(_Worker, "begin", begin)
+    monkeypatch.setattr(Process, "begin", begin)
     compare(file, "--output", "out")
     assert len(results("out")) == 2
     assert written.items() <= {name: path.stat().st_mtime_ns for name, path in results("out").items()}.items()
@@ -271,15 +274,15 @@ def test_a_second_option_is_swept_beside_the_rate(recipe, compare):
 
 def test_a_process_serves_an_entrys_runs_until_it_dies(recipe, compare, monkeypatch):
     """It dies as one that the system kills for its memory. Its run is reported, and tried again the next time."""
-    processes, start, begin = [], _Session.start, _Worker.begin
+    processes, start, begin = [], _Session.start, Process.begin
 
-    def begin_and_die(self, comparison, job):
-        begin(self, comparison, job)
+    def begin_and_die(self, job):
+        begin(self, job)
         if job.rate == 2e-3:
             self.process.kill()
 
     monkeypatch.setattr(_Session, "start", lambda self, job: processes.append(str(job)) or start(self, job))
-    monkeypatch.setattr(_Worker, "begin", begin_and_die)
+    monkeypatch.setattr(Process, "begin", begin_and_die)
     file = recipe({"lora": "[1.0e-3, 2.0e-3]"}, seeds=2)
     text = compare(file, "--output", "out")
     statuses = {
@@ -288,7 +291,7 @@ def test_a_process_serves_an_entrys_runs_until_it_dies(recipe, compare, monkeypa
     assert statuses == {"lr0.001_s0": "done", "lr0.002_s0": "failed", "lr0.001_s1": "done"}
     assert "its process ended with -9 (out of memory?)" in text
     assert processes == ["the base model", "lora, 0.001, seed 0", "lora, 0.001, seed 1"]
-    monkeypatch.setattr(_Worker, "begin", begin)
+    monkeypatch.setattr(Process, "begin", begin)
     compare(file, "--output", "out")
     assert json.loads(results("out")["runs/lora/lr0.002_s0"].read_text())["status"] == "done"
     assert processes[3:] == ["lora, 0.002, seed 0"]
@@ -301,7 +304,7 @@ def test_a_process_that_died_before_it_took_its_job_is_seen(job):
     if job:
         ours.send(job)
     theirs.close()
-    assert not _Worker(None, ours, "", Job()).lives()
+    assert Process(None, None, ours, "").take() is None
 
 
 def test_bad_input_before_anything_runs(refused):

@@ -19,6 +19,7 @@ from typing import Any
 from ..config import CompareConfig, CordaError, DataConfig, EvalConfig, ModelConfig
 from ..data.batches import encode_all
 from ..data.samples import load_samples
+from ..evaluation.measures import KINDS
 from ..files import check_checksums, check_writable, is_partial, read_json, write_checksums, write_json
 from ..methods.registry import METHODS
 from ..models.loading import load_tokenizer
@@ -26,7 +27,7 @@ from ..training.train import training_steps
 from .frontier import as_options
 from .schedule import Entry, Job, Results, possible_jobs, scheduled_jobs, start_of
 
-RESULT = "result.json"
+RECIPE, RESULT = "recipe.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ class Comparison:
         tokenizer, length = load_tokenizer(self.source), self.learn.max_length
         trained = [bool(e.targets) for e in encode_all(tokenizer, load_samples(self.learn), length, end=True)]
         return training_steps(self.recipe.train, sum(trained))
+
+    @property
+    def files(self) -> list[Path]:
+        """The recipe as it is written, the model's configuration and the data: those that are files here."""
+        data = [self.learn, *([self.keep] if self.keep else [])]
+        data += [one for kind in KINDS for one in self.recipe.eval.data(kind)]
+        named = [Path(self.source.model, "config.json"), *(Path(one.data) for one in data)]
+        return list(dict.fromkeys([self.output / RECIPE, *(path for path in named if path.is_file())]))
 
     def folder(self, job: Job) -> Path:
         return self.output / job.folder
@@ -116,7 +125,7 @@ class Comparison:
         Raises CordaError if something else is in it, or runs of another recipe, or a file that runs read is damaged.
         """
         check_writable(self.output)
-        path, shared = self.output / "recipe.json", self.shared()
+        path, shared = self.output / RECIPE, self.shared()
         others = [p for p in self.output.iterdir() if not is_partial(p)] if self.output.is_dir() else []
         if self.output.is_file() or (others and not path.is_file()):
             raise CordaError(f"the output {self.output} has something else in it already: remove it, or choose another")

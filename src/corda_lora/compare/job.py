@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,14 +29,13 @@ from ..version import __version__
 from .comparison import Comparison
 from .schedule import Job, start_of
 
+Advance = Callable[[int], object]  # is told of steps that a run has taken
+
 PACKAGES = ("torch", "transformers", "peft", "trl")
 
 
-def do_job(comparison: Comparison, job: Job, counter: Any) -> dict[str, Any]:
+def do_job(comparison: Comparison, job: Job, advance: Advance) -> dict[str, Any]:
     """Measure the base model, prepare an entry, or do a run. Returns the job's result.
-
-    Args:
-        counter: a shared integer with a lock, to which a run adds its steps.
 
     Raises CordaError if a method does not fit the model.
     """
@@ -58,7 +57,7 @@ def do_job(comparison: Comparison, job: Job, counter: Any) -> dict[str, Any]:
         return {"status": "done", "seconds": seconds}
     if shared := comparison.result(start_of(comparison.entries[job.entry], job)):
         seconds = shared["seconds"]
-    return _run(comparison, setup, prepared, seconds, base, counter)
+    return _run(comparison, setup, prepared, seconds, base, advance)
 
 
 def _measure_base(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any, began: float) -> dict[str, Any]:
@@ -94,10 +93,15 @@ def _setup(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any) -
 
 
 def _run(
-    comparison: Comparison, setup: Setup, prepared: Prepared, prepare_seconds: float, base: BaseOutputs, counter: Any
+    comparison: Comparison,
+    setup: Setup,
+    prepared: Prepared,
+    prepared_in: float,
+    base: BaseOutputs,
+    advance: Advance,
 ) -> dict[str, Any]:
     """Train a prepared model and measure it."""
-    curve = _Curve(comparison, setup.tokenizer, counter)
+    curve = _Curve(comparison, setup.tokenizer, advance)
     training = train_prepared(prepared, setup, [curve])
     results = evaluate(prepared.model, setup.tokenizer, comparison.recipe.eval, progress=False, base=base)
     result = {
@@ -108,7 +112,7 @@ def _run(
         "loss": training["loss"],
         "steps": training["steps"],
         "seconds": training["seconds"] - curve.seconds,
-        "prepare_seconds": prepare_seconds,
+        "prepare_seconds": prepared_in,
         "peak_bytes": peak_bytes(accelerator()),
         "parameters": count_parameters(prepared.model),
     }
@@ -148,13 +152,13 @@ class _Curve(TrainerCallback):
         seconds: the time that the measurements took.
     """
 
-    def __init__(self, comparison: Comparison, tokenizer: Any, counter: Any):
+    def __init__(self, comparison: Comparison, tokenizer: Any, advance: Advance):
         recipe = comparison.recipe
         data = recipe.eval.data("learn")[0]
         samples = load_samples(data)[: recipe.curve_samples]
         self.encoded = encode_all(tokenizer, samples, data.max_length, end=True)
         self.steps = {round(i * comparison.steps / recipe.curve_points) for i in range(recipe.curve_points + 1)}
-        self.tokenizer, self.batch_tokens, self.counter = tokenizer, recipe.eval.batch_tokens, counter
+        self.tokenizer, self.batch_tokens, self.advance = tokenizer, recipe.eval.batch_tokens, advance
         self.points: list[list[float]] = []
         self.seconds = 0.0
 
@@ -163,8 +167,7 @@ class _Curve(TrainerCallback):
         self.measure(model, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        with self.counter.get_lock():
-            self.counter.value += 1
+        self.advance(1)
         if state.global_step in self.steps:
             self.measure(model, state.global_step)
 

@@ -1,4 +1,4 @@
-"""The processes that do the jobs of a comparison, several at a time.
+"""A comparison: what is checked before it, and the session that keeps processes at its jobs, several at a time.
 
 A job is done when its result.json is there, and is then never done again. A job that was broken off is begun anew, and
 gives the same numbers, on a CPU if it gets as many threads as before (the processes share the cores).
@@ -8,21 +8,15 @@ takes as long as training a small model. After a job that failed its process end
 process.
 """
 
-import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +27,7 @@ from ..config import CompareConfig, CordaError, ModelConfig
 from ..data.labels import check_labels, with_labels
 from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_samples
-from ..devices import accelerator, machine_name, release_cache, restart_peak, visible_gpus
+from ..devices import accelerator, visible_gpus
 from ..evaluation.choices import check_choices
 from ..evaluation.evaluate import measured_samples
 from ..evaluation.measures import KINDS
@@ -44,18 +38,23 @@ from ..models.loading import class_of, empty_model, load_tokenizer, read_setting
 from ..models.targets import find_targets, require_causal
 from ..progress import console, progress_bar
 from ..training.arguments import check_trainer
-from ..training.train import DivergedError, warn_without_bfloat16
+from ..training.train import warn_without_bfloat16
 from .comparison import RESULT, Comparison, gather
 from .frontier import task_loss
-from .job import do_job
-from .process import begin
+from .pool import Pool, Processes, Worker
+from .remote import Nodes, cluster
 from .schedule import Job, can_start, count_runs, jobs_to_do, next_job, scheduled_jobs
-
-LOG = "log.txt"
+from .work import LOG
 
 
 def compare(
-    source: ModelConfig, recipe: CompareConfig, output: Path, jobs: int = 1, gpus: Sequence[str] = (), command: str = ""
+    source: ModelConfig,
+    recipe: CompareConfig,
+    output: Path,
+    jobs: int = 1,
+    gpus: Sequence[str] = (),
+    command: str = "",
+    ray: str = "",
 ) -> dict[str, Any]:
     """Run what is not done yet, several at a time. Returns the comparison (see `gather`), and writes comparison.json.
 
@@ -63,22 +62,29 @@ def compare(
         jobs: how many processes at a time, on each GPU; none if 0: then the comparison is of the runs done before.
         gpus: which GPUs to use, as in CUDA_VISIBLE_DEVICES. Default: all, or the CPU if there is none.
         command: the command that makes this comparison, for its report.
+        ray: the address of a Ray cluster, or "auto" for that of this host: its nodes do the runs (see `remote`).
+            Default: processes of this host do.
 
-    Raises CordaError for an unknown method, model or GPU, data that cannot be read, or an output that holds another
-    comparison, all before any long work; and if the base model cannot be measured. A run that fails is reported, and
-    the others go on.
+    Raises CordaError for an unknown method, model, GPU or cluster, data that cannot be read, or an output that holds
+    another comparison, all before any long work; and if the base model cannot be measured. A run that fails is
+    reported, and the others go on.
     """
     comparison = Comparison(source, recipe, output)
     check_methods(recipe)
-    check_trainer(recipe.train, accelerator())
-    source = with_labels(source, comparison.learn)
-    comparison = replace(comparison, source=source)
-    gpus = _checked_gpus(gpus)
-    comparison.open(_checked_data(comparison, load_tokenizer(source), _checked_model(comparison)))
-    if jobs:
-        if not torch.accelerator.is_available():
-            warn_without_bfloat16(recipe.train, torch.device("cpu"))
-        _run_all(comparison, [*gpus] * jobs)
+    if ray and gpus:
+        raise CordaError("--gpus are of this host, and --ray shares out the GPUs of its cluster: leave one of them out")
+    with cluster(ray) if ray and jobs else nullcontext(None) as nodes_have_gpus:
+        # A trainer's options are checked where the runs will be, or on a device like it.
+        if nodes_have_gpus in (None, torch.accelerator.is_available()):
+            check_trainer(recipe.train, accelerator())
+        source = with_labels(source, comparison.learn)
+        comparison = replace(comparison, source=source)
+        gpus = _checked_gpus(gpus)
+        comparison.open(_checked_data(comparison, load_tokenizer(source), _checked_model(comparison)))
+        if jobs:
+            if not (nodes_have_gpus or torch.accelerator.is_available()):
+                warn_without_bfloat16(recipe.train, torch.device("cpu"))
+            _run_all(comparison, jobs, gpus, ray)
     results = comparison.results()
     if results.get(Job(), {"status": "missing"})["status"] != "done":
         raise CordaError(f"{output} has no results of the base model yet: there is nothing to report")
@@ -149,94 +155,50 @@ def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | Non
 # --- the processes ---------------------------------------------------------------------------------------------------
 
 
-def _run_all(comparison: Comparison, slots: Sequence[str]) -> None:
-    """Do all jobs that have no result. `slots` names the GPU of each process, "" for the CPU."""
+def _run_all(comparison: Comparison, jobs: int, gpus: Sequence[str], ray: str) -> None:
+    """Do all jobs that have no result."""
     for job, result in comparison.results().items():
         if result["status"] in ("failed", "does not fit"):
             (comparison.folder(job) / RESULT).unlink()  # tried again
-    session = _Session(comparison, list(slots))
+    commit = _commit()  # now, before anybody edits the checkout
+    pool: Pool = Nodes(comparison, jobs, commit) if ray else Processes(comparison, [*gpus] * jobs, commit)
+    session = _Session(comparison, pool)
     with progress_bar("comparing", session.progress.session_steps()) as advance:
         session.run(advance)
 
 
-@dataclass(eq=False)
-class _Worker:
-    """A process with the job that it does, and since when. Over the pipe it gets a job, and says when that is done."""
-
-    process: Any
-    pipe: Connection
-    gpu: str
-    job: Job
-    since: float = 0.0
-
-    def begin(self, comparison: Comparison, job: Job) -> None:
-        folder = comparison.folder(job)
-        shutil.rmtree(folder, ignore_errors=True)  # a run that was broken off
-        folder.mkdir(parents=True)
-        self.job, self.since = job, time.perf_counter()
-        self.pipe.send(job)
-
-    def lives(self) -> bool:
-        """Whether the process has done its job, and not died. Asked when the pipe has something to read: that the job
-        is done, or the end of the pipe."""
-        try:
-            self.pipe.recv()
-            return True
-        except (EOFError, ConnectionResetError):
-            return False
-
-    def end(self) -> None:
-        self.pipe.close()
-        self.process.join()
-
-
 class _Session:
-    """The processes of one call of `compare`, and the results so far. Keeps a process in every slot until no job is
-    left to do."""
+    """One call of `compare`: the results so far, and the processes that do the rest. Keeps as many processes as there
+    is room for until no job is left to do."""
 
-    def __init__(self, comparison: Comparison, slots: list[str]):
-        # Processes are forked from a server that has imported what it can without touching a GPU: see `preload`.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self.context: Any = multiprocessing.get_context(kind)
-        if kind == "forkserver":
-            self.context.set_forkserver_preload([f"{__package__}.preload"])
-        self.threads = max(1, (os.cpu_count() or 1) // len(slots))
-        self.counter = self.context.Value("q", 0)  # steps that runs have taken since it was last read
-        self.commit = _commit()  # now, before anybody edits the checkout
-        self.comparison, self.slots = comparison, slots
+    def __init__(self, comparison: Comparison, pool: Pool):
+        self.comparison, self.pool = comparison, pool
         self.entries, self.seeds = comparison.entries, comparison.recipe.seeds
         self.results = comparison.results()
-        self.workers: list[_Worker] = []
+        self.workers: list[Worker] = []
         runs_done = sum(
             job.is_run and job in self.results for job in scheduled_jobs(self.entries, self.seeds, self.results)
         )
-        self.progress = _Progress(self.count_runs(), runs_done, comparison.steps, len(slots))
+        self.progress = _Progress(self.count_runs(), runs_done, comparison.steps, pool.room())
 
     def run(self, advance: Callable[..., None]) -> None:
         """Do all jobs. `advance` moves the progress bar."""
         try:
             while True:
-                while self.slots and (startable := self.startable()):
+                while (startable := self.startable()) and self.pool.room():
                     self.start(next_job(startable, [worker.job.entry for worker in self.workers]))
-                if not self.workers:
+                if not self.workers and not startable:
                     return
-                ready = wait([worker.pipe for worker in self.workers], timeout=0.5)
-                with self.counter.get_lock():
-                    advance(self.counter.value)
-                    self.counter.value = 0
-                for worker in [worker for worker in self.workers if worker.pipe in ready]:
+                ready = self.pool.wait(self.workers, timeout=0.5)
+                advance(self.pool.steps())
+                for worker in ready:
                     line = self.finish(worker)
                     advance(0, total=self.progress.session_steps())
                     console.print(line, highlight=False)
                     if worker in self.workers:  # otherwise it has died
                         self.go_on(worker)
         finally:
-            for worker in self.workers:
-                worker.process.terminate()
-            for worker in self.workers:  # the lock on the output is held until they write no more
-                worker.process.join(10)
-                worker.process.kill()
+            self.pool.close(self.workers)
 
     def startable(self) -> list[Job]:
         """The jobs that are to do, can start, and are not being done."""
@@ -249,28 +211,30 @@ class _Session:
 
     def start(self, job: Job) -> None:
         """Start a process with a job."""
-        gpu = self.slots.pop(0)
-        ours, theirs = self.context.Pipe()
-        arguments = theirs, gpu, self.threads, self.counter, self.commit
-        process = self.context.Process(target=begin, args=arguments, daemon=True)
-        process.start()
-        theirs.close()  # otherwise the end of the pipe would never be seen
-        ours.send((_work, self.comparison))
-        worker = _Worker(process, ours, gpu, job)
+        worker = self.pool.start()
         self.workers.append(worker)
-        worker.begin(self.comparison, job)
+        self.begin(worker, job)
 
-    def finish(self, worker: _Worker) -> str:
+    def begin(self, worker: Worker, job: Job) -> None:
+        folder = self.comparison.folder(job)
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was broken off
+        folder.mkdir(parents=True, exist_ok=True)
+        worker.begin(job)
+
+    def finish(self, worker: Worker) -> str:
         """Take the result of the job that a process has done, or has died of. Returns a line that tells it.
 
         Raises CordaError if the base model could not be measured.
         """
         job = worker.job
-        if not worker.lives():
-            self.end(worker)
-        result = self.comparison.result(job)
+        result = worker.take()
         if result is None:
-            result = {"status": "failed", "why": f"its process ended with {worker.process.exitcode} (out of memory?)"}
+            self.end(worker)
+            result = self.comparison.result(job)  # it may have died after that was written
+        if result is None and worker.again:
+            return f"{job}: {worker.death}; it is begun again"
+        if result is None:
+            result = {"status": "failed", "why": worker.death}
             self.comparison.write_result(job, result)
         self.results[job] = result
         if not job.entry and result["status"] != "done":
@@ -279,18 +243,17 @@ class _Session:
         self.progress.add(job, result, time.perf_counter() - worker.since, self.count_runs())
         return self.progress.line(job, result)
 
-    def go_on(self, worker: _Worker) -> None:
+    def go_on(self, worker: Worker) -> None:
         """Give a process another job of its entry, or end it."""
         following = [job for job in self.startable() if job.entry == worker.job.entry]
         if following and self.results[worker.job]["status"] in ("done", "diverged"):
-            worker.begin(self.comparison, following[0])
+            self.begin(worker, following[0])
         else:
             self.end(worker)
 
-    def end(self, worker: _Worker) -> None:
+    def end(self, worker: Worker) -> None:
         worker.end()
         self.workers.remove(worker)
-        self.slots.append(worker.gpu)
 
 
 class _Progress:
@@ -343,57 +306,3 @@ def _commit() -> str | None:
         return os.environ["COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-# --- inside a process ------------------------------------------------------------------------------------------------
-
-
-def _work(comparison: Comparison, pipe: Connection, gpu: str, threads: int, counter: Any, commit: str | None) -> None:
-    """Do the jobs that come over the pipe until it is closed. Each gets a result, whatever happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes: the parent ends this one
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not at once, which leaves semaphores behind
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            return
-        _redirect_output(comparison.folder(job) / LOG)
-        result = _attempt(comparison, job, counter)
-        gc.collect()  # the parts of a trainer refer to one another and to the model
-        release_cache(accelerator())
-        restart_peak(accelerator())
-        comparison.write_result(job, result | {"commit": commit, "machine": machine_name(), "gpu": gpu or None})
-        pipe.send(None)
-
-
-def _attempt(comparison: Comparison, job: Job, counter: Any) -> dict[str, Any]:
-    try:
-        return do_job(comparison, job, counter)
-    except CordaError as error:
-        return {"status": "does not fit", "why": str(error)}
-    except DivergedError as error:
-        with counter.get_lock():
-            counter.value += comparison.steps - (error.step - 1)  # the steps that will not be taken
-        return {"status": "diverged", "why": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        lines = str(error).strip().splitlines()
-        return {"status": "failed", "why": f"{type(error).__name__}: {lines[0] if lines else ''}"}
-
-
-def _redirect_output(path: Path) -> None:
-    """Everything that this process prints goes to a file from now on."""
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends, so that no run goes on alone after a comparison was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
