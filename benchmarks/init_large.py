@@ -136,12 +136,13 @@ def measure(command: Sequence[str], log: Path, sample: Callable[[int], None], **
 
 @contextmanager
 def driver_memory() -> Iterator[list[int]]:
-    """Bytes in use of the first GPU, twice a second, as its driver counts them; none where there is no nvidia-smi."""
+    """Bytes in use of the first GPU of this process, twice a second, as its driver counts them; none where there is no nvidia-smi."""
     seen: list[int] = []
     if shutil.which("nvidia-smi") is None:
         yield seen
         return
-    query = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "500"]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = ["nvidia-smi", "-i", gpu, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "500"]
     process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def read() -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/merge_runs.py OUTPUT COMPARISON.json [COMPARISON.json ...]
 
-Runs that were scheduled and not made are left out. The comparisons must share their recipe but for methods and seeds.
+Runs that were scheduled and not made are left out. The comparisons must share their recipe but for methods, seeds and
+options that came later; and for micro_batch_size, as a step's gradient is the same however its batch is cut.
 """
 
 import json
@@ -10,19 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from corda_lora.compare.comparison import with_later_options
 from corda_lora.report.report import write_report
 
 
 def merge(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
-    merged = comparisons[0]
-    methods = ("methods", "seeds")
-    shared = [{k: v for k, v in c["recipe"].items() if k not in methods} for c in comparisons]
+    merged = comparisons[-1]
+    shared = [_shared(comparison["recipe"]) for comparison in comparisons]
     if any(recipe != shared[0] for recipe in shared):
         raise SystemExit("the comparisons have different recipes")
     runs: dict[str, Any] = {}
     for comparison in comparisons:
-        merged["methods"] |= comparison["methods"]
-        merged["recipe"]["methods"] |= comparison["recipe"]["methods"]
+        merged["methods"] = comparison["methods"] | merged["methods"]
+        merged["recipe"]["methods"] = comparison["recipe"]["methods"] | merged["recipe"]["methods"]
         for run in comparison["runs"]:
             if run["status"] in ("done", "diverged"):
                 runs[json.dumps([run["method"], run.get("swept"), run["learning_rate"], run["seed"]])] = run
@@ -30,6 +31,13 @@ def merge(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
     merged["methods"] = {m: v for m, v in merged["methods"].items() if any(r["method"] == m for r in merged["runs"])}
     merged["commit"] = ", ".join(sorted({run["commit"] for run in merged["runs"] if run.get("commit")}))
     return merged
+
+
+def _shared(recipe: dict[str, Any]) -> dict[str, Any]:
+    settings = with_later_options({key: value for key, value in recipe.items() if key not in ("methods", "seeds")})
+    settings.pop("seeds", None)
+    settings["train"].pop("micro_batch_size")
+    return settings
 
 
 def main(output: Path, sources: list[Path]) -> None:

@@ -134,7 +134,7 @@ class Comparison:
             before = read_json(path)
             if not isinstance(before, dict) or not {"shared", "entries"} <= before.keys():
                 raise CordaError(f"{path} is damaged: remove {self.output}, or choose another output")
-            made = _with_later_options(before["shared"], _as_json(_DEFAULTS))
+            made = with_later_options(before["shared"])
             differing = [key for key in shared if made.get(key) != shared[key]]
             differing += [name for name, key in entries.items() if before["entries"].get(name, key) != key]
             changed = [data for data, was in zip(digests, before.get("data", digests)) if list(data) != was]
@@ -160,20 +160,22 @@ def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-_DEFAULTS = {"model": asdict(ModelConfig("model")), **asdict(CompareConfig(["lora"], "data", EvalConfig(learn="")))}
+def with_later_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of runs that an earlier version made (see `Comparison.shared`), with the options that came later: at
+    their defaults, a run with them is a run without."""
+    defaults = {"model": asdict(ModelConfig("model")), **asdict(CompareConfig(["lora"], "data", EvalConfig(learn="")))}
+    return _with_defaults(settings, _as_json(defaults))
 
 
-def _with_later_options(settings: Any, defaults: Any) -> Any:
-    """The settings of runs that an earlier version made, with the options that came later: at their defaults, a run
-    with them is a run without."""
+def _with_defaults(settings: Any, defaults: Any) -> Any:
     if isinstance(settings, list):
-        return [_with_later_options(one, None) for one in settings]
+        return [_with_defaults(one, None) for one in settings]
     if not isinstance(settings, dict):
         return settings
     if "rows" in settings:
         defaults = _as_json(asdict(DataConfig("")))
     known = defaults if isinstance(defaults, dict) else {}
-    return known | {key: _with_later_options(value, known.get(key)) for key, value in settings.items()}
+    return known | {key: _with_defaults(value, known.get(key)) for key, value in settings.items()}
 
 
 def gather(comparison: Comparison, results: Results, command: str) -> dict[str, Any]:
