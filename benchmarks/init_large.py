@@ -136,7 +136,7 @@ def measure(command: Sequence[str], log: Path, sample: Callable[[int], None], **
 
 @contextmanager
 def driver_memory() -> Iterator[list[int]]:
-    """Bytes in use of the first GPU of this process, twice a second, as its driver counts them; none where there is no nvidia-smi."""
+    """Bytes in use of the first GPU that may be used, twice a second, by its driver; none without nvidia-smi."""
     seen: list[int] = []
     if shutil.which("nvidia-smi") is None:
         yield seen

@@ -6,11 +6,13 @@ import math
 import pytest
 import tiny
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from corda_lora import CordaConfig, CordaError, get_corda_model
 from corda_lora.config import DataConfig, EvalConfig
 from corda_lora.data.batches import Encoded, encode
 from corda_lora.data.samples import Sample
+from corda_lora.evaluation import generation
 from corda_lora.evaluation.answers import sides
 from corda_lora.evaluation.choices import read_choices
 from corda_lora.evaluation.evaluate import evaluate, loss_and_drift, measured_samples, text_windows
@@ -225,3 +227,23 @@ def test_choices_without_the_response_are_refused(row, tokenizer, tmp_path):
     path.write_text(json.dumps({"prompt": "2 + 2 =", "response": "4", **row}) + "\n")
     with pytest.raises(CordaError, match=r"sample 1 of .*rows\.jsonl needs a column `choices`"):
         evaluate(tiny.build("llama"), tokenizer, EvalConfig(choices=str(path)), progress=False)
+
+
+def test_a_batch_of_answers_is_as_large_as_the_memory(monkeypatch):
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with torch.device("meta"):  # stands for an accelerator
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    cache = 2 * 2 * 3 * 2 * 8  # bytes of a token's keys and values: two, in bfloat16, of 3 layers with 2 heads of 8
+    monkeypatch.setattr(generation, "free_bytes", lambda device: 1000 * cache)
+    assert generation.largest_batch(model, 100) == 500
+    assert generation.largest_batch(model, 600) == 600
+    monkeypatch.setattr(generation, "free_bytes", lambda device: None)
+    assert generation.largest_batch(model, 600) == generation.LARGE_BATCH
+    assert generation.largest_batch(LlamaForCausalLM(config), 600) == 600

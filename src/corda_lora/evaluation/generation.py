@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,11 +12,12 @@ from ..config.values import find_all
 from ..data.batches import Encoded, batch_by_length, encode_question, pad
 from ..data.images import image_inputs
 from ..data.samples import Sample
+from ..devices import free_bytes
 from ..models.targets import require_causal
 from ..progress import progress_bar, track
 from .answers import Sides
 
-LARGE_BATCH = 2**18  # tokens of a batch on an accelerator, at first
+LARGE_BATCH = 2**18  # tokens of a batch on an accelerator where its room is not known
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def complete(
     context = getattr(shape.get_text_config(), "max_position_embeddings", None) or longest + max_new_tokens
     if longest >= context:
         raise CordaError(f"the longest prompt of {label} has {longest:,} tokens, and the model reads {context:,}")
-    if next(model.parameters()).device.type != "cpu":
-        batch_tokens = max(batch_tokens, LARGE_BATCH)
+    batch_tokens = largest_batch(model, batch_tokens)
     answers: dict[int, str] = {}
     with progress_bar(label, len(prompts)) as advance:
         while left := [i for i in range(len(prompts)) if i not in answers]:
@@ -99,6 +99,24 @@ def complete(
             else:
                 advance(len(rows))
     return [answers[i] for i in range(len(prompts))]
+
+
+def largest_batch(model: nn.Module, tokens: int) -> int:
+    """How many tokens, prompts and continuations, a batch of greedy answers has at first: `tokens` on a CPU; on an
+    accelerator as many as its free memory has room for twice over, counting their keys and values. A step takes hardly
+    longer with more rows. Callers halve it where it does not fit after all."""
+    parameter = next(model.parameters())
+    if parameter.device.type == "cpu":
+        return tokens
+    free, source = free_bytes(parameter.device), cast(Any, model)
+    shape = source.config.get_text_config()
+    queries = getattr(shape, "num_attention_heads", None)
+    if free is None or not queries:
+        return max(tokens, LARGE_BATCH)
+    heads = getattr(shape, "num_key_value_heads", None) or queries
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // queries
+    values = 2 * shape.num_hidden_layers * heads * width  # of a token's keys and values
+    return max(tokens, free // (2 * values * source.dtype.itemsize))
 
 
 def generate(

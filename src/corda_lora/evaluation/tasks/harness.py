@@ -226,7 +226,7 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import StoppingCriteriaList, StopStringCriteria
 
-    from ..generation import LARGE_BATCH
+    from ..generation import largest_batch
 
     @cache
     def stopping(strings: tuple[str, ...]) -> StopStringCriteria:
@@ -248,7 +248,7 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
                     "their beginning, as in lm-eval",
                     stacklevel=2,
                 )
-            tokens = LARGE_BATCH if self.device.type != "cpu" else batch_tokens
+            tokens = largest_batch(self.model, batch_tokens)
             return self.in_batches(
                 super().generate_until, requests, tokens, min(max(lengths), room) + self.max_gen_toks
             )
