@@ -160,8 +160,8 @@ def made(source: ModelConfig, tokenizer: Any, task: list[Sample], options: Any) 
         model = model.to(compute_device(model, None))
         shown = random.Random(0).sample(task, min(len(task), 1000))
         encoded = [encode(tokenizer, sample, 512, end=True) for sample in shown]
-        pad_id = tokenizer.pad_token_id or 0
-        export_ordered(model, options.work / "lora", options.work / "ordered", encoded, pad_id, 8192)
+        pad_id, tokens = tokenizer.pad_token_id or 0, 1024 if next(model.parameters()).device.type == "cpu" else 8192
+        export_ordered(model, options.work / "lora", options.work / "ordered", encoded, pad_id, tokens)
     return {name: options.work / name for name in ("lora", "ordered", "dylora")}
 
 

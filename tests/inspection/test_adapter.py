@@ -121,6 +121,42 @@ def test_how_far_the_outputs_move(layers, checkpoint, lora, files, tokenizer):
             assert moved["leak"] == pytest.approx(float((X @ A.T).square().sum() / len(X)), rel=1e-3)
 
 
+def test_which_ability_each_component_serves(made, layers, checkpoint, lora, files, tokenizer):
+    """The energy of each component's outputs alone, over that of the layer's, on each ability."""
+    model, factors = base(checkpoint), load_file(lora / "adapter_model.safetensors")
+    config = json.loads((lora / "adapter_config.json").read_text())
+    energies = {name: {} for name in layers}
+    for context in ("sums", "text"):
+        inputs = {name: [] for name in layers}
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(lambda _, args, k=rows: k.append(args[0][0].double()))
+            for name, rows in inputs.items()
+        ]
+        for sample in load_samples(DataConfig(str(files / f"{context}.jsonl"))):
+            with torch.no_grad():
+                model(torch.tensor([encode(tokenizer, sample, 512).ids]))
+        for hook in hooks:
+            hook.remove()
+        for name in layers:
+            X, W = torch.cat(inputs[name]), model.get_submodule(name).weight.detach().double()
+            A, B = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+            moved = [float((X @ a[:, None] @ b[None]).square().sum()) for a, b in zip(A, B.T)]
+            scale = layers[name]["scale"] ** 2 / float((X @ W.T).square().sum())
+            energies[name][f"{files.name}/{context}"] = [scale * energy for energy in moved]
+    assert config["r"] == 4
+    for name, about in layers.items():
+        for context, expected in energies[name].items():
+            assert about["moved"][context]["components"] == pytest.approx(expected, rel=1e-3)
+        each = [max(energies[name], key=lambda c, i=i: energies[name][c][i]) for i in range(about["r"])]
+        assert about["serves"]["components"] == each
+        squares = {context: moved["outputs"] ** 2 for context, moved in about["moved"].items()}
+        total = sum(squares.values())
+        assert about["serves"]["shares"] == pytest.approx({c: square / total for c, square in squares.items()})
+    page = (made / "report.html").read_text(encoding="utf-8")
+    assert f"components, {files.name}/sums" in page
+    assert f"serves {files.name}/text most of all layers" in page
+
+
 def test_predicted_drift_is_that_of_the_statistics(checkpoint, files, tmp_path_factory):
     """Of a CorDA adapter trained with a price: by its statistics, as the training predicts it, and on the context."""
     folder = tmp_path_factory.mktemp("corda")

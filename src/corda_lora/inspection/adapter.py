@@ -3,6 +3,7 @@
     ΔW = s·B A          by the file: rank, norms, singular values; predicted drift, if it has the context's statistics
     ‖ΔW‖ / ‖W‖          by the model, and what merging rounds away
     ‖ΔW X‖ / ‖W X‖      by samples: how far the layer's outputs move; and the predicted drift on these samples
+    ‖bᵢ aᵢX‖² / ‖W X‖²  by samples of several abilities: which of them each component, and each layer, serves
 
 The model is gone through block by block and never adapted: its inputs are those without the adapter, and A and B are
 multiplied by their covariances.
@@ -208,6 +209,9 @@ def inspect_adapter(
                             record["layers"][layer]["moved"][about["name"]] = moved
                         advance()
                 release_cache(device)
+    if len(contexts) > 1:
+        for about in record["layers"].values():
+            about["serves"] = _served(about["moved"])
     return record, values
 
 
@@ -273,8 +277,19 @@ def _of_model(module: nn.Module, factors: Factors) -> dict[str, float | None]:
     }
 
 
-def _on_context(W: Tensor, C: Tensor, D: Tensor | None, factors: Factors, share: float) -> dict[str, float]:
-    """How far a layer moves on a context.
+def _served(moved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Which ability a layer and each of its components serves: of which it moves the outputs most, each measured by the
+    layer's own outputs on that ability. {"shares": {ability: its share of what the layer moves, of all abilities},
+    "components": the ability of each, or "" where it moves none}."""
+    squares = {name: found["outputs"] ** 2 for name, found in moved.items()}
+    total = sum(squares.values())
+    each = zip(*(found["components"] for found in moved.values()))
+    served = [list(moved)[energies.index(max(energies))] if max(energies) > 0 else "" for energies in each]
+    return {"shares": {n: square / total if total else 0.0 for n, square in squares.items()}, "components": served}
+
+
+def _on_context(W: Tensor, C: Tensor, D: Tensor | None, factors: Factors, share: float) -> dict[str, Any]:
+    """How far a layer moves on a context, and by which components.
 
     Args:
         C, D: of its inputs (n, n), and of the gradients at its outputs (m, m) if they are known.
@@ -284,7 +299,10 @@ def _on_context(W: Tensor, C: Tensor, D: Tensor | None, factors: Factors, share:
     inner = product(A, C) @ A.T  # A C Aᵀ (r, r)
     base = float(((W.to(C.dtype) @ C) * W).sum())
     energy = factors.scale**2 * float((inner * (B.T @ B)).sum())
-    moved = {"leak": float(inner.diagonal().sum()), "outputs": math.sqrt(max(energy, 0.0) / base) if base > 0 else 0.0}
+    moved: dict[str, Any] = {"leak": float(inner.diagonal().sum())}
+    moved["outputs"] = math.sqrt(max(energy, 0.0) / base) if base > 0 else 0.0
+    alone = factors.scale**2 * inner.diagonal() * B.square().sum(0)  # (r,)
+    moved["components"] = (alone / base).tolist() if base > 0 else [0.0] * len(A)
     if D is not None:
         drift = float((inner * (product(B.T, D.to(C.device)) @ B)).sum())
         moved["predicted_drift"] = 0.5 * share * factors.scale**2 * drift

@@ -3,7 +3,7 @@
 import base64
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -106,11 +106,28 @@ def write_adapter(folder: Path, record: dict[str, Any], values: Mapping[str, Ten
         "meanings": "".join(f"<li>{escape(f'{label}: {what}')}</li>" for label, (_, what) in measures.items() if what),
         "similarity": "",
         "inputs": "",
-        "tables": _table("Layers", "layer", list(measures), rows, number),
+        "tables": _table("Layers", "layer", list(measures), rows, number) + _served_table(record),
         "data": embedded({"titles": {}, "maps": {"change": change_map(record)}}),
     }
     write_text(folder / "report.html", filled_page("inspect.html", parts))
     draw_change(folder, record)
+
+
+def _served_table(record: Mapping[str, Any]) -> str:
+    """Which ability each layer serves, and how many of its components. "" without several abilities."""
+    served = {layer: about["serves"] for layer, about in record["layers"].items() if "serves" in about}
+    names = [context["name"] for context in record["contexts"]]
+    if not served:
+        return ""
+    rows = {
+        layer: [
+            *(found["shares"].get(name, math.nan) for name in names),
+            *(found["components"].count(name) for name in names),
+        ]
+        for layer, found in served.items()
+    }
+    heads = [f"share of what it moves, {name}" for name in names] + [f"components, {name}" for name in names]
+    return _table("Abilities", "layer", heads, rows, number)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -186,6 +203,7 @@ def adapter_sentences(record: Mapping[str, Any]) -> list[str]:
                 f"Merging changes a weight by {number(100 * median(found.values()))} % of its length in the median "
                 f"layer, most in {most} ({number(100 * found[most])} %){rounded}."
             )
+    said += _served_sentences(layers)
     if record.get("tied"):
         said.append(f"{record['tied'][0]} shares its weight with the embeddings, which a merge would change, too.")
     if record["left_out"]:
@@ -193,6 +211,25 @@ def adapter_sentences(record: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Not looked at: {plural(count, 'tensor')} beside the layers’ factors, such as {record['left_out'][0]}."
         )
+    return said
+
+
+def _served_sentences(layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which abilities the components serve, and the layers that serve each most."""
+    served = {layer: about["serves"] for layer, about in layers.items() if "serves" in about}
+    if not served:
+        return []
+    of_each = Counter(name for found in served.values() for name in found["components"] if name)
+    total, said = sum(of_each.values()), []
+    if total:
+        parts = ", ".join(
+            f"{100 * count / total:.0f} % of the components move {n}" for n, count in of_each.most_common()
+        )
+        said.append(f"Beside the layers’ own outputs, {parts} most.")
+    for name in dict.fromkeys(name for found in served.values() for name in found["shares"]):
+        shares = {layer: found["shares"].get(name, 0.0) for layer, found in served.items()}
+        most = max(shares, key=shares.__getitem__)
+        said.append(f"{most} serves {name} most of all layers: {100 * shares[most]:.0f} % of what it moves.")
     return said
 
 
