@@ -11,11 +11,14 @@ wikitext2/{valid,test}.txt, mbpp/mbpp.jsonl, cola/{train,dev}.tsv, as published.
 - NQ-open: rows 0-1999 become `nq_context.jsonl` (for covariances), without the answers `nq_questions_context.jsonl`.
   Rows 2000-3609 become `nq_test.jsonl` (for measuring). `*_qa_*` and `*_bare_*` have other forms.
 - WebQuestions: the training split becomes `webq_test.jsonl`, the validation split `webq_context.jsonl`.
+- `union_context.jsonl` has 256 rows each of `nq_context`, `mbpp_train` and `wikitext2_context`; these are cut after
+  their first word into prompt and response.
 - `wikitext2_context.jsonl` (of the validation split) and `wikitext2_paragraphs.jsonl` (of the test split) have a
   paragraph in each row.
 """
 
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -60,9 +63,21 @@ def main(data: Path, output: Path) -> None:
         lines = (data / "wikitext2" / f"{split}.txt").read_text().splitlines()
         paragraphs = [line.strip() for line in lines if len(line) > 200 and not line.startswith(" = ")]
         _write(output / f"wikitext2_{name}.jsonl", [{"text": paragraph} for paragraph in paragraphs])
+    _write(output / "union_context.jsonl", _union(output))
     for split in ("train", "dev"):
         (output / f"cola_{split}.tsv").write_text((data / "cola" / f"{split}.tsv").read_text())
     (output / "wikitext2_test.txt").write_text((data / "wikitext2" / "test.txt").read_text())
+
+
+def _union(output: Path) -> list[dict[str, str]]:
+    """Rows of three abilities in one file."""
+    drawn = {name: _read(output / f"{name}.jsonl") for name in ("nq_context", "mbpp_train", "wikitext2_context")}
+    drawn = {name: random.Random(0).sample(rows, 256) for name, rows in drawn.items()}
+    texts = [row.pop("text") for row in drawn["wikitext2_context"]]
+    drawn["wikitext2_context"] = [
+        {"prompt": text.partition(" ")[0], "response": text[text.index(" ") :]} for text in texts
+    ]
+    return [row for rows in drawn.values() for row in rows]
 
 
 def _pair(question: str, answer: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from .preprocess.work import open_work
 from .processes import Processes
 from .progress import console
 from .training.arguments import check_engine, check_trainer, is_sharded, uses_deepspeed
-from .training.keeping import Evener
+from .training.keeping import Keepers
 from .training.train import DivergedError, last_checkpoint, plain_lora, train
 from .version import __version__
 
@@ -163,7 +163,6 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
     peft_model = _adapted(tuning)
     keepers, lines = make_keepers(peft_model, tokenizer, tuning.keep, tuning.contexts)
     penalties = {f"drift {keeper.name}".strip(): keeper.penalty for keeper in keepers}
-    evener = [Evener(keepers)] if tuning.keep.weights == "validation" and keepers else []
     if price := tuning.keep.keep_generic:
         penalties["generic"] = generic_penalty(peft_model, tokenizer, price)
         lines.append(f"keeps what the model says of its own accord, at a price of {price:g}")
@@ -179,7 +178,7 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
             tuning.config,
             length,
             work,
-            callbacks=[*keepers, *evener],
+            callbacks=[Keepers(keepers, even=tuning.keep.weights == "validation")] if len(keepers) > 1 else keepers,
             penalties=penalties,
             held_out=tuning.evaluated,
         )

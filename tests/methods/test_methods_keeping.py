@@ -1,5 +1,7 @@
 """What our methods keep, through the training that `corda compare` runs; and an A that is aimed."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -11,9 +13,10 @@ from corda_lora.algebra.second_order import whole
 from corda_lora.compare.job import train_prepared
 from corda_lora.config import CordaError, TrainConfig
 from corda_lora.evaluation.evaluate import loss_and_drift
-from corda_lora.methods.keeping import context_statistics
+from corda_lora.methods.keeping import context_statistics, contexts_of
 from corda_lora.methods.registry import METHODS, check_options, count_parameters
 from corda_lora.preprocess.own_text import own_text
+from corda_lora.training.keeping import keepers_of
 
 RECIPE = TrainConfig(learning_rate=3e-2, max_steps=20, batch_size=8, precision="fp32", schedule="constant")
 
@@ -95,3 +98,48 @@ def test_an_aim_needs_the_ability_to_keep_and_whole_weights(prepare, setup_of):
         METHODS["aimed"].prepare(model, setup_of(model))
     with pytest.raises(CordaError, match="keep_generic is -1"):
         check_options("aimed", {"keep_generic": -1})
+
+
+def mixture(files, *weights):
+    rows = [{"prompt": f"Spell {'abcdefgh'[i % 8] * 3}{i}?", "response": f" {'xyz'[i % 3] * 4}."} for i in range(40)]
+    (files / "spelling.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {"facts": "keep", "spelling": "spelling"}
+    return [
+        {"data": str(files / f"{file}.jsonl"), "ability": name, "weight": weight, "samples": 30}
+        for (name, file), weight in zip(names.items(), weights)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than.*is wide")
+def test_each_ability_of_a_mixture_is_kept_as_much_as_its_weight_says(prepare, files):
+    def drifts(*weights, **options):
+        options = {"contexts": mixture(files, *weights), "keep": 10.0, **options}
+        prepared, setup, _ = prepare(
+            "corda-kpm-anchored", options=options, train=RECIPE, folder=files / f"cache{weights}{len(options)}"
+        )
+        record = train_prepared(prepared, setup)
+        assert record["penalties"].keys() == {"drift facts", "drift spelling"}
+        with torch.no_grad():
+            return {each.name: (float(each.predicted()), each.keep) for each in keepers_of(prepared.callbacks)}
+
+    free, facts, spelling = drifts(1, 1, keep=1e-6), drifts(9, 1), drifts(1, 9)
+    assert {name: price for name, (_, price) in facts.items()} == pytest.approx({"facts": 18.0, "spelling": 2.0})
+    assert facts["facts"][0] < spelling["facts"][0] < free["facts"][0]
+    assert spelling["spelling"][0] < facts["spelling"][0] < free["spelling"][0]
+    even = drifts(1, 1, steer=True)
+    assert sum(price for _, price in even.values()) == pytest.approx(20)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "said"),
+    [
+        ([{"data": "a.jsonl"}, {"data": "b/a.jsonl"}], "two contexts are called a"),
+        ([{"data": "a.jsonl", "wieght": 2}, {"data": "b.jsonl"}], "wieght"),
+        ([{"data": "a.jsonl", "weight": 0}, {"data": "b.jsonl", "weight": 0}], "sum to zero"),
+        ([{"data": "a.jsonl", "weight": -1}, {"data": "b.jsonl"}], "weight is -1"),
+        (["a.jsonl", "b.jsonl"], "must be a list of mappings"),
+    ],
+)
+def test_contexts_of_an_entry_are_checked_before_any_run(contexts, said):
+    with pytest.raises(CordaError, match=said):
+        contexts_of(contexts, 16)

@@ -23,7 +23,7 @@ from ..evaluation.evaluate import evaluate, loss_and_drift
 from ..methods.registry import METHODS, Prepared, Setup, count_parameters
 from ..models.loading import load_model, load_tokenizer
 from ..models.targets import find_targets, is_classifier, new_modules, task_type, trains_head
-from ..training.keeping import Keeper
+from ..training.keeping import keepers_of
 from ..training.train import train
 from ..version import __version__
 from .comparison import Comparison
@@ -118,8 +118,11 @@ def _run(
     }
     if training["penalties"]:
         result["penalties"] = training["penalties"]
-    for keeper in (callback for callback in prepared.callbacks if isinstance(callback, Keeper)):
-        result["predicted_drift"] = float(keeper.predicted())
+    keepers = keepers_of(prepared.callbacks)
+    if prices := {keeper.name: keeper.keep for keeper in keepers if keeper.name}:
+        result["prices"] = prices  # that they were steered to
+    if keepers:
+        result["predicted_drift"] = sum(float(keeper.predicted()) for keeper in keepers)
     first, last = curve.points[0][-1], curve.points[-1][-1]
     # A classifier that is surer of fewer wrong labels than before has not diverged.
     if not (last <= first or (is_classifier(prepared.model) and math.isfinite(last))):  # this holds for NaN, too

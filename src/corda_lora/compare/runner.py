@@ -33,6 +33,7 @@ from ..evaluation.evaluate import measured_samples
 from ..evaluation.measures import KINDS
 from ..evaluation.tasks.registry import named_tasks
 from ..files import write_json
+from ..methods.keeping import contexts_of
 from ..methods.registry import METHODS, check_options
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.targets import find_targets, require_causal
@@ -100,7 +101,9 @@ def check_methods(recipe: CompareConfig) -> None:
             raise CordaError(f"there is no method {entry.method!r}: there are {', '.join(METHODS)}")
         for value in entry.swept_values or [None]:
             check_options(entry.method, entry.options | ({entry.swept_option: value} if entry.sweep else {}))
-        if METHODS[entry.method].prepares_from == "keep" and recipe.context is None:
+        if contexts := entry.options.get("contexts"):
+            contexts_of(contexts, recipe.context_samples)
+        elif METHODS[entry.method].prepares_from == "keep" and recipe.context is None:
             raise CordaError(f"{name} analyses the ability to keep before it trains: give samples of it as `context`")
 
 

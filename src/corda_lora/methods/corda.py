@@ -13,7 +13,7 @@ from ..config import CordaConfig, DataConfig, ModelConfig
 from ..config.values import Count, NonNegative
 from ..models.loading import load_model
 from .baselines import adamw_with_ratio
-from .keeping import AFTER, what_is_kept, with_penalties
+from .keeping import AFTER, abilities_kept, contexts_of, what_is_kept, with_penalties
 from .registry import RATES, SLOW_RATES, Prepared, Setup, method
 
 
@@ -23,6 +23,8 @@ def corda(
     ratio: float = 1.0,
     samples: int | None = None,
     context: str = "",
+    contexts: list[Any] | None = None,
+    steer: bool = False,
     keep: NonNegative = 0.0,
     keep_generic: NonNegative = 0.0,
     compactness: NonNegative = 0.0,
@@ -34,7 +36,10 @@ def corda(
     Args:
         ratio: the learning rate of B divided by that of A, as in LoRA+.
         samples: how many samples of the context are analysed. Default: the comparison's number.
-        context: DATA that is analysed instead of the comparison's.
+        context: DATA that is analysed (in kpm also kept) instead of the comparison's.
+        contexts: several abilities in place of it: mappings of a context's options (see `ContextConfig`), such as
+            {data: facts.jsonl, weight: 2}. Each has `samples` samples, and in the loss a price of its own.
+        steer: steer their prices, at the same sum, so that the largest drift is smallest.
         keep: weight λ of the predicted drift in the loss (see `training.keeping`).
         keep_generic: the same on texts that the model itself draws.
         compactness: weight of the compactness term of CorDA++ in the loss (see `compactness_penalty`).
@@ -44,16 +49,23 @@ def corda(
     folder = setup.folder / "start"
     if not folder.exists():
         config = CordaConfig(r=setup.r, lora_alpha=setup.lora_alpha, target_modules=list(setup.targets), **options)
-        data = None
-        if config.orientation != "identity":
-            data = DataConfig(context) if context else setup.data("keep" if config.mode == "kpm" else "learn")
-            data = replace(data, samples=samples or setup.samples)
+        data: Any = None
+        if contexts:
+            data = contexts_of(contexts, samples or setup.samples)
+        elif config.orientation != "identity":
+            shown = DataConfig(context) if context else setup.data("keep" if config.mode == "kpm" else "learn")
+            data = replace(shown, samples=samples or setup.samples)
         shutil.rmtree(setup.folder / "start.work", ignore_errors=True)  # left by a run that was broken off
         prepare(model, config, data, folder, setup.tokenizer)
     if (folder / BASE_FOLDER).is_dir():
         model = load_model(ModelConfig(str(folder / BASE_FOLDER))).to(next(model.parameters()).device)
         setup = replace(setup, targets={name: model.get_submodule(name) for name in setup.targets})
-    kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness, draws)
+    if context and options.get("mode") == "kpm":
+        setup = replace(setup, keep=DataConfig(context))
+    kept = what_is_kept(model, setup, 0.0 if contexts else keep, samples, keep_generic, compactness, draws)
+    if contexts and keep:
+        abilities = abilities_kept(model, setup, keep, contexts_of(contexts, samples or setup.samples), draws)
+        kept = kept._replace(abilities=abilities, steer=steer)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
     renew_heads(peft_model)
     prepared = Prepared(peft_model, None if ratio == 1 else adamw_with_ratio(peft_model, setup, ratio))

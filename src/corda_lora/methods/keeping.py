@@ -1,8 +1,10 @@
 """What a training keeps, for methods whose adapter is a LoRA: terms of the loss that are known from the weights."""
 
 import random
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +13,34 @@ from ..adapters.lora import lora_layers
 from ..algebra.compactness import compactness_term, extreme_eigenvalues, log_compactness
 from ..algebra.decomposition import regularize
 from ..algebra.second_order import Low, whole
-from ..data.batches import encode_all
+from ..config import ContextConfig, CordaError, DataConfig
+from ..config.data import named_contexts
+from ..data.batches import Encoded, encode_all
+from ..data.samples import load_others, load_samples
+from ..evaluation.evaluate import loss_and_drift
+from ..evaluation.meter import MEASURED
 from ..models.weights import weight_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import NAME, Statistics, collect_statistics
-from ..training.keeping import Keeper, PredictedDrift
+from ..training.keeping import Keeper, Keepers, PredictedDrift
 from .registry import Prepared, Setup
 
 AFTER = ("keep", "keep_generic", "compactness")  # options of methods that change the training alone
 DRAWN = 8  # layers whose compactness a step looks at: an eigendecomposition each
+
+
+class KeptAbility(NamedTuple):
+    """One of several abilities that are kept.
+
+    Attributes:
+        price: the weight of its predicted drift in the loss.
+        others: samples of it that the statistics have not seen, encoded.
+    """
+
+    name: str
+    price: float
+    statistics: Statistics
+    others: list[Encoded]
 
 
 class Kept(NamedTuple):
@@ -30,6 +51,8 @@ class Kept(NamedTuple):
             texts, in nats of loss for a nat per answer token.
         compactness: the weight of the layers' mean compactness term.
         context, generic: the statistics of both; None where nothing needs them.
+        abilities: in place of one context.
+        steer: whether their prices are steered, so that the largest drift is smallest (see `Keepers`).
     """
 
     keep: float
@@ -37,6 +60,39 @@ class Kept(NamedTuple):
     compactness: float
     context: Statistics | None
     generic: Statistics | None
+    abilities: Sequence[KeptAbility] = ()
+    steer: bool = False
+
+
+def contexts_of(option: Sequence[Mapping[str, Any]], samples: int) -> Sequence[DataConfig]:
+    """A method's option `contexts`: mappings of the options of a context.
+
+    Raises CordaError as `named_contexts` does, and for an option that a context does not have."""
+    try:
+        contexts = [ContextConfig(**each) for each in option]
+    except TypeError as error:
+        raise CordaError(f"contexts must be a list of mappings of a context's options: {error}") from error
+    return named_contexts([replace(each, samples=each.samples or samples) for each in contexts])
+
+
+def abilities_kept(
+    model: nn.Module, setup: Setup, keep: float, contexts: Sequence[DataConfig], draws: int = 1
+) -> list[KeptAbility]:
+    """The abilities of several contexts, at `keep` times their weight over the mean weight, or their own price. Their
+    statistics are cached in the method's folder, which all prices share."""
+    named = [context for context in contexts if isinstance(context, ContextConfig)]
+    total, kept = sum(context.weight for context in named), []
+    for context in named:
+        price = keep * len(named) * context.weight / total if context.price is None else context.price
+        path = setup.folder / f"{context.ability}.{NAME}"
+        if not path.is_file():
+            encoded = encode_all(setup.tokenizer, load_samples(context), context.max_length)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pad_id = setup.tokenizer.pad_token_id or 0
+            collect_statistics(model, setup.targets, encoded, pad_id, draws=draws, progress=False).save(path)
+        others = encode_all(setup.tokenizer, load_others(context, MEASURED), context.max_length)
+        kept.append(KeptAbility(context.ability, price, Statistics.load(path), others))
+    return kept
 
 
 def what_is_kept(
@@ -88,12 +144,23 @@ def with_penalties(prepared: Prepared, setup: Setup, kept: Kept) -> Prepared:
         keeper = Keeper(PredictedDrift(prepared.model, kept.context), kept.keep)
         callbacks.append(keeper)
         penalties["drift"] = keeper.penalty
+    keepers = []
+    for name, price, statistics, others in kept.abilities:
+        measure = partial(_drift, prepared.model, setup, others) if others and kept.steer else None
+        keepers.append(Keeper(PredictedDrift(prepared.model, statistics), price, measure=measure, name=name))
+        penalties[f"drift {name}"] = keepers[-1].penalty
+    callbacks += [Keepers(keepers, kept.steer)] if keepers else []
     if kept.generic:
         generic = PredictedDrift(prepared.model, kept.generic)
         penalties["generic"] = lambda: kept.keep_generic * generic()
     if kept.compactness and kept.context:
         penalties["compactness"] = compactness_penalty(prepared.model, kept.context, setup, kept.compactness)
     return prepared._replace(callbacks=callbacks, penalties=penalties)
+
+
+def _drift(model: nn.Module, setup: Setup, encoded: Sequence[Encoded]) -> float:
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks are for training
+        return loss_and_drift(model.eval(), setup.tokenizer, encoded)["tuned"]["drift"]
 
 
 def compactness_penalty(

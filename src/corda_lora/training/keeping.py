@@ -9,7 +9,7 @@ and shows the prediction multiplied by what the last measurement said.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -246,30 +246,46 @@ class Keeper(TrainerCallback):
         self.keep = min(1e6, max(1e-3, self.keep * math.exp(0.2 * max(-1.0, min(1.0, distance)))))
 
 
-class Evener(TrainerCallback):
-    """Steers the prices of several abilities, whose sum stays: up for what drifts more than the others, down for what
-    drifts less, by multiplicative weights on what their meters show. So the largest drift becomes as small as this sum
-    allows, where no price reaches its least share. It comes after its keepers in the list of callbacks.
+class Keepers(TrainerCallback):
+    """The keepers of several abilities as one callback.
+
+    With `even` it steers their prices, whose sum stays: up for what drifts more than the others, down for what drifts
+    less, by multiplicative weights on what their meters show. So the largest drift becomes as small as this sum allows,
+    where no price comes to its least share.
 
     Args:
-        keepers: of the abilities.
         rate: by which a price grows in a step where its drift is e times the geometric mean.
     """
 
     LEAST = 0.02  # share of the mean price
 
-    def __init__(self, keepers: Sequence[Keeper], rate: float = 0.1):
-        self.keepers, self.rate = keepers, rate
+    def __init__(self, keepers: Sequence[Keeper], even: bool = False, rate: float = 0.1):
+        self.keepers, self.even, self.rate = keepers, even, rate
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for keeper in self.keepers:
+            keeper.on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        prices = even_prices([k.keep for k in self.keepers], [k.estimate for k in self.keepers], self.rate, self.LEAST)
-        for keeper, price in zip(self.keepers, prices):
-            keeper.keep = price
-            keeper.keep_state(state)
+        for keeper in self.keepers:
+            keeper.on_step_end(args, state, control, **kwargs)
+        if self.even:
+            prices, drifts = zip(*((keeper.keep, keeper.estimate) for keeper in self.keepers))
+            for keeper, price in zip(self.keepers, even_prices(prices, drifts, self.rate, self.LEAST)):
+                keeper.keep = price
+                keeper.keep_state(state)
+
+
+def keepers_of(callbacks: Iterable[Any]) -> list[Keeper]:
+    """The keepers among callbacks."""
+    found: list[Any] = []
+    for callback in callbacks:
+        found += callback.keepers if isinstance(callback, Keepers) else [callback]
+    return [keeper for keeper in found if isinstance(keeper, Keeper)]
 
 
 def even_prices(prices: Sequence[float], drifts: Sequence[float], rate: float, least: float) -> list[float]:
-    """One step of `Evener`: prices of the same sum, nearer to those of equal drifts."""
+    """One step of `Keepers`: prices of the same sum, nearer to those of equal drifts."""
     logs = [math.log(max(drift, 1e-12)) for drift in drifts]
     mean, total = sum(logs) / len(logs), sum(prices)
     floor = least * total / len(prices)

@@ -42,7 +42,7 @@ from ..models.weights import is_4bit
 from ..progress import console, progress_bar
 from .arguments import is_sharded, trainer_arguments
 from .classify import LabelTrainer, label_rows
-from .keeping import Keeper
+from .keeping import Keeper, keepers_of
 from .rates import LORA_RATE, rate_of
 from .sampler import SimilarLengths
 
@@ -189,7 +189,7 @@ def train(
             console.print(f"learning rate {rate:g}: that of {whose} (see docs/training.md)", highlight=False)
     since = time.perf_counter()
     with compiled(model, config.compile), progress_bar("training", steps, progress) as advance:
-        trainer.add_callback(_Steps(advance, progress, [c for c in callbacks if isinstance(c, Keeper)]))
+        trainer.add_callback(_Steps(advance, progress, keepers_of(callbacks)))
         trainer.train(resume_from_checkpoint=trainer.last_checkpoint(work) if work else None)
     state = trainer.state
     trained = (local_part(p) for p in model.parameters() if p.requires_grad)
