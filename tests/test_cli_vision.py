@@ -155,6 +155,7 @@ data: {data}/learn.jsonl
 context: {data}/keep.jsonl
 context_samples: 16
 r: 4
+modules_to_save: [multi_modal_projector]
 seeds: 1
 curve_points: 1
 train: {{batch_size: 8, max_steps: 2, precision: fp32}}
@@ -177,6 +178,12 @@ def test_compare(llava, data):
     assert len(runs) == 8
     assert all(run["results"]["keep"]["keep"]["drift"] > 0 for run in runs)
     assert all("accuracy" in run["results"]["choices"]["test"] for run in runs)
+    connector = sum(p.numel() for p in load_model(ModelConfig(str(llava))).model.multi_modal_projector.parameters())
+    trained = {run["method"]: run["parameters"]["trainable"] for run in runs}
+    assert trained["lora"] == 3712 + connector
+    assert trained["ours"] == 1792 + connector
+    tower = sum(p.numel() for p in load_model(ModelConfig(str(llava))).model.vision_tower.parameters())
+    assert trained["full"] == sum(p.numel() for p in load_model(ModelConfig(str(llava))).parameters()) - tower
 
 
 def test_the_weights_of_a_block_alone_are_read(llava):

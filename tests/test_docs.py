@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tiny_vision
 import torch
 import transformers
 from peft import PeftModel
@@ -75,6 +76,16 @@ def inputs(tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast) -> Path:
         write_rows(folder / f"{name}.jsonl", pairs)
     (folder / "text.txt").write_text("One plus one is two.\n" * 8)
     (folder / "questions.csv").write_text("question,answer\n" + "What is 1 plus 1?,2\n" * 8)
+    tiny_vision.save(folder / "VISION_MODEL")
+    (folder / "pictures").mkdir()
+    for name, first in (("seen", 0), ("seen_test", 16), ("charts", 24), ("charts_test", 40)):
+        rows = [
+            {"image": f"pictures/{i}.png", "prompt": "What is it?", "response": "a cat"}
+            for i in range(first, first + 16)
+        ]
+        for i in range(first, first + 16):
+            (folder / "pictures" / f"{i}.png").write_bytes(tiny_vision.png(i))
+        write_rows(folder / f"{name}.jsonl", [row | {"choices": ["a cat", "a dog"]} for row in rows])
     hub = {"google-research-datasets/nq_open": "default", "openai/gsm8k": "main"}
     for name, configuration in hub.items():
         (folder / name).mkdir(parents=True)

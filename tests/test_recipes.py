@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_vision
 import yaml
 
 from corda_lora import cli
@@ -16,6 +17,8 @@ from corda_lora.data.templates import parse_template
 from corda_lora.evaluation.tasks.registry import TASKS
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+VISUAL = ["okvqa_train", "okvqa_test", "pmc_vqa_train", "pmc_vqa_test", "visual_context"]
+VISUAL += [f"{name}_test" for name in ("gqa", "textvqa", "vizwiz", "vqav2")]
 COLUMNS = {  # of data sets on the hub, which no test can reach
     "HuggingFaceFW/finewiki": ["text"],
     "Salesforce/wikitext": ["text"],
@@ -25,6 +28,7 @@ COLUMNS = {  # of data sets on the hub, which no test can reach
     "m-a-p/CodeFeedback-Filtered-Instruction": ["query", "answer", "resource", "lang"],
     "meta-math/MetaMathQA": ["type", "query", "original_question", "response"],
     "openai/gsm8k": ["question", "answer"],
+    **{f"{name}.jsonl": ["image", "prompt", "response"] for name in VISUAL},
 }
 NAMES = [path.stem for path in RECIPES]
 
@@ -50,8 +54,9 @@ def test_every_option_method_task_and_column_exists(path):
             continue
         for template in (data.prompt, data.response):
             parse_template(template, COLUMNS[data.data])
-        assert data.prompt or data.response or COLUMNS[data.data] == ["text"]
-    assert recipe.eval.data("learn")[0].data in (recipe.data.data, "openai/gsm8k")
+        assert data.prompt or data.response or COLUMNS[data.data] in (["text"], ["image", "prompt", "response"])
+    same = recipe.data.data.replace("_train.", "_test.")
+    assert recipe.eval.data("learn")[0].data in (recipe.data.data, same, "openai/gsm8k")
     assert recipe.train.batch_size % (recipe.train.micro_batch_size or 1) == 0
 
 
@@ -60,12 +65,14 @@ def test_plan_says_what_a_recipe_takes_from_a_config_alone(path, checkpoint, tmp
     """With the shapes of a tiny model, and a rank that it has."""
     if path.stem.startswith("roberta"):
         tiny.build("roberta").save_pretrained(tmp_path)
+    elif path.stem.startswith("llava"):
+        tiny_vision.save(tmp_path)
     else:
         (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     cli.main(["plan", str(path), "--model", str(tmp_path), "--r", "4", "--gpu", "24GB"])
     said = " ".join(capsys.readouterr().out.split())
     steps = {"peft_method_comparison": "5,000"}.get(path.stem, "782")
-    if path.stem.startswith("roberta"):
+    if path.stem.startswith(("roberta", "llava")):
         assert "time: unknown, as nothing says how many samples the data has" in said
     else:
         assert f"one run after the other, {steps} steps each" in said

@@ -45,9 +45,11 @@ def get_corda_model(
         batches: the context: any iterable of dicts of what the model's forward takes, such as a DataLoader. Padding is
             excluded through `attention_mask`. A few hundred samples of the ability to keep (kpm) or to learn (ipm), in
             each of the rounds if there are several (preset corda++): batches that follow one another make a round.
-            Texts, chats (lists of messages) and the rows of a `datasets.Dataset` do, too: see docs/data.md.
+            Texts, chats (lists of messages) and the rows of a `datasets.Dataset` do, too, also with images: see
+            docs/data.md and docs/vision.md.
         progress: show a progress bar.
-        tokenizer: for a context of texts, chats or rows. Default: that of the model's name.
+        tokenizer: for a context of texts, chats or rows; or the processor of a vision-language model. Default: that of
+            the model's name.
 
     Returns:
         the adapted model. If `config.keep` is above 0, its attribute `statistics` holds what predicts the drift that an
@@ -60,16 +62,20 @@ def get_corda_model(
     from .adapters.quantize import quantize_in_place
     from .data.batches import as_batches
     from .data.overview import check_fit
-    from .models.loading import tokenizer_of
-    from .models.targets import check_bare
+    from .data.samples import UNCUT
+    from .models.loading import tokenizer_of, with_processor
+    from .models.targets import check_bare, reads_images
     from .preprocess.context import Context, has_decoder
     from .preprocess.pipeline import preprocess
 
     check_bare(model)
     assert config.rounds is not None
+    if hasattr(tokenizer, "image_processor"):
+        tokenizer = with_processor(tokenizer)
+    length = {"max_length": UNCUT} if reads_images(getattr(model, "config", None)) else {}  # images are never cut
     context: Any
     context, rounds = as_batches(
-        batches, lambda: tokenizer or tokenizer_of(model), config.rounds, has_decoder=has_decoder(model)
+        batches, lambda: tokenizer or tokenizer_of(model), config.rounds, has_decoder=has_decoder(model), **length
     )
     if rounds:  # it was no batches
         check_fit(model, (ids for batch in context for ids in batch["input_ids"].tolist()))

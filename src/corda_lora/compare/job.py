@@ -89,6 +89,7 @@ def _setup(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any) -
         folder=comparison.start_folder(job),
         task_type=task_type(model),
         heads=new_modules(model),
+        modules_to_save=recipe.modules_to_save or (),
     )
 
 

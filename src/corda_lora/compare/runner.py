@@ -36,7 +36,7 @@ from ..files import write_json
 from ..methods.keeping import contexts_of
 from ..methods.registry import METHODS, check_options
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
-from ..models.targets import find_targets, require_causal
+from ..models.targets import check_saved_modules, find_targets, require_causal
 from ..progress import console, progress_bar
 from ..training.arguments import check_trainer
 from ..training.train import warn_without_bfloat16
@@ -125,7 +125,8 @@ def _checked_model(comparison: Comparison) -> nn.Module | None:
     model = empty_model(settings, source)
     if source.labels is None:
         require_causal(model)
-    find_targets(model, comparison.recipe.target_modules)
+    targets = find_targets(model, comparison.recipe.target_modules)
+    check_saved_modules(model, targets, comparison.recipe.modules_to_save)
     return model
 
 

@@ -80,6 +80,8 @@ class CompareConfig:
         r: the rank of the adapters. A method without ranks gets as many parameters.
         lora_alpha: adapters are scaled by lora_alpha / r. Default: r.
         target_modules: the layers to adapt, as in PEFT.
+        modules_to_save: further modules that methods with an adapter train whole, as in PEFT, such as the connector of
+            a vision-language model.
         seeds: the number of seeds. Every learning rate is run with the first seed. The others are run where they count:
             for each method's best rate and its two neighbours, and for the two rates between which the method reaches
             the best loss of `lora` (of the first entry, if `lora` is not compared).
@@ -96,6 +98,7 @@ class CompareConfig:
     r: Count = 16
     lora_alpha: Positive | None = None
     target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
     seeds: Count = 3
     curve_points: Count = 10
     curve_samples: Count = 128

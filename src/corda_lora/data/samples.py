@@ -17,6 +17,7 @@ from .rows import Row, load_rows
 from .templates import MissingValueError, is_missing, parse_template, render, short
 
 Message = dict[str, Any]
+UNCUT = 10**9  # a `max_length` that cuts nothing
 SOURCES = ("image", "path", "url", "image_url", "base64", "bytes")  # what a part of a message calls its image
 NAMED = 5  # rows that are left out and are named one by one
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from ..config import CordaError
 from ..config.values import short
 from ..data.batches import batch_by_length, encode
-from ..data.samples import Sample
+from ..data.samples import UNCUT, Sample
 from ..progress import track
 from .answers import Sides, answer_log_probs, padded
-
-UNCUT = 10**9  # a `max_length` that cuts nothing
 
 
 @dataclass(frozen=True)

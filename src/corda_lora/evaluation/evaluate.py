@@ -19,12 +19,12 @@ from ..config import CordaError, EvalConfig
 from ..data.batches import Encoded, encode, encode_all, text_of
 from ..data.labels import check_labels
 from ..data.overview import check_fit, overview
-from ..data.samples import Sample, load_samples
+from ..data.samples import UNCUT, Sample, load_samples
 from ..models.targets import is_classifier, known_labels
 from ..progress import console, quiet
 from .answers import TUNED, Sides, read_answers, sides
 from .base_outputs import BaseOutputs, record_base
-from .choices import UNCUT, check_choices, read_choices
+from .choices import check_choices, read_choices
 from .generation import read_continuations
 from .labels import read_labels
 from .measures import (

@@ -48,7 +48,9 @@ def corda(
     """
     folder = setup.folder / "start"
     if not folder.exists():
-        config = CordaConfig(r=setup.r, lora_alpha=setup.lora_alpha, target_modules=list(setup.targets), **options)
+        common: dict[str, Any] = {"r": setup.r, "lora_alpha": setup.lora_alpha, "target_modules": list(setup.targets)}
+        common["modules_to_save"] = list(setup.modules_to_save) or None
+        config = CordaConfig(**(common | options))
         data: Any = None
         if contexts:
             data = contexts_of(contexts, samples or setup.samples)

@@ -68,6 +68,7 @@ class Setup:
         folder: the method's cache, shared by all runs of an entry.
         task_type: PEFT's, of the model.
         heads: modules to be trained whole: see `new_modules`.
+        modules_to_save: further ones.
     """
 
     tokenizer: Any
@@ -82,6 +83,7 @@ class Setup:
     folder: Path
     task_type: str | None = "CAUSAL_LM"
     heads: Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
 
     def data(self, kind: str) -> DataConfig:
         """The data of the task ("learn") or of the ability to keep ("keep").
@@ -105,7 +107,7 @@ class Setup:
             "lora_dropout": self.train.lora_dropout,
             "target_modules": list(self.targets),
             "task_type": self.task_type,
-            "modules_to_save": self.heads or None,
+            "modules_to_save": [*self.heads, *self.modules_to_save] or None,
             "fan_in_fan_out": all(isinstance(module, Conv1D) for module in self.targets.values()),
         }
         return kind(**(common | options))
