@@ -28,6 +28,8 @@ def add_plan(verb: AddVerb) -> None:
     parser.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
     parser.add_argument("--park", type=Literal["auto", "device", "cpu", "disk"], default="auto", help="as of init")
     _add_machine(parser)
+    parser.add_argument("--gpus", type=Count | None, help="plan for so many GPUs in all: init, and a step of train")
+    parser.add_argument("--hosts", type=Count, default=1, help="the hosts that these GPUs are in")
     parser = verb(PLAN_RECIPE, plan_recipe, "", ModelConfig, CompareConfig)
     parser.prog = parser.prog.replace(PLAN_RECIPE, "plan RECIPE")
     _add_machine(parser)
@@ -43,10 +45,13 @@ def _add_machine(parser: ArgumentParser) -> None:
 
 def plan(options: Namespace) -> None:
     """Say what `corda init` with the same options will take: memory and time of each stage, disk, and which options
-    make it fit where it does not. From config.json alone: the weights are not needed."""
+    make it fit where it does not. With --gpus, what it takes when they share it, and a step of training after it. From
+    config.json alone: the weights are not needed."""
     config, source = take(CordaConfig, options), take(ModelConfig, options)
     data = take(DataConfig, options, data=options.context or "")
     _check_card(options)
+    if options.hosts > 1 and options.gpus is None:
+        raise CordaError("--hosts share out --gpus: give their number, too")
     from ..preprocess.plan import init_plan, planned_model, planned_tokens, what_fits
     from ..report.terminal import plan_lines
 
@@ -56,15 +61,28 @@ def plan(options: Namespace) -> None:
     def count(rounds: int, batch_tokens: int) -> Any:
         return planned_tokens(source, data, rounds, batch_tokens, model.config.is_encoder_decoder)
 
+    assumed = (
+        f"assumed, as no --context is given: {data.samples or 1} samples of {data.max_length} tokens (--samples, "
+        "--max_length); shorter ones take less"
+    )
+    if options.gpus:
+        from ..preprocess.plan import shapes_of
+        from ..report.terminal import shared_plan_lines
+        from ..training.plan import shared_plan
+
+        sizes, tokens = shapes_of(model, config), count(config.rounds or 1, options.batch_tokens)
+        for line in shared_plan_lines(
+            shared_plan(sizes, config, tokens, machine, options.gpus, options.hosts, options.park, options.batch_tokens)
+        ):
+            out.print(line, highlight=False)
+        if config.reads_context and not data.data:
+            out.print(assumed, highlight=False)
+        return
     planned = init_plan(model, config, count(config.rounds or 1, options.batch_tokens), options.park, machine)
     for line in plan_lines(planned):
         out.print(line, highlight=False)
     if config.reads_context and not data.data:
-        out.print(
-            f"assumed, as no --context is given: {data.samples or 1} samples of {data.max_length} tokens (--samples, "
-            "--max_length); shorter ones take less",
-            highlight=False,
-        )
+        out.print(assumed, highlight=False)
     if not planned.fits:
         fitting = what_fits(model, config, count, options.batch_tokens, options.park, machine)
         advice = (

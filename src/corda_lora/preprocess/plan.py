@@ -116,6 +116,8 @@ class Plan:
         statistics_bytes: size of statistics.safetensors.
         base_bytes: size of the quantized base, about.
         work_bytes: size of the decomposed layers, which are on the disk until the adapter is written.
+        read_bytes: of the checkpoint, while the blocks are run.
+        waits: seconds of the stage `forward` in which nothing computes, as weights are still read.
     """
 
     machine: Machine
@@ -130,6 +132,8 @@ class Plan:
     base_bytes: int
     work_bytes: int
     flops: int
+    read_bytes: int
+    waits: float
 
     @property
     def seconds(self) -> float:
@@ -299,9 +303,7 @@ def init_plan(
     peak = dict.fromkeys(work, 0)
     stored, parked, statistics = [], [], 0  # bytes of each block's decomposed layers, and of its C and D
     for parameters, weights, layers in shapes.blocks:
-        groups: dict[str, list[Layer]] = {}
-        for layer in layers:
-            groups.setdefault(layer.leader or layer.name, []).append(layer)
+        groups = groups_of(layers)
         sums = {name: 4 * g[0].n ** 2 for name, g in groups.items() if tokens.total and g[0].leader}  # of one round
         # The other side, D of each layer.
         others = {x.name: 4 * x.m**2 for x in layers if tokens.total and x.leader and config.runs_back}
@@ -396,7 +398,17 @@ def init_plan(
         base,
         work_bytes,
         flops,
+        shapes.loaded or read,
+        reading,
     )
+
+
+def groups_of(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
+    """The layers that share their input, by the first of them."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.leader or layer.name, []).append(layer)
+    return groups
 
 
 def group_seconds(members: Sequence[Layer], config: CordaConfig, on_cpu: bool, machine: Machine) -> float:

@@ -14,6 +14,7 @@ from ..preprocess.plan import Plan, size_text
 
 if TYPE_CHECKING:
     from ..compare.plan import ComparisonPlan
+    from ..training.plan import SharedPlan
 
 
 def start_table(start: Any) -> Table:
@@ -100,7 +101,7 @@ def plan_lines(plan: Plan) -> list[Table | str]:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, seconds, accelerator, cpu in plan.stages:
         table.add_row(
-            name, _time(seconds), *(size_text(x) if x else "" for x in ((cpu,) if on_cpu else (accelerator, cpu)))
+            name, time_text(seconds), *(size_text(x) if x else "" for x in ((cpu,) if on_cpu else (accelerator, cpu)))
         )
     share = plan.adapter_parameters / plan.parameters
     waiting = "hidden states" if plan.park == "device" else "hidden states and covariances"
@@ -113,7 +114,27 @@ def plan_lines(plan: Plan) -> list[Table | str]:
         f"context: {plan.tokens.total:,} tokens; {size_text(plan.parked_bytes)} of {waiting} wait (park {plan.park})",
         *([f"quantized base: {size_text(plan.base_bytes)}"] if plan.base_bytes else []),
         f"written: {size_text(written)}; needed on the disk: {size_text(plan.disk_bytes)}",
-        f"time: about {_time(plan.seconds)}, for {plan.flops:.2e} floating-point operations",
+        f"time: about {time_text(plan.seconds)}, for {plan.flops:.2e} floating-point operations",
+    ]
+
+
+def shared_plan_lines(plan: SharedPlan) -> list[Table | str]:
+    """The plan of several GPUs as lines and a table to print."""
+    table = Table()
+    for column in ("stage", "time", "a GPU", "a host", "sent by a GPU"):
+        table.add_column(column, justify="left" if column == "stage" else "right", overflow="fold")
+    for stage in [*plan.preparation, *(step._replace(name=f"a step, {step.name}") for step in plan.steps)]:
+        gpu, host, sent = (size_text(x) if x and x == x else "" for x in stage[2:])
+        table.add_row(
+            stage.name, time_text(stage.seconds), gpu if plan.fits(stage) else f"{gpu} (too much)", host, sent
+        )
+    a_host = f"{plan.gpus} GPUs" if plan.hosts == 1 else f"{plan.gpus} GPUs in {plan.hosts} hosts"
+    return [
+        f"on {a_host}, each as of {plan.machine.name}",
+        table,
+        f"context: {plan.tokens.total:,} tokens; preparation: about {time_text(plan.seconds)}",
+        f"a step: {plan.step_tokens:,} tokens on each GPU (--batch_tokens), with gradient checkpointing",
+        f"assumed: a GPU sends {size_text(plan.link)} a second, and every host reads the checkpoint once",
     ]
 
 
@@ -123,8 +144,10 @@ def comparison_plan_lines(plan: ComparisonPlan) -> list[Table | str]:
     for column in ("entry", "runs", "start: time", "memory", "disk", "training: memory, at least", "time of a run"):
         table.add_column(column, justify="left" if column == "entry" else "right", overflow="fold")
     for name, runs, seconds, memory, disk, trained, run_seconds in plan.entries:
-        start = ("", "", "") if seconds is None else (_time(seconds), size_text(memory or 0), size_text(disk or 0))
-        table.add_row(name, str(runs), *start, size_text(trained), "" if run_seconds is None else _time(run_seconds))
+        start = ("", "", "") if seconds is None else (time_text(seconds), size_text(memory or 0), size_text(disk or 0))
+        table.add_row(
+            name, str(runs), *start, size_text(trained), "" if run_seconds is None else time_text(run_seconds)
+        )
     lines: list[Table | str] = [
         f"on {plan.machine.name}",
         table,
@@ -134,7 +157,9 @@ def comparison_plan_lines(plan: ComparisonPlan) -> list[Table | str]:
     if plan.steps is None:
         lines.append("time: unknown, as nothing says how many samples the data has: give train.max_steps, or a file")
     else:
-        lines.append(f"time: at least {_time(plan.seconds or 0)}, one run after the other, {plan.steps:,} steps each")
+        lines.append(
+            f"time: at least {time_text(plan.seconds or 0)}, one run after the other, {plan.steps:,} steps each"
+        )
     lines.append(
         "not counted: activations, measuring, and the starts without a figure. Samples on the hub count as max_length "
         "tokens; shorter ones take less"
@@ -144,7 +169,7 @@ def comparison_plan_lines(plan: ComparisonPlan) -> list[Table | str]:
     return lines
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     if not seconds >= 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,195 @@
+"""Memory, time and traffic of preparing and training on several GPUs, from shapes alone.
+
+Preparation is what `preprocess.plan` counts for one process, shared out as `preprocess.share` does: the context's
+batches to all processes, a whole block at a time to each. Training is a step of the adapter over frozen weights, with
+gradient checkpointing and the same number of tokens on each GPU.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..config import CordaConfig, CordaError
+from ..preprocess.machine import Machine
+from ..preprocess.plan import CONTEXT, Layer, Plan, Shapes, Stage, Tokens, group_seconds, groups_of, init_plan
+
+# Bytes/s of what a GPU sends, assumed: a third of what an H100's NVLink is sold as, and half of a 400 Gbit/s adapter
+# for each GPU.
+NVLINK = 1.5e11
+NETWORK = 2.5e10
+# The share of the rate of large products that a training step reaches, measured on a 7B model:
+# benchmarks/results/keep_cost_train_2026-11-29_h200.md
+TRAINED = 0.5
+ADAM = 16  # bytes of a trained parameter: itself, its gradient and two moments, in float32
+LOGIT = 10  # bytes of a logit: in half precision, in float32, and its gradient
+
+
+class SharedStage(NamedTuple):
+    """A stage on several GPUs: its seconds, the peak bytes on a GPU and in a host's memory, and the bytes that a GPU
+    sends. nan where nothing is counted."""
+
+    name: str
+    seconds: float
+    accelerator: float
+    host: float
+    traffic: float
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """
+    Attributes:
+        gpus: of all hosts together.
+        preparation: one stage after the other.
+        steps: a step of training with each engine.
+        step_tokens: on each GPU.
+        link: bytes/s that a GPU sends, assumed.
+    """
+
+    machine: Machine
+    gpus: int
+    hosts: int
+    tokens: Tokens
+    preparation: list[SharedStage]
+    steps: list[SharedStage]
+    step_tokens: int
+    link: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the preparation."""
+        return sum(stage.seconds for stage in self.preparation)
+
+    def fits(self, stage: SharedStage) -> bool:
+        accelerator = self.machine.accelerator or math.inf
+        return not (stage.accelerator + CONTEXT > accelerator or stage.host > self.machine.cpu)
+
+
+def shared_plan(
+    shapes: Shapes,
+    config: CordaConfig,
+    tokens: Tokens,
+    machine: Machine,
+    gpus: int,
+    hosts: int = 1,
+    park: str = "auto",
+    step_tokens: int = 4096,
+) -> SharedPlan:
+    """What `corda init` and a step of `corda train` take on `gpus` GPUs of `hosts` hosts.
+
+    Raises CordaError if the machine has no accelerator, or the hosts have not the same number of GPUs.
+    """
+    if machine.accelerator is None:
+        raise CordaError(
+            "--gpus plans for GPUs, and this machine has none: describe one with --gpu, such as --gpu 80GB"
+        )
+    if gpus % hosts:
+        raise CordaError(f"{hosts} hosts cannot have {gpus} GPUs in all with as many each")
+    link = NVLINK if hosts == 1 else NETWORK
+    preparation = _preparation(shapes, config, tokens, machine, gpus, hosts, park, link)
+    steps = _steps(shapes, machine, gpus, step_tokens, link)
+    return SharedPlan(machine, gpus, hosts, tokens, preparation, steps, step_tokens, link)
+
+
+# --- preparation -----------------------------------------------------------------------------------------------------
+
+
+def _preparation(
+    shapes: Shapes,
+    config: CordaConfig,
+    tokens: Tokens,
+    machine: Machine,
+    gpus: int,
+    hosts: int,
+    park: str,
+    link: float,
+) -> list[SharedStage]:
+    rounds, tokens = config.rounds or 1, tokens if config.reads_context else Tokens()
+    # The batches of a process follow one another: they are of few rounds.
+    mine = min(rounds, -(-rounds // gpus) + 1) if gpus > 1 else rounds
+    part = Tokens(-(-tokens.total // gpus), tokens.batch, -(-tokens.pairs // gpus))
+    collecting = _fitting(shapes, replace(config, rounds=mine) if config.rounds else config, part, machine, park)
+    deciding = _fitting(shapes, config, part, machine, park)
+    sums = [_sums(layers, config) if tokens.total else 0 for _, _, layers in shapes.blocks]  # bytes, of one round
+    sent = (rounds if gpus > 1 else 0) * sum(sums) * (gpus - 1) / gpus
+    share = busy_share(shapes, config, machine, gpus)
+    own = {"forward": Stage("forward", 0, 0, deciding.peaks[1])}  # of this process, if it decomposed all layers
+    own |= {stage.name: stage for stage in deciding.stages}
+    own |= {stage.name: stage for stage in collecting.stages if stage.name == "forward"}
+    seconds = {name: stage.seconds for name, stage in own.items()}
+    for name in {"selection", "decomposition"} & seconds.keys():
+        seconds[name] *= share
+    seconds["forward"] = max(0, seconds["forward"] - collecting.waits) + sent / link
+    # Each host reads all weights once, while its processes compute.
+    computing = sum(taken for name, taken in seconds.items() if name not in ("state", "factors"))
+    seconds["forward"] += max(0, deciding.read_bytes / machine.read - computing)
+    memory = {name: stage.cpu * (gpus // hosts) for name, stage in own.items()}
+    # The sums of a process's own block wait for it, of all rounds. The first process writes the output.
+    memory["forward"] += (rounds - mine) * max(sums) * (gpus // hosts)
+    memory["factors"] = own["factors"].cpu
+    traffic = dict.fromkeys(own, 0.0) | {"forward": sent}
+    return [
+        SharedStage(name, seconds[name], own[name].accelerator, memory[name], traffic[name])
+        for name in own
+        if seconds[name]
+    ]
+
+
+def _fitting(shapes: Shapes, config: CordaConfig, tokens: Tokens, machine: Machine, park: str) -> Plan:
+    """The plan of one process; hidden states and covariances wait in the CPU's memory where they do not fit the GPU."""
+    plan = init_plan(shapes, config, tokens, park, machine)
+    if park == "auto" and plan.peaks[0] + CONTEXT > (machine.accelerator or math.inf):
+        return init_plan(shapes, config, tokens, "cpu", machine)
+    return plan
+
+
+def _sums(layers: Sequence[Layer], config: CordaConfig) -> int:
+    """Bytes of a block's C, and D if the context goes backward, in float32."""
+    inputs = sum(members[0].n ** 2 for members in groups_of(layers).values() if members[0].leader)
+    return 4 * (inputs + config.runs_back * sum(layer.m**2 for layer in layers if layer.leader))
+
+
+def busy_share(shapes: Shapes, config: CordaConfig, machine: Machine, processes: int) -> float:
+    """The time in which several processes decompose all layers, of the time that one takes: as `Share.owner` shares
+    them out."""
+    blocks = [
+        [group_seconds(members, config, False, machine) for members in groups_of(layers).values()]
+        for _, _, layers in shapes.blocks
+        if layers
+    ]
+    whole, seconds = len(blocks) - len(blocks) % processes, 0.0
+    for i in range(0, whole, processes):
+        seconds += max(map(sum, blocks[i : i + processes]))
+    loads = [0.0] * processes
+    for group in (group for block in blocks[whole:] for group in block):
+        loads[loads.index(min(loads))] += group
+    return (seconds + max(loads)) / sum(map(sum, blocks))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _steps(shapes: Shapes, machine: Machine, gpus: int, tokens: int, link: float) -> list[SharedStage]:
+    """A step under each engine: forward, forward once more and backward to the inputs. Weights come while blocks
+    compute."""
+    item = shapes.dtype.itemsize
+    weights = shapes.parameters * item
+    block = max(parameters for parameters, _, _ in shapes.blocks) * item
+    widths = max(sum(m + n for _, m, n, _ in layers) for _, _, layers in shapes.blocks)
+    # Each block's input, all of one block, and the logits.
+    states = len(shapes.blocks) * shapes.hidden * item + 24 * shapes.hidden + 2 * widths
+    logits = LOGIT * shapes.head // max(1, shapes.hidden)
+    activations = tokens * (states + logits)
+    trained = ADAM * shapes.budget
+    compute = 6 * shapes.parameters * tokens / (TRAINED * machine.multiply)
+    others = (gpus - 1) / gpus
+    gradients = 2 * 4 * shapes.budget * others  # all-reduce: each GPU sends them nearly twice
+    gathered = 2 * weights * others  # for forward and for backward
+    whole = weights + trained + activations
+    # Of the next block, too; and the head with the embeddings, which are gathered throughout.
+    sharded = (weights + trained) / gpus + 2 * block + 2 * shapes.head * item + activations
+    rows = [("DDP", whole, gradients), ("FSDP 2", sharded, gathered + gradients / 2)]
+    # DeepSpeed keeps up to a billion gathered numbers.
+    rows.append(("ZeRO-3", sharded + max(0, 1e9 * item - 2 * block), gathered + gradients / 2))
+    return [SharedStage(name, max(compute, sent / link), memory, math.nan, sent) for name, memory, sent in rows]

@@ -1,0 +1,123 @@
+"""`corda plan --gpus`: what the plan shares out, beside what the code that shares does."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import tiny
+import torch
+
+from corda_lora.cli import main
+from corda_lora.config import CordaConfig
+from corda_lora.preprocess.machine import H100
+from corda_lora.preprocess.plan import Tokens, init_plan, shapes_of
+from corda_lora.preprocess.share import Share
+from corda_lora.processes import Processes
+from corda_lora.training.plan import NETWORK, NVLINK, TRAINED, busy_share, shared_plan
+
+TOKENS = Tokens(5 * 64 * 256, 4096, 5 * 64 * 256 * 256)
+
+
+def llama(blocks):
+    return tiny.t.LlamaForCausalLM(tiny.t.LlamaConfig(**tiny.SIZE | {"num_hidden_layers": blocks}))
+
+
+@pytest.fixture
+def model():
+    return tiny.build("llama")
+
+
+@pytest.mark.parametrize("config", [CordaConfig(mode="kpm", r=4), CordaConfig(mode="kpm", preset="corda++", r=4)])
+def test_one_gpu_takes_what_one_process_takes(model, config):
+    shapes = shapes_of(model, config)
+    one, plan = init_plan(shapes, config, TOKENS, "auto", H100), shared_plan(shapes, config, TOKENS, H100, 1)
+    assert [stage.name for stage in plan.preparation] == [stage.name for stage in one.stages]
+    for shared, stage in zip(plan.preparation, one.stages):
+        assert shared.seconds == pytest.approx(stage.seconds, rel=1e-6)
+        assert (shared.accelerator, shared.host, shared.traffic) == (stage.accelerator, stage.cpu, 0)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_layers_are_shared_out_as_they_will_be(processes):
+    """5 blocks: whole ones to each process, then groups of layers. The longest of the loads that `Share` gives."""
+    config = CordaConfig(mode="kpm", r=4)
+    model = llama(5)
+    shapes = shapes_of(model, config)
+    layers = {layer.name: layer for _, _, block in shapes.blocks for layer in block}
+    targets = {name: model.get_submodule(name) for name in layers}
+    share = Share(Processes(0, processes, None), model, targets, config, torch.device("cuda"))
+    for name, layer in layers.items():
+        if layer.leader == name:
+            share.owner([n for n, other in layers.items() if other.leader == name], True)
+    assert busy_share(shapes, config, H100, processes) == pytest.approx(max(share.loads) / sum(share.loads))
+
+
+def test_what_is_sent(model):
+    """In a preparation each process sends its sums of each round; in a step, gradients or weights."""
+    config = CordaConfig(mode="kpm", preset="corda++", r=4)
+    shapes = shapes_of(model, config)
+    width, inner = tiny.SIZE["hidden_size"], tiny.SIZE["intermediate_size"]
+    a_round = 4 * 2 * (3 * width**2 + inner**2)  # q = k = v, o, gate = up, down; two blocks
+    plan = shared_plan(shapes, config, TOKENS, H100, 4, 2)
+    assert plan.preparation[0].traffic == 5 * a_round * 3 / 4
+    ddp, fsdp, zero = plan.steps
+    assert ddp.traffic == 2 * 4 * shapes.budget * 3 / 4
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert fsdp.traffic == zero.traffic == (2 * weights + 4 * shapes.budget) * 3 / 4
+    compute = 6 * shapes.parameters * 4096 / (TRAINED * H100.multiply)
+    assert fsdp.seconds == pytest.approx(max(compute, fsdp.traffic / NETWORK))
+    assert shared_plan(shapes, config, TOKENS, H100, 4).link == NVLINK
+    alone = CordaConfig(mode="ipm", orientation="identity", r=4)
+    assert not any(stage.traffic for stage in shared_plan(shapes, alone, TOKENS, H100, 4).preparation)
+
+
+def test_memory_is_shared_under_fsdp_and_not_under_ddp(model):
+    config = CordaConfig(mode="kpm", r=4)
+    shapes = shapes_of(model, config)
+    eight, sixteen = (shared_plan(shapes, config, TOKENS, H100, gpus).steps for gpus in (8, 16))
+    assert eight[0].accelerator == sixteen[0].accelerator
+    whole = 4 * shapes.parameters + 16 * shapes.budget
+    assert eight[1].accelerator - sixteen[1].accelerator == pytest.approx(whole / 16)
+    assert all(math.isnan(step.host) for step in eight)
+
+
+def test_more_gpus_take_less_time_and_no_more_memory_each():
+    config = CordaConfig(mode="kpm", preset="corda++", r=4)
+    shapes = shapes_of(llama(8), config)
+    plans = [shared_plan(shapes, config, TOKENS, H100, gpus) for gpus in (1, 2, 4, 8)]
+    for fewer, more in pairwise(plans):
+        for one, other in zip(fewer.preparation[:3], more.preparation[:3]):
+            assert other.seconds < one.seconds or one.name == "forward"
+            assert other.accelerator <= one.accelerator
+
+
+def plan(checkpoint, *options):
+    main(["plan", "--model", str(checkpoint), "--r", "4", "--samples", "64", "--max_length", "32", *options])
+
+
+def test_the_command(checkpoint, capsys):
+    plan(checkpoint, "--gpu", "80GB", "--gpus", "8", "--hosts", "2")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "on 8 GPUs in 2 hosts, each as of a GPU of 80GB" in said
+    assert "a step, FSDP 2" in said
+    assert "a step: 4,096 tokens on each GPU (--batch_tokens), with gradient checkpointing" in said
+    assert "assumed: a GPU sends 25.0 GB a second" in said
+    assert "assumed, as no --context is given: 64 samples of 32 tokens" in said
+    plan(checkpoint, "--gpu", "1MB", "--gpus", "2")
+    assert "(too much)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpus", "8"], "this machine has none: describe one with --gpu, such as --gpu 80GB"),
+        (["--gpu", "80GB", "--gpus", "8", "--hosts", "3"], "3 hosts cannot have 8 GPUs in all with as many each"),
+        (["--gpu", "80GB", "--hosts", "2"], "--hosts share out --gpus: give their number, too"),
+    ],
+)
+def test_bad_input(checkpoint, options, said, capsys):
+    if torch.accelerator.is_available() and "--gpu" not in options:
+        pytest.skip("this machine has an accelerator")
+    with pytest.raises(SystemExit, match="2"):
+        plan(checkpoint, *options)
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
