@@ -52,9 +52,6 @@ from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import weight_shape
 from corda_lora.training.train import plain_lora, train
 
-SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the whole rank
-FALLING = (0.5, 0.25, 0.0625)  # the least share
-ENTROPIES = (0.01, 0.1, 0.5, 2.0)  # nats at which the rank is whole
 ANSWER = r"#### *(-?[0-9.,]+)"
 COLUMNS = ("mean rank", "loss", "solved", "drift", "from whole", "seconds")
 
@@ -72,6 +69,11 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=64, help="tokens that are decoded to time one")
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate of the LoRA")
     parser.add_argument("--dylora_rate", type=float, default=2e-3)
+    parser.add_argument("--shown", type=int, default=1000, help="samples that the components are ordered by")
+    shares, falls, entropies = (1.0, 0.5, 0.25, 0.125, 0.0625), (0.5, 0.25, 0.0625), (0.01, 0.1, 0.5, 2.0)
+    parser.add_argument("--shares", type=float, nargs="+", default=shares, help="of the whole rank; the first is 1")
+    parser.add_argument("--falling", type=float, nargs="+", default=falls, help="least shares")
+    parser.add_argument("--entropies", type=float, nargs="+", default=entropies, help="nats where the rank is whole")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
@@ -158,7 +160,7 @@ def made(source: ModelConfig, tokenizer: Any, task: list[Sample], options: Any) 
     if not (options.work / "ordered").is_dir():
         model = load_model(source)
         model = model.to(compute_device(model, None))
-        shown = random.Random(0).sample(task, min(len(task), 1000))
+        shown = random.Random(0).sample(task, min(len(task), options.shown))
         encoded = [encode(tokenizer, sample, 512, end=True) for sample in shown]
         pad_id, tokens = tokenizer.pad_token_id or 0, 1024 if next(model.parameters()).device.type == "cpu" else 8192
         export_ordered(model, options.work / "lora", options.work / "ordered", encoded, pad_id, tokens)
@@ -173,10 +175,10 @@ def rows(
 ) -> Iterator[tuple[str, Row]]:
     """The name of each row and what measures it."""
     length = int(torch.tensor([encode(tokenizer, s, 512, end=True).targets for s in test]).float().median())
-    rules: dict[str, Rule] = {f"static {share:g}": fixed(share) for share in SHARES}
-    rules |= {f"fixed {share:g}": whole_prompt(share) for share in SHARES[1:]}
-    rules |= {f"falling to {least:g} at token {length}": falling(least, length) for least in FALLING}
-    rules |= {f"entropy, whole at {h:g}": by_entropy(lambda H, h=h: (H / h).clamp(max=1)) for h in ENTROPIES}
+    rules: dict[str, Rule] = {f"static {share:g}": fixed(share) for share in options.shares}
+    rules |= {f"fixed {share:g}": whole_prompt(share) for share in options.shares[1:]}
+    rules |= {f"falling to {least:g} at token {length}": falling(least, length) for least in options.falling}
+    rules |= {f"entropy, whole at {h:g}": by_entropy(lambda H, h=h: (H / h).clamp(max=1)) for h in options.entropies}
     few = [name for name in rules if name.startswith("static")]
     kinds = {
         "as trained, by layer": ("lora", few),
@@ -205,7 +207,7 @@ def rows(
 
     prompt = encode_question(tokenizer, test[0])
     order = "in order"
-    changing = {"fixed 0.5": rules["fixed 0.5"], "entropy": by_entropy(), "falling": falling(0.25, 64)}
+    changing = {"fixed 0.5": whole_prompt(0.5), "entropy": by_entropy(), "falling": falling(0.25, 64)}
     for way in ("no adapter", "adapter, plain", "adapter, merged", *(f"adapter, {rule}" for rule in changing)):
 
         def run(way: str = way) -> dict[str, float]:
@@ -226,7 +228,7 @@ def rows(
                     peft_model.unmerge_adapter()
 
         yield f"time: {way}", run
-    for share in SHARES[1:4]:
+    for share in options.shares[1:4]:
 
         def run_static(share: float = share) -> dict[str, float]:
             r = max(1, round(share * options.r))

@@ -56,6 +56,7 @@ def test_what_was_mixed_is_kept_in_training_each_at_its_price(folder, checkpoint
         ("spelling", 0.75, 80),
     ]
     assert all(layer["weights"] == [0.25, 0.75] for layer in record["layers"].values())
+    assert "`sums` (25%, 80 samples" in (folder / "start" / "README.md").read_text()
     run("init", checkpoint, *start)
     assert "start is whole already" in capsys.readouterr().out
     run("train", checkpoint, "--start", "start", *TRAINING, "--keep", 8, "--output", "tuned")

@@ -3,7 +3,7 @@
 `get_corda_model(model, CordaConfig(mode="kpm", r=128), batches)` is a `PeftModel`, to train as ever.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .config import CordaConfig, CordaError
@@ -28,7 +28,7 @@ __all__ = [
 def get_corda_model(
     model: "nn.Module",
     config: CordaConfig,
-    batches: Iterable[Any] = (),
+    batches: "Iterable[Any] | Mapping[str, Any]" = (),
     progress: bool = True,
     tokenizer: Any = None,
 ) -> "PeftModel":
@@ -46,7 +46,8 @@ def get_corda_model(
             excluded through `attention_mask`. A few hundred samples of the ability to keep (kpm) or to learn (ipm), in
             each of the rounds if there are several (preset corda++): batches that follow one another make a round.
             Texts, chats (lists of messages) and the rows of a `datasets.Dataset` do, too, also with images: see
-            docs/data.md and docs/vision.md.
+            docs/data.md and docs/vision.md. Of several abilities, a mapping of their names to such contexts, or to
+            pairs of a context and its weight (else 1).
         progress: show a progress bar.
         tokenizer: for a context of texts, chats or rows; or the processor of a vision-language model. Default: that of
             the model's name.
@@ -60,15 +61,37 @@ def get_corda_model(
     """
     from .adapters.lora import install
     from .adapters.quantize import quantize_in_place
+    from .models.targets import check_bare
+    from .preprocess.pipeline import preprocess
+
+    check_bare(model)
+    start = preprocess(model, config, _context(model, config, batches, tokenizer), progress)
+    if config.quantization:
+        quantize_in_place(model, start)
+    adapted: Any = install(model, start)
+    if start.statistics is not None:
+        adapted.statistics = start.statistics
+    return adapted
+
+
+def _context(model: "nn.Module", config: CordaConfig, batches: Any, tokenizer: Any) -> Any:
+    """A context, or batches, as `preprocess` takes them.
+
+    Raises CordaError if weights are negative, not finite, or sum to zero."""
+    from .config.data import weights_of
     from .data.batches import as_batches
     from .data.overview import check_fit
     from .data.samples import UNCUT
     from .models.loading import tokenizer_of, with_processor
-    from .models.targets import check_bare, reads_images
-    from .preprocess.context import Context, has_decoder
-    from .preprocess.pipeline import preprocess
+    from .models.targets import reads_images
+    from .preprocess.context import Ability, Context, has_decoder, together
 
-    check_bare(model)
+    if isinstance(batches, Mapping) and "input_ids" not in batches:
+        pairs = {name: given if isinstance(given, tuple) else (given, 1.0) for name, given in batches.items()}
+        weights = weights_of({name: weight for name, (_, weight) in pairs.items()})
+        contexts = [_context(model, config, list(given), tokenizer) for given, _ in pairs.values()]
+        contexts = [each if isinstance(each, Context) else Context(each) for each in contexts]
+        return together(contexts, [Ability(name, weight) for name, weight in weights.items()])
     assert config.rounds is not None
     if hasattr(tokenizer, "image_processor"):
         tokenizer = with_processor(tokenizer)
@@ -80,13 +103,7 @@ def get_corda_model(
     if rounds:  # it was no batches
         check_fit(model, (ids for batch in context for ids in batch["input_ids"].tolist()))
         context = Context(context, rounds)
-    start = preprocess(model, config, context, progress)
-    if config.quantization:
-        quantize_in_place(model, start)
-    adapted: Any = install(model, start)
-    if start.statistics is not None:
-        adapted.statistics = start.statistics
-    return adapted
+    return context
 
 
 def __getattr__(name: str) -> Any:  # torch and PEFT are imported when first needed: `corda --help` does without

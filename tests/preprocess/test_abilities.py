@@ -5,7 +5,8 @@ import tiny
 import torch
 from tiny import start_of
 
-from corda_lora import CordaConfig, CordaError
+from corda_lora import CordaConfig, CordaError, get_corda_model
+from corda_lora.adapters.lora import lora_layers
 from corda_lora.algebra.mixture import even_weights
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess.backward import run_back
@@ -119,6 +120,19 @@ def test_more_weight_leaks_less_of_an_ability_and_more_of_the_others():
     first = [leak[0] for leak in curve]
     assert first == sorted(first, reverse=True)
     assert curve[0][1] < curve[-1][1]
+
+
+def test_python_takes_abilities_by_name():
+    config = CordaConfig(r=3)
+    expected = preprocess(tiny.build("llama"), config, context((1.0, 2.0)), progress=False)
+    given = {"facts": contexts()[0].batches, "code": (iter(contexts()[1].batches), 2.0)}
+    adapted = get_corda_model(tiny.build("llama"), config, given, progress=False)
+    for name, layer in lora_layers(adapted).items():
+        assert torch.equal(layer.lora_A["default"].weight, expected.layers[name].A)
+    for weights, said in (((0, 0), "facts, code sum to zero"), ((-1, 1), "the weight of facts is -1")):
+        given = {name: (contexts()[0].batches, weight) for name, weight in zip(NAMES, weights)}
+        with pytest.raises(CordaError, match=said):
+            get_corda_model(tiny.build("llama"), config, given, progress=False)
 
 
 def test_what_several_contexts_cannot_be_is_said_before_any_long_work(monkeypatch):

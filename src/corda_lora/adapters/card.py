@@ -109,7 +109,10 @@ def _what_it_is(
     if (data := start.get("data")) and (context := start.get("context")):
         what = "kept" if start["config"]["mode"] == "kpm" else "learned"
         yield f"context (what is to be {what})", f"{shown(data['data'])}, {_counted(context)}"
-    elif context := start.get("context"):
+    elif abilities := (context := start.get("context") or {}).get("abilities"):
+        shares = ", ".join(f"{shown(each['name'])} ({each['weight']:.0%}, {_counted(each)})" for each in abilities)
+        yield f"contexts (what is to be {'kept' if start['config']['mode'] == 'kpm' else 'learned'})", shares
+    elif context:
         yield "context", _counted(context)
     layers = {n: m for n, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     kinds = Counter(name.rpartition(".")[2] for name in layers)

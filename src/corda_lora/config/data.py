@@ -1,11 +1,11 @@
 """Which samples: of a context, of a task, of what is measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from .values import CordaError, Count, NonNegative, Seed, check_fields, split
+from .values import CordaError, Count, NonNegative, Seed, check_fields, check_value, split
 
 CONTEXT_SAMPLES = 1000  # the default number of samples of a context
 OTHERS_LEAK = 1.1  # times as much as the samples of a context, others may leak before more samples are asked for
@@ -98,9 +98,19 @@ def named_contexts(given: Sequence[str | DataConfig]) -> Sequence[DataConfig]:
     names = [c.ability for c in named]
     if twice := [name for name in names if names.count(name) > 1]:
         raise CordaError(f"two contexts are called {twice[0]}: give each an ability of its own")
-    if not sum(c.weight for c in named):
-        raise CordaError(f"the weights of {', '.join(names)} sum to zero: give at least one a weight")
+    weights_of({c.ability: c.weight for c in named})
     return named
+
+
+def weights_of(weights: Mapping[str, float]) -> Mapping[str, float]:
+    """The weights of abilities by name.
+
+    Raises CordaError if there is none, one is negative or not finite, or they sum to zero."""
+    for name, weight in weights.items():
+        check_value(f"the weight of {name}", weight, NonNegative)
+    if not sum(weights.values()):
+        raise CordaError(f"the weights of {', '.join(weights) or 'no context'} sum to zero: give at least one a weight")
+    return weights
 
 
 def _with_weight(given: str | DataConfig) -> ContextConfig:
