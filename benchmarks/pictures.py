@@ -52,6 +52,7 @@ class Asked(NamedTuple):
 
     Attributes:
         key: of the question: what else is asked with this key has one of the same answers.
+        facts: what else could be asked about it, by key, with the answer.
     """
 
     image: Image.Image
@@ -59,6 +60,7 @@ class Asked(NamedTuple):
     question: str
     answer: str
     answers: tuple[str, ...]
+    facts: dict[str, str] = {}  # noqa: RUF012 (of a named tuple, never changed)
 
 
 def _canvas(rng: random.Random) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -84,14 +86,19 @@ def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, 
 
 def _in_cells(
     rng: random.Random, draw: ImageDraw.ImageDraw, cells: list[tuple[int, int]], shapes: list[str]
-) -> list[str]:
-    """A shape in each of some cells of a 3 × 3 grid; their colours."""
-    colours = []
+) -> dict[str, str]:
+    """A shape in each of some cells of a 3 × 3 grid; the facts about them."""
+    colours: list[str] = []
     for (column, row), shape in zip(cells, shapes):
         colours.append(rng.choice([c for c in COLOURS if c not in colours] or list(COLOURS)))
         x, y = (SIZE / 6 * (2 * k + 1) + rng.uniform(-3, 3) for k in (column, row))
         _shape(draw, shape, x, y, rng.uniform(8, 12), colours[-1])
-    return colours
+    facts = {f"count {shape}": str(shapes.count(shape)) for shape in shapes}
+    for cell, shape, colour in zip(cells, shapes, colours):
+        if shapes.count(shape) == 1:
+            facts[f"colour {shape}"] = colour
+            facts |= {f"position {shape}": place for place, where in PLACES.items() if where == cell}
+    return facts
 
 
 GRID = [(column, row) for column in range(3) for row in range(3)]
@@ -112,15 +119,18 @@ def shape(rng: random.Random, held_out: bool) -> Asked:
     image, draw = _canvas(rng)
     [name] = rng.choices(SHAPES)
     r = rng.uniform(10, 30)
-    _shape(draw, name, rng.uniform(r, SIZE - r), rng.uniform(r, SIZE - r), r, rng.choice(list(COLOURS)))
-    return Asked(image, "shape", rng.choice(["What shape is this?", "Which shape is shown?"]), name, SHAPES)
+    tint = rng.choice(list(COLOURS))
+    _shape(draw, name, rng.uniform(r, SIZE - r), rng.uniform(r, SIZE - r), r, tint)
+    question = rng.choice(["What shape is this?", "Which shape is shown?"])
+    return Asked(image, "shape", question, name, SHAPES, {f"colour {name}": tint, f"count {name}": "1"})
 
 
 def colour(rng: random.Random, held_out: bool) -> Asked:
     image, draw = _canvas(rng)
     names = rng.sample(SHAPES, 2)
-    answer = _in_cells(rng, draw, rng.sample(GRID, 2), names)[0]
-    return Asked(image, f"colour {names[0]}", f"What colour is the {names[0]}?", answer, tuple(COLOURS))
+    facts = _in_cells(rng, draw, rng.sample(GRID, 2), names)
+    key = f"colour {names[0]}"
+    return Asked(image, key, f"What colour is the {names[0]}?", facts[key], tuple(COLOURS), facts)
 
 
 def count(rng: random.Random, held_out: bool) -> Asked:
@@ -128,9 +138,9 @@ def count(rng: random.Random, held_out: bool) -> Asked:
     name, other = rng.sample(SHAPES, 2)
     n = rng.randint(1, 6)
     shapes = [name] * n + [other] * rng.randint(0, 3)
-    _in_cells(rng, draw, rng.sample(GRID, len(shapes)), shapes)
+    facts = _in_cells(rng, draw, rng.sample(GRID, len(shapes)), shapes)
     plural = {"cross": "crosses"}.get(name, f"{name}s")
-    return Asked(image, f"count {name}", f"How many {plural} are there?", str(n), tuple("123456"))
+    return Asked(image, f"count {name}", f"How many {plural} are there?", str(n), tuple("123456"), facts)
 
 
 def position(rng: random.Random, held_out: bool) -> Asked:
@@ -138,8 +148,8 @@ def position(rng: random.Random, held_out: bool) -> Asked:
     name, other = rng.sample(SHAPES, 2)
     place = rng.choice(list(PLACES))
     elsewhere = rng.choice([cell for cell in GRID if cell != PLACES[place]])
-    _in_cells(rng, draw, [PLACES[place], elsewhere], [name, other])
-    return Asked(image, f"position {name}", f"Where is the {name}?", place, tuple(PLACES))
+    facts = _in_cells(rng, draw, [PLACES[place], elsewhere], [name, other])
+    return Asked(image, f"position {name}", f"Where is the {name}?", place, tuple(PLACES), facts)
 
 
 DIGITS = Path("digits.npz")  # read where it is there; `write_files` writes it

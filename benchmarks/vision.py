@@ -115,13 +115,23 @@ class Heads(nn.Module):
         first, answers = self.first[key], self.known[key]
         return first, first + len(answers), first + answers.index(answer)
 
+    def places(self, asked: pictures.Asked) -> list[tuple[int, int, int]]:
+        """Those of the question, and of what else could be asked."""
+        others = [self.place(key, answer) for key, answer in asked.facts.items() if key != asked.key]
+        return [self.place(asked.key, asked.answer), *others]
+
     def forward(self, patches: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and which samples are right (b,)."""
+        """The loss of all facts (b, f, 3) that a picture shows, and which samples have the first right (b,). Places
+        that begin and end at 0 are none."""
         patches = self.norm(patches)
         logits = self.linear(torch.cat([patches.mean(1), patches.amax(1)], 1)).float()
+        known = places[:, :, 1] > 0  # (b, f)
+        samples, facts = known.nonzero()[:, 0], places[known]  # (n,), (n, 3)
         columns = torch.arange(logits.shape[1], device=logits.device)
-        logits = logits.masked_fill((columns < places[:, :1]) | (columns >= places[:, 1:2]), -torch.inf)
-        return F.cross_entropy(logits, places[:, 2]), logits.argmax(1) == places[:, 2]
+        logits = logits[samples].masked_fill((columns < facts[:, :1]) | (columns >= facts[:, 1:2]), -torch.inf)
+        firsts = torch.cat([samples.new_zeros(1), known.sum(1).cumsum(0)[:-1]])
+        right = logits.argmax(1) == facts[:, 2]
+        return F.cross_entropy(logits, facts[:, 2]), right[firsts]
 
 
 # --- the pictures ----------------------------------------------------------------------------------------------------
@@ -142,11 +152,11 @@ class Drawn(Dataset):
 
         self.tokens = tokens
 
-    def __getitem__(self, i: int) -> tuple[Tensor, tuple[int, int, int], list[int], list[bool]]:
+    def __getitem__(self, i: int) -> tuple[Tensor, list[tuple[int, int, int]], list[int], list[bool]]:
         asked = pictures.picture(self.split, i)
         flat = torch.frombuffer(bytearray(asked.image.tobytes()), dtype=torch.uint8)
         pixels = flat.view(pictures.SIZE, pictures.SIZE, 3).permute(2, 0, 1)
-        return pixels, self.heads.place(asked.key, asked.answer), *self.tokens(asked.question, asked.answer)
+        return pixels, self.heads.places(asked), *self.tokens(asked.question, asked.answer)
 
     def batches(self, first: int, size: int, workers: int) -> Iterator[dict[str, Tensor]]:
         """Batches from number `first` on, without end."""
@@ -168,7 +178,9 @@ class Drawn(Dataset):
                 ids[i, : len(own)], mask[i, : len(own)] = torch.tensor(own), 1
                 answers[i, : len(own)] = torch.tensor(answer)
             pixels = torch.stack([row[0] for row in rows])
-            places = torch.tensor([row[1] for row in rows])
+            places = torch.zeros(len(rows), max(len(row[1]) for row in rows), 3, dtype=torch.long)
+            for i, row in enumerate(rows):
+                places[i, : len(row[1])] = torch.tensor(row[1])
             return {"pixels": pixels, "places": places, "ids": ids, "mask": mask, "answers": answers}
 
         more = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}

@@ -186,6 +186,23 @@ def test_compare(llava, data):
     assert trained["full"] == sum(p.numel() for p in load_model(ModelConfig(str(llava))).parameters()) - tower
 
 
+def test_inspect(llava, data):
+    context = ["--context", data / "keep.jsonl", "--samples", 16, "--levels", "[1]", "--held_out", 8]
+    run("inspect", "--model", llava, *context, "--output", "seen")
+    cut = json.loads((data / "work" / "seen" / "inspect.json").read_text())["truncation"]
+    [whole] = cut["base"].values()
+    rows = [json.loads(line) for line in (data / "keep.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(data / row["image"])
+    (data / "work" / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("eval", "--model", llava, "--keep", "others.jsonl", "--output", "eval.json")
+    [results] = json.loads((data / "work" / "eval.json").read_text())["results"]["keep"].values()
+    assert abs(whole - results["base"]["loss"]) < 0.3  # of a part of the same rows
+    for curve in cut["curves"]:
+        [[loss]] = curve["loss"].values()
+        assert 0 < abs(loss - whole) < 1
+
+
 def test_the_weights_of_a_block_alone_are_read(llava):
     """Also those of a checkpoint whose names are older than the model's, as LLaVA's are."""
     model, stored = open_model(ModelConfig(str(llava)))

@@ -70,6 +70,43 @@ def test_colours_counts_and_places_are_those_of_the_pixels(scripts):
         assert sum(len(np.unique(cell, axis=0)) > 1 for cell in cells) >= int(asked.answer)
 
 
+def test_facts_are_those_of_the_pixels(scripts):
+    pictures, vision = scripts
+    heads, known = vision.Heads(8), pictures.keys()
+    for i in range(60):
+        asked = pictures.picture("train", i, ["colour", "count", "position"][i % 3])
+        cells = [np.asarray(asked.image)[32 * r : 32 * r + 32, 32 * c : 32 * c + 32].reshape(-1, 3) for r in range(3)
+                 for c in range(3)]  # fmt: skip
+        filled = sum(len(np.unique(cell, axis=0)) > 1 for cell in cells)
+        assert sum(int(n) for key, n in asked.facts.items() if key.startswith("count")) == filled
+        for key, answer in asked.facts.items():
+            assert answer in known[key]
+            if key.startswith("colour"):
+                assert pixels_of(asked, pictures.COLOURS[answer]).any()
+        assert asked.facts[asked.key] == asked.answer
+        assert heads.places(asked)[0] == heads.place(asked.key, asked.answer)
+        assert len(set(heads.places(asked))) == len(asked.facts)
+
+
+def test_a_head_looks_at_the_answers_of_its_question_alone(scripts):
+    _, vision = scripts
+    heads = vision.Heads(8)
+    places = torch.zeros(2, 2, 3, dtype=torch.long)
+    places[0] = torch.tensor([heads.place("shape", "star"), heads.place("count star", "2")])
+    places[1, 0] = torch.tensor(heads.place("digit", "7"))
+    patches = torch.randn(2, 4, 8)
+    loss, right = heads(patches, places)
+    x = heads.norm(patches)
+    logits = heads.linear(torch.cat([x.mean(1), x.amax(1)], 1))
+    expected, firsts = [], []
+    for sample, (first, last, answer) in ((0, places[0, 0]), (0, places[0, 1]), (1, places[1, 0])):
+        part = logits[sample, first:last].log_softmax(0)
+        expected.append(-part[answer - first])
+        firsts.append(int(part.argmax()) == int(answer - first))
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    assert right.tolist() == [firsts[0], firsts[2]]
+
+
 def test_pictures_are_the_same_again_and_held_out_digits_are_others(scripts):
     pictures, _ = scripts
     for kind in pictures.OLD | pictures.NEW:

@@ -21,7 +21,7 @@ from ..models.lockstep import lockstep, on_device
 from ..models.weights import weight_of
 from ..preprocess.backward import LOGITS
 from ..preprocess.context import Batch, answer_mask
-from ..preprocess.walk import Place, inputs_of, tensors_beside
+from ..preprocess.walk import Place, inputs_of, tensors_beside, tensors_that_see
 
 
 class Components(NamedTuple):
@@ -68,6 +68,7 @@ class Truncation:
         # The walk of the contexts has the embeddings on the device, and not the head.
         walked = set(tensors_beside(model, blocks.values(), to_end=False))
         head = [x for x in tensors_beside(model, blocks.values(), to_end=True) if x not in walked]
+        self.seeing, self.place = tensors_that_see(model), place  # that walk has sent them away at its first block
         with ExitStack() as stack:
             stack.enter_context(on_device(head, place.device, place.stored))
             stack.callback(model.register_forward_hook(self._measure).remove)
@@ -85,7 +86,9 @@ class Truncation:
             decompose: gives the components of a layer in one of the ways.
         """
         self.decompose = decompose
-        _, run = next(self.walk)
+        with on_device(self.seeing, self.place.device, self.place.stored):
+            _, run = next(self.walk)  # the first time, all texts begin
+        self.seeing = set()
         self.homes = {name: self.targets[name].weight.data for name in names}  # type: ignore[misc]
         try:
             run()
