@@ -170,7 +170,7 @@ class Drawn(Dataset):
 
         pad = self.tokenizer.pad_token_id or 0
 
-        def collate(rows: list[Any]) -> dict[str, Tensor]:
+        def collate(rows: list[Any]) -> dict[str, Any]:
             longest = max(len(ids) for _, _, ids, _ in rows)
             ids = torch.full((len(rows), longest), pad)
             mask, answers = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
@@ -181,10 +181,14 @@ class Drawn(Dataset):
             places = torch.zeros(len(rows), max(len(row[1]) for row in rows), 3, dtype=torch.long)
             for i, row in enumerate(rows):
                 places[i, : len(row[1])] = torch.tensor(row[1])
-            return {"pixels": pixels, "places": places, "ids": ids, "mask": mask, "answers": answers}
+            batch = {"pixels": pixels, "places": places, "ids": ids, "mask": mask, "answers": answers}
+            return {
+                name: x.numpy() for name, x in batch.items()
+            }  # tensors would go through /dev/shm, which may be small
 
-        more = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
-        return iter(DataLoader(self, batch_sampler=Numbers(), collate_fn=collate, num_workers=workers, **more))
+        more = {"prefetch_factor": 3, "multiprocessing_context": "fork"} if workers else {}
+        for batch in DataLoader(self, batch_sampler=Numbers(), collate_fn=collate, num_workers=workers, **more):
+            yield {name: torch.from_numpy(x) for name, x in batch.items()}
 
 
 def scaled(pixels: Tensor) -> Tensor:
