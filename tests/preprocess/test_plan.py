@@ -24,6 +24,7 @@ from corda_lora.models.loading import empty_model
 from corda_lora.models.lockstep import find_blocks
 from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import quantize
+from corda_lora.preprocess.costs import Layer, decomposing, quantizing, selecting
 from corda_lora.preprocess.layer import (
     LayerRecord,
     choose_covariance,
@@ -36,11 +37,7 @@ from corda_lora.preprocess.layer import (
 from corda_lora.preprocess.machine import H100, described_machine
 from corda_lora.preprocess.pipeline import preprocess
 from corda_lora.preprocess.plan import (
-    Layer,
     Tokens,
-    _decomposition,
-    _quantization,
-    _selection,
     check_room,
     count_tokens,
     init_plan,
@@ -210,7 +207,7 @@ def test_memory_of_a_decomposition_is_what_is_allocated(shape, mode, solver):
     C = X.T @ X
     most, (U, sigma) = allocated(lambda: decompose_layer(W, C, config))
     kept, _ = allocated(lambda: keep_components(W, C, U, sigma, 8, config, LayerRecord()))
-    planned = _decomposition(Layer("", m, n, ""), 8, True, config, on_cpu=True)
+    planned = decomposing(Layer("", m, n, ""), 8, True, config, on_cpu=True)
     assert 0.95 < 8 * planned[1] / max(most, kept + U.nbytes) < 1.4
 
 
@@ -229,7 +226,7 @@ def test_memory_of_quantizing_is_what_is_allocated(shape, options):
         return quantize(X, torch.float32, metric=metric)
 
     most, _ = allocated(lambda: quantize_layer(W, kept, 8, config, store, C, D))
-    assert 0.95 < 8 * _quantization(Layer("", m, n, ""), True, config)[1] / most < 1.3
+    assert 0.95 < 8 * quantizing(Layer("", m, n, ""), True, config)[1] / most < 1.3
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
@@ -247,7 +244,7 @@ def test_memory_of_a_two_sided_decomposition_is_what_is_allocated(shape, mode, s
         U, sigma = decompose_layer(V, C, config)
         return keep_components(V, C, U, sigma, 8, config, LayerRecord(), L)
 
-    planned = _decomposition(Layer("", m, n, ""), 8, True, config, on_cpu=True)
+    planned = decomposing(Layer("", m, n, ""), 8, True, config, on_cpu=True)
     assert 0.95 < 8 * planned[1] / allocated(decompose)[0] < 1.5
 
 
@@ -265,7 +262,7 @@ def test_memory_of_a_selection_is_what_is_allocated(shape, on_cpu, monkeypatch):
         return [choose_covariance(W, Cs, extremes, config) for _ in range(2)]
 
     most, _ = allocated(select)
-    assert 0.95 < 8 * _selection([Layer("", m, n, "")] * 2, config, on_cpu)[1] / most < 1.4
+    assert 0.95 < 8 * selecting([Layer("", m, n, "")] * 2, config, on_cpu)[1] / most < 1.4
 
 
 # --- what depends on what --------------------------------------------------------------------------------------------

@@ -18,34 +18,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..algebra.compactness import DENSE
 from ..algebra.covariance import HALF
-from ..algebra.decomposition import COLUMNS
-from ..algebra.solvers import block_width, iterates
 from ..config import CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.samples import load_rounds
 from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
 from ..models.targets import budget_of, choose_targets
-from ..models.weights import ALREADY, BLOCK, is_4bit, packed_bytes, quantized_names, weight_shape
+from ..models.weights import ALREADY, is_4bit, packed_bytes, quantized_names, weight_shape
 from .backward import LOGITS
 from .context import read_context, token_masks
+from .costs import Layer, compacting, decomposing, groups_of, quantizing, rate_of, selecting, small, stored_bytes
 from .layer import keeps_all
 from .machine import Machine, this_machine
-from .statistics import DIRECTIONS
 from .walk import tensors_that_see
 
 PROCESS = 1.0e9  # bytes of a Python process with torch, transformers and a tokenizer
 CONTEXT = 0.6e9  # bytes of the accelerator's memory that CUDA itself takes, beside all tensors
 BUS = 2e10  # bytes/s between an accelerator and pinned memory (PCIe 4)
-LANCZOS = 200  # products with a vector until both extreme eigenvalues of a large matrix are found
-# FLOP of decompositions of an (n, n) matrix, divided by n³.
-EIGH = 9  # symmetric, with eigenvectors
-EIGVALSH = 4  # symmetric, without eigenvectors
-GRAM = 15  # both that `gram` takes: the second is of the part that the first did not resolve
-SVD = 54  # in terms of its time
-STEPS = 12  # iterations of `norms`
 
 
 class Tokens(NamedTuple):
@@ -60,16 +50,6 @@ class Tokens(NamedTuple):
     total: int = 0
     batch: int = 0
     pairs: int = 0
-
-
-class Layer(NamedTuple):
-    """A target layer with weight W (m, n). `leader` is the layer whose input it shares, or itself; None if the layer is
-    never run."""
-
-    name: str
-    m: int
-    n: int
-    leader: str | None
 
 
 class Shapes(NamedTuple):
@@ -328,14 +308,14 @@ def init_plan(
             other = {layer.name: others.get(layer.name, 0) for layer in members}
             beside = held + (undone if park == "device" else sums.get(name, 0) + max(other.values()))
             costs = [
-                ("decomposition", *_decomposition(layer, kept[layer.name], seen, config, on_cpu)) for layer in members
+                ("decomposition", *decomposing(layer, kept[layer.name], seen, config, on_cpu)) for layer in members
             ]
             if config.quantization:
-                costs += [("decomposition", *_quantization(layer, seen, config)) for layer in members]
+                costs += [("decomposition", *quantizing(layer, seen, config)) for layer in members]
             if config.keep:
-                costs.append(("decomposition", *_compaction(members)))
+                costs.append(("decomposition", *compacting(members)))
             if seen and (rounds > 1 or config.allocates):
-                costs.append(("selection", *_selection(members, config, on_cpu)))
+                costs.append(("selection", *selecting(members, config, on_cpu)))
             for stage, cost, numbers in costs:
                 work[stage].update(cost)
                 peak[stage] = max(peak[stage], beside + 8 * numbers)
@@ -343,12 +323,12 @@ def init_plan(
         # Rows, U unless B starts from zero, energies and spectrum (see `Decomposed`).
         columns = {layer.name: layer.n + (0 if config.from_zero else layer.m) for layer in layers}
         sigmas = {name: min(m, n) if keeps_all(config) else config.r for name, m, n, _ in layers}
-        sides = sum(_small(members[0].n) + sum(_small(layer.m) for layer in members) for members in groups.values())
+        sides = sum(small(members[0].n) + sum(small(layer.m) for layer in members) for members in groups.values())
         statistics += 2 * sides * (config.keep > 0)  # in bfloat16
         unfinished = sum(kept[name] * (4 * columns[name] + 8) + 8 * sigmas[name] for name in columns)
         if config.quantization:
             folded = {layer.name: 4 * config.r * (layer.m + layer.n) * bool(config.fold) for layer in layers}
-            unfinished += sum(_stored(layer, config) + folded[layer.name] for layer in layers)
+            unfinished += sum(stored_bytes(layer, config) + folded[layer.name] for layer in layers)
         stored.append(unfinished + 4 * sides * (config.keep > 0))
 
     if tokens.total:  # as if every token stood for a patch
@@ -364,7 +344,7 @@ def init_plan(
     if config.quantization:
         inside = sum(parameters for parameters, _, _ in shapes.blocks)
         base = inside * 9 // 16 + (shapes.parameters - inside) * item  # as if blocks had nothing but linear layers
-    seconds = {stage: sum(flop / _rate(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
+    seconds = {stage: sum(flop / rate_of(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
     read = (1 + config.runs_back) * sum(weights for _, weights, _ in shapes.blocks) + rest
     reading = (shapes.loaded or read) / machine.read
     parked_bytes = waiting + (max(parked) if park != "device" else 0)
@@ -403,34 +383,6 @@ def init_plan(
     )
 
 
-def groups_of(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
-    """The layers that share their input, by the first of them."""
-    groups: dict[str, list[Layer]] = {}
-    for layer in layers:
-        groups.setdefault(layer.leader or layer.name, []).append(layer)
-    return groups
-
-
-def group_seconds(members: Sequence[Layer], config: CordaConfig, on_cpu: bool, machine: Machine) -> float:
-    """Seconds that layers which share their input take, from their covariances to what is kept of them."""
-    seen = members[0].leader is not None
-    costs = [_decomposition(layer, min(config.r, layer.m, layer.n), seen, config, on_cpu)[0] for layer in members]
-    if config.quantization:
-        costs += [_quantization(layer, seen, config)[0] for layer in members]
-    if config.keep:
-        costs.append(_compaction(members)[0])
-    if seen and ((config.rounds or 1) > 1 or config.allocates):
-        costs.append(_selection(members, config, on_cpu)[0])
-    return sum(flop / _rate(machine, kind) for cost in costs for kind, flop in cost.items())
-
-
-def _rate(machine: Machine, kind: str) -> float:
-    """FLOP/s of a kind of work. QR and Cholesky (`factor`) reach a fifth of the rate of products. Products with a
-    vector (`vector`) are as fast as memory is read."""
-    rates = {"eigen": EIGH / machine.eigen, "factor": machine.double / 5, "vector": machine.double / 32}
-    return rates[kind] if kind in rates else float(getattr(machine, kind))
-
-
 def _place(park: str, waiting: int, machine: Machine) -> str:
     """Where hidden states wait, as `choose_parking` chooses."""
     if park == "auto":
@@ -449,120 +401,6 @@ def _kept(shapes: Shapes, config: CordaConfig) -> dict[str, int]:
         k = max(config.min_rank, (shapes.budget - config.min_rank * unseen) // seen) if config.allocates else config.r
         kept[name] = min(k, m, n, config.max_rank or k)
     return kept
-
-
-def _selection(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tuple[dict[str, int], int]:
-    """FLOP of `extremes_of` and `choose_covariance` for layers that share their input, and the float64 numbers that are
-    held at once."""
-    rounds, n, work, numbers = config.rounds or 1, layers[0].n, Counter[str](), 0
-    square = n * n if config.orientation in ("covariance", "two_sided") else 0  # numbers of C
-    if square:
-        numbers = 2 * square  # C_λ and C
-        if n <= DENSE:
-            work["eigen"] += rounds * EIGVALSH * n**3
-        else:
-            work.update(factor=rounds * n**3, vector=rounds * LANCZOS * 2 * square)
-            numbers = 5 * square + 400 * n  # the Cholesky factor, its inverse and parts of it; the Krylov basis
-    for _, m, n, _ in layers if rounds > 1 else ():
-        R, tall = min(m, n), m > n
-        work.update(double=2 * tall * m * n * n + rounds * (2 * R * square + 2 * R * R * n))
-        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, bool(square)))
-        # The triangle (R, n) is kept for all rounds. Beside it are M and the memory of `eigvalsh` or `norms`.
-        if on_cpu:
-            work.update(eigen=rounds * EIGVALSH * R**3)
-            numbers = max(numbers, 2 * R * n + 3 * R * R)
-        else:
-            # `norms`: products in TF32, at half the rate of bfloat16, the last in float64; σ₁ by Lanczos.
-            work.update(multiply=rounds * STEPS * 4 * R * R * (3 * n + R), double=rounds * 4 * R * R * n)
-            work.update(vector=rounds * LANCZOS * 2 * R * n)
-            numbers = max(numbers, 6 * R * n + R * R, 5 * R * n + 3 * R * R)
-    return work, numbers
-
-
-def _oriented(m: int, n: int, by_covariance: bool) -> int:
-    """Float64 numbers that `orient` holds at once: W, W C, and some columns of C and of their product."""
-    return 2 * m * n + by_covariance * (m + n) * min(n, COLUMNS)
-
-
-def _decomposition(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu: bool) -> tuple[dict[str, int], int]:
-    """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers that are held at once.
-
-    Args:
-        k: components to keep.
-        seen: whether the layer has a covariance.
-    """
-    _, m, n, _ = layer
-    R, W, rows = min(m, n), m * n, k * n
-    two_sided = seen and config.orientation == "two_sided"
-    by_covariance = two_sided or (seen and config.orientation == "covariance")
-    iterated = not keeps_all(config) and iterates(R, k, config.solver)
-    # A tall W = Q Lᵀ is reduced to its triangle L, which is oriented instead (not for svd, nor for the head on a GPU).
-    # Then W and L are held beside the oriented M, else W alone.
-    tall = m > n and config.solver != "svd" and (on_cpu or config.mode == "kpm" or not iterated)
-    M, beside = (n * n, W + n * n) if tall else (W, W)
-    work = Counter(double=2 * M * n * by_covariance + 2 * tall * W * n + 2 * k * (W + n * n * seen))
-    work.update(single=2 * W * n * seen)
-    if two_sided:  # both Cholesky factors, and LᵀW
-        work.update(factor=(m**3 + n**3) // 3, double=2 * m * W)
-    numbers = beside + M + 2 * n * n if two_sided else _oriented(R if tall else m, n, by_covariance) + beside - M
-    if config.solver == "svd":
-        work["eigen"] += SVD * R**3
-        numbers = max(numbers, 4 * W + 2 * R * R)
-    elif not iterated:  # two Gram matrices and the rows not resolved; U, and three more of its size for `eigh`
-        work.update(eigen=GRAM * R**3, double=5 * R * M + 2 * tall * W * n)
-        numbers = max(numbers, beside + 2 * M + 4 * R * R, tall * (2 * W + 2 * n * n))
-    else:  # kpm: the tensors of `_inverse_factor`; ipm: those of the iteration, H and some blocks of b vectors
-        b = block_width(R, k)
-        products = 3 * R * M + 2 * R**3 if config.mode == "kpm" else 0
-        work.update(double=2 * (products + R * M + 30 * R * R * b), eigen=4 * GRAM * b**3)
-        inverse, iteration = M + (2 if on_cpu else 5) * R * R, R * R + 4 * b * (R + M // R)
-        numbers = max(numbers, beside + M + (inverse if config.mode == "kpm" else iteration))
-    # U is held beside W in another dtype and its products, or beside C.
-    numbers = max(numbers, m * R + max(W + rows, (n * n + 3 * rows) * seen, (3 * W // 2 + rows) * seen))
-    if two_sided:  # L throughout; in the beginning also D_λ and D, or W
-        numbers = m * m + max(numbers, 2 * W, 2 * m * m)
-    return work, numbers
-
-
-def _quantization(layer: Layer, seen: bool, config: CordaConfig) -> tuple[dict[str, int], int]:
-    """FLOP of `quantize_layer`, and the float64 numbers that are held at once."""
-    _, m, n, _ = layer
-    R, W, fold = min(m, n), m * n, config.fold or 0
-    two_sided = seen and config.orientation == "two_sided"
-    metric = 2 * W * (n * seen + m * two_sided)  # X C, or D X C, of X (m, n)
-    rounding = m * n * n + 4 * config.r * n * n  # by columns; the metric that A leaves
-    work = {"double": (2 * fold + 2) * metric + fold * (2 * W * (R + 2 * config.r) + rounding)}
-    work |= {"eigen": fold * EIGH * R**3, "factor": fold * n**3 // 3}
-    metrics = n * n * seen + m * m * two_sided  # C_λ and D_λ
-    numbers = 17 * W // 4  # W, what is stored of it, and its values
-    if fold:
-        fit = numbers + (7 + 4 * two_sided) * W // 4 + (1 + two_sided) * R * R
-        # The metric and its Cholesky factor, in whose making it is copied; then W in float64, and the errors.
-        numbers = max(fit, 3 * n * n + 13 * W // 8, 2 * n * n + 15 * W // 4)
-    return work, metrics + numbers
-
-
-def _stored(layer: Layer, config: CordaConfig) -> int:
-    """Bytes of a layer in NF4: its numbers, their scales and the tables of levels."""
-    blocks = layer.m * layer.n // BLOCK
-    scales = blocks + blocks // 64 + 1024 if config.double_quantization else 4 * blocks
-    return layer.m * layer.n // 2 + scales + 64
-
-
-def _small(n: int) -> int:
-    """Numbers of a C or D (n, n) as it is kept."""
-    return n * (min(n, DIRECTIONS) + 1)
-
-
-def _compaction(members: Sequence[Layer]) -> tuple[dict[str, int], int]:
-    """FLOP of `compact` for C and D of layers that share their input, and the float64 numbers that are held at once."""
-    sizes = [members[0].n, *(layer.m for layer in members)]
-    large = [n for n in sizes if n > DIRECTIONS]
-    work = {
-        "single": sum(6 * 2 * n * n * (DIRECTIONS + 8) for n in large),
-        "eigen": sum(EIGH * n**3 for n in sizes if n <= DIRECTIONS),
-    }
-    return work, max(n * n for n in sizes)  # float32: the matrix, and a copy
 
 
 # --- does it fit -----------------------------------------------------------------------------------------------------

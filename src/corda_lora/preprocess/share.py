@@ -30,8 +30,8 @@ from ..processes import Processes
 from .backward import StepBack
 from .collect import Collector, Gradients, Group
 from .context import Context
+from .costs import Layer, group_seconds
 from .machine import H100
-from .plan import Layer, group_seconds
 
 
 class Share:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..config import CordaConfig, CordaError
+from ..preprocess.costs import Layer, group_seconds, groups_of
 from ..preprocess.machine import Machine
-from ..preprocess.plan import CONTEXT, Layer, Plan, Shapes, Stage, Tokens, group_seconds, groups_of, init_plan
+from ..preprocess.plan import CONTEXT, Plan, Shapes, Stage, Tokens, init_plan
 
 # Bytes/s of what a GPU sends, assumed: a third of what an H100's NVLink is sold as, and half of a 400 Gbit/s adapter
 # for each GPU.
