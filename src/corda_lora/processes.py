@@ -155,8 +155,8 @@ def joined() -> Iterator[Processes]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         raise CordaError(f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun") from error
-    try:
-        yield Processes(rank, size, store)
-    finally:
-        with suppress(Exception):
-            dist.destroy_process_group()
+    if torch.cuda.is_available():  # NCCL connects when it is used first
+        dist.all_reduce(torch.zeros(1, device="cuda"))
+    yield Processes(rank, size, store)
+    with suppress(Exception):  # not after an error: it might wait for those that have ended
+        dist.destroy_process_group()
