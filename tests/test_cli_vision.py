@@ -16,6 +16,7 @@ from corda_lora.config import ModelConfig
 from corda_lora.data.samples import as_samples
 from corda_lora.models.loading import load_model, load_tokenizer, open_model
 from corda_lora.models.targets import find_targets
+from corda_lora.models.weights import is_4bit
 from corda_lora.preprocess.context import read_context
 from corda_lora.preprocess.walk import Place, tensors_that_see, walk
 
@@ -184,6 +185,23 @@ def test_compare(llava, data):
     assert trained["ours"] == 1792 + connector
     tower = sum(p.numel() for p in load_model(ModelConfig(str(llava))).model.vision_tower.parameters())
     assert trained["full"] == sum(p.numel() for p in load_model(ModelConfig(str(llava))).parameters()) - tower
+
+
+def test_in_4_bits_the_language_model_alone_is_rounded(data, monkeypatch, capsys):
+    for sizes in (tiny_vision.TEXT, tiny_vision.VISION):
+        monkeypatch.setitem(sizes, "hidden_size", 64)
+        monkeypatch.setitem(sizes, "intermediate_size", 128)
+    model = tiny_vision.save(data / "wide")
+    run("init", "--model", model, "--context", data / "keep.jsonl", "--r", 4, "--quantization", "nf4", "--output", "q")
+    full, rounded = load_model(ModelConfig(str(model))), load_model(ModelConfig("q/base"))
+    in_4_bits = {n for n, m in rounded.named_modules() if isinstance(m, torch.nn.Linear) and is_4bit(m)}
+    assert in_4_bits == find_targets(full, "all-linear").keys()
+    others = {name: p for name, p in full.named_parameters() if name.removesuffix(".weight") not in in_4_bits}
+    kept = dict(rounded.named_parameters())
+    assert all(torch.equal(p, kept[name]) for name, p in others.items())
+    assert any("vision_tower" in name for name in others)
+    run("train", "--model", "q/base", "--start", "q", "--data", data / "learn.jsonl", *TRAIN, "--output", "tuned")
+    assert load_tokenizer(ModelConfig("q/base")).processor is not None
 
 
 def test_inspect(llava, data):

@@ -83,7 +83,7 @@ def _context(model: "nn.Module", config: CordaConfig, batches: Any, tokenizer: A
     from .data.overview import check_fit
     from .data.samples import UNCUT
     from .models.loading import tokenizer_of, with_processor
-    from .models.targets import reads_images
+    from .models.seeing import reads_images
     from .preprocess.context import Ability, Context, has_decoder, together
 
     if isinstance(batches, Mapping) and "input_ids" not in batches:

@@ -18,7 +18,8 @@ from ..config.values import NonNegative
 from ..data.batches import context_batches, encode, encode_all, padded_batch
 from ..data.samples import Sample
 from ..devices import compute_device, double_device
-from ..models.targets import freeze_tower, image_side, is_classifier, is_of_head
+from ..models.seeing import freeze_tower, image_side
+from ..models.targets import is_classifier, is_of_head
 from ..models.weights import weight_of, weight_shape
 from ..preprocess.context import Context
 from ..preprocess.layer import LayerStart

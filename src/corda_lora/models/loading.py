@@ -20,7 +20,8 @@ from transformers import modeling_gguf_pytorch_utils
 
 from ..config import CordaError, ModelConfig
 from ..config.values import short
-from .targets import NEW, is_of_head, reads_images
+from .seeing import reads_images
+from .targets import NEW, is_of_head
 from .weights import compute_as_stored
 
 # Tables that older versions stored with the weights; models compute them now.

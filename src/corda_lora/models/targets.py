@@ -4,11 +4,11 @@ import copy
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import peft
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import CordaConfig, CordaError
 from ..config.values import find_all
+from .seeing import base_of, image_side
 from .weights import weight_shape
 
 TASK_TYPES = {
@@ -49,44 +50,15 @@ def task_type(model: nn.Module) -> TaskType | None:
 
 def is_classifier(model: nn.Module) -> bool:
     """Whether a model (adapted or not) gives a text a label, or a number."""
-    return task_type(_base_of(model)) is TaskType.SEQ_CLS
-
-
-def reads_images(settings: Any) -> bool:
-    """Whether a model's configuration is that of a vision-language model."""
-    return getattr(settings, "vision_config", None) is not None and not hasattr(settings, "projection_dim")
-
-
-def image_side(model: nn.Module) -> Callable[[str], bool]:
-    """Whether a module, by name, is outside of a vision-language model's language model and output head: in the vision
-    tower, or in the connector between the two. What comes there are patches, and not tokens."""
-    base: Any = _base_of(model)
-    if not reads_images(getattr(base, "config", None)):
-        return lambda name: False
-    language = (base.get_decoder(), base.get_output_embeddings())
-    inside = [name for name, module in base.named_modules() if any(module is part for part in language)]
-    return lambda name: not any(name == i or name.startswith(f"{i}.") or not i for i in inside)
-
-
-def freeze_tower(model: nn.Module) -> None:
-    """Keep the vision tower of a vision-language model as it is while all else trains, the connector included."""
-    if reads_images(getattr(model, "config", None)):
-        tower: Any = model.get_encoder(modality="image")  # type: ignore[operator]
-        tower.requires_grad_(False)
-        if isinstance(connector := getattr(tower, "merger", None), nn.Module):  # Qwen2-VL's is in its tower
-            connector.requires_grad_(True)
+    return task_type(base_of(model)) is TaskType.SEQ_CLS
 
 
 def known_labels(model: nn.Module) -> list[str] | None:
     """A classifier's labels in the order of its outputs; None of another model."""
     if not is_classifier(model):
         return None
-    names: Any = _base_of(model).config.id2label  # type: ignore[union-attr]
+    names: Any = base_of(model).config.id2label  # type: ignore[union-attr]
     return [str(names[i]) for i in range(len(names))]
-
-
-def _base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def is_of_head(name: str) -> bool:
@@ -102,18 +74,18 @@ def new_modules(model: nn.Module) -> list[str]:
 
 def has_new_head(model: nn.Module) -> bool:
     """Whether the base model's head for labels is random: the checkpoint has none."""
-    return bool(getattr(_base_of(model), NEW, ()))
+    return bool(getattr(base_of(model), NEW, ()))
 
 
 def trains_head(model: nn.Module) -> bool:
     """Whether an adapted classifier's head is trained."""
-    parameters = _base_of(model).named_parameters()
+    parameters = base_of(model).named_parameters()
     return any(parameter.requires_grad and parameter.ndim > 1 for name, parameter in parameters if is_of_head(name))
 
 
 def require_causal(model: nn.Module) -> None:
     """Raises CordaError if a model (adapted or not) is not a causal language model."""
-    base = _base_of(model)
+    base = base_of(model)
     if task_type(base) is not TaskType.CAUSAL_LM:
         raise CordaError(
             f"{type(base).__name__} is no causal language model: only these can be trained and measured on responses"

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..algebra.rounding import optq
 from ..config import CordaError
+from .seeing import image_side
 
 BLOCK = 64  # numbers that share a scale
 ALREADY = "the model is quantized already: leave quantization out, or give the full model"
@@ -186,7 +187,8 @@ def compute_as_stored(model: nn.Module, dtype: torch.dtype | None = None) -> Non
 
 def quantized_names(model: nn.Module, targets: Iterable[str] = ()) -> tuple[list[str], list[str]]:
     """The linear layers of a model that are quantized, and the others, by name: those that transformers leaves as they
-    are (the output head), and those that are no target and whose rows are no whole number of blocks.
+    are (the output head), those that see images, and those that are no target and whose rows are no whole number of
+    blocks.
 
     Raises CordaError if transformers leaves a target as it is, or as `check_blocks` does.
     """
@@ -195,6 +197,8 @@ def quantized_names(model: nn.Module, targets: Iterable[str] = ()) -> tuple[list
 
     targets = set(targets)
     left = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    sees = image_side(model)  # the tower and the connector, which are small, and whose loss no adapter could mend
+    left += [name for name, _ in model.named_modules() if sees(name) and not sees(name.rpartition(".")[0])]
     linear = {n: m for n, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is nn.Linear}
     taken = {name: module for name, module in linear.items() if should_convert_module(name, left)}
     if kept := sorted(targets - taken.keys()):

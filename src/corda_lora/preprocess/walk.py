@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..devices import free_bytes, synchronize
 from ..models.lockstep import Parking, Stored, find_blocks, lockstep, on_device, tensors_of, visits
-from ..models.targets import image_side, reads_images
+from ..models.seeing import image_side, reads_images
 from .collect import Collector, Group
 from .context import Batch, Context, has_decoder, token_masks
 
