@@ -144,6 +144,7 @@ def test_what_several_contexts_cannot_be_is_said_before_any_long_work(monkeypatc
             preprocess(model, CordaConfig(r=3, **options), context, progress=False)
 
     refused("with several each has its own, in training", keep=3.0)
+    refused("weights by compactness are of several contexts", contexts()[0], weights="compactness")
     refused("2 rounds are of one context, but there are 3", rounds=2)
     few = Context(answered_batches(tiny.answered(60), 0)[:1], numbers=range(60))
     size = len(few.batches[0]["input_ids"])

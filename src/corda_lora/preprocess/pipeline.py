@@ -147,6 +147,8 @@ def preprocess(
             "--dtype float32 (in Python, a model loaded with dtype=torch.float32)",
             stacklevel=2,
         )
+    if config.weights != "given" and not context.abilities:
+        raise CordaError(f"weights by {config.weights} are of several contexts: give more than one, or leave them out")
     if config.reads_context and context.abilities:
         record["context"] = _check_abilities(model, context, targets, config)
     elif config.reads_context:
