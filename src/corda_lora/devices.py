@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from functools import cache
 from resource import RUSAGE_SELF, getrusage
 
@@ -120,6 +121,12 @@ def factors_slowly(device: torch.device) -> bool:
 def has_streams(device: torch.device) -> bool:
     """Whether copies can run beside computation."""
     return device.type == "cuda"
+
+
+def to_this_gpu() -> Callable[[], None]:
+    """A function that makes this thread's current GPU that of the thread which calls it: a new thread has the first."""
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    return lambda: None if gpu is None else torch.cuda.set_device(gpu)
 
 
 # --- waiting and memory ----------------------------------------------------------------------------------------------

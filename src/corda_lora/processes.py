@@ -8,9 +8,12 @@ another host.
 
 import os
 import pickle
+import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +21,7 @@ from typing import Any
 
 from .config import CordaError
 
+PATIENCE = 10  # seconds from the launcher's request to end until it is obeyed; the launcher's own patience is 30
 FAILED = "corda/failed"  # the name in the store for what the first process to end has said
 LONGEST_WAIT = timedelta(hours=6)  # for a process that lives: one that dies is noticed at once
 
@@ -129,9 +133,29 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _end_when_stuck(say: Callable[[str], None], sentence: Callable[[], str]) -> None:
+    """Have a thread end this process when the launcher has asked it to end (SIGTERM), and it does not: Python cannot
+    act on a signal while it waits for a collective on a GPU that another process will never come to."""
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while os.read(hears, 1)[0] != signal.SIGTERM:
+            pass
+        time.sleep(PATIENCE)
+        if text := sentence():
+            say(text)
+        sys.stderr.flush()
+        os._exit(2)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
 @contextmanager
-def joined() -> Iterator[Processes]:
-    """Meet the other processes, for a `with` block: each with a CUDA device of its own, if there are any.
+def joined(say: Callable[[str], None]) -> Iterator[Processes]:
+    """Meet the other processes, for a `with` block: each with a CUDA device of its own, if there are any. `say` prints
+    a sentence where the process must end without coming back.
 
     Raises CordaError if there are fewer devices than processes on this host, or the others cannot be reached.
     """
@@ -157,6 +181,8 @@ def joined() -> Iterator[Processes]:
         raise CordaError(f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun") from error
     if torch.cuda.is_available():  # NCCL connects when it is used first
         dist.all_reduce(torch.zeros(1, device="cuda"))
-    yield Processes(rank, size, store)
+    processes = Processes(rank, size, store)
+    _end_when_stuck(say, lambda: processes.last_word(processes.ended))
+    yield processes
     with suppress(Exception):  # not after an error: it might wait for those that have ended
         dist.destroy_process_group()

@@ -198,3 +198,27 @@ def test_layers_are_shared_out_by_blocks_and_the_rest_by_cost():
     assert [owners[str(i)] for i in range(3)] == [{0}, {1}, {2}]
     assert max(share.loads) < 1.3 * min(share.loads)
     assert len(owners["3"] | owners["4"]) == 3
+
+
+STUCK = """
+import datetime, os, sys
+from corda_lora import cli, processes
+from torch.distributed import TCPStore
+gather = processes.Processes.gather
+def stuck(self, value):
+    if self.rank == 1:
+        os.kill(os.getpid(), 9)
+    other = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    other.wait(["nothing"], datetime.timedelta(seconds=200))  # as on a GPU: Python does not hear of signals
+processes.Processes.gather = stuck
+processes.PATIENCE = 1
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_process_that_waits_for_one_that_was_killed_ends_when_the_launcher_asks(command, tmp_path):
+    (tmp_path / "stuck.py").write_text(STUCK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "stuck.py"), "--"]
+    done = subprocess.run([*launch, *map(str, command("out"))], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("one of the 2 processes has ended without a word") == 1, done.stderr

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -81,7 +82,7 @@ def _processes(verb: str) -> Iterator[Processes | None]:
         return
     if verb not in SHARED:
         raise CordaError(f"{verb} does not share its work among processes: start it by itself, not by a launcher")
-    with joined() as processes:
+    with joined(partial(_say, verb)) as processes:
         yield processes
 
 

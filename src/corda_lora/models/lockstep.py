@@ -28,7 +28,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from ..config import CordaError
-from ..devices import has_streams
+from ..devices import has_streams, to_this_gpu
 
 Parking = Callable[[Tensor], Tensor]  # copies a tensor to the place where it waits
 Stored = Mapping[Tensor, Callable[[], Tensor]]  # parameters whose values are in a checkpoint, and how they are read
@@ -280,7 +280,8 @@ def visits(
             read_after(block)
             yield
 
-    with ThreadPoolExecutor(1) as reader:  # no thread begins before there is something to read
+    # No thread begins before there is something to read. It has the GPU of this thread, of several.
+    with ThreadPoolExecutor(1, initializer=to_this_gpu()) as reader:
         read_after(None)
         yield visit
 
