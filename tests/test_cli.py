@@ -361,6 +361,7 @@ def test_a_number_out_of_range_is_refused_before_work(arguments, said, tmp_path,
         (PermissionError(13, "Permission denied", "x"), 2, "corda init: Permission denied: 'x'"),
         (MemoryError(), 2, "corda init: out of memory (MemoryError)"),
         (ModuleNotFoundError("no", name="gguf"), 2, "corda init: the package gguf is needed: pip install gguf"),
+        (ModuleNotFoundError("no"), 1, "corda init: this is a bug of corda-lora"),  # of a module's attribute: no package
         (CordaError("a b\n" * 5000), 2, "corda init: a b a b"),
     ],
 )
@@ -376,6 +377,13 @@ def test_what_ends_a_command(error, code, said, monkeypatch, capsys):
     assert lines[-1].startswith(said)
     assert len(lines[-1]) < 500
     assert ("Traceback" in lines[0]) == (code == 1)
+
+
+def test_an_unknown_verb_is_told_those_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        run("nonsense")
+    said = capsys.readouterr().err
+    assert "(choose from 'demo', 'init', 'plan', 'train', 'eval', 'compare', 'inspect', 'export')" in said
 
 
 def test_sigterm_keeps_the_work_and_exits_with_143(checkpoint, data, monkeypatch, capsys):

@@ -132,7 +132,7 @@ def _mendable(error: Exception) -> str | None:
         return f"the disk is full or cannot be written ({text})"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
         return f"out of memory ({text})"
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("corda_lora"):
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("corda_lora"):
         return f"the package {error.name} is needed: pip install {error.name}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {short(error.filename)}" if error.filename else error.strerror

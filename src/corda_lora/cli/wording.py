@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from ..config import DataConfig, MethodConfig
 from ..config.lora import NOT_OURS, why_not
 from ..config.values import LARGEST, misfit
+from .arguments import PLAN_RECIPE
 
 LONGEST_MESSAGE = 480  # characters
 
@@ -24,6 +25,7 @@ class Parser(ArgumentParser):
         prog = parser.prog.replace(" [options]", "")
         if missing := re.fullmatch(r"the following arguments are required: (\w+)\..*", message):
             prog = f"{prog} {missing[1]}"
+        message = message.replace(f"'{PLAN_RECIPE}', ", "")  # among the verbs that there are
         sentence = shortened(in_our_words(message, parser._actions))
         self.exit(2, f"{prog}: {sentence} (all options: {prog} --help)\n")
 
