@@ -361,7 +361,11 @@ def test_a_number_out_of_range_is_refused_before_work(arguments, said, tmp_path,
         (PermissionError(13, "Permission denied", "x"), 2, "corda init: Permission denied: 'x'"),
         (MemoryError(), 2, "corda init: out of memory (MemoryError)"),
         (ModuleNotFoundError("no", name="gguf"), 2, "corda init: the package gguf is needed: pip install gguf"),
-        (ModuleNotFoundError("no"), 1, "corda init: this is a bug of corda-lora"),  # of a module's attribute: no package
+        (
+            ModuleNotFoundError("no"),
+            1,
+            "corda init: this is a bug of corda-lora",
+        ),  # of a module's attribute: no package
         (CordaError("a b\n" * 5000), 2, "corda init: a b a b"),
     ],
 )
