@@ -365,7 +365,7 @@ def test_a_number_out_of_range_is_refused_before_work(arguments, said, tmp_path,
             ModuleNotFoundError("no"),
             1,
             "corda init: this is a bug of corda-lora",
-        ),  # of a module's attribute: no package
+        ),  # of an attribute
         (CordaError("a b\n" * 5000), 2, "corda init: a b a b"),
     ],
 )
