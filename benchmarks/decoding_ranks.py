@@ -25,6 +25,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=shares, help="of the whole rank; the first is 1")
     parser.add_argument("--falling", type=float, nargs="+", default=falls, help="least shares")
     parser.add_argument("--entropies", type=float, nargs="+", default=entropies, help="nats where the rank is whole")
+    parser.add_argument("--least", type=float, nargs="+", default=(0.0, 0.125), help="least shares by entropy")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
@@ -178,7 +180,9 @@ def rows(
     rules: dict[str, Rule] = {f"static {share:g}": fixed(share) for share in options.shares}
     rules |= {f"fixed {share:g}": whole_prompt(share) for share in options.shares[1:]}
     rules |= {f"falling to {least:g} at token {length}": falling(least, length) for least in options.falling}
-    rules |= {f"entropy, whole at {h:g}": by_entropy(lambda H, h=h: (H / h).clamp(max=1)) for h in options.entropies}
+    for least, h in product(options.least, options.entropies):
+        name = f"entropy, whole at {h:g}" + f", at least {least:g}" * (least > 0)
+        rules[name] = by_entropy(lambda H, h=h, least=least: (H / h).clamp(least, 1))
     few = [name for name in rules if name.startswith("static")]
     kinds = {
         "as trained, by layer": ("lora", few),

@@ -57,11 +57,12 @@ def falling(least: float, tokens: int) -> Rule:
     return lambda t, logits: 1 - (1 - least) * min(1.0, t / tokens)
 
 
-def by_entropy(phi: Callable[[Tensor], Tensor] = lambda H: H.clamp(max=1)) -> Rule:
+def by_entropy(phi: Callable[[Tensor], Tensor] = lambda H: H.clamp(1 / 8, 1)) -> Rule:
     """The share φ(H) of the entropy H (b,), in nats, of the prediction that a token was chosen from; the prompt whole.
 
     Args:
-        phi: of entropies to shares, element by element. Default: H itself, up to one nat.
+        phi: of entropies to shares, element by element. Default: H itself, from an eighth to one. It should not reach
+            zero: a model is sure of the next token because of its adapter, and without any of it would not be.
 
     Raises CordaError if φ leaves [0, 1] for an H between 0 and `LARGEST_ENTROPY`.
     """
