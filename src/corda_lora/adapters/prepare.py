@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def prepare(
     run |= {"tokens": hashlib.sha256(tokens).hexdigest(), "corda-lora": __version__}
     run |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if processes:
-        processes.check_same({**run, "context": record.get("samples_sha256")})
+        versions = {name: version(name) for name in ("transformers", "peft", "safetensors")}
+        processes.check_same({**run, **versions, "context": record.get("samples_sha256")})
         run |= {"processes": processes.size}
     work = open_work(output, run, lambda folder: (folder / MANIFEST).is_file(), processes)
     try:
