@@ -355,7 +355,8 @@ def main() -> None:
             return
         model.to("cpu").save_pretrained(options.output)
         processor.save_pretrained(options.output)
-        (options.output / "log.json").write_text(json.dumps(log, indent=1) + "\n")  # last: the model is whole
+        (options.output / "log.json").write_text(json.dumps(log, indent=1) + "\n")  # now the model is whole
+    (options.output / "state.pt").unlink(missing_ok=True)
     rows = measure(options.output, counts.get("test", 100))
     lines = ["| kind | greedy answers right | by chance | of four choices |", "|---|---:|---:|---:|"]
     for kind, row in rows.items():
