@@ -209,7 +209,7 @@ def rows(
         for rule in wanted:
             yield f"{kind}: {rule}", lambda kind=kind, name=name, rule=rule: measure(kind, name, rule)
 
-    prompt = encode_question(tokenizer, test[0])
+    prompt = encode_question(tokenizer, test[0]).ids
     order = "in order"
     changing = {"fixed 0.5": whole_prompt(0.5), "entropy": by_entropy(), "falling": falling(0.25, 64)}
     for way in ("no adapter", "adapter, plain", "adapter, merged", *(f"adapter, {rule}" for rule in changing)):
