@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_cli import refused, run
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from corda_lora.config import ModelConfig
-from corda_lora.data.samples import as_samples
+from corda_lora.config import DataConfig, ModelConfig
+from corda_lora.data.samples import as_samples, load_samples
 from corda_lora.models.loading import load_model, load_tokenizer, open_model
 from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import is_4bit
@@ -261,6 +261,16 @@ def test_an_unreadable_image(llava, data, capsys):
     run(*init, "--bad_images", "skip")
     assert "row 4 of" in " ".join(capsys.readouterr().err.split())
     assert json.loads((data / "work" / "start" / "corda.json").read_text())["context"]["samples"] == 23
+
+
+def test_an_unreadable_image_of_a_row_that_is_not_drawn(llava, data):
+    context = DataConfig(str(data / "keep.jsonl"), samples=8)
+    drawn = {sample.images[0].name for sample in load_samples(context)}
+    names = [json.loads(line)["image"] for line in (data / "keep.jsonl").read_text().splitlines()]
+    for name in sorted({*names} - drawn)[:4]:
+        (data / name).write_text("no image")
+    run("init", "--model", llava, "--context", data / "keep.jsonl", "--samples", 8, "--r", 4, "--output", "start")
+    assert json.loads((data / "work" / "start" / "corda.json").read_text())["context"]["samples"] == 8
 
 
 def test_a_max_length_that_cuts_images(llava, data, capsys):

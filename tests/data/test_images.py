@@ -16,7 +16,7 @@ from PIL import Image
 
 from corda_lora.config import CordaError, DataConfig
 from corda_lora.data.batches import CutImageError, context_batches, encode, encode_all, encode_question
-from corda_lora.data.images import image_tokens, read_picture
+from corda_lora.data.images import image_tokens, read_picture, with_images
 from corda_lora.data.samples import as_samples, digest_of, load_others, load_samples
 from corda_lora.evaluation.generation import generate
 from corda_lora.models.loading import with_processor
@@ -252,6 +252,7 @@ def test_an_unreadable_image_is_named_by_its_row(folder):
         ({**ASKED, "image": 7}, "cannot read the image 7: there is no such file"),  # numbers of JSON are texts
         ({**ASKED, "image": {"x": 1}}, "an image is a path, a URL or bytes, and not"),
         ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}], "image": "pics/0.png"}, "assistant's"),
+        ({**ASKED, "image": True}, "an image is a path, a URL or bytes, and not"),
         ({**ASKED, "image": "data:image/png;base64,@@"}, "it is no base64"),
         ({**ASKED, "image": "http://127.0.0.1:9/x.png"}, "cannot fetch the image"),
     ],
@@ -265,6 +266,72 @@ def test_rows_without_an_image_are_counted(folder):
     config = write(folder, [{**ASKED, "image": "pics/0.png"}, ASKED, {**ASKED, "image": None}])
     with pytest.warns(UserWarning, match="2 of 3 rows have no image: read as text"):
         assert [len(s.images) for s in load_samples(config)] == [1, 0, 0]
+
+
+def test_what_holds_no_image(folder):
+    empty = [None, "", " ", {"bytes": None, "path": None}, [], [None], {"bytes": None, "path": ""}]
+    config = write(folder, [{**ASKED, "image": "pics/0.png"}, *({**ASKED, "image": value} for value in empty)])
+    with pytest.warns(UserWarning, match=f"{len(empty)} of {len(empty) + 1} rows have no image: read as text"):
+        assert [len(s.images) for s in load_samples(config)] == [1, *(0 for _ in empty)]
+    assert as_samples([{**ASKED, "image": float("nan")}])[0].images == ()
+
+
+def test_the_column_of_an_image_in_a_template(folder):
+    config = write(folder, [{**ASKED, "image": "pics/0.png"}])
+    for template in ("{image} What?", "{image[path]} What?"):
+        with pytest.raises(CordaError, match=r"a template has \{image.*the column image holds images"):
+            load_samples(replace(config, prompt=template))
+    [sample] = load_samples(replace(config, prompt="Which? <image> This?", response="{response}"))
+    assert [part.get("text", "image") for part in sample.messages[0]["content"]] == ["Which? ", "image", " This?"]
+
+
+def test_others_are_read_one_by_one(folder, monkeypatch):
+    """Nor does an image that nobody asked for end a long run."""
+    for i in range(60):
+        (folder / "pics" / f"{i}.png").write_bytes(tiny_vision.png(i))
+    config = replace(write(folder, [{**ASKED, "image": f"pics/{i}.png"} for i in range(60)]), samples=8)
+    shown = [s.images[0] for s in load_samples(config)]
+    broken = [name for i in range(60) if (name := f"pics/{i}.png") not in {picture.name for picture in shown}][:40]
+    for name in broken:
+        (folder / name).write_text("no image")
+    others = load_others(config, 5)
+    assert len(others) == 5
+    assert others == load_others(config, 5)
+    assert not {s.images[0].name for s in others} & {*broken, *(picture.name for picture in shown)}
+    assert len(load_others(config, 100)) == 12
+    assert load_others(replace(config, data=str(whole(folder, shown)), samples=None), 5) == []
+
+    for name in broken:
+        (folder / name).write_bytes(tiny_vision.png(100 + int(name[5:-4])))
+    read = []
+    monkeypatch.setattr("corda_lora.data.samples.with_images", counting(read))
+    assert len(load_others(config, 5)) == 5
+    assert len(read) <= 8 + 8 + 5  # those shown may come again
+
+
+def whole(folder, pictures):
+    path = folder / "whole.jsonl"
+    path.write_text("".join(json.dumps({**ASKED, "image": picture.name}) + "\n" for picture in pictures))
+    return path
+
+
+def counting(read):
+    def counted(messages, values, folder):
+        read.append(values)
+        return with_images(messages, values, folder)
+
+    return counted
+
+
+def test_a_bar_is_shown_if_reading_is_slow(folder, monkeypatch, capsys):
+    config = write(folder, [{**ASKED, "image": f"pics/{i}.png"} for i in range(6)])
+    load_samples(config)
+    assert "reading" not in capsys.readouterr().err
+    monkeypatch.setattr("corda_lora.progress.PATIENCE", 0.0)
+    load_samples(config)
+    said = capsys.readouterr().err
+    assert "reading" in said
+    assert "6/6" in said
 
 
 def test_tokens_of_an_image_are_not_cut(llava):
@@ -305,7 +372,7 @@ def test_a_template_that_leaves_out_an_image_is_refused(llava):
 def test_a_place_without_an_image_is_refused(llava):
     _, tokenizer = llava
     sample = as_samples([{"messages": [{"role": "user", "content": "an <image> in words"}]}])[0]
-    with pytest.raises(CordaError, match="the model's token of an image in its text, and there is no image"):
+    with pytest.raises(CordaError, match=r"the model's token of an image in its text, .*: 'an <image> in words'"):
         encode(tokenizer, sample, 100)
 
 
@@ -323,3 +390,22 @@ def test_an_upright_image(folder):
     exif[0x0112] = 6  # to be turned by a quarter
     image.save(folder / "turned.jpg", exif=exif)
     assert read_picture("turned.jpg", folder).size == (40, 24)
+
+
+@pytest.mark.parametrize("row", [{**ASKED, "response": "an <image>"}, {"text": "<image> A cat."}])
+def test_an_answer_that_says_image(llava, row):
+    _, tokenizer = llava
+    [sample] = as_samples([{**row, "image": tiny_vision.picture(0)}])
+    with pytest.raises(CordaError, match=r"the sample with given as an image says <image> in words, as in an answer"):
+        encode(tokenizer, sample, 100)
+
+
+def test_shades_of_16_bits_stay_shades(folder):
+    """As X-rays have them: `convert` makes all above 255 white."""
+    shades = torch.arange(0, 65536, 64).view(32, 32)
+    Image.fromarray(shades.to(torch.uint16).numpy()).save(folder / "shades.png")
+    shown = torch.tensor(list(read_picture("shades.png", folder).open().get_flattened_data())).view(32, 32, 3)
+    assert torch.equal(shown, (shades // 256)[..., None].expand(32, 32, 3))
+    Image.fromarray((shades / 65536).numpy()).save(folder / "numbers.tiff")
+    with pytest.raises(CordaError, match=r"cannot read the image numbers\.tiff: its pixels are numbers of 32 bits"):
+        read_picture("numbers.tiff", folder)

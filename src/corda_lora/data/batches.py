@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..config import CordaError
 from .chats import render_chat, render_question
-from .images import Shown, Span, expanded, image_inputs, image_tokens, processor_of
+from .images import Shown, Span, expanded, image_inputs, image_tokens, processor_of, words_of
 from .samples import Sample, as_samples
+from .templates import short
 
 
 class Encoded(NamedTuple):
@@ -95,17 +96,20 @@ def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -
     eos = tokenizer.eos_token_id
     if end and is_open and eos is not None and ids[-1] != eos:
         ids, answer = [*ids, eos], [*answer, True]
-    _check_images(tokenizer, ids, shown, max_length)
+    _check_images(tokenizer, ids, shown, max_length, sample)
     return Encoded(ids[:max_length], answer[:max_length], max(0, len(ids) - max_length), shown=shown)
 
 
-def _check_images(tokenizer: Any, ids: Sequence[int], shown: Shown | None, max_length: int) -> None:
+def _check_images(tokenizer: Any, ids: Sequence[int], shown: Shown | None, max_length: int, sample: Sample) -> None:
     if (processor := processor_of(tokenizer)) is None:
         return
     tokens = {*image_tokens(processor)}
     last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in tokens), -1)
     if shown is None and last >= 0:
-        raise CordaError("a sample has the model's token of an image in its text, and there is no image")
+        said = sample.prompt or sample.response or words_of(sample.messages[0])
+        raise CordaError(
+            f"a sample has the model's token of an image in its text, and there is no image: {short(said)}"
+        )
     if last >= max_length:
         raise CutImageError(max_length, last + 1)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import CordaError
 from ..config.values import short
+from .templates import is_missing
 
 COLUMNS = ("image", "images")
 PLACE = re.compile(r"\n?<image>\n?")  # the place of an image in a text, as LLaVA's files write it
@@ -67,13 +68,25 @@ def _decoded(name: str, source: Any) -> tuple[Any, bytes]:
     try:
         content = source.read_bytes() if isinstance(source, Path) else source
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
-        image = ImageOps.exif_transpose(image).convert("RGB")  # decodes it whole
+        image = _in_8_bits(ImageOps.exif_transpose(image)).convert("RGB")  # decodes it whole
     except Exception as error:  # Pillow raises many kinds
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason
         reason = "it is no image that Pillow reads" if "cannot identify" in reason else reason
         raise BadImageError(f"cannot read the image {name}: {reason}") from error
     return image, content if isinstance(content, bytes) else image.tobytes()
+
+
+def _in_8_bits(image: Any) -> Any:
+    """The image; if it is one of 16 bits a pixel, as X-rays are, in 8, since `convert` would make all above 255 white.
+
+    Raises ValueError if pixels have 32 bits: how much is white is not said.
+    """
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are numbers of 32 bits, of which none is known to be white: save it in 8 bits")
+    return image
 
 
 def read_picture(value: Any, folder: Path | None) -> Picture:
@@ -141,8 +154,15 @@ def row_images(row: dict[str, Any]) -> list[Any]:
     values: list[Any] = []
     for column in COLUMNS:
         value = row.get(column)
-        values += value if isinstance(value, (list, tuple)) else [] if value is None or value == "" else [value]
-    return values
+        values += value if isinstance(value, (list, tuple)) else [value]
+    return [value for value in values if not _is_nothing(value)]
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a cell has no image: it is missing, or says so in each of its fields."""
+    if isinstance(value, dict):
+        return all(_is_nothing(field) for field in value.values())
+    return value is None or (isinstance(value, (str, float)) and is_missing(value))
 
 
 def has_place(messages: Sequence[dict[str, Any]]) -> bool:
@@ -251,7 +271,12 @@ def expanded(
     """
     processor = require_processor(tokenizer)
     places = [match.span() for match in re.finditer(re.escape(processor.image_token), text)]
-    if len(places) != len(pictures):
+    if len(places) > len(pictures):
+        raise CordaError(
+            f"the sample with {pictures[0].name} says {processor.image_token} in words, as in an answer, and that is "
+            "the model's token of an image: it would be shown one more than there are"
+        )
+    if len(places) < len(pictures):
         raise CordaError(
             f"the model takes {len(places)} of the {len(pictures)} images of the sample with {pictures[0].name}: "
             f"its chat template writes so many places ({short(processor.image_token)})"

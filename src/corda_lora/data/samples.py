@@ -5,16 +5,17 @@ import json
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import CordaError, DataConfig
+from ..progress import track_if_slow
 from .images import COLUMNS, BadImageError, Picture, has_place, row_images, with_images
 from .rows import Row, load_rows
-from .templates import MissingValueError, is_missing, parse_template, render, short
+from .templates import Field, MissingValueError, is_missing, parse_template, render, short
 
 Message = dict[str, Any]
 UNCUT = 10**9  # a `max_length` that cuts nothing
@@ -89,12 +90,32 @@ def load_others(config: DataConfig, count: int, rounds: int = 1) -> list[Sample]
     """Up to `count` samples that `load_rounds` does not draw with the same configuration, nor any with the same text:
     to measure on what has not been seen. None if all the data is drawn.
 
+    Where samples have images, rows are read until there are as many, since to read all would take long; those with an
+    image that cannot be read are passed over, since nobody asked for these rows.
+
     Raises CordaError as `load_rounds` does.
     """
-    shown = chain(*load_rounds(config, rounds))
+    shown = list(chain(*load_rounds(config, rounds)))
     drawn = {s.shown for s in shown}
+    if any(s.images for s in shown):
+        return list(islice((s for s in _in_any_order(config) if s.shown not in drawn), count))
     others = [s for s in load_samples(replace(config, samples=None)) if s.shown not in drawn]
     return random.Random(config.seed).sample(others, min(count, len(others)))
+
+
+def _in_any_order(config: DataConfig) -> Iterator[Sample]:
+    """All complete samples whose images can be read, in an order of the seed; each is read when it is taken."""
+    rows, columns = load_rows(config)
+    if config.samples is None or config.samples >= len(rows):
+        return  # all are drawn
+    read = _reader(config, columns)
+    for i in random.Random(config.seed).sample(range(len(rows)), len(rows)):
+        try:
+            yield read(rows[i])
+        except (MissingValueError, BadImageError):
+            continue
+        except CordaError as error:
+            raise CordaError(f"row {i + 1} of {config.data} ({config.rows}): {error}") from error
 
 
 def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
@@ -126,7 +147,7 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
         drawn = list(range(len(rows))) if everything else generator.sample(range(len(rows)), count)
         samples: dict[int, Sample] = {}
         while True:
-            for i in drawn:
+            for i in track_if_slow(drawn, "reading"):
                 try:
                     samples[i] = read(rows[i])
                 except MissingValueError as error:
@@ -251,6 +272,12 @@ def _text_reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], 
         asked, answer = parse_template(prompt, columns), parse_template(response, columns)
     except CordaError as error:
         raise CordaError(f"{config.data}: {error}") from error
+    for field in (*asked, *answer):
+        if isinstance(field, Field) and field.column in COLUMNS:
+            raise CordaError(
+                f"{config.data}: a template has {{{field}}}, and the column {field.column} holds images: where one "
+                "stands a template says <image>; if it holds words, give it another name"
+            )
     running_text = not prompt and response == "{text}"
     if config.chat and not (prompt and response):
         raise CordaError(f"{config.data}: chat needs a prompt and a response: say with templates what they are")
