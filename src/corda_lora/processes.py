@@ -99,13 +99,12 @@ class Processes:
         differs, and where."""
         found = self.gather((socket.gethostname(), what))
         for number, (host, other) in enumerate(found):
-            for key in {**found[0][1], **other}:
-                first = found[0][1].get(key)
-                if other.get(key) != first:
-                    raise CordaError(
-                        f"process {number} on {host} sees another {key} than process 0 on {found[0][0]} "
-                        f"({_short(other.get(key))} and {_short(first)}): all need the same files and versions"
-                    )
+            if other != found[0][1]:
+                key, first, here = _difference(found[0][1], other)
+                raise CordaError(
+                    f"process {number} on {host} sees another {key} than process 0 on {found[0][0]} "
+                    f"({_short(here)} and {_short(first)}): all need the same command, files and versions"
+                )
 
     def last_word(self, sentence: str) -> str:
         """What this process says when it ends with a sentence, or with none: nothing, where another was the first to
@@ -126,6 +125,15 @@ def is_lost_connection(error: BaseException) -> bool:
     """Whether an error says that another process cannot be reached any more."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _difference(first: Any, other: Any, name: str = "") -> tuple[str, Any, Any]:
+    """The first entry that differs, of dictionaries in one another, as "outer.inner", and its two values."""
+    if isinstance(first, dict) and isinstance(other, dict):
+        for key in {**first, **other}:
+            if first.get(key) != other.get(key):
+                return _difference(first.get(key), other.get(key), f"{name}.{key}".strip("."))
+    return name, first, other
 
 
 def _short(value: Any) -> str:

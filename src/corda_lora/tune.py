@@ -154,23 +154,23 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
     if processes:
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "accelerate")}
         processes.check_same(tuning.recipe | versions | {"corda-lora": __version__})
-    tokenizer, length = load_tokenizer(tuning.source), tuning.data.max_length
-    where = tuning.held_out.data if isinstance(tuning.held_out, DataConfig) else "held out"
-    for name, samples in ((tuning.data.data, tuning.samples), (where, tuning.evaluated)):
-        if samples:
-            encoded = encode_all(tokenizer, samples, length, end=True)
-            console.print(overview(name, tokenizer, samples, encoded, length, end=True))
-    peft_model = _adapted(tuning)
-    keepers, lines = make_keepers(peft_model, tokenizer, tuning.keep, tuning.contexts)
-    penalties = {f"drift {keeper.name}".strip(): keeper.penalty for keeper in keepers}
-    if price := tuning.keep.keep_generic:
-        penalties["generic"] = generic_penalty(peft_model, tokenizer, price)
-        lines.append(f"keeps what the model says of its own accord, at a price of {price:g}")
-    for line in lines:
-        console.print(line, highlight=False)
     work = open_work(output, tuning.recipe, lambda folder: last_checkpoint(folder) is not None, processes)
     follows = processes is not None and not processes.first
     try:
+        tokenizer, length = load_tokenizer(tuning.source), tuning.data.max_length
+        where = tuning.held_out.data if isinstance(tuning.held_out, DataConfig) else "held out"
+        for name, samples in ((tuning.data.data, tuning.samples), (where, tuning.evaluated)):
+            if samples:
+                encoded = encode_all(tokenizer, samples, length, end=True)
+                console.print(overview(name, tokenizer, samples, encoded, length, end=True))
+        peft_model = _adapted(tuning)
+        keepers, lines = make_keepers(peft_model, tokenizer, tuning.keep, tuning.contexts)
+        penalties = {f"drift {keeper.name}".strip(): keeper.penalty for keeper in keepers}
+        if price := tuning.keep.keep_generic:
+            penalties["generic"] = generic_penalty(peft_model, tokenizer, price)
+            lines.append(f"keeps what the model says of its own accord, at a price of {price:g}")
+        for line in lines:
+            console.print(line, highlight=False)
         result = train(
             peft_model,
             tokenizer,
@@ -182,13 +182,13 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
             penalties=penalties,
             held_out=tuning.evaluated,
         )
-    except CordaError:
-        if not follows and last_checkpoint(work) is None:  # the work folder holds nothing to resume from
-            remove_folder(work)
-        raise
     except DivergedError:
         if not follows:
             remove_folder(work)  # resuming from its checkpoints would end the same way
+        raise
+    except Exception:
+        if not follows and last_checkpoint(work) is None:  # the work folder holds nothing to resume from
+            remove_folder(work)
         raise
     training = {"recipe": tuning.recipe, **result}
     for keeper in keepers:

@@ -157,7 +157,7 @@ def test_what_cannot_be_shared_is_refused(given, command, tmp_path):
     ended = run_together(2, [there, differing], tmp_path / "log")
     assert ended.codes == [2, 2]
     assert "process 1 on" in "".join(ended.err)
-    assert "all need the same files and versions" in "".join(ended.err)
+    assert "all need the same command, files and versions" in "".join(ended.err)
     ended = run_together(2, [there, command("elsewhere")], tmp_path / "log")
     assert ended.codes == [2, 2]
     assert "must be in a folder that all hosts share" in "".join(ended.err)

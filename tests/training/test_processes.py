@@ -145,6 +145,20 @@ def test_what_an_engine_cannot_take_is_refused_before_work(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_processes_that_were_started_otherwise_are_refused_before_the_model_is_loaded(command, tmp_path):
+    for other, sentence in (
+        (command("out", "--learning_rate", 0.5), "sees another train.learning_rate than process 0 on"),
+        (command("elsewhere"), "the output must be in a folder that all hosts share"),
+    ):
+        ended = run_together(2, [command("out"), other], tmp_path / "log")
+        assert ended.codes == [2, 2]
+        printed = " ".join("".join(ended.err).split())
+        assert printed.count("corda train:") == 1
+        assert sentence in printed
+        assert "Loading weights" not in printed
+        assert not list(tmp_path.glob("out*"))
+
+
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(command, tmp_path):
     ended = run_together(2, command("out", "--learning_rate", 1e30), tmp_path / "log")
     assert ended.codes == [1, 1]
