@@ -114,6 +114,11 @@ def test_prices_of_their_own():
             "the weights of sums, words sum to zero",
         ),
         (["--context", "sums.jsonl", "--context", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--context", "sums.jsonl", "--context.weight", "1.0e+308", "--context", "words.jsonl"],
+            "context.weight is 1e+308",
+        ),
+        (["--context", "sums.jsonl", "--context.price", "1.0e+300"], "context.price is 1e+300"),
         (["--context", "sums.jsonl", "--context.price", 3], "price is of one context among several"),
     ],
 )
@@ -135,3 +140,22 @@ def test_a_context_too_small_for_its_weight_and_other_options_that_are_of_one(fo
                    "--output", "out")  # fmt: skip
     assert "weights are shared by several contexts, and there is one" in said
     assert not (folder / "out").exists()
+
+
+def test_weights_may_be_written_with_an_exponent(folder, checkpoint):
+    run("init", checkpoint, "--r", 4, "--context", "sums.jsonl", "--context.weight", "1e1", "--context", "words.jsonl",
+        "--context.weight", "3e1", "--output", "out")  # fmt: skip
+    abilities = json.loads((folder / "out" / "corda.json").read_text())["context"]["abilities"]
+    assert [a["weight"] for a in abilities] == [0.25, 0.75]
+
+
+def test_prices_that_sum_to_zero_have_nothing_to_share(folder, checkpoint, capsys):
+    free = [*BOTH[:2], "--context.price", 0, *BOTH[2:], "--context.price", 0]
+    said = refused(capsys, "train", checkpoint, *TRAINING, *free, "--weights", "validation", "--output", "out")
+    assert "the prices sum to zero" in said
+
+
+def test_a_context_that_is_cut_to_nothing_is_named(folder, checkpoint, capsys):
+    cut = [*BOTH, "--context.max_length", 4, "--keep", 5]
+    said = refused(capsys, "train", checkpoint, *TRAINING, *cut, "--output", "out")
+    assert said.startswith("corda train: spelling: the context has 0 samples with a response")

@@ -1,11 +1,14 @@
 """Ranks while decoding against a model that runs each token by itself, at a rank that is worked out by hand."""
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+import transformers
 from helpers import deltas, same
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -281,6 +284,10 @@ def test_shares_that_leave_the_unit_interval_are_refused(make, said):
         make()
 
 
+def on_an_embedding():
+    return get_peft_model(tiny.build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]))
+
+
 def test_adapters_that_have_no_prefixes_are_refused():
     peft_model = adapted()
     order = some_order(peft_model)
@@ -292,6 +299,7 @@ def test_adapters_that_have_no_prefixes_are_refused():
     refused(adapted(r=5), "the order is of another adapter")
     refused(peft_model, "the model has no active adapter 'other'", adapter="other")
     refused(adapted(use_dora=True), "the adapter is no plain LoRA")
+    refused(on_an_embedding(), "the adapter is no plain LoRA of linear layers")
     refused(adapted("t5", rank_pattern={}), "is no causal language model")
     peft_model.merge_adapter()
     refused(peft_model, "the adapter is merged into the weights")
@@ -321,6 +329,57 @@ def test_fused_experts_have_no_order(tmp_path):
     peft_model.save_pretrained(str(tmp_path / "a"))
     with pytest.raises(CordaError, match=r"experts\S* is no linear layer, whose components could be put in order"):
         export_ordered(peft_model.unload(), tmp_path / "a", tmp_path / "b", tiny.answered(), 0, progress=False)
+
+
+def test_an_adapter_on_an_embedding_has_no_plain_factors(tmp_path):
+    peft_model = on_an_embedding()
+    peft_model.save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(CordaError, match="embed_tokens, which is an embedding"):
+        export_ordered(peft_model.unload(), tmp_path / "a", tmp_path / "b", tiny.answered(), 0, progress=False)
+
+
+def test_one_within_another_and_no_cache_is_held():
+    """The outer one follows the beams of a cache, too, and is the first to do so after the inner one has ended."""
+    peft_model = adapted()
+    order = some_order(peft_model)
+    with decoding_ranks(peft_model, order, by_entropy()) as outer:
+        alone = generate(peft_model, num_beams=2).sequences
+        history = outer.history
+        with decoding_ranks(peft_model, order, fixed(1.0)):
+            assert torch.equal(generate(peft_model, num_beams=2).sequences, alone)
+        assert all(torch.equal(R, before) for R, before in zip(outer.history, history, strict=True))
+        caches = weakref.WeakSet()
+        for _ in range(3):
+            cache = transformers.DynamicCache()
+            caches.add(cache)
+            generate(peft_model, past_key_values=cache)
+        del cache
+        gc.collect()
+        assert len(caches) == 1  # the last, which may be gone on with
+    gc.collect()
+    assert not caches
+
+
+@pytest.mark.parametrize("share", [2.0, -0.5, float("nan"), torch.tensor([0.5, 1.5])])
+def test_a_rule_of_your_own_that_leaves_the_unit_interval_is_refused(share):
+    peft_model = adapted()
+    rule = lambda t, logits: 1.0 if logits is None else share  # noqa: E731
+    with (
+        decoding_ranks(peft_model, some_order(peft_model), rule),
+        pytest.raises(CordaError, match="the rule's share of token 1 is"),
+    ):
+        generate(peft_model)
+
+
+def test_a_share_may_be_a_whole_number_or_a_tensor_of_one():
+    peft_model = adapted()
+    order = some_order(peft_model)
+    with decoding_ranks(peft_model, order, fixed(0.5)):
+        expected = generate(peft_model).sequences
+    with decoding_ranks(peft_model, order, lambda t, logits: torch.tensor(0.5)):
+        assert torch.equal(generate(peft_model).sequences, expected)
+    with pytest.raises(CordaError, match="as a tensor of its shape"):
+        by_entropy(lambda H: 0.5)
 
 
 def test_nothing_is_left_after_an_error():

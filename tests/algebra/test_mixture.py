@@ -64,6 +64,13 @@ def test_the_largest_leak_is_smaller_than_under_equal_weights():
     assert alpha[1] > 0.5
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_where_nothing_leaks_rounding_is_no_reason_for_a_weight(seed):
+    """Fewer tokens than inputs: r directions that no context uses. What they leak is noise, of any sign."""
+    matrices = [psd(64, 10, 100 + 2 * seed), psd(64, 10, 101 + 2 * seed), torch.zeros(64, 64, dtype=torch.float64)]
+    assert even_weights(matrices, 8) == [0.5, 0.5, 0.0]
+
+
 def test_an_ability_that_is_not_there_gets_no_weight():
     assert even_weights([psd(5, 9, 0), torch.zeros(5, 5)], 2) == [1.0, 0.0]
     assert even_weights([torch.zeros(5, 5)] * 2, 2) == [0.5, 0.5]

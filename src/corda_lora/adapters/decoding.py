@@ -67,7 +67,10 @@ def by_entropy(phi: Callable[[Tensor], Tensor] = lambda H: H.clamp(1 / 8, 1)) ->
     Raises CordaError if φ leaves [0, 1] for an H between 0 and `LARGEST_ENTROPY`.
     """
     grid = torch.linspace(0, LARGEST_ENTROPY, 1401)
-    for H, share in zip(grid.tolist(), phi(grid).tolist()):
+    shares = phi(grid)
+    if not isinstance(shares, Tensor) or shares.shape != grid.shape:
+        raise CordaError("φ must give a share for each entropy of a tensor, as a tensor of its shape")
+    for H, share in zip(grid.tolist(), shares.tolist()):
         _check_share(f"φ({H:.2f})", share)
     return lambda t, logits: 1.0 if logits is None else phi(entropy(logits))
 
@@ -91,7 +94,8 @@ class DecodingRanks:
         self.logits: Tensor | None = None  # (b, vocabulary), the last
         self.budgets: Tensor | None = None  # R of all tokens (b, s), where there is no cache
         self.ids: Tensor | None = None  # of these tokens
-        self.caches: list[Any] = []  # whose beams are followed
+        self.cache: Any = None  # the last prompt's, whose beams are followed
+        self.beams_before: Any = None  # its own `reorder_cache`, where another `with` follows it, too
         self.needs: dict[torch.device, Tensor] = {}
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -112,12 +116,14 @@ class DecodingRanks:
             self.budgets = torch.cat([self.budgets[parents], new[:, None].to(self.budgets)], dim=1)
             self._use(self.budgets, x)
         else:
-            R = self.order.full * self.rule(0, None)
+            R = self._budget(0, None)
             self.history, self.logits = [], None
             self.budgets = torch.full(x.shape[:2], float(R), device=x.device)
             self._use(R, x)
-            if hasattr(cache, "reorder_cache") and cache not in self.caches:
-                self._follow(cache)
+            if cache is not self.cache:
+                self.leave()
+                if hasattr(cache, "reorder_cache"):
+                    self._follow(cache)
         self.ids = ids if cache is None else None
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -134,9 +140,17 @@ class DecodingRanks:
             raise CordaError(f"{name} is not given one input for each token, so samples cannot have ranks of their own")
         return z * mask.to(z.device, z.dtype)
 
+    def _budget(self, t: int, logits: Tensor | None) -> float | Tensor:
+        share = self.rule(t, logits)
+        if not isinstance(share, Tensor) or not share.ndim:
+            share = float(share)
+        for each in [share] if isinstance(share, float) else share.tolist():
+            _check_share(f"the rule's share of token {t}", each)
+        return self.order.full * share
+
     def _next(self, x: Tensor) -> float | Tensor:
         """R of the token that follows, one for all samples or (b,)."""
-        R = self.order.full * self.rule(len(self.history) + 1, self.logits)
+        R = self._budget(len(self.history) + 1, self.logits)
         self.history.append(torch.as_tensor(R, device=x.device).expand(len(x)))
         return R
 
@@ -181,8 +195,16 @@ class DecodingRanks:
             if self.logits is not None:
                 self.logits = self.logits[beams.to(self.logits.device)]
 
+        self.cache, self.beams_before = cache, vars(cache).get("reorder_cache")
         cache.reorder_cache = follow
-        self.caches.append(cache)
+
+    def leave(self) -> None:
+        """Follow the last prompt's cache no longer, nor hold its keys and values in memory."""
+        if self.beams_before is not None:
+            self.cache.reorder_cache = self.beams_before
+        elif self.cache is not None:
+            del self.cache.reorder_cache
+        self.cache = self.beams_before = None
 
 
 @contextmanager
@@ -205,8 +227,8 @@ def decoding_ranks(
     layers = {name: layer for name, layer in lora_layers(peft_model).items() if adapter in layer.r}
     if any(layer.merged for layer in layers.values()):
         raise CordaError("the adapter is merged into the weights: unmerge it, and its ranks can change")
-    if any(adapter in layer.lora_variant for layer in layers.values()):
-        raise CordaError("the adapter is no plain LoRA (DoRA is none), so a prefix of its components is no adapter")
+    if any(adapter in layer.lora_variant or adapter not in layer.lora_A for layer in layers.values()):
+        raise CordaError("the adapter is no plain LoRA of linear layers (DoRA is none): a prefix is no adapter")
     if {name: layer.r[adapter] for name, layer in layers.items()} != {n: len(need) for n, need in order.needs.items()}:
         raise CordaError("the order is of another adapter: its layers or ranks are not those of the model's")
     ranks = DecodingRanks(order, rule)
@@ -220,5 +242,4 @@ def decoding_ranks(
     finally:
         for hook in hooks:
             hook.remove()
-        for cache in ranks.caches:
-            del cache.reorder_cache
+        ranks.leave()

@@ -167,6 +167,8 @@ def _factors(model: nn.Module, directory: Path | str) -> tuple[PeftModel, float,
     layers, config = lora_layers(peft_model), peft_model.peft_config["default"]
     if config.use_dora:
         raise CordaError(f"the adapter in {directory} is a DoRA, whose norms no plain LoRA has: --as merged")
+    if others := [name for name, layer in layers.items() if "default" not in layer.lora_A]:
+        raise CordaError(f"the adapter is on {others[0]}, which is an embedding and no linear layer: --as merged")
     scale = Counter(layer.scaling["default"] for layer in layers.values()).most_common(1)[0][0]
     factors = {}
     for name, layer in layers.items():

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 24
+NOTHING = 1e-12  # of an ability's energy, is what rounding leaves of a leak of zero
 
 
 def mixed(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -52,7 +53,8 @@ def even_weights(matrices: Sequence[Tensor], r: int, gap: float = 0.02) -> list[
     leak is within `gap` of its bound, or after `ITERATIONS` eigendecompositions, with the best α seen.
 
     Args:
-        matrices: C_k (n, n). One of zeros gets no weight.
+        matrices: C_k (n, n). One of zeros gets no weight. Where r directions are used by none of them (fewer tokens
+            than inputs of the layer), the others have the same.
     """
     traces = torch.stack([M.diagonal().double().sum() for M in matrices])
     there = (traces > 0).nonzero().flatten().tolist()
@@ -67,7 +69,9 @@ def even_weights(matrices: Sequence[Tensor], r: int, gap: float = 0.02) -> list[
             C.add_(share, alpha=a)
         _, V = torch.linalg.eigh(C)
         A = V[:, :r]  # (n, r), ascending
-        leaks = torch.stack([((M @ A) * A).sum() for M in shares]).cpu()
+        leaks = torch.stack([((M @ A) * A).sum() for M in shares]).cpu().clamp(min=0)
+        if float(leaks.max()) <= NOTHING:  # r directions that no ability uses: all weights are as good
+            return [float(k in there) / len(there) for k in range(len(matrices))]
         bound = min(bound, float(leaks.max()))
         if (value := float(alpha @ leaks)) > best:
             best, found = value, alpha

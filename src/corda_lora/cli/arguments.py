@@ -5,12 +5,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
-import yaml
 from yaml import YAMLError
 
 from ..config import ContextConfig, CordaError, DataConfig
 from ..config.values import check_value
 from ..evaluation.measures import KINDS
+from ..recipes import load_recipe
 
 PLAN_RECIPE = "plan_recipe"  # `corda plan RECIPE` has the options of a comparison
 # The options that are data, by verb.
@@ -82,9 +82,9 @@ def with_data(arguments: Sequence[str], kinds: Sequence[str], config: type = Dat
 
 
 def _yaml(text: str) -> Any:
-    """The value of a YAML text; the text itself if it is no YAML."""
+    """The value of a YAML text, 1e3 a number as elsewhere; the text itself if it is no YAML."""
     try:
-        return yaml.safe_load(text)
+        return load_recipe(text)
     except YAMLError:
         return text
 

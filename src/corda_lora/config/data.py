@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from .values import CordaError, Count, NonNegative, Seed, check_fields, check_value, split
+from .values import CordaError, Count, Seed, Weight, check_fields, check_value, split
 
 CONTEXT_SAMPLES = 1000  # the default number of samples of a context
 OTHERS_LEAK = 1.1  # times as much as the samples of a context, others may leak before more samples are asked for
@@ -78,8 +78,8 @@ class ContextConfig(DataConfig):
     """
 
     ability: str = ""
-    weight: NonNegative = 1.0
-    price: NonNegative | None = None
+    weight: Weight = 1.0
+    price: Weight | None = None
 
 
 def named_contexts(given: Sequence[str | DataConfig]) -> Sequence[DataConfig]:
@@ -107,7 +107,7 @@ def weights_of(weights: Mapping[str, float]) -> Mapping[str, float]:
 
     Raises CordaError if there is none, one is negative or not finite, or they sum to zero."""
     for name, weight in weights.items():
-        check_value(f"the weight of {name}", weight, NonNegative)
+        check_value(f"the weight of {name}", weight, Weight)
     if not sum(weights.values()):
         raise CordaError(f"the weights of {', '.join(weights) or 'no context'} sum to zero: give at least one a weight")
     return weights

@@ -42,6 +42,7 @@ CountOrZero = Annotated[int, Range(ge=0, le=LARGEST)]
 Seed = Annotated[int, Range(ge=0, le=2**32 - 1)]  # NumPy's range
 Positive = Annotated[float, Range(ge=1e-9, le=1e30)]  # models compute in float32, which ends at 3e38
 NonNegative = Annotated[float, Range(ge=0)]
+Weight = Annotated[float, Range(ge=0, le=1e30)]  # the sum of several is finite, too
 Share = Annotated[float, Range(ge=0, lt=1)]
 
 

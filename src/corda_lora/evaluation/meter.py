@@ -86,6 +86,8 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
             if config.context is not None:
                 raise
             raise CordaError(f"{error}; {start} was made from it: give a --context, or --keep 0") from error
+    if config.weights == "validation" and not any(each.price for each in contexts):
+        raise CordaError("the prices sum to zero, and weights by validation shares their sum: give one a price")
     return contexts
 
 
@@ -172,7 +174,10 @@ def _make_keeper(
         return None, [
             f"no drift{of} is predicted, and none held down: the context has {answered} samples with a response"
         ]
-    statistics = Statistics.load(path) if path else _collected(peft_model, tokenizer, shown)
+    try:
+        statistics = Statistics.load(path) if path else _collected(peft_model, tokenizer, shown)
+    except CordaError as error:
+        raise CordaError(f"{name}: {error}" if name else str(error)) from error
     few = len(others) < MEASURED // 4
     measured = shown[:MEASURED] if few else others
 
