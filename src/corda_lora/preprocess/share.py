@@ -60,7 +60,7 @@ class Share:
         self.owners: dict[str, int] = {}
         self.loads = [0.0] * processes.size  # seconds that the layers of each process take, by the plan
         self.order: list[str] = []
-        if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
             raise CordaError(
                 f"{device} is one GPU, and each of {processes.size} processes has its own: leave device out"
             )
