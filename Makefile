@@ -2,15 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint format docs clean
+.PHONY: demo test cluster quick lint format docs clean
 
 demo: .venv/ready
 	rm -rf demo
 	$(BIN)/corda demo --output demo
 
-# Two processes, each with whole files.
+# Two processes, each with whole files, in their order: the longest are not among the last.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster"
+
+# Two minutes more, of nodes that die.
+cluster: .venv/ready
+	$(BIN)/python -m pytest -m cluster
 
 # For the inner loop: under two minutes on two slow cores. (Comparisons, training and whole commands are in `make test`.)
 QUICK := $(addprefix tests/,algebra data adapters models preprocess test_links.py test_docs.py test_benchmarks.py)

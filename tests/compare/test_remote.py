@@ -85,6 +85,7 @@ def numbers(output):
     return {name: [run[key] for key in ("status", "results", "loss", "parameters")] for name, run in runs.items()}
 
 
+@pytest.mark.cluster
 def test_a_killed_command_and_a_killed_node_lose_nothing(ray_cluster, recipe, capfd, monkeypatch):
     import ray
 
@@ -184,6 +185,7 @@ def test_nodes_that_see_other_files_are_refused(ray_cluster, comparison, monkeyp
             Nodes(comparison, 1, None)
 
 
+@pytest.mark.cluster
 def test_a_run_that_ends_its_process_every_time_has_failed(ray_cluster, comparison):
     import ray
 
