@@ -34,10 +34,9 @@ def merge(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _shared(recipe: dict[str, Any]) -> dict[str, Any]:
-    settings = with_later_options({key: value for key, value in recipe.items() if key not in ("methods", "seeds")})
-    settings.pop("seeds", None)
+    settings = with_later_options(recipe)
     settings["train"].pop("micro_batch_size")
-    return settings
+    return {key: value for key, value in settings.items() if key not in ("methods", "seeds")}
 
 
 def main(output: Path, sources: list[Path]) -> None:
