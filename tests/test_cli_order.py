@@ -103,3 +103,18 @@ def test_what_cannot_be_put_in_order_is_refused(lora, checkpoint, tmp_path, caps
     said = refused(capsys, *start, "--as", "ordered", "--data", "rows.jsonl", "--prompt", "{x}")
     assert "--prompt is an option of data: after --data DATA give --data.prompt" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_the_output_head_has_no_order_and_is_cut_without(lora, checkpoint, tmp_path, capsys):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).save_pretrained(tmp_path / "head")
+    start = ["--model", checkpoint, "--adapter", "head", "--output", "out"]
+    said = refused(capsys, *start, "--as", "ordered", "--data", "rows.jsonl")
+    assert "lm_head is the model's output head" in said
+    assert "--as lora --r R cuts each layer by its plain SVD" in said
+    assert not (tmp_path / "out").exists()
+    run(*start, "--as", "lora", "--r", 2)  # as the sentence says
+    with pytest.raises(SystemExit):
+        main(["train", "--model", str(checkpoint), "--data", "rows.jsonl", "--context", "rows.jsonl", "--r", "2",
+              "--target_modules", "[q_proj,lm_head]", "--precision", "fp32", "--output", "tuned"])  # fmt: skip
+    assert "lm_head is the model's output head" in capsys.readouterr().err.strip().splitlines()[-1]

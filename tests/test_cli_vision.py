@@ -321,6 +321,15 @@ def test_other_refusals(llava, data, capsys):
     assert "the row has 1 images, and its text has places for 2" in said
 
 
+def test_an_adapter_in_the_vision_tower_has_no_order(llava, data, capsys):
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")  # by PEFT: the tower's, too
+    peft.get_peft_model(LlavaForConditionalGeneration.from_pretrained(llava), lora).save_pretrained("tower")
+    said = refused(capsys, "export", "--model", llava, "--adapter", "tower", "--as", "ordered", "--data",
+                   data / "keep.jsonl", "--output", "out")  # fmt: skip
+    assert "self_attn.q_proj is outside of the language model" in said
+    assert "--as lora --r R" in said
+
+
 def two_places():
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "which?"}]
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": "both"}]

@@ -21,6 +21,7 @@ from ..models.loading import check_original, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import tied_layers
 from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
+from ..preprocess.backward import unknown_layer
 from ..preprocess.statistics import answered_batches, collect_sides, tokens_and_answers
 from .card import write_card
 from .lora import BASE, load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks, write_all_checksums
@@ -94,6 +95,10 @@ def export_ordered(
     layers = {name: layer.get_base_layer() for name, layer in lora_layers(peft_model).items()}
     if others := [name for name, module in layers.items() if getattr(module, "weight", torch.empty(0)).ndim != 2]:
         raise CordaError(f"{others[0]} is no linear layer, whose components could be put in order")
+    if unknown := unknown_layer(peft_model.get_base_model(), layers):
+        raise CordaError(
+            f"{unknown}, so its components have no order: --as lora --r R cuts each layer by its plain SVD"
+        )
     batches, gains = answered_batches(encoded, pad_id, batch_tokens), {}
     tokens, answers = tokens_and_answers(batches)
     peft_model.eval()

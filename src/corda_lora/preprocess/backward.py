@@ -25,6 +25,7 @@ from ..algebra.second_order import drawn_log_likelihood, uniform
 from ..config import CordaError
 from ..devices import synchronize
 from ..models.lockstep import find_blocks, lockstep, on_device, tensors_of, visits
+from ..models.seeing import image_side
 from ..models.targets import require_causal
 from ..models.weights import weight_shape
 from ..progress import track
@@ -123,9 +124,12 @@ def walk_back(
 def run_back(model: nn.Module, targets: Mapping[str, nn.Module], context: Context, progress: bool = False) -> StepBack:
     """The same of a model that fits, with one backward a batch: one step with the layers that were run.
 
-    Raises CordaError: the model is no causal language model; activations or gradients have NaN or Inf.
+    Raises CordaError: the model is no causal language model; a target is `unknown_layer`; activations or gradients have
+    NaN or Inf.
     """
     require_causal(model)
+    if unknown := unknown_layer(model, targets):
+        raise CordaError(f"{unknown}: leave it out of target_modules")
     device = next(model.parameters()).device
     collector = Collector(model, targets, context)
     gradients = Gradients(collector)
@@ -140,6 +144,18 @@ def run_back(model: nn.Module, targets: Mapping[str, nn.Module], context: Contex
     groups = collector.take(list(targets))
     seen = [name for members, _ in groups for name in members]
     return StepBack(seen, groups, gradients.take(seen))
+
+
+def unknown_layer(model: nn.Module, targets: Mapping[str, nn.Module]) -> str | None:
+    """A sentence on the first target that is not given the tokens of a text one by one, so that it has no statistics:
+    an output head, which runs at the answers alone, or a layer that sees images. None if there is none."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head, sees = getattr(head, "base_layer", head), image_side(model)
+    for name, module in targets.items():
+        if module is head or sees(name):
+            what = "the model's output head" if module is head else "outside of the language model"
+            return f"{name} is {what}, whose outputs' effect on the answers is not predicted"
+    return None
 
 
 class _Call(NamedTuple):
