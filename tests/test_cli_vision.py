@@ -263,6 +263,17 @@ def test_an_unreadable_image(llava, data, capsys):
     assert json.loads((data / "work" / "start" / "corda.json").read_text())["context"]["samples"] == 23
 
 
+def test_what_cannot_be_measured_is_refused_before_the_model_is_loaded(llava, data, capsys, monkeypatch):
+    monkeypatch.setattr("corda_lora.models.loading.load_model", None)
+    (data / "pics" / "43.png").write_text("no image")
+    assert "row 4 of" in refused(capsys, "eval", "--model", llava, "--learn", data / "test.jsonl")
+    cut = ["--keep", data / "keep.jsonl", "--keep.max_length", 12]
+    assert "the samples need 16" in refused(capsys, "eval", "--model", llava, *cut)
+    (data / "asked.jsonl").write_text(json.dumps({"prompt": "What?"}) + "\n")
+    assert "has a response" in refused(capsys, "eval", "--model", llava, "--keep", data / "asked.jsonl")
+    assert "needs a column `choices`" in refused(capsys, "eval", "--model", llava, "--choices", text_rows(data))
+
+
 def test_an_unreadable_image_of_a_row_that_is_not_drawn(llava, data):
     context = DataConfig(str(data / "keep.jsonl"), samples=8)
     drawn = {sample.images[0].name for sample in load_samples(context)}

@@ -111,13 +111,14 @@ def _measured(
     """The results of the base model and the tuned one; `scores` gets those of each sample of the benchmarks."""
     from ..adapters.lora import check_base, load_adapter, with_labels_of
     from ..devices import accelerator
-    from ..evaluation.evaluate import evaluate, evaluate_beside
+    from ..evaluation.evaluate import evaluate, evaluate_beside, read_measured
     from ..models.loading import check_original, load_model, load_tokenizer
     from ..models.targets import has_new_head
 
     if options.adapter is not None:
         source = with_labels_of(source, options.adapter)
     tokenizer = load_tokenizer(source)
+    data = read_measured(config, tokenizer)  # before the model is loaded
 
     def load_tuned() -> Any:
         model = load_model(source).to(accelerator())
@@ -131,7 +132,7 @@ def _measured(
         return model if options.adapter is None else load_adapter(model, options.adapter).eval()
 
     if original is None:
-        return evaluate(load_tuned(), tokenizer, config, scores=scores)
+        return evaluate(load_tuned(), tokenizer, config, scores=scores, data=data)
     full = replace(source, **{"revision": None, **original})
     if options.adapter is not None:  # before the full model runs
         check_base(load_model(source), options.adapter)
@@ -140,7 +141,9 @@ def _measured(
         out.print(f"measured beside the full model, {full.model}", highlight=False)
     elif load_tokenizer(full).get_vocab() != tokenizer.get_vocab():
         raise CordaError(f"{options.after} has another vocabulary than {options.before}, so nothing is comparable")
-    return evaluate_beside(lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config, scores=scores)
+    return evaluate_beside(
+        lambda: load_model(full).to(accelerator()), load_tuned, tokenizer, config, scores=scores, data=data
+    )
 
 
 def _changes(scores: "BothSides") -> dict[str, Any]:

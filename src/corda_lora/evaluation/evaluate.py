@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,25 @@ BothSides = dict[tuple[str, str], dict[str, Any]]  # of (kind, data), what each 
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A data set to measure on, as it was read.
+
+    Attributes:
+        samples: as they stand in the data.
+        encoded: as tokens, see `measured_samples`.
+    """
+
+    kind: str
+    name: str
+    samples: Sequence[Sample]
+    encoded: list[Encoded]
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+@dataclass(frozen=True)
 class Request:
     """What a pass runs: the model's sides over the samples of one data set. `base` is that of `evaluate`."""
 
@@ -56,47 +75,31 @@ class Request:
     progress: bool
     compared: Sides
     base: BaseOutputs | None
-    kind: str
-    name: str
-    samples: Sequence[Sample]
-    max_length: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind} {self.name}"
-
-    @cached_property
-    def measured(self) -> tuple[Sequence[Sample], list[Encoded]]:
-        """See `measured_samples`."""
-        return measured_samples(self.kind, self.tokenizer, self.samples, self.max_length)
-
-    @property
-    def encoded(self) -> list[Encoded]:
-        return self.measured[1]
+    data: Measured
 
 
 def _answers(request: Request) -> Iterator[tuple[str, Any]]:
     r, reference = request, None
-    if r.base is not None and r.kind in KEPT:
-        reference = partial(r.base.log_probs, r.label)
+    if r.base is not None and r.data.kind in KEPT:
+        reference = partial(r.base.log_probs, r.data.label)
     return read_answers(
-        r.model, r.tokenizer, r.encoded, r.config.batch_tokens, r.progress, r.kind, r.compared, reference
+        r.model, r.tokenizer, r.data.encoded, r.config.batch_tokens, r.progress, r.data.kind, r.compared, reference
     )
 
 
 def _continuations(request: Request) -> Iterator[tuple[str, Any]]:
     r = request
-    return read_continuations(r.model, r.tokenizer, r.samples, r.config, r.progress, r.compared)
+    return read_continuations(r.model, r.tokenizer, r.data.samples, r.config, r.progress, r.compared)
 
 
 def _labels(request: Request) -> Iterator[tuple[str, Any]]:
     r = request
-    return read_labels(r.model, r.tokenizer, r.encoded, r.config.batch_tokens, r.progress, r.kind, r.compared)
+    return read_labels(r.model, r.tokenizer, r.data.encoded, r.config.batch_tokens, r.progress, r.data.kind, r.compared)
 
 
 def _choices(request: Request) -> Iterator[tuple[str, Any]]:
     r = request
-    return read_choices(r.model, r.tokenizer, r.samples, r.config.batch_tokens, r.progress, r.compared)
+    return read_choices(r.model, r.tokenizer, r.data.samples, r.config.batch_tokens, r.progress, r.compared)
 
 
 # A pass runs the model over a data set once and yields (side, view). All measures that read the same pass share it.
@@ -108,6 +111,30 @@ PASSES: dict[str, Callable[[Request], Iterator[tuple[str, Any]]]] = {
 }
 
 
+def read_measured(config: EvalConfig, tokenizer: Any, progress: bool = True) -> list[Measured]:
+    """All data in `config`, read and as tokens: what is wrong with it is known before a model is loaded.
+
+    Raises:
+        CordaError: data cannot be loaded or cut to its max_length, or has nothing to measure; or there is none.
+    """
+    loaded = {kind: [(data, load_samples(data)) for data in config.data(kind)] for kind in KINDS}
+    if not any(loaded.values()) and not config.tasks:
+        raise CordaError("nothing to measure: give some of keep, learn, text, choices, tasks")
+    for data, samples in loaded["choices"]:
+        check_choices(data.data, samples)
+    found: dict[tuple[str, str], Measured] = {}
+    for kind, pairs in loaded.items():
+        for data, samples in pairs:
+            names = [data.data, f"{data.data} ({data.rows})", *(f"{data.data} ({n})" for n in range(3, len(pairs) + 1))]
+            name = next(name for name in names if (kind, name) not in found)
+            shown, encoded = measured_samples(kind, tokenizer, samples, data.max_length)
+            each = found[kind, name] = Measured(kind, name, samples, encoded)
+            about = overview(each.label, tokenizer, shown, encoded, data.max_length, end=kind == "learn")
+            if progress:
+                console.print(about)
+    return list(found.values())
+
+
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
@@ -116,6 +143,7 @@ def evaluate(
     base: BaseOutputs | None = None,
     record: dict[str, Tensor] | None = None,
     scores: BothSides | None = None,
+    data: Sequence[Measured] | None = None,
 ) -> dict[str, Any]:
     """Measure all data in `config`, on the base model and, if `model` carries an adapter, on the tuned one.
 
@@ -124,6 +152,7 @@ def evaluate(
         record: a dictionary to fill with what `BaseOutputs.save` stores. `model` has to be the base model.
         scores: a dictionary to fill with what each sample gave: {(kind, data): {side: {measure: `Sampled`}}}, and for
             tasks {("tasks", name): {side: `Scores`}}.
+        data: what `read_measured` has read, if it was called before.
 
     Returns:
         {kind: {data: {"base": {measure: value}, "tuned": {...}}}}: kinds as in `KINDS`, data by name, measures as in
@@ -133,36 +162,23 @@ def evaluate(
         CordaError: data cannot be loaded, no measure of its kind is defined for the model, or a task asks what the
             model cannot do. All data is loaded before anything is measured.
     """
-    loaded = {kind: [(data, load_samples(data)) for data in config.data(kind)] for kind in KINDS}
-    tasks = checked_tasks(config)
-    if not any(loaded.values()) and not tasks:
-        raise CordaError("nothing to measure: give some of keep, learn, text, choices, tasks")
-    for data, samples in loaded["choices"]:
-        check_choices(data.data, samples)
-    for data, samples in (pair for pairs in loaded.values() for pair in pairs):
-        check_labels(data.data, samples, known_labels(model))
-    measures = {kind: measures_of(kind, config, model) for kind in KINDS if loaded[kind]}
+    data, tasks = read_measured(config, tokenizer, progress) if data is None else data, checked_tasks(config)
+    for each in data:
+        check_labels(each.name, each.samples, known_labels(model))
+    measures = {each.kind: measures_of(each.kind, config, model) for each in data}
     for task in tasks:
         task.requires(model, tokenizer, config)
+    for each in data:
+        check_fit(model, (e.ids for e in each.encoded))
     model.eval()
     compared = TUNED if base is not None else sides(model)
-    requests: dict[tuple[str, str], Request] = {}
-    for kind, pairs in loaded.items():
-        for data, samples in pairs:
-            names = [data.data, f"{data.data} ({data.rows})", *(f"{data.data} ({n})" for n in range(3, len(pairs) + 1))]
-            name = next(name for name in names if (kind, name) not in requests)
-            request = Request(model, tokenizer, config, progress, compared, base, kind, name, samples, data.max_length)
-            requests[kind, name] = request
-            check_fit(model, (e.ids for e in request.encoded))
-            if progress:
-                shown = overview(request.label, tokenizer, *request.measured, data.max_length, end=kind == "learn")
-                console.print(shown)
     results: dict[str, Any] = {}
-    for (kind, name), request in requests.items():
-        if record is not None and kind in KEPT:
-            record |= record_base(model, tokenizer, request.encoded, config.batch_tokens, progress, request.label)
-        sampled = None if scores is None else scores.setdefault((kind, name), {})
-        results.setdefault(kind, {})[name] = _run(request, measures[kind], sampled)
+    for each in data:
+        if record is not None and each.kind in KEPT:
+            record |= record_base(model, tokenizer, each.encoded, config.batch_tokens, progress, each.label)
+        sampled = None if scores is None else scores.setdefault((each.kind, each.name), {})
+        request = Request(model, tokenizer, config, progress, compared, base, each)
+        results.setdefault(each.kind, {})[each.name] = _run(request, measures[each.kind], sampled)
     for task in tasks:
         by_side = {}
         for side, active in compared.items():
@@ -181,17 +197,19 @@ def evaluate_beside(
     config: EvalConfig,
     progress: bool = True,
     scores: BothSides | None = None,
+    data: Sequence[Measured] | None = None,
 ) -> dict[str, Any]:
     """`evaluate`, where the base model is another than the tuned one without its adapter. The base model is measured
     first, and is gone before the tuned one is loaded."""
+    data = read_measured(config, tokenizer, progress) if data is None else data
     record: dict[str, Tensor] = {}
     model = load_base()
-    results = evaluate(model, tokenizer, config, progress, record=record, scores=scores)
+    results = evaluate(model, tokenizer, config, progress, record=record, scores=scores, data=data)
     with tempfile.TemporaryDirectory() as folder:
         BaseOutputs.save(Path(folder), record)
         base = BaseOutputs(Path(folder), model)
         del model, record
-        tuned = evaluate(load_tuned(), tokenizer, config, progress, base, scores=scores)
+        tuned = evaluate(load_tuned(), tokenizer, config, progress, base, scores=scores, data=data)
     for kind, datas in tuned.items():
         for name, sides_of in datas.items():
             results[kind][name] |= sides_of
