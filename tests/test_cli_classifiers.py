@@ -101,6 +101,10 @@ def test_from_a_file_of_labels_to_what_plain_peft_loads(encoder, work, capsys):
     assert (outputs(loaded, encoder)[0, 1] > 0).item()  # "abab" is a yes
     alone = result(capsys, "eval", "--model", "merged", "--learn", "test.tsv", *IN_EVAL)
     assert alone["results"]["learn"]["test.tsv"]["base"] == pytest.approx(values["tuned"], rel=1e-4)
+    swapped = ["eval", "--model", "merged", "--labels", "yes,no", "--learn", "test.tsv", *IN_EVAL]
+    assert refused(capsys, *swapped) == (
+        "corda eval: merged has the labels no, yes, in this order: give --labels in the same"
+    )
 
 
 def test_the_covariance_is_that_of_the_texts_alone_as_the_model_reads_them(encoder, work):

@@ -176,13 +176,20 @@ def class_of(settings: Any) -> Any:
 
 
 def _label_options(settings: Any, config: ModelConfig) -> dict[str, Any]:
-    """What a model's configuration says of its labels. Raises CordaError if it can have no head for them."""
+    """What a model's configuration says of its labels.
+
+    Raises CordaError if it can have no head for them, or has one for the same labels in another order: the outputs of
+    that head would be taken for each other."""
     assert config.labels is not None
     if type(settings) not in transformers.AutoModelForSequenceClassification._model_mapping or (
         settings.is_encoder_decoder
     ):
         raise CordaError(f"{config.model} ({settings.model_type}) cannot be loaded with a head for labels")
     names = dict(enumerate(config.labels))
+    own = [str(name) for _, name in sorted(settings.id2label.items())]
+    if own != config.labels and sorted(own) == sorted(config.labels):
+        listed = short(", ".join(own), 200)[1:-1]
+        raise CordaError(f"{config.model} has the labels {listed}, in this order: give --labels in the same")
     options: dict[str, Any] = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     options["problem_type"] = "regression" if len(names) == 1 else "single_label_classification"
     if settings.pad_token_id is None:  # decoders read the last token before the padding: see `load_tokenizer`
