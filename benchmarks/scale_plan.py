@@ -31,14 +31,6 @@ COMMON = {
 }
 CONFIGS = {"`corda`": CordaConfig(mode="kpm", r=128), "`corda++`": CordaConfig(mode="kpm", preset="corda++", r=128)}
 SAMPLES, LENGTH, BATCH = 256, 512, 4096
-STAGES = {
-    "forward": "collect",
-    "selection": "select",
-    "decomposition": "decompose",
-    "factors": "save",
-}
-
-
 # That of benchmarks/results/keep_cost_train_2026-11-29_h200.md
 SMALL = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
 
@@ -61,8 +53,8 @@ def main() -> None:
                 rounds = config.rounds or 1
                 total = rounds * SAMPLES * LENGTH
                 plan = shared_plan(shapes[name], config, Tokens(total, BATCH, total * LENGTH), H100, gpus, hosts)
-                for stage in (stage for stage in plan.preparation if stage.name in STAGES):
-                    row(f"{name}: {STAGES[stage.name]}", stage, plan)
+                for stage in plan.preparation:
+                    row(f"{name}: {stage.name}", stage, plan)
             for stage in plan.steps:
                 row(f"a step, {stage.name}", stage, plan)
     model, config = empty_llama(SMALL | {"num_attention_heads": 32, "num_key_value_heads": 32}), CONFIGS["`corda`"]
@@ -73,7 +65,7 @@ def main() -> None:
 def row(name: str, stage: SharedStage, plan: SharedPlan) -> None:
     sizes = [size_text(x) if x and x == x else "" for x in (stage.accelerator, stage.host, stage.traffic)]
     if not plan.fits(stage):
-        sizes[0] += ": too much"
+        sizes[0] += " (too much)"
     print(f"| {name} | {time_text(stage.seconds)} | {' | '.join(sizes)} |")
 
 

@@ -1,7 +1,9 @@
 """`corda plan --gpus`: what the plan shares out, beside what the code that shares does."""
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import tiny
@@ -35,6 +37,16 @@ def test_one_gpu_takes_what_one_process_takes(model, config):
     for shared, stage in zip(plan.preparation, one.stages):
         assert shared.seconds == pytest.approx(stage.seconds, rel=1e-6)
         assert (shared.accelerator, shared.host, shared.traffic) == (stage.accelerator, stage.cpu, 0)
+
+
+def test_the_page_names_the_stages_as_the_plan_does(model):
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    for preset in ("corda", "corda++"):
+        config = CordaConfig(mode="kpm", preset=preset, r=4)
+        plan = shared_plan(shapes_of(model, config), config, TOKENS, H100, 8)
+        named = re.findall(rf"^\| `{re.escape(preset)}`: (.+?) \|", page, re.MULTILINE)
+        assert named == 4 * [stage.name for stage in plan.preparation]  # four tables
+        assert re.findall(r"^\| a step, (.+?) \|", page, re.MULTILINE) == 4 * [step.name for step in plan.steps]
 
 
 @pytest.mark.parametrize("processes", [2, 3])
