@@ -36,6 +36,15 @@ def rank_here() -> int:
     return _number("RANK", "0")
 
 
+def launched() -> list[str]:
+    """The words before a verb that start it as this command was started. A launcher's further options are not known."""
+    if number_of_processes() == 1:
+        return ["corda"]
+    if any(name.startswith("ACCELERATE_") for name in os.environ):
+        return ["accelerate", "launch", "-m", "corda_lora"]
+    return ["torchrun", "--nproc-per-node", str(_number("LOCAL_WORLD_SIZE", "1")), "-m", "corda_lora", "--"]
+
+
 def _number(name: str, default: str) -> int:
     text = os.environ.get(name, default)
     if not text.isdecimal():

@@ -12,6 +12,7 @@ from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelCo
 from ..config.data import CONTEXT_SAMPLES, named_contexts
 from ..config.values import Count
 from ..files import is_made, read_json, remove_work
+from ..processes import launched
 from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
 
 
@@ -127,12 +128,13 @@ def _recipe(options: Namespace, config: CordaConfig, source: ModelConfig, datas:
 
 
 def _next(output: Path, config: CordaConfig, source: ModelConfig, labelled: DataConfig | None, rate: float) -> str:
-    """The command that trains the start."""
-    model = str(output / "base") if config.quantization else source.model
-    following = shlex.join(["corda", "train", "--model", model, "--start", str(output)])
+    """The command that trains the start, by as many processes as have made it."""
+    model, start = str(output / "base") if config.quantization else source.model, launched()
+    following = shlex.join([*start, "train", "--model", model, "--start", str(output)])
     following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'}"
     following += f" --label {labelled.label} --output tuned/" if labelled else " --output tuned/"
-    return f"next: {following}  (its learning rate: {rate:g})"
+    options = "" if start == ["corda"] else f"; {start[0]}'s other options as for this command"
+    return f"next: {following}  (its learning rate: {rate:g}{options})"
 
 
 def contexts_of(options: Namespace) -> list[DataConfig]:
