@@ -30,6 +30,7 @@ def merge(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
     merged["runs"] = list(runs.values())
     merged["methods"] = {m: v for m, v in merged["methods"].items() if any(r["method"] == m for r in merged["runs"])}
     merged["commit"] = ", ".join(sorted({run["commit"] for run in merged["runs"] if run.get("commit")}))
+    merged["machine"] = ", ".join(sorted({each["machine"] for each in comparisons if each["machine"]})) or None
     return merged
 
 

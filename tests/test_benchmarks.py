@@ -54,6 +54,35 @@ def test_a_result_says_how_it_was_made(load, checkpoint, tmp_path, monkeypatch):
     assert text.endswith("| 1.5 |\n")
 
 
+def comparison(**methods):
+    """A comparison whose runs are [learning rate, status, loss]."""
+    whole = json.loads((FOLDER / "results" / "demo_2026-11-29_cpu" / "comparison.json").read_text())
+    whole["methods"] = {name: {"title": name} for name in methods}
+    whole["recipe"]["methods"] = {name: {"method": name} for name in methods}
+    whole["runs"] = [
+        {"method": name, "learning_rate": rate, "seed": 0, "status": status, "loss": loss, "commit": f"of-{name}"}
+        for name, runs in methods.items()
+        for rate, status, loss in runs
+    ]
+    return whole
+
+
+def test_runs_of_several_calls_are_put_together(load):
+    merge = load("merge_runs").merge
+    first = comparison(lora=[[1e-3, "done", 1.0], [2e-3, "diverged", None]], corda=[[1e-2, "not run", None]])
+    second = comparison(lora=[[1e-3, "done", 1.1], [5e-3, "not run", None]], pissa=[[1e-3, "done", 1.2]])
+    second["recipe"]["train"]["micro_batch_size"], second["machine"] = 4, "another"
+    merged = merge([first, second])
+    runs = [(run["method"], run["learning_rate"], run["loss"]) for run in merged["runs"]]
+    assert runs == [("lora", 1e-3, 1.1), ("lora", 2e-3, None), ("pissa", 1e-3, 1.2)]  # the later one of the same run
+    assert merged["methods"].keys() == {"lora", "pissa"}
+    assert merged["commit"] == "of-lora, of-pissa"
+    assert merged["machine"] == f"another, {first['machine']}"
+    second["recipe"]["train"]["batch_size"] = 4
+    with pytest.raises(SystemExit, match="different recipes"):
+        merge([first, second])
+
+
 @pytest.mark.parametrize("recipe", sorted(FOLDER.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_is_one_of_corda_compare(recipe, tmp_path):
     parser, _ = build_parser()

@@ -1,12 +1,17 @@
 """`corda train` by several processes: the adapter is that of one."""
 
 import json
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_multi_gpu_env
 from ranks import run_together
 from safetensors.torch import load_file
 
@@ -106,6 +111,21 @@ def test_the_adapter_of_one_process(given, command, tmp_path, size, start, optio
     assert "written to" in ended.out[0]
     assert ended.out[1:] == [""] * (size - 1)
     assert not (tmp_path / "many.work").exists()
+
+
+def test_the_engine_of_the_page_is_the_one_tested_here(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    [text] = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "engine.yaml").write_text(text)
+    command = ["--config_file", str(tmp_path / "engine.yaml"), "-m", "corda_lora", "train"]
+    options, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(command))
+    assert options.num_processes == 8
+    environment = prepare_multi_gpu_env(options)
+    assert environment.items() >= {key: str(value) for key, value in FSDP.items() if key != "FIRST"}.items()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    engine = FullyShardedDataParallelPlugin()
+    assert (engine.fsdp_version, engine.reshard_after_forward) == (2, True)
 
 
 @pytest.mark.parametrize("environment", [{}, FSDP])
