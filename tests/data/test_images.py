@@ -230,13 +230,13 @@ def test_an_unreadable_image_is_named_by_its_row(folder):
     config = write(folder, [{**ASKED, "image": f"pics/{i}.png"} for i in range(8)])
     with pytest.raises(CordaError, match=r"row 3 of .*rows.jsonl .*cannot read the image pics/2.png: "):
         load_samples(config)
-    with pytest.warns(UserWarning, match="was left out: cannot read") as warned:
+    with pytest.warns(UserWarning, match="is left out: cannot read") as warned:
         samples = load_samples(replace(config, bad_images="skip"))
     assert [s.images[0].name for s in samples] == [f"pics/{i}.png" for i in (0, 1, 3, 5)]
     said = "\n".join(str(w.message) for w in warned)
-    assert "4 of 8 rows left out" in said
+    assert "4 of 8 rows left out: 4 with an image that cannot be read" in said
     for number, reason in ((3, ""), (5, "it is no image"), (7, "there is no such file"), (8, "there is no such file")):
-        assert f"row {number} of {config.data} (train) was left out: cannot read the image pics/{number - 1}" in said
+        assert f"row {number} of {config.data} (train) is left out: cannot read the image pics/{number - 1}" in said
         assert reason in said
     with pytest.warns(UserWarning, match="left out"):  # others are drawn in their place
         drawn = load_samples(replace(config, bad_images="skip", samples=4))
@@ -262,16 +262,42 @@ def test_rows_that_do_not_fit_their_images_are_refused(folder, row, sentence):
         load_samples(write(folder, [row]))
 
 
-def test_rows_without_an_image_are_counted(folder):
-    config = write(folder, [{**ASKED, "image": "pics/0.png"}, ASKED, {**ASKED, "image": None}])
-    with pytest.warns(UserWarning, match="2 of 3 rows have no image: read as text"):
-        assert [len(s.images) for s in load_samples(config)] == [1, 0, 0]
+def test_rows_without_an_image_are_counted_and_asked_as_the_others_are(folder, llava):
+    config = write(folder, [ASKED, {**ASKED, "image": "pics/0.png"}, {**ASKED, "image": None}])
+    with pytest.warns(UserWarning, match="2 of 3 rows have no image: words alone"):
+        samples = load_samples(config)
+    assert [len(s.images) for s in samples] == [0, 1, 0]
+    assert all(s.response == "a cat" for s in samples)
+    _, tokenizer = llava
+    texts = [tokenizer.decode(encode(tokenizer, s, 100).ids).replace("<image>", "") for s in samples]
+    assert texts == ["<s>#user\nWhat is it?$\n#assistant\na cat$\n"] * 3
+    with pytest.warns(UserWarning, match="have no image"):  # one that is drawn alone, and one from Python
+        assert load_samples(replace(config, rows="train[:2]", samples=1, seed=1))[0].messages
+    assert as_samples([ASKED, {**ASKED, "image": tiny_vision.picture(0)}])[0].messages
+    (text,) = as_samples([ASKED])
+    assert text.prompt == "What is it?"
+    with pytest.warns(UserWarning, match="1 of 2 rows have no image"):  # no question is asked of running text
+        assert load_samples(write(folder, [{"text": "It rained."}, {"text": "A cat.", "image": "pics/0.png"}]))[0][
+            :2
+        ] == (
+            "",
+            "It rained.",
+        )
+
+
+def test_when_no_image_can_be_read_a_row_is_named(folder):
+    config = replace(write(folder, [{**ASKED, "image": "pics/9.png"}]), bad_images="skip")
+    with (
+        pytest.warns(UserWarning, match=r"row 1 of .* is left out: cannot read the image pics/9.png: there is no such"),
+        pytest.raises(CordaError, match=r"no row .* is complete: of 1 rows, 1 with an image that cannot be read"),
+    ):
+        load_samples(config)
 
 
 def test_what_holds_no_image(folder):
     empty = [None, "", " ", {"bytes": None, "path": None}, [], [None], {"bytes": None, "path": ""}]
     config = write(folder, [{**ASKED, "image": "pics/0.png"}, *({**ASKED, "image": value} for value in empty)])
-    with pytest.warns(UserWarning, match=f"{len(empty)} of {len(empty) + 1} rows have no image: read as text"):
+    with pytest.warns(UserWarning, match=f"{len(empty)} of {len(empty) + 1} rows have no image: words alone"):
         assert [len(s.images) for s in load_samples(config)] == [1, *(0 for _ in empty)]
     assert as_samples([{**ASKED, "image": float("nan")}])[0].images == ()
 

@@ -108,7 +108,7 @@ def _in_any_order(config: DataConfig) -> Iterator[Sample]:
     rows, columns = load_rows(config)
     if config.samples is None or config.samples >= len(rows):
         return  # all are drawn
-    read = _reader(config, columns)
+    read = _reader(config, columns, rows)
     for i in random.Random(config.seed).sample(range(len(rows)), len(rows)):
         try:
             yield read(rows[i])
@@ -131,7 +131,7 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
     rows, columns = load_rows(config)
     if not len(rows):
         raise CordaError(f"{config.data} ({config.rows}) has no rows")
-    read = _reader(config, columns)
+    read = _reader(config, columns, rows)
     everything = config.samples is None or config.samples >= len(rows)
     if everything and rounds > 1:
         raise CordaError(
@@ -141,7 +141,7 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
     generator = random.Random(config.seed)
     count = len(rows) if config.samples is None else min(config.samples, len(rows))
     result: list[list[Sample]] = []
-    missing: dict[int, str] = {}  # row: the field without a value
+    missing: dict[int, str] = {}  # row: what it is without
     unseen: dict[int, str] = {}  # row: why its image cannot be read
     for _ in range(rounds):
         drawn = list(range(len(rows))) if everything else generator.sample(range(len(rows)), count)
@@ -151,10 +151,10 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
                 try:
                     samples[i] = read(rows[i])
                 except MissingValueError as error:
-                    missing[i] = str(error)
+                    missing[i] = f"without {short(str(error))}"
                 except CordaError as error:
                     if isinstance(error, BadImageError) and config.bad_images == "skip":
-                        missing[i], unseen[i] = "a readable image", str(error)
+                        missing[i], unseen[i] = "with an image that cannot be read", str(error)
                         continue
                     raise CordaError(f"row {i + 1} of {config.data} ({config.rows}): {error}") from error
             if len(samples) == count:
@@ -164,11 +164,11 @@ def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
             if not drawn:
                 break
         result.append([samples[i] for i in sorted(samples)])
+    for i, why in sorted(unseen.items())[:NAMED]:
+        warnings.warn(f"row {i + 1} of {config.data} ({config.rows}) is left out: {why}", stacklevel=3)
     _report_missing(config, missing, looked_at=len(missing) + sum(map(len, result)))
     if any(column in columns for column in COLUMNS) and not config.label:
         _report_unillustrated(config, list(chain(*result)))
-    for i, why in sorted(unseen.items())[:NAMED]:
-        warnings.warn(f"row {i + 1} of {config.data} ({config.rows}) was left out: {why}", stacklevel=3)
     if not any(s.messages or (s.prompt + s.response).strip() for samples in result for s in samples):
         raise CordaError(f"every sample of {config.data} is empty text")
     return result
@@ -203,14 +203,14 @@ def as_samples(items: Iterable[Any]) -> list[Sample]:
             )
         rows.append(dict(row))
     config = DataConfig("the context")
-    read = _reader(config, list(dict.fromkeys(column for row in rows for column in row)))
+    read = _reader(config, list(dict.fromkeys(column for row in rows for column in row)), rows)
     samples: list[Sample] = []
     missing: dict[int, str] = {}
     for i, row in enumerate(rows):
         try:
             samples.append(read(row))
         except MissingValueError as error:
-            missing[i] = str(error)
+            missing[i] = f"without {short(str(error))}"
         except CordaError as error:
             raise CordaError(f"item {i} of the context: {error}") from error
     _report_missing(config, missing, len(rows))
@@ -219,20 +219,21 @@ def as_samples(items: Iterable[Any]) -> list[Sample]:
 
 def _report_unillustrated(config: DataConfig, samples: Sequence[Sample]) -> None:
     if without := sum(not s.images for s in samples):
-        warnings.warn(f"{config.data}: {without:,} of {len(samples):,} rows have no image: read as text", stacklevel=4)
+        warnings.warn(f"{config.data}: {without:,} of {len(samples):,} rows have no image: words alone", stacklevel=4)
 
 
 def _report_missing(config: DataConfig, missing: dict[int, str], looked_at: int) -> None:
     if not missing:
         return
-    fields = ", ".join(f"{count} without {short(name)}" for name, count in Counter(missing.values()).most_common(5))
+    fields = ", ".join(f"{count} {lack}" for lack, count in Counter(missing.values()).most_common(5))
     if looked_at == len(missing):
         raise CordaError(f"no row of {config.data} is complete: of {looked_at:,} rows, {fields}")
     warnings.warn(f"{config.data}: {len(missing):,} of {looked_at:,} rows left out: {fields}", stacklevel=4)
 
 
-def _reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sample]:
-    """The function from a row to a sample that the options and the columns ask for.
+def _reader(config: DataConfig, columns: Sequence[str], rows: Iterable[Row]) -> Callable[[Row], Sample]:
+    """The function from a row to a sample that the options and the columns ask for. Where any of the rows has an image,
+    all prompts are turns of a user: a model is asked in one form.
 
     Raises:
         CordaError: the columns do not allow any.
@@ -242,9 +243,13 @@ def _reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sampl
     read, path = _text_reader(config, columns), Path(config.data)
     folder = path if path.is_dir() else path.parent if path.is_file() else None
 
+    illustrated = any(column in columns for column in COLUMNS) and any(map(row_images, rows))  # ends at the first
+
     def read_shown(row: Row) -> Sample:
         sample, values = read(row), row_images(row)
-        return _with_images(sample, values, folder, config) if values or has_place(sample.messages) else sample
+        if values or has_place(sample.messages):
+            return _with_images(sample, values, folder, config)
+        return _as_chat(sample, config) if illustrated and sample.prompt.strip() else sample
 
     return read_shown
 
@@ -252,13 +257,17 @@ def _reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sampl
 def _with_images(sample: Sample, values: Sequence[Any], folder: Path | None, config: DataConfig) -> Sample:
     """The sample with the images of its row, which makes a chat of a prompt and a response: the model's chat template
     knows where images stand."""
-    if not sample.messages:
-        turns = [{"role": "user", "content": sample.prompt}]
-        turns += [{"role": "assistant", "content": sample.response}] * bool(sample.response.strip())
-        sample = _chat(turns, 0, sample.row, config)
+    sample = sample if sample.messages else _as_chat(sample, config)
     messages, pictures = with_images(sample.messages, values, folder)
     row = {name: value for name, value in sample.row.items() if name not in COLUMNS}  # decoded images are large
     return sample._replace(messages=messages, images=pictures, row=row)
+
+
+def _as_chat(sample: Sample, config: DataConfig) -> Sample:
+    """The chat of a prompt and a response."""
+    turns = [{"role": "user", "content": sample.prompt}]
+    turns += [{"role": "assistant", "content": sample.response}] * bool(sample.response.strip())
+    return _chat(turns, 0, sample.row, config)
 
 
 def _text_reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sample]:
