@@ -155,7 +155,17 @@ def test_prices_that_sum_to_zero_have_nothing_to_share(folder, checkpoint, capsy
     assert "the prices sum to zero" in said
 
 
-def test_a_context_that_is_cut_to_nothing_is_named(folder, checkpoint, capsys):
-    cut = [*BOTH, "--context.max_length", 4, "--keep", 5]
-    said = refused(capsys, "train", checkpoint, *TRAINING, *cut, "--output", "out")
-    assert said.startswith("corda train: spelling: the context has 0 samples with a response")
+def test_a_context_that_is_cut_to_nothing_is_named(folder, checkpoint, capsys, monkeypatch):
+    """Whether or not a price was given: who names an ability wants it kept. And before the model is loaded."""
+    monkeypatch.setattr("corda_lora.tune.load_model", None)
+    for price in ([], ["--keep", 5]):
+        cut = [*BOTH, "--context.max_length", 4, *price, "--output", "out"]
+        said = refused(capsys, "train", checkpoint, *TRAINING, *cut)
+        assert said.startswith("corda train: spelling: the context has 0 samples with a response")
+        assert "; 100 responses are cut away at max_length 4" in said
+    (folder / "asked.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(20)))
+    for more in (["--context", "sums.jsonl"], []):
+        said = refused(capsys, "train", checkpoint, *TRAINING, "--context", "asked.jsonl", *more, "--output", "out")
+        assert "the context has 0 samples with a response" in said
+        assert "cut away" not in said
+    assert not (folder / "out").exists()

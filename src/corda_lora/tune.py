@@ -22,7 +22,7 @@ from .data.batches import encode_all
 from .data.labels import check_labels, with_labels
 from .data.overview import overview
 from .data.samples import Sample, digest_of, hold_out, load_samples
-from .evaluation.meter import KeptContext, generic_penalty, kept_digest, load_contexts, make_keepers
+from .evaluation.meter import KeptContext, encode_kept, generic_penalty, kept_digest, load_contexts, make_keepers
 from .files import check_output, is_made, remove_folder, remove_work, sha256_of, work_folder
 from .models.loading import load_model, load_tokenizer
 from .preprocess.work import open_work
@@ -163,8 +163,9 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
             if samples:
                 encoded = encode_all(tokenizer, samples, length, end=True)
                 console.print(overview(name, tokenizer, samples, encoded, length, end=True))
+        kept = encode_kept(tokenizer, tuning.keep, tuning.contexts)
         peft_model = _adapted(tuning)
-        keepers, lines = make_keepers(peft_model, tokenizer, tuning.keep, tuning.contexts)
+        keepers, lines = make_keepers(peft_model, tokenizer, tuning.keep, tuning.contexts, kept)
         penalties = {f"drift {keeper.name}".strip(): keeper.penalty for keeper in keepers}
         if price := tuning.keep.keep_generic:
             penalties["generic"] = generic_penalty(peft_model, tokenizer, price)

@@ -18,7 +18,7 @@ from ..data.batches import Encoded, encode_all
 from ..data.samples import Sample, digest_of, load_others, load_samples
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
-from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, collect_statistics
+from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, check_samples, collect_statistics
 from ..training.keeping import Keeper, PredictedDrift, check_whole_base
 from .evaluate import loss_and_drift
 
@@ -136,23 +136,52 @@ def kept_digest(contexts: Sequence[KeptContext]) -> str | None:
     return " ".join(digests) or None
 
 
+def encode_kept(tokenizer: Any, config: KeepConfig, contexts: Sequence[KeptContext]) -> list[list[Encoded]]:
+    """The samples of each ability as tokens.
+
+    Raises CordaError if one that somebody asked to keep has too few answers to collect its statistics from.
+    """
+    asked = config.keep is not None or config.max_drift is not None or config.context is not None
+    found = []
+    for name, data, samples, _, path in contexts:
+        found.append(encode_all(tokenizer, samples, data.max_length))
+        if path is not None or not asked:
+            continue
+        answered = _answered(found[-1])
+        try:
+            check_samples(answered)
+        except CordaError as error:
+            lost = sum(bool(s.response.strip()) for s in samples) - answered
+            cut = f"; {lost:,} responses are cut away at max_length {data.max_length}" if lost else ""
+            raise CordaError(f"{name}: {error}{cut}" if name else f"{error}{cut}") from error
+    return found
+
+
+def _answered(encoded: Sequence[Encoded]) -> int:
+    return sum(e.targets > 0 for e in encoded)
+
+
 def make_keepers(
     peft_model: PeftModel,
     tokenizer: Any,
     config: KeepConfig,
     contexts: Sequence[KeptContext],
+    encoded: Sequence[list[Encoded]],
 ) -> tuple[list[Keeper], list[str]]:
     """The keepers of a training, one for each ability, and what to say of them in lines.
 
     The statistics are those of the context's file, or are collected here from the model without its adapter.
 
-    Raises CordaError as `load_others` and `check_whole_base` do, and where there are too few samples.
+    Args:
+        encoded: what `encode_kept` found.
+
+    Raises CordaError as `load_others` and `check_whole_base` do.
     """
     keepers, lines = [], list[str]()
     if contexts:
         check_whole_base(peft_model)  # before the context is run
-    for context in contexts:
-        keeper, said = _make_keeper(peft_model, tokenizer, config, context)
+    for context, shown in zip(contexts, encoded):
+        keeper, said = _make_keeper(peft_model, tokenizer, config, context, shown)
         keepers += [keeper] if keeper else []
         lines += said
     if contexts and peft_model.peft_config["default"].modules_to_save:
@@ -161,23 +190,19 @@ def make_keepers(
 
 
 def _make_keeper(
-    peft_model: PeftModel, tokenizer: Any, config: KeepConfig, context: KeptContext
+    peft_model: PeftModel, tokenizer: Any, config: KeepConfig, context: KeptContext, shown: list[Encoded]
 ) -> tuple[Keeper | None, list[str]]:
-    name, data, samples, keep, path = context
+    name, data, _, keep, path = context
     with warnings.catch_warnings():  # of rows that are left out: `load_contexts` has said it
         warnings.simplefilter("ignore")
         other_samples = load_others(data, MEASURED)
-    shown, others = (encode_all(tokenizer, part, data.max_length) for part in (samples, other_samples))
-    answered = sum(e.targets > 0 for e in shown)
-    of = f" of {name}" if name else ""
+    others = encode_all(tokenizer, other_samples, data.max_length)
+    answered, of = _answered(shown), f" of {name}" if name else ""
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:
         return None, [
             f"no drift{of} is predicted, and none held down: the context has {answered} samples with a response"
         ]
-    try:
-        statistics = Statistics.load(path) if path else _collected(peft_model, tokenizer, shown)
-    except CordaError as error:
-        raise CordaError(f"{name}: {error}" if name else str(error)) from error
+    statistics = Statistics.load(path) if path else _collected(peft_model, tokenizer, shown)
     few = len(others) < MEASURED // 4
     measured = shown[:MEASURED] if few else others
 
