@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corda_lora.cli import main
 from corda_lora.cli.arguments import with_data
-from corda_lora.config import CordaError, ModelConfig
+from corda_lora.config import CordaError, DataConfig, ModelConfig
 from corda_lora.files import output_lock
 from corda_lora.models.loading import load_model
 
@@ -808,7 +808,7 @@ def test_eval_takes_lists_of_data(checkpoint, data, measured):
 
 def test_data_given_several_times_is_a_list():
     given = ["eval", "--keep", "a.jsonl", "--keep.prompt", "{q}", "--keep", "b.jsonl", "--learn", "c.jsonl"]
-    assert with_data(given, ["keep", "learn"]) == [
+    assert with_data(given, dict.fromkeys(["keep", "learn"], DataConfig)) == [
         *("eval", "--keep", json.dumps([{"data": "a.jsonl", "prompt": "{q}"}, {"data": "b.jsonl"}])),
         *("--learn", "c.jsonl"),
     ]

@@ -292,3 +292,27 @@ def test_the_page_in_a_browser(made, tmp_path):
         assert (found["cells"], found["overflow"]) == (4, 0)
         assert found["lows"][1].startswith("2.00")
         assert found["lows"][0] != found["lows"][1]
+
+
+def test_abilities_have_names_of_their_own(checkpoint, lora, files, tmp_path_factory, capsys):
+    named = ["--model", checkpoint, "--context", files / "sums.jsonl", "--context.ability", "adding: #1"]
+    named += ["--context", files / "text.jsonl"]
+    page = inspected(tmp_path_factory, "--adapter", lora, *named)
+    record = json.loads((page / "inspect.json").read_text())
+    other = f"{files.name}/text"
+    assert [context["name"] for context in record["contexts"]] == ["adding: #1", other]
+    for about in record["layers"].values():
+        assert about["serves"]["shares"].keys() == {"adding: #1", other}
+        assert set(about["serves"]["components"]) <= {"adding: #1", other, ""}
+    assert "components, adding: #1" in (page / "report.html").read_text()
+    seen = json.loads((inspected(tmp_path_factory, *named) / "inspect.json").read_text())
+    assert [context["name"] for context in seen["contexts"]] == ["adding: #1", other]
+    capsys.readouterr()
+    for twice, said in (
+        (["--context.ability", "adding: #1"], "two contexts are called adding: #1"),
+        (["--text", "x.txt", "--text.ability", "a"], "text.ability is no option"),
+        (["--context.weight", "2"], "context.weight is no option"),
+    ):
+        with pytest.raises(SystemExit):
+            inspected(tmp_path_factory, *named, *twice)
+        assert said in capsys.readouterr().err

@@ -2,24 +2,24 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
 from yaml import YAMLError
 
-from ..config import ContextConfig, CordaError, DataConfig
+from ..config import ContextConfig, CordaError, DataConfig, NamedConfig
 from ..config.values import check_value
 from ..evaluation.measures import KINDS
 from ..recipes import load_recipe
 
 PLAN_RECIPE = "plan_recipe"  # `corda plan RECIPE` has the options of a comparison
-# The options that are data, by verb.
-OF_DATA = {
-    "eval": KINDS,
-    "init": ("context",),
-    "train": ("context",),
-    "inspect": ("context", "text"),
-    "export": ("data",),
+# The options that are data, by verb, and the dataclass of their own options.
+OF_DATA: dict[str, dict[str, type]] = {
+    "eval": dict.fromkeys(KINDS, DataConfig),
+    "init": {"context": ContextConfig},
+    "train": {"context": ContextConfig},
+    "inspect": {"context": NamedConfig, "text": DataConfig},
+    "export": {"data": DataConfig},
 }
 
 
@@ -29,13 +29,13 @@ def for_parser(given: Sequence[str]) -> list[str]:
     arguments = [_underscored(argument) for argument in given]
     verb = arguments[0] if arguments else ""
     if verb in OF_DATA:
-        return with_data(arguments, OF_DATA[verb], ContextConfig if verb in ("init", "train") else DataConfig)
+        return with_data(arguments, OF_DATA[verb])
     if verb in ("compare", "plan") and arguments[1:] and not arguments[1].startswith("-"):
         return [verb if verb == "compare" else PLAN_RECIPE, "--config", *arguments[1:]]
     return arguments
 
 
-def with_data(arguments: Sequence[str], kinds: Sequence[str], config: type = DataConfig) -> list[str]:
+def with_data(arguments: Sequence[str], kinds: Mapping[str, type]) -> list[str]:
     """`--keep FILE --keep.prompt TEMPLATE` as one argument, `--keep {"data": FILE, "prompt": TEMPLATE}`; `--keep` given
     several times as a list of these.
 
@@ -43,12 +43,11 @@ def with_data(arguments: Sequence[str], kinds: Sequence[str], config: type = Dat
     and switches are read as YAML here.
 
     Args:
-        config: the dataclass of a data's options.
+        kinds: the options that are data, each with the dataclass of what belongs to it.
 
     Raises CordaError if a value does not fit: the parser would take all of the argument for a name of data.
     """
-    hints = get_type_hints(config, include_extras=True)
-    texts = {name for name, hint in hints.items() if hint in (str, str | None)}
+    hints_of = {kind: get_type_hints(config, include_extras=True) for kind, config in kinds.items()}
     others: list[str] = []
     data: dict[str, list[dict[str, Any]]] = {}
     rest = list(arguments)
@@ -62,9 +61,10 @@ def with_data(arguments: Sequence[str], kinds: Sequence[str], config: type = Dat
         if name == "data" and (option[2] is None and value[:1] in "[{"):  # a list or a mapping: the parser reads it
             others += [f"--{kind}", value]
         else:
+            hints = hints_of[kind]
             if name not in hints:
                 raise CordaError(f"{kind}.{name} is no option: there are {', '.join(f'{kind}.{n}' for n in hints)}")
-            value = value if name in texts else _yaml(value)
+            value = value if hints[name] in (str, str | None) else _yaml(value)
             check_value(f"{kind}.{name}", value, hints[name])
             items = data.setdefault(kind, [{}])
             if name == "data" and "data" in items[-1]:

@@ -1,7 +1,7 @@
 """The options of every stage: defaults, ranges and meanings. (`corda --help` reads this package: no heavy imports.)"""
 
 from .compare import CompareConfig, MethodConfig
-from .data import ContextConfig, DataConfig
+from .data import ContextConfig, DataConfig, NamedConfig
 from .eval import EvalConfig, JudgeConfig
 from .init import CordaConfig
 from .inspect import InspectConfig
@@ -23,5 +23,6 @@ __all__ = [
     "LoraStart",
     "MethodConfig",
     "ModelConfig",
+    "NamedConfig",
     "TrainConfig",
 ]

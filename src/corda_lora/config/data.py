@@ -67,17 +67,26 @@ class DataConfig:
 
 
 @dataclass
-class ContextConfig(DataConfig):
-    """The samples of an ability, beside those of others.
+class NamedConfig(DataConfig):
+    """The samples of an ability.
 
     Args:
         ability: what it is called. Default: the name of the data.
+    """
+
+    ability: str = ""
+
+
+@dataclass
+class ContextConfig(NamedConfig):
+    """The samples of an ability, beside those of others.
+
+    Args:
         weight: how much it counts beside the others. Only the shares of the sum matter.
         price: its price in training: nats of loss for a nat of drift. Default: its share of the whole price, so that
             with equal weights each has the price that it would have alone.
     """
 
-    ability: str = ""
     weight: Weight = 1.0
     price: Weight | None = None
 
@@ -95,11 +104,15 @@ def named_contexts(given: Sequence[str | DataConfig]) -> Sequence[DataConfig]:
             raise CordaError("price is of one context among several: give the whole price, keep")
         return [DataConfig(**{f.name: getattr(contexts[0], f.name) for f in fields(DataConfig)})]
     named = [replace(c, ability=c.ability or Path(c.data).stem or c.data) for c in contexts]
-    names = [c.ability for c in named]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise CordaError(f"two contexts are called {twice[0]}: give each an ability of its own")
+    check_names([c.ability for c in named])
     weights_of({c.ability: c.weight for c in named})
     return named
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises CordaError if two abilities have one name."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CordaError(f"two contexts are called {twice[0]}: give each an ability of its own")
 
 
 def weights_of(weights: Mapping[str, float]) -> Mapping[str, float]:

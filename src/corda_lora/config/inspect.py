@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .data import DataConfig
+from .data import DataConfig, NamedConfig, check_names
 from .values import CordaError, Count, CountOrZero, Positive, check_fields
 
 
@@ -13,7 +13,7 @@ class InspectConfig:
 
     Args:
         context: samples that show an ability. Give --context several times to compare several. Options of one follow
-            it: --context.prompt TEMPLATE.
+            it: --context.prompt TEMPLATE, --context.ability NAME.
         prompt: template of the prompt for all contexts without one of their own.
         response: template of the response, likewise.
         samples: the number of samples of each context, drawn with the seed. Of several numbers, such as [32,256], the
@@ -36,7 +36,7 @@ class InspectConfig:
         device: the device that runs and decomposes the blocks. Default: the accelerator, if there is one.
     """
 
-    context: str | DataConfig | list[str | DataConfig] = field(default_factory=list)
+    context: str | DataConfig | NamedConfig | list[str | NamedConfig] = field(default_factory=list)
     prompt: str = ""
     response: str = ""
     samples: Count | list[Count] = 256
@@ -72,10 +72,14 @@ class InspectConfig:
             raise CordaError(f"{name} is of the components that levels discard: give levels, or leave it out")
 
     def contexts(self) -> list[DataConfig]:
-        """The contexts, however they were given, with the templates and the number of samples that they do not set."""
+        """The contexts, however they were given, with the templates and the number of samples that they do not set.
+
+        Raises CordaError if two abilities have one name.
+        """
         given = self.context if isinstance(self.context, list) else [self.context]
         configs = [self._cut(data) for data in given]
         assert isinstance(self.samples, list)
+        check_names([c.ability for c in configs if isinstance(c, NamedConfig) and c.ability])
         return [
             replace(
                 c,

@@ -366,11 +366,15 @@ def _check_levels(
 
 
 def context_names(datas: Sequence[DataConfig]) -> list[str]:
-    """A name for each context: of a file, with its folder, or of a data set on the hub; more where two are alike."""
-    paths = [Path(data.data) for data in datas]
-    short = ["/".join(path.with_suffix("").parts[-2:]) if path.suffix else path.name for path in paths]
+    """A name for each context: its own; or of a file, with its folder, or of a data set on the hub; more where two are
+    alike."""
+    short = [getattr(data, "ability", "") or _name_of(Path(data.data)) for data in datas]
     longer = [f"{name} ({data.rows})" if short.count(name) > 1 else name for name, data in zip(short, datas)]
     return [f"{name} {i + 1}" if longer.count(name) > 1 else name for i, name in enumerate(longer)]
+
+
+def _name_of(path: Path) -> str:
+    return "/".join(path.with_suffix("").parts[-2:]) if path.suffix else path.name
 
 
 def _parts(rounds: list[list[Sample]], config: InspectConfig, seed: int) -> list[tuple[int | None, list[Sample]]]:
