@@ -399,3 +399,33 @@ def test_nothing_is_left_after_an_error():
     assert torch.equal(tiny.logits(peft_model), plain)
     assert all(torch.equal(x, before[name]) for name, x in peft_model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in peft_model.modules())
+
+
+TEXT = torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9]])
+
+
+@pytest.mark.parametrize("drafts", ["lookup", "assistant"])
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_entropy_is_that_of_the_prediction_beside_drafts(drafts, number):
+    """A token that is run by itself after a draft, of which some tokens were refused, was chosen from an earlier
+    prediction than the last."""
+    peft_model, helper = adapted(std=0.05), tiny.build("llama")
+    helper.generation_config.num_assistant_tokens = number
+    helper.generation_config.assistant_confidence_threshold = 0.0
+    options = {"prompt_lookup_num_tokens": number} if drafts == "lookup" else {"assistant_model": helper}
+    seen, chosen = [], []
+    phi = by_entropy()
+
+    def rule(t, logits):
+        if logits is not None:
+            chosen.append(int(logits.argmax(-1)))
+        return phi(t, logits)
+
+    hook = peft_model.get_base_model().register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"][0].tolist()), with_kwargs=True
+    )
+    with decoding_ranks(peft_model, some_order(peft_model), rule):
+        peft_model.generate(input_ids=TEXT, max_new_tokens=40, do_sample=False, pad_token_id=0, **options)
+    hook.remove()
+    assert chosen
+    assert chosen == [ids[0] for ids in seen if len(ids) == 1]

@@ -16,7 +16,8 @@ alone. Keys and values stay as they were computed: each token's with its own ran
 again at each step, at the ranks that they had.
 
 Several tokens at once count as a prompt: the next turn of a chat on an old cache, a part of a long prompt, a draft that
-is verified.
+is verified. Of a draft, tokens may be refused and taken out of the cache; a token that is then run by itself was chosen
+from the prediction after those that stayed.
 """
 
 from collections.abc import Callable, Iterator
@@ -91,7 +92,8 @@ class DecodingRanks:
         self.order, self.rule = order, rule
         self.history: list[Tensor] = []
         self.masks: dict[str, Tensor] | None = None  # what of z (b, s, r) is used; None where all is
-        self.logits: Tensor | None = None  # (b, vocabulary), the last
+        self.logits: Tensor | None = None  # (b, s, vocabulary), of the last tokens of the last forward
+        self.end = 0  # the length of the text after that forward, where there is a cache
         self.budgets: Tensor | None = None  # R of all tokens (b, s), where there is no cache
         self.ids: Tensor | None = None  # of these tokens
         self.cache: Any = None  # the last prompt's, whose beams are followed
@@ -106,7 +108,10 @@ class DecodingRanks:
         if kwargs.get("cache_params") is not None or getattr(cache, "is_compileable", False):
             raise CordaError("ranks while decoding need a cache that grows with the text: cache_implementation dynamic")
         parents = self._continued(ids) if cache is None and ids is not None else None
-        if cache is not None and cache.get_seq_length() and x.shape[1] == 1 and self.logits is not None:
+        length = 0 if cache is None else cache.get_seq_length()
+        refused = self.end - length  # tokens of a draft
+        if length and x.shape[1] == 1 and self.logits is not None and 0 <= refused < self.logits.shape[1]:
+            self.logits = self.logits[:, : self.logits.shape[1] - refused]
             self._use(self._next(x), x)
         elif parents is not None:
             assert self.budgets is not None
@@ -125,9 +130,10 @@ class DecodingRanks:
                 if hasattr(cache, "reorder_cache"):
                     self._follow(cache)
         self.ids = ids if cache is None else None
+        self.end = length + x.shape[1]
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
-        self.logits = output.logits[:, -1].detach()
+        self.logits = output.logits.detach()
 
     def cut(self, name: str, lora_A: nn.Module, args: Any, z: Tensor) -> Tensor | None:
         """The forward hook of a layer's `lora_A`: z = A x (b, s, r) without the components that are not used."""
@@ -150,7 +156,8 @@ class DecodingRanks:
 
     def _next(self, x: Tensor) -> float | Tensor:
         """R of the token that follows, one for all samples or (b,)."""
-        R = self._budget(len(self.history) + 1, self.logits)
+        assert self.logits is not None
+        R = self._budget(len(self.history) + 1, self.logits[:, -1])
         self.history.append(torch.as_tensor(R, device=x.device).expand(len(x)))
         return R
 
