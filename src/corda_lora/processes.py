@@ -21,6 +21,7 @@ from typing import Any
 
 from .config import CordaError
 
+MEETING = 60  # seconds that the first process to come waits for the last
 PATIENCE = 10  # seconds from the launcher's request to end until it is obeyed; the launcher's own patience is 30
 FAILED = "corda/failed"  # the name in the store for what the first process to end has said
 LONGEST_WAIT = timedelta(hours=6)  # for a process that lives: one that dies is noticed at once
@@ -58,7 +59,7 @@ class ProcessEndedError(CordaError):
 
 @dataclass
 class Processes:
-    """The processes of one run, once they have met (see `joined`).
+    """The processes of one run (see `joined`). They can do nothing together before they have met.
 
     Attributes:
         rank: the number of this one, from 0 on.
@@ -75,6 +76,55 @@ class Processes:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def meet(self, say: Callable[[str], None]) -> None:
+        """Wait for the others, and connect: each with a CUDA device of its own, if there are any. `say` prints a
+        sentence where the process must end without coming back.
+
+        Raises CordaError if there are fewer devices than processes on this host, or the others do not come or cannot be
+        reached.
+        """
+        import torch
+        import torch.distributed as dist
+
+        local, backend = _number("LOCAL_RANK", str(self.rank)), "gloo"
+        if torch.cuda.is_available():
+            if local >= torch.cuda.device_count():
+                raise CordaError(
+                    f"process {local} of this host has no GPU of its own: there are {torch.cuda.device_count()}; start "
+                    "as many processes as GPUs"
+                )
+            torch.cuda.set_device(local)
+            torch.zeros(1, device="cuda")  # a GPU that is full ends its process before others wait for it within NCCL
+            # torchrun leaves each process one thread, but what the GPUs have made is put together on the CPU.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // _number("LOCAL_WORLD_SIZE", "1")))
+            backend = "cpu:gloo,cuda:nccl"
+        self._wait_for_all()
+        _end_when_stuck(say, lambda: self.last_word(self.ended))
+        with _connecting():
+            dist.init_process_group(
+                backend, store=self.store, rank=self.rank, world_size=self.size, timeout=LONGEST_WAIT
+            )
+        if torch.cuda.is_available():  # NCCL connects when it is used first
+            dist.all_reduce(torch.zeros(1, device="cuda"))
+
+    def _wait_for_all(self) -> None:
+        """Come to the store, and wait until all have: where one fails on the way here, a launcher on another host does
+        not know of it."""
+        names = [f"corda/here/{number}" for number in range(self.size)]
+        until = time.monotonic() + MEETING
+        with self.watching():
+            self.store.set(names[self.rank], "")
+            while not self.store.check(names):  # and not `wait`, during which Python hears of no signal
+                if self.store.check([FAILED]):
+                    raise ProcessEndedError(self.ended)
+                if time.monotonic() > until:
+                    missing = [str(number) for number, name in enumerate(names) if not self.store.check([name])]
+                    raise ProcessEndedError(
+                        f"of {self.size} processes these have not come within {MEETING} seconds: {', '.join(missing)}; "
+                        "what ended them is said where they were started"
+                    )
+                time.sleep(0.1)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gives, in the order of their numbers: all must call this at the same place.
@@ -170,36 +220,23 @@ def _end_when_stuck(say: Callable[[str], None], sentence: Callable[[], str]) -> 
 
 
 @contextmanager
-def joined(say: Callable[[str], None]) -> Iterator[Processes]:
-    """Meet the other processes, for a `with` block: each with a CUDA device of its own, if there are any. `say` prints
-    a sentence where the process must end without coming back.
+def _connecting() -> Iterator[None]:
+    """Inside this context an error is a CordaError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise CordaError(f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun") from error
 
-    Raises CordaError if there are fewer devices than processes on this host, or the others cannot be reached.
-    """
-    import torch
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes of this run, for a `with` block, which begins with their meeting. Raises CordaError if the place
+    where they meet cannot be reached."""
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    local, backend = _number("LOCAL_RANK", str(rank_here())), "gloo"
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise CordaError(
-                f"process {local} of this host has no GPU of its own: there are {torch.cuda.device_count()}; start as "
-                "many processes as GPUs"
-            )
-        torch.cuda.set_device(local)
-        # torchrun leaves each process one thread, but what the GPUs have made is put together on the CPU.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _number("LOCAL_WORLD_SIZE", "1")))
-        backend = "cpu:gloo,cuda:nccl"
-    try:
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
-    except (RuntimeError, ValueError) as error:
-        raise CordaError(f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun") from error
-    if torch.cuda.is_available():  # NCCL connects when it is used first
-        dist.all_reduce(torch.zeros(1, device="cuda"))
-    processes = Processes(rank, size, store)
-    _end_when_stuck(say, lambda: processes.last_word(processes.ended))
-    yield processes
+    with _connecting():
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING)))
+    yield Processes(rank, size, store)
     with suppress(Exception):  # not after an error: it might wait for those that have ended
         dist.destroy_process_group()

@@ -22,6 +22,8 @@ from corda_lora.processes import Processes
 
 ROWS = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(120)]
 
+IMPATIENT = "import corda_lora.processes; corda_lora.processes.MEETING = 1"
+
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, tokenizer):
@@ -146,6 +148,18 @@ def test_torchrun_starts_it_and_ends_all_by_one_sentence(command, tmp_path):
     ]
     done = subprocess.run([*launch, *map(str, command("out"))], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_never_comes_ends_the_others(command, tmp_path):
+    there = command("out")
+    ended = run_together(3, [there, [*there, "--nonsense"], there], tmp_path / "log", FIRST=IMPATIENT)
+    assert ended.codes == [2, 2, 2]
+    assert "unrecognized arguments" in ended.err[1]
+    lines = [line for text in ended.err for line in text.splitlines() if "have not come" in line]
+    assert lines == [
+        "corda init: of 3 processes these have not come within 1 seconds: 1; what ended them is said where they were "
+        "started"
+    ]
 
 
 def test_what_cannot_be_shared_is_refused(given, command, tmp_path):

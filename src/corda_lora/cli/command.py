@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes: Processes | None = None
     try:
         with _sigterm_as_interrupt(), _processes(options.verb) as processes:
+            if processes:
+                processes.meet(partial(_say, options.verb))
             options = instantiate(parser, options)
             options[options.verb].command = given
             options[options.verb].processes = processes
@@ -82,7 +84,7 @@ def _processes(verb: str) -> Iterator[Processes | None]:
         return
     if verb not in SHARED:
         raise CordaError(f"{verb} does not share its work among processes: start it by itself, not by a launcher")
-    with joined(partial(_say, verb)) as processes:
+    with joined() as processes:
         yield processes
 
 
