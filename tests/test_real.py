@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corda_lora import CordaConfig
 from corda_lora.adapters.lora import install
+from corda_lora.config import ModelConfig
 from corda_lora.data.batches import context_batches
 from corda_lora.data.samples import Sample
+from corda_lora.models.loading import load_model, tokenizer_of
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess.pipeline import preprocess
 
@@ -113,3 +115,9 @@ def test_rounds_and_ranks_are_those_of_the_papers_loops(model, smollm2):
         assert len(set(ranks)) > 3
         assert start.record["totals"]["parameters"] <= 16 * sum(costs)
         assert start.record["totals"]["parameters"] > 16 * sum(costs) - max(costs)
+
+
+def test_a_gguf_file_is_known_by_its_own_name(gguf_file):
+    model = load_model(ModelConfig(str(gguf_file), dtype="bfloat16"))
+    assert model.name_or_path == str(gguf_file)  # an adapter names it as its base
+    assert tokenizer_of(model).eos_token == "<|im_end|>"

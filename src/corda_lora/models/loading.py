@@ -81,6 +81,8 @@ def load_model(config: ModelConfig) -> nn.Module:
         model.hf_quantizer = None
         model.is_quantized = False
         del model.config.quantization_config
+        # They know the folder alone, in which nothing says which file it was.
+        model.name_or_path = model.config.name_or_path = config.model
     compute_as_stored(model, None if config.dtype == "auto" else getattr(torch, config.dtype))
     return model.eval()
 
