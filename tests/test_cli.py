@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -459,6 +460,14 @@ def test_init_refuses(more, message, checkpoint, data, capsys):
     assert said.startswith("corda init: ")
     assert message in said
     assert nothing_left(data)
+
+
+def test_a_base_that_has_moved_is_no_matter_at_the_checkpoints(checkpoint, data, capsys):
+    shutil.copytree(checkpoint, data / "before")
+    init(data / "before", data)
+    (data / "before").rename(data / "after")
+    train(data / "after", data, "--start", "start", "--max_steps", 2, "--checkpoints", 2, "--keep", 0)
+    assert "config file" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", '{"text": ""}\n'])

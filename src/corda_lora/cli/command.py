@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.print_help()
         raise SystemExit(2)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT, at each checkpoint, of whether embeddings were resized. They never are.
+    warnings.filterwarnings("ignore", message="Could not find a config file in ")
     warnings.showwarning = lambda message, *_: console.print(
         Text.assemble(("note:", "yellow"), f" {message}"), highlight=False
     )
