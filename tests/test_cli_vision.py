@@ -13,6 +13,7 @@ from test_cli import refused, run
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from corda_lora.config import DataConfig, ModelConfig
+from corda_lora.data import images
 from corda_lora.data.samples import as_samples, load_samples
 from corda_lora.models.loading import load_model, load_tokenizer, open_model
 from corda_lora.models.targets import find_targets
@@ -219,6 +220,13 @@ def test_inspect(llava, data):
     for curve in cut["curves"]:
         [[loss]] = curve["loss"].values()
         assert 0 < abs(loss - whole) < 1
+
+
+def test_init_decodes_an_image_to_read_it_and_to_show_it(llava, data, monkeypatch):
+    decoded, decode = [], images._decoded
+    monkeypatch.setattr(images, "_decoded", lambda name, source: decoded.append(name) or decode(name, source))
+    run("init", "--model", llava, "--context", data / "keep.jsonl", "--r", 4, "--output", "start")
+    assert sorted(decoded) == sorted(2 * [f"pics/{i}.png" for i in range(24)])
 
 
 def test_the_weights_of_a_block_alone_are_read(llava):

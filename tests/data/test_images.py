@@ -219,7 +219,8 @@ def test_answers_of_a_batch_are_those_of_each_sample_alone(family):
 def test_an_image_counts_in_what_tells_samples_apart(folder):
     config = write(folder, [{**ASKED, "image": f"pics/{i}.png"} for i in range(4)])
     first = digest_of(load_samples(config))
-    assert len(load_others(replace(config, samples=2), 9)) == 2  # all have one text
+    two = replace(config, samples=2)
+    assert len(load_others(two, load_samples(two), 9)) == 2  # all have one text
     (folder / "pics" / "0.png").write_bytes(tiny_vision.png(99))
     assert digest_of(load_samples(config)) != first
 
@@ -316,29 +317,25 @@ def test_others_are_read_one_by_one(folder, monkeypatch):
     for i in range(60):
         (folder / "pics" / f"{i}.png").write_bytes(tiny_vision.png(i))
     config = replace(write(folder, [{**ASKED, "image": f"pics/{i}.png"} for i in range(60)]), samples=8)
-    shown = [s.images[0] for s in load_samples(config)]
+    drawn = load_samples(config)
+    shown = [s.images[0] for s in drawn]
     broken = [name for i in range(60) if (name := f"pics/{i}.png") not in {picture.name for picture in shown}][:40]
     for name in broken:
         (folder / name).write_text("no image")
-    others = load_others(config, 5)
+    others = load_others(config, drawn, 5)
     assert len(others) == 5
-    assert others == load_others(config, 5)
+    assert others == load_others(config, drawn, 5)
     assert not {s.images[0].name for s in others} & {*broken, *(picture.name for picture in shown)}
-    assert len(load_others(config, 100)) == 12
-    assert load_others(replace(config, data=str(whole(folder, shown)), samples=None), 5) == []
+    assert len(load_others(config, drawn, 100)) == 12
 
     for name in broken:
         (folder / name).write_bytes(tiny_vision.png(100 + int(name[5:-4])))
     read = []
     monkeypatch.setattr("corda_lora.data.samples.with_images", counting(read))
-    assert len(load_others(config, 5)) == 5
-    assert len(read) <= 8 + 8 + 5  # those shown may come again
-
-
-def whole(folder, pictures):
-    path = folder / "whole.jsonl"
-    path.write_text("".join(json.dumps({**ASKED, "image": picture.name}) + "\n" for picture in pictures))
-    return path
+    assert len(load_others(config, drawn, 5)) == 5
+    assert len(read) <= 8 + 5  # those shown may come again
+    for every in (replace(config, samples=None), replace(config, samples=9)):  # there is nothing to read
+        assert load_others(replace(every, data="gone.jsonl"), drawn, 5) == []
 
 
 def counting(read):

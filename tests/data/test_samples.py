@@ -201,9 +201,9 @@ def test_others_are_what_a_draw_leaves_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = DataConfig(str(tmp_path / "rows.jsonl"), samples=12, seed=1)
     drawn = {s.prompt for s in load_samples(config)}
-    others = [s.prompt for s in load_others(config, 8)]
+    others = [s.prompt for s in load_others(config, load_samples(config), 8)]
     assert len(others) == 8
     assert drawn.isdisjoint(others)
-    assert others == [s.prompt for s in load_others(config, 8)]
-    assert drawn.isdisjoint(s.prompt for s in load_others(config, 100))
-    assert not load_others(replace(config, samples=None), 8)
+    assert others == [s.prompt for s in load_others(config, load_samples(config), 8)]
+    assert drawn.isdisjoint(s.prompt for s in load_others(config, load_samples(config), 100))
+    assert not load_others(replace(config, samples=None), load_samples(config), 8)

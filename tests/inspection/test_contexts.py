@@ -4,7 +4,7 @@ import json
 import math
 import re
 from contextlib import contextmanager
-from itertools import combinations
+from itertools import chain, combinations
 
 import helpers
 import pytest
@@ -86,7 +86,7 @@ def encoded(files, tokenizer, name, round=0, others=False, rounds=ROUNDS):
     samples = drawn[round]
     if others:
         shown = [sample.row for samples in drawn for sample in samples]
-        samples = load_others(data, HELD_OUT, rounds)
+        samples = load_others(data, list(chain(*drawn)), HELD_OUT)
         assert not any(sample.row in shown for sample in samples)
     return [encode(tokenizer, sample, 512) for sample in samples]
 

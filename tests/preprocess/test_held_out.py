@@ -10,7 +10,7 @@ from corda_lora import CordaConfig
 from corda_lora.adapters.prepare import prepare
 from corda_lora.config import DataConfig
 from corda_lora.data.batches import context_batches
-from corda_lora.data.samples import load_others
+from corda_lora.data.samples import load_others, load_samples
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess.held_out import enough_samples, times_as_much
 from corda_lora.report.verdicts import start_verdicts
@@ -34,7 +34,7 @@ def made(tmp_path, tokenizer):
 
 def test_the_leak_of_others_is_that_of_their_covariance(made, tokenizer):
     model, data, start = made(40, skip_tokens=1)
-    others = load_others(data, 64)
+    others = load_others(data, load_samples(data), 64)
     assert len(others) == 64
     batches, _ = context_batches(tokenizer, others, data.max_length)
     C = tiny.covariances_of(model, find_targets(model, "all-linear"), batches, skip_tokens=1)

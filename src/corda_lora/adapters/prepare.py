@@ -15,7 +15,7 @@ from torch import nn
 from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.batches import encode_all
 from ..data.overview import check_fit, overview
-from ..data.samples import digest_of, load_others, load_rounds
+from ..data.samples import Sample, digest_of, load_others, load_rounds
 from ..devices import compute_device
 from ..files import check_output, remove_folder
 from ..models.loading import check_original, load_model, load_tokenizer, open_model
@@ -142,7 +142,7 @@ def prepare(
             remove_folder(work)
         raise
     if len(datas) == 1 and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
-        _add_held_out(start, model, stored, tokenizer, datas[0], batch_tokens, processes)
+        _add_held_out(start, model, stored, tokenizer, datas[0], shown[0][0], batch_tokens, processes)
     if processes and not processes.first:
         return start
     quantized = work / BASE_FOLDER if config.quantization else None
@@ -177,6 +177,7 @@ def _add_held_out(
     stored: Stored,
     tokenizer: Any,
     data: DataConfig,
+    shown: Sequence[Sample],
     batch_tokens: int,
     processes: Processes | None,
 ) -> None:
@@ -184,7 +185,7 @@ def _add_held_out(
     much as those shown, and how many samples would be enough."""
     with warnings.catch_warnings():  # of rows that are left out: it has been said
         warnings.simplefilter("ignore")
-        others = load_others(data, OTHERS)
+        others = load_others(data, shown, OTHERS)
     if len(others) < OTHERS // 4:
         return
     config, record = start.config, start.record
@@ -194,7 +195,7 @@ def _add_held_out(
     leaks = held_out_leaks(model, choose_targets(model, config), start, context, place, processes)
     for name, leak in leaks.items():
         record["layers"][name]["held_out_leak"] = leak
-    shown = {name: layer.record.leak for name, layer in start.layers.items() if layer.record.leak is not None}
-    times, samples = times_as_much(shown, leaks), record["context"]["samples"]
+    leaked = {name: layer.record.leak for name, layer in start.layers.items() if layer.record.leak is not None}
+    times, samples = times_as_much(leaked, leaks), record["context"]["samples"]
     if times is not None:
         record["held_out"] = {"samples": len(others), "times": times, "enough": enough_samples(samples, times)}

@@ -86,16 +86,20 @@ def digest_of(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
-def load_others(config: DataConfig, count: int, rounds: int = 1) -> list[Sample]:
-    """Up to `count` samples that `load_rounds` does not draw with the same configuration, nor any with the same text:
-    to measure on what has not been seen. None if all the data is drawn.
+def load_others(config: DataConfig, shown: Sequence[Sample], count: int) -> list[Sample]:
+    """Up to `count` samples that are not among those shown, nor any with the same text: to measure on what has not been
+    seen. None if all the data is shown.
 
     Where samples have images, rows are read until there are as many, since to read all would take long; those with an
     image that cannot be read are passed over, since nobody asked for these rows.
 
-    Raises CordaError as `load_rounds` does.
+    Args:
+        shown: what `load_samples` has drawn with the same configuration, or `load_rounds` in all rounds.
+
+    Raises CordaError as `load_samples` does.
     """
-    shown = list(chain(*load_rounds(config, rounds)))
+    if config.samples is None or len(shown) < config.samples:
+        return []  # there was no more to draw
     drawn = {s.shown for s in shown}
     if any(s.images for s in shown):
         return list(islice((s for s in _in_any_order(config) if s.shown not in drawn), count))

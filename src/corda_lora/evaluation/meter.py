@@ -192,10 +192,10 @@ def make_keepers(
 def _make_keeper(
     peft_model: PeftModel, tokenizer: Any, config: KeepConfig, context: KeptContext, shown: list[Encoded]
 ) -> tuple[Keeper | None, list[str]]:
-    name, data, _, keep, path = context
+    name, data, samples, keep, path = context
     with warnings.catch_warnings():  # of rows that are left out: `load_contexts` has said it
         warnings.simplefilter("ignore")
-        other_samples = load_others(data, MEASURED)
+        other_samples = load_others(data, samples, MEASURED)
     others = encode_all(tokenizer, other_samples, data.max_length)
     answered, of = _answered(shown), f" of {name}" if name else ""
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:

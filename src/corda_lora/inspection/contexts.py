@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def inspect_model(
         check_context(model, Context(draws[d].batches, skip_tokens=config.skip_tokens), targets, name)
         for d, name in zip(full, names)
     ]
-    texts = _texts(model, tokenizer, config, datas, names) if config.levels else {}
+    texts = _texts(model, tokenizer, config, datas, names, rounds) if config.levels else {}
     ways = _ways(names, draws, config)
 
     device = compute_device(model, config.device)
@@ -393,7 +393,12 @@ def _batches(
 
 
 def _texts(
-    model: nn.Module, tokenizer: Any, config: InspectConfig, datas: Sequence[DataConfig], names: Sequence[str]
+    model: nn.Module,
+    tokenizer: Any,
+    config: InspectConfig,
+    datas: Sequence[DataConfig],
+    names: Sequence[str],
+    rounds: Sequence[Sequence[list[Sample]]],
 ) -> dict[str, list[Batch]]:
     """What truncation is measured on: windows of the text, or samples of each context that were not shown.
 
@@ -404,8 +409,8 @@ def _texts(
         windows = text_windows(tokenizer, load_samples(text), max(1, text.max_length - before))[: config.held_out]
         return {context_names([text])[0]: _batches(model, tokenizer, windows, text.max_length, config)}
     texts = {}
-    for data, name in zip(datas, names):
-        others = load_others(data, config.held_out, config.rounds)
+    for data, name, shown in zip(datas, names, rounds):
+        others = load_others(data, list(chain(*shown)), config.held_out)
         if not others:
             raise CordaError(
                 f"all samples of {data.data} are shown, and none is left to measure on: fewer --samples, or a --text"

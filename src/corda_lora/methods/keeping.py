@@ -84,13 +84,13 @@ def abilities_kept(
     total, kept = sum(context.weight for context in named), []
     for context in named:
         price = keep * len(named) * context.weight / total if context.price is None else context.price
-        path = setup.folder / f"{context.ability}.{NAME}"
+        path, samples = setup.folder / f"{context.ability}.{NAME}", load_samples(context)
         if not path.is_file():
-            encoded = encode_all(setup.tokenizer, load_samples(context), context.max_length)
+            encoded = encode_all(setup.tokenizer, samples, context.max_length)
             path.parent.mkdir(parents=True, exist_ok=True)
             pad_id = setup.tokenizer.pad_token_id or 0
             collect_statistics(model, setup.targets, encoded, pad_id, draws=draws, progress=False).save(path)
-        others = encode_all(setup.tokenizer, load_others(context, MEASURED), context.max_length)
+        others = encode_all(setup.tokenizer, load_others(context, samples, MEASURED), context.max_length)
         kept.append(KeptAbility(context.ability, price, Statistics.load(path), others))
     return kept
 
