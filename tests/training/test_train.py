@@ -74,6 +74,12 @@ def test_micro_batches_hold_samples_of_like_length_and_train_the_same(tokenizer)
         assert torch.allclose(parameter, trained_in_parts[name], atol=1e-4), name
 
 
+def test_a_training_of_one_step_trains(tokenizer):
+    """Its warmup would be that step, at a rate of 0."""
+    _, trained = run(tokenizer, steps=1)
+    assert any(bool(p.any()) for name, p in trained.items() if "lora_B" in name)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a compiler")
 def test_compiled_blocks_train_the_same(tokenizer, monkeypatch):

@@ -119,7 +119,7 @@ def trainer_arguments(
             max_steps=steps,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=parts,
-            warmup_steps=math.ceil(config.warmup * steps),
+            warmup_steps=min(math.ceil(config.warmup * steps), steps - 1),  # it begins at a rate of 0
             lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
             weight_decay=config.weight_decay,
             bf16=config.precision == "bf16",
