@@ -286,6 +286,15 @@ def test_rows_without_an_image_are_counted_and_asked_as_the_others_are(folder, l
         )
 
 
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_a_place_without_an_image_is_named_by_its_row(folder, column):
+    texts = ["<image>What?", "Who?", "<image>Why?"]
+    rows = [{column: text if column == "prompt" else [{"role": "user", "content": text}]} for text in texts]
+    rows[0]["image"] = "pics/0.png"
+    with pytest.raises(CordaError, match=r"row 3 of .* the row has 0 images, and its text has places for 1"):
+        load_samples(write(folder, rows))
+
+
 def test_when_no_image_can_be_read_a_row_is_named(folder):
     config = replace(write(folder, [{**ASKED, "image": "pics/9.png"}]), bad_images="skip")
     with (

@@ -194,7 +194,7 @@ def with_images(
         CordaError: there are more places than images, or more images.
     """
     placed = [_placed(message) for message in messages]
-    if not has_place(placed):
+    if values and not has_place(placed):
         turn = next((i for i, message in enumerate(placed) if message["role"] == "user"), None)
         if turn is None:
             raise CordaError("the row has an image, and no turn of a user that it could belong to")

@@ -251,9 +251,8 @@ def _reader(config: DataConfig, columns: Sequence[str], rows: Iterable[Row]) -> 
 
     def read_shown(row: Row) -> Sample:
         sample, values = read(row), row_images(row)
-        if values or has_place(sample.messages):
-            return _with_images(sample, values, folder, config)
-        return _as_chat(sample, config) if illustrated and sample.prompt.strip() else sample
+        asks = illustrated and (sample.messages or sample.prompt.strip())  # running text does not
+        return _with_images(sample, values, folder, config) if values or asks or has_place(sample.messages) else sample
 
     return read_shown
 
@@ -261,17 +260,13 @@ def _reader(config: DataConfig, columns: Sequence[str], rows: Iterable[Row]) -> 
 def _with_images(sample: Sample, values: Sequence[Any], folder: Path | None, config: DataConfig) -> Sample:
     """The sample with the images of its row, which makes a chat of a prompt and a response: the model's chat template
     knows where images stand."""
-    sample = sample if sample.messages else _as_chat(sample, config)
+    if not sample.messages:
+        turns = [{"role": "user", "content": sample.prompt}]
+        turns += [{"role": "assistant", "content": sample.response}] * bool(sample.response.strip())
+        sample = _chat(turns, 0, sample.row, config)
     messages, pictures = with_images(sample.messages, values, folder)
     row = {name: value for name, value in sample.row.items() if name not in COLUMNS}  # decoded images are large
     return sample._replace(messages=messages, images=pictures, row=row)
-
-
-def _as_chat(sample: Sample, config: DataConfig) -> Sample:
-    """The chat of a prompt and a response."""
-    turns = [{"role": "user", "content": sample.prompt}]
-    turns += [{"role": "assistant", "content": sample.response}] * bool(sample.response.strip())
-    return _chat(turns, 0, sample.row, config)
 
 
 def _text_reader(config: DataConfig, columns: Sequence[str]) -> Callable[[Row], Sample]:
