@@ -73,6 +73,12 @@ def test_what_was_mixed_is_kept_in_training_each_at_its_price(folder, checkpoint
     said = capsys.readouterr().out.replace("\n", " ")
     assert "on samples of sums" in said
     assert "on samples of spelling" in said
+    main(["inspect", "--adapter", "tuned", "--output", "page"])
+    assert "Predicted drift on kept spelling: " in (said := capsys.readouterr().out.replace("\n", " "))
+    assert "Predicted drift on kept sums: " in said
+    main(["export", "--model", str(checkpoint), "--adapter", "tuned", "--as", "lora", "--r", "2", "--output", "cut"])
+    main(["inspect", "--adapter", "cut", "--output", "page_of_cut"])  # its layers are others
+    assert "Predicted drift" not in capsys.readouterr().out
     run("train", checkpoint, "--start", "tuned", *TRAINING, "--output", "again")  # keeps the same at the same prices
     assert "keeps spelling (80 samples) at a price of 12 nats" in capsys.readouterr().err
 

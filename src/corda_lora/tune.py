@@ -143,7 +143,8 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
             writes the output.
 
     Returns what is in training.json: what `train` returns, the recipe, and, where something is kept, "drift": the
-    meter's history (see `training.keeping.Keeper`), of several abilities one for each by its name.
+    meter's history (see `training.keeping.Keeper`), and "predicted_drift": that of each layer at the end; of several
+    abilities one for each by its name.
 
     Raises:
         CordaError: see `check_tuning`, `load_model`, `load_adapter`, `make_keepers`, `train`; OUTPUT.work belongs to
@@ -198,6 +199,8 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
     if keepers:
         histories = {keeper.name: keeper.history for keeper in keepers}
         training["drift"] = histories.get("", histories)
+        of_layers = {k.name: {name: float(x) for name, x in k.predicted.by_layer().items()} for k in keepers}
+        training["predicted_drift"] = of_layers.get("", of_layers)  # for `inspect`, which has no C and D
     gather_adapter(peft_model)
     if follows:
         return training

@@ -158,7 +158,7 @@ def test_which_ability_each_component_serves(made, layers, checkpoint, lora, fil
 
 
 def test_predicted_drift_is_that_of_the_statistics(checkpoint, files, tmp_path_factory):
-    """Of a CorDA adapter trained with a price: by its statistics, as the training predicts it, and on the context."""
+    """Of a CorDA adapter trained with a price: as the training wrote it down, by its statistics, and on the context."""
     folder = tmp_path_factory.mktemp("corda")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
@@ -167,14 +167,17 @@ def test_predicted_drift_is_that_of_the_statistics(checkpoint, files, tmp_path_f
         main([*start, "--output", str(folder / "start")])
         train = ["train", "--model", str(checkpoint), "--start", str(folder / "start"), "--data", data, "--keep=1"]
         main([*train, "--max_steps=2", "--batch_size=4", "--precision=fp32", "--output", str(folder / "tuned")])
-    alone = json.loads((inspected(tmp_path_factory, "--adapter", folder / "tuned") / "inspect.json").read_text())
-    by_file = {name: about["predicted_drift"] for name, about in alone["layers"].items()}
+    (folder / "start").rename(folder / "moved")  # the adapter may be elsewhere than its start
+    page = inspected(tmp_path_factory, "--adapter", folder / "tuned")
+    alone = json.loads((page / "inspect.json").read_text())
+    by_file = {name: about["kept"][""] for name, about in alone["layers"].items()}
+    assert "Predicted drift on the context that was to be kept: " in (page / "report.html").read_text()
 
     from corda_lora.adapters.lora import load_adapter
     from corda_lora.preprocess.statistics import Statistics
     from corda_lora.training.keeping import PredictedDrift
 
-    statistics = Statistics.load(folder / "start" / "statistics.safetensors")
+    statistics = Statistics.load(folder / "moved" / "statistics.safetensors")
     predicted = PredictedDrift(load_adapter(base(checkpoint), folder / "tuned"), statistics).by_layer()
     assert by_file == pytest.approx({name: float(value) for name, value in predicted.items()}, rel=1e-4)
     assert sum(by_file.values()) > 0

@@ -229,10 +229,13 @@ def _shapes_in(path: Path) -> dict[str, list[int]]:
 
 
 def read_records(directory: Path) -> Records:
-    """What is recorded of an adapter in its directory, by file name: how its start was made, and its training."""
+    """What is recorded of an adapter in its directory, by file name, for one that is made of it: how its start was
+    made, and its training, without the figures of single layers, which are others there."""
     record, path = read_record(directory), directory / TRAINING
     records = {RECORD: record} if record is not None else {}
-    return records | ({TRAINING: dict(read_json(path))} if path.is_file() else {})
+    training = dict(read_json(path)) if path.is_file() else {}
+    training.pop("predicted_drift", None)
+    return records | ({TRAINING: training} if training else {})
 
 
 def read_marks(directory: Path) -> dict[str, Any] | None:

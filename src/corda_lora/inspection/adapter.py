@@ -1,6 +1,6 @@
 """What an adapter changed, layer by layer: any LoRA of PEFT's, by its file alone, or beside its model and samples.
 
-    ΔW = s·B A          by the file: rank, norms, singular values; predicted drift, if it has the context's statistics
+    ΔW = s·B A          by the file: rank, norms, singular values; predicted drift, if its training wrote it down
     ‖ΔW‖ / ‖W‖          by the model, and what merging rounds away
     ‖ΔW X‖ / ‖W X‖      by samples: how far the layer's outputs move; and the predicted drift on these samples
     ‖bᵢ aᵢX‖² / ‖W X‖²  by samples of several abilities: which of them each component, and each layer, serves
@@ -22,10 +22,9 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..adapters.card import TRAINING
-from ..adapters.lora import BASE, CONFIG, STATISTICS, read_marks
+from ..adapters.lora import BASE, CONFIG, read_marks
 from ..algebra.covariance import float32_products
 from ..algebra.decomposition import product
-from ..algebra.second_order import predicted_drift
 from ..config import CordaError, InspectConfig
 from ..data.batches import encode_all
 from ..data.overview import check_fit, overview
@@ -37,7 +36,6 @@ from ..models.targets import task_type, tied_layers
 from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
 from ..preprocess.backward import StepBack, walk_back
 from ..preprocess.context import Context, answer_mask, check_context, has_decoder, read_context
-from ..preprocess.statistics import Statistics
 from ..preprocess.walk import Place, choose_parking, walk
 from ..progress import console, progress_bar
 from .contexts import context_names, place_of
@@ -62,16 +60,15 @@ class Adapter:
         left: what else it trains, by the names of the tensors: modules saved whole, embeddings.
         base: the name of its base model; None if it is not recorded.
         made_for: the fingerprint of the base's weights, if they are recorded.
-        in_adapter: whether a part of the model is in the adapter (on a quantized residual).
-        statistics: of the context that was to be kept, if they are there.
+        kept: the predicted drift of each layer on each ability that was to be kept, in nats per answer token, as far as
+            it is known. One ability is called "".
     """
 
     layers: dict[str, Factors]
     left: list[str]
     base: str | None
     made_for: str | None
-    in_adapter: bool
-    statistics: Statistics | None
+    kept: dict[str, dict[str, float]]
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -110,23 +107,17 @@ def read_adapter(directory: Path) -> Adapter:
     if not layers:
         raise CordaError(f"the adapter in {directory} changes no linear layer")
     made_for = marks["fingerprint"] if marks else (config.auto_mapping or {}).get(BASE)
-    statistics = _statistics(directory, made_for)
-    in_adapter = bool(marks) and marks["split"] == "residual"  # type: ignore[index]
     left = sorted(name for name in weights if ".base_layer." not in name)  # PEFT's copies of the base's own
-    return Adapter(layers, left, config.base_model_name_or_path, made_for, in_adapter, statistics)
+    return Adapter(layers, left, config.base_model_name_or_path, made_for, _kept(directory))
 
 
-def _statistics(directory: Path, made_for: str | None) -> Statistics | None:
-    """The statistics of an adapter's context: in its directory, or in that of the start that it was trained from, if
-    they are of the same weights."""
-    folders, training = [directory], directory / TRAINING
-    if training.is_file() and isinstance(start := read_json(training).get("recipe", {}).get("start"), str):
-        folders.append(Path(start))
-    for folder in folders:
-        if (folder / STATISTICS).is_file():
-            statistics = Statistics.load(folder / STATISTICS)
-            return statistics if made_for in (None, fingerprint(statistics.digests)) else None
-    return None
+def _kept(directory: Path) -> dict[str, dict[str, float]]:
+    """What the training of an adapter has written down: see `Adapter`."""
+    path = directory / TRAINING
+    written = read_json(path).get("predicted_drift") if path.is_file() else None
+    if not written:
+        return {}
+    return written if isinstance(next(iter(written.values())), dict) else {"": written}
 
 
 @torch.no_grad()
@@ -159,10 +150,9 @@ def inspect_adapter(
     for name in targets or layers:
         of_file, values[name] = _of_file(*layers[name])
         record["layers"][name] = (place_of(name, blocks) if targets else _place_in_name(name)) | of_file
-    if adapter.statistics is not None and not adapter.in_adapter:
-        for name, drift in _predicted(adapter.statistics, layers).items():
-            record["layers"][name]["predicted_drift"] = drift
-        record["statistics"] = {"samples": adapter.statistics.samples, "tokens": adapter.statistics.tokens}
+    for ability, drifts in adapter.kept.items():
+        for name in layers.keys() & drifts.keys():
+            record["layers"][name].setdefault("kept", {})[ability] = drifts[name]
     if model is None:
         return record, values
 
@@ -252,16 +242,6 @@ def _of_file(A: Tensor, B: Tensor, scale: float) -> tuple[dict[str, Any], Tensor
         # as many singular values of one size would have these sums
         "effective_rank": float(squares.sum() ** 2 / squares.square().sum()) if squares.any() else 0.0,
     }, sigma.float()
-
-
-def _predicted(statistics: Statistics, layers: Mapping[str, Factors]) -> dict[str, float]:
-    """The predicted drift of each layer on the context of the statistics, in nats per answer token."""
-    weight = 0.5 * statistics.tokens / statistics.answers
-    return {
-        name: float(predicted_drift(A, B, *statistics.layers[name], torch.tensor(weight * scale**2)))
-        for name, (A, B, scale) in layers.items()
-        if name in statistics.layers
-    }
 
 
 def _of_model(module: nn.Module, factors: Factors) -> dict[str, float | None]:

@@ -99,8 +99,14 @@ def change_measures(
             ),
             f"leak{of}": (partial(moved, key="leak"), "tr(A C Aᵀ): the mean square of what A reads of the inputs"),
         }
+    for ability in dict.fromkeys(name for layer in record["layers"].values() for name in layer.get("kept", ())):
+
+        def kept(layer: Mapping[str, Any], ability: str = ability) -> float | None:
+            return layer.get("kept", {}).get(ability)
+
+        label = f"predicted drift, kept {ability}" if ability else "predicted drift"
+        measures[label] = (kept, "as its training predicted it at its end, nats per answer token")
     measures |= {
-        "predicted drift": (lambda layer: layer.get("predicted_drift"), "on the context whose statistics are there"),
         "‖ΔW‖ / ‖W‖": (lambda layer: layer.get("relative"), "size of the change over that of the weight"),
         "‖ΔW‖": (lambda layer: layer["norm"], "size of the change: its Frobenius norm"),
         "rank": (lambda layer: layer["r"], ""),
