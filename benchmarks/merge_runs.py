@@ -2,8 +2,9 @@
 
     python benchmarks/merge_runs.py OUTPUT COMPARISON.json [COMPARISON.json ...]
 
-Runs that were scheduled and not made are left out. The comparisons must share their recipe but for methods, seeds and
-options that came later; and for micro_batch_size, as a step's gradient is the same however its batch is cut.
+Runs that were scheduled and not made are left out. The comparisons must share their recipe but for which methods and
+seeds they have, and options that came later; and for micro_batch_size, as a step's gradient is the same however its
+batch is cut.
 """
 
 import json
@@ -23,7 +24,10 @@ def merge(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
     runs: dict[str, Any] = {}
     for comparison in comparisons:
         merged["methods"] = comparison["methods"] | merged["methods"]
-        merged["recipe"]["methods"] = comparison["recipe"]["methods"] | merged["recipe"]["methods"]
+        ours, others = comparison["recipe"]["methods"], merged["recipe"]["methods"]
+        if odd := [name for name in ours.keys() & others.keys() if ours[name] != others[name]]:
+            raise SystemExit(f"the comparisons have different settings of {min(odd)}")
+        merged["recipe"]["methods"] = ours | others
         for run in comparison["runs"]:
             if run["status"] in ("done", "diverged"):
                 runs[json.dumps([run["method"], run.get("swept"), run["learning_rate"], run["seed"]])] = run

@@ -78,6 +78,9 @@ def test_runs_of_several_calls_are_put_together(load):
     assert merged["methods"].keys() == {"lora", "pissa"}
     assert merged["commit"] == "of-lora, of-pissa"
     assert merged["machine"] == f"another, {first['machine']}"
+    second["recipe"]["methods"]["lora"] = {"method": "lora", "options": {"r": 8}}
+    with pytest.raises(SystemExit, match="different settings of lora"):
+        merge([first, second])
     second["recipe"]["train"]["batch_size"] = 4
     with pytest.raises(SystemExit, match="different recipes"):
         merge([first, second])

@@ -14,11 +14,10 @@ from ..data.samples import load_samples
 from ..methods.registry import corda_config
 from ..preprocess.machine import Machine
 from ..preprocess.plan import CONTEXT, Plan, init_plan, planned_tokens, shapes_of
+from ..training.plan import ADAM
 from .comparison import Comparison
 from .runner import check_methods
 from .schedule import count_runs
-
-ADAM = 16  # bytes of a trained parameter: itself, its gradient and two moments, in float32
 
 
 class EntryPlan(NamedTuple):
