@@ -292,6 +292,25 @@ def test_an_unreadable_image_of_a_row_that_is_not_drawn(llava, data):
     assert json.loads((data / "work" / "start" / "corda.json").read_text())["context"]["samples"] == 8
 
 
+def test_rows_that_are_not_drawn_are_not_refused_when_the_work_is_done(llava, data):
+    """They are only measured on. Here max_length cuts their images, or their images have no place."""
+    rows = [{"image": f"pics/{i % 24}.png", "prompt": f"What is it, {i}?", "response": "a cat"} for i in range(80)]
+    write = lambda: (data / "keep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
+    write()
+    drawn = {
+        sample.messages[0]["content"][1]["text"]
+        for sample in load_samples(DataConfig(str(data / "keep.jsonl"), samples=20))
+    }
+    for i, row in enumerate(rows):
+        if row["prompt"] not in drawn:
+            row["prompt"] = f"{'So ' * 30}<image>?" if i % 2 else "<image> or <image>?"
+    write()
+    few = ["--samples", 20, "--max_length", 60]
+    run("init", "--model", llava, "--context", data / "keep.jsonl", *few, "--r", 4, "--output", "start")
+    run("train", "--model", llava, "--start", "start", "--data", data / "learn.jsonl", *TRAIN[:4], "--max_steps", 1,
+        "--output", "tuned")  # fmt: skip
+
+
 def test_a_max_length_that_cuts_images(llava, data, capsys):
     for verb in (
         ["init", "--context", data / "keep.jsonl", "--r", 4, "--output", "out"],

@@ -207,3 +207,17 @@ def test_others_are_what_a_draw_leaves_out(tmp_path):
     assert others == [s.prompt for s in load_others(config, load_samples(config), 8)]
     assert drawn.isdisjoint(s.prompt for s in load_others(config, load_samples(config), 100))
     assert not load_others(replace(config, samples=None), load_samples(config), 8)
+
+
+def test_a_row_that_was_not_asked_for_is_no_error(tmp_path):
+    """Others are looked for when long work is done."""
+    rows = [{"prompt": f"{i}?", "response": "!"} for i in range(40)]
+    config = DataConfig(str(tmp_path / "rows.jsonl"), samples=12)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    drawn = load_samples(config)
+    asked = {s.prompt for s in drawn}
+    rows = [row if row["prompt"] in asked else row | {"prompt": {"a": "mapping"}} for row in rows]
+    rows[next(i for i, row in enumerate(rows) if isinstance(row["prompt"], dict))]["prompt"] = "new?"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_samples(config) == drawn
+    assert [s.prompt for s in load_others(config, drawn, 9)] == ["new?"]

@@ -6,7 +6,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,36 +90,32 @@ def load_others(config: DataConfig, shown: Sequence[Sample], count: int) -> list
     """Up to `count` samples that are not among those shown, nor any with the same text: to measure on what has not been
     seen. None if all the data is shown.
 
-    Where samples have images, rows are read until there are as many, since to read all would take long; those with an
-    image that cannot be read are passed over, since nobody asked for these rows.
+    Where samples have images, rows are read until there are as many, since to read all would take long. Rows that
+    cannot be read are passed over, since nobody asked for these.
 
     Args:
         shown: what `load_samples` has drawn with the same configuration, or `load_rounds` in all rounds.
 
-    Raises CordaError as `load_samples` does.
+    Raises CordaError if the data cannot be read.
     """
     if config.samples is None or len(shown) < config.samples:
         return []  # there was no more to draw
-    drawn = {s.shown for s in shown}
-    if any(s.images for s in shown):
-        return list(islice((s for s in _in_any_order(config) if s.shown not in drawn), count))
-    others = [s for s in load_samples(replace(config, samples=None)) if s.shown not in drawn]
-    return random.Random(config.seed).sample(others, min(count, len(others)))
-
-
-def _in_any_order(config: DataConfig) -> Iterator[Sample]:
-    """All complete samples whose images can be read, in an order of the seed; each is read when it is taken."""
     rows, columns = load_rows(config)
-    if config.samples is None or config.samples >= len(rows):
-        return  # all are drawn
-    read = _reader(config, columns, rows)
-    for i in random.Random(config.seed).sample(range(len(rows)), len(rows)):
-        try:
-            yield read(rows[i])
-        except (MissingValueError, BadImageError):
-            continue
-        except CordaError as error:
-            raise CordaError(f"row {i + 1} of {config.data} ({config.rows}): {error}") from error
+    if config.samples >= len(rows):
+        return []
+    read, drawn = _reader(config, columns, rows), {s.shown for s in shown}
+
+    def others(numbers: Iterable[int]) -> Iterator[Sample]:
+        for i in numbers:
+            with suppress(MissingValueError, CordaError):
+                if (sample := read(rows[i])).shown not in drawn:
+                    yield sample
+
+    generator = random.Random(config.seed)
+    if any(s.images for s in shown):
+        return list(islice(others(generator.sample(range(len(rows)), len(rows))), count))
+    found = list(others(track_if_slow(range(len(rows)), "reading")))
+    return generator.sample(found, min(count, len(found)))
 
 
 def load_rounds(config: DataConfig, rounds: int) -> list[list[Sample]]:
