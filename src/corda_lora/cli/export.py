@@ -69,11 +69,12 @@ def export(options: Namespace) -> dict[str, Any]:
     from ..adapters.lora import WEIGHTS, read_marks, with_labels_of
     from ..adapters.order import NAME as ORDER
     from ..adapters.order import read_order
-    from ..data.batches import encode
+    from ..data.batches import encode_all
     from ..data.overview import overview
     from ..data.samples import digest_of, load_samples
     from ..devices import compute_device
     from ..models.loading import load_model, load_tokenizer
+    from ..preprocess.statistics import check_samples
     from ..report.terminal import order_table
     from ..report.verdicts import another_function
 
@@ -94,6 +95,11 @@ def export(options: Namespace) -> dict[str, Any]:
         push(options, hub_repo(options))
         return {"output": str(options.output), "form": options.form}
     check_output(options.output)
+    if data is not None:  # before the model is loaded
+        tokenizer = load_tokenizer(source)
+        encoded = encode_all(tokenizer, samples, data.max_length, end=True)
+        out.print(overview(data.data, tokenizer, samples, encoded, data.max_length, end=True))
+        check_samples(sum(e.targets > 0 for e in encoded))
     repo = hub_repo(options)
     model = load_model(source)
     result: dict[str, Any] = {"output": str(options.output), "form": options.form, "relative_error": 0.0}
@@ -115,9 +121,6 @@ def export(options: Namespace) -> dict[str, Any]:
         if quantized:
             out.print(f"dequantized, and merged: rounding changed the weights by {error:.1e} of their length")
     elif data is not None:
-        tokenizer = load_tokenizer(source)
-        encoded = [encode(tokenizer, sample, data.max_length, end=True) for sample in samples]
-        out.print(overview(data.data, tokenizer, samples, encoded, data.max_length, end=True))
         model = model.to(compute_device(model, None))
         found = (options.adapter, options.output, encoded, tokenizer.pad_token_id or 0)
         gains = export_ordered(model, *found, record=recipe)
