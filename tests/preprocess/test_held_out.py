@@ -70,6 +70,25 @@ def test_a_few_others_are_needed(rows, said, made):
     assert ("held_out" in made(100, rows)[2].record) == said
 
 
+def test_others_that_are_longer_than_the_model_has_positions_are_passed_over(tmp_path, tokenizer):
+    """Nobody asked for them: they end no work that is done."""
+    texts, data = (
+        [f"the number {i}" for i in range(60)],
+        DataConfig(str(tmp_path / "d.jsonl"), "", "{text}", samples=20),
+    )
+    data.max_length = 400  # tiny GPT-2 has 256
+
+    def write():
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    write()
+    asked = {s.response for s in load_samples(data)}
+    texts = [text if text in asked else text + " and so on" * (30 * (i % 2)) for i, text in enumerate(texts)]
+    write()
+    start = prepare(tiny.build("gpt2_conv1d"), CordaConfig(r=4), data, tmp_path / "start", tokenizer, progress=False)
+    assert start.record["held_out"]["samples"] == sum(len(text) < 50 for text in texts) - 20
+
+
 def test_enough_by_the_law_of_directions_that_are_chosen():
     """The r directions of least energy of n Gaussian samples, against the truth: `enough_samples` of an n that is too
     small finds the one at which others leak 1.1 times as much, within a half."""

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
-from ..data.batches import encode_all, readable
-from ..data.overview import check_fit, overview
+from ..data.batches import encode_all
+from ..data.overview import check_fit, overview, readable
 from ..data.samples import Sample, digest_of, load_others, load_rounds
 from ..devices import compute_device
 from ..files import check_output, remove_folder
@@ -185,7 +185,7 @@ def _add_held_out(
     much as those shown, and how many samples would be enough."""
     with warnings.catch_warnings():  # of rows that are left out: it has been said
         warnings.simplefilter("ignore")
-        others = readable(tokenizer, load_others(data, shown, OTHERS), data.max_length)
+        others = readable(model, tokenizer, load_others(data, shown, OTHERS), data.max_length)
     if len(others) < OTHERS // 4:
         return
     config, record = start.config, start.record

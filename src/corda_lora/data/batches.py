@@ -1,7 +1,6 @@
 """Samples → tokens → batches of what a model's forward takes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -67,16 +66,6 @@ def encode_all(tokenizer: Any, samples: Iterable[Sample], max_length: int, end: 
     if needed:
         raise CutImageError(max_length, needed)
     return encoded
-
-
-def readable(tokenizer: Any, samples: Iterable[Sample], max_length: int) -> list[Sample]:
-    """The samples that `encode` does not refuse: of those that nobody asked for, the others are passed over."""
-    found = []
-    for sample in samples:
-        with suppress(CordaError):
-            encode(tokenizer, sample, max_length)
-            found.append(sample)
-    return found
 
 
 def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> Encoded:

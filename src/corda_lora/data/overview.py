@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..config import CordaError
 from ..config.values import short
-from .batches import Encoded
+from .batches import Encoded, encode
 from .samples import Sample
 
 SHOWN = 400  # characters of a prompt or a response
@@ -130,6 +131,17 @@ def check_fit(model: nn.Module, sequences: Iterable[Sequence[int]]) -> None:
             f"the longest sample has {longest:,} tokens, and the model has learned {positions:,} positions: "
             f"give --max_length {positions}"
         )
+
+
+def readable(model: nn.Module, tokenizer: Any, samples: Iterable[Sample], max_length: int) -> list[Sample]:
+    """The samples that `encode` and `check_fit` do not refuse: of those that nobody asked for, the others are passed
+    over."""
+    found = []
+    for sample in samples:
+        with suppress(CordaError):
+            check_fit(model, [encode(tokenizer, sample, max_length).ids])
+            found.append(sample)
+    return found
 
 
 def _is_positions(named: tuple[str, nn.Module]) -> bool:

@@ -14,7 +14,8 @@ from ..adapters.lora import lora_layers, on_residual
 from ..config import ContextConfig, CordaError, DataConfig, KeepConfig
 from ..config.data import CONTEXT_SAMPLES
 from ..config.train import KEEP
-from ..data.batches import Encoded, encode_all, readable
+from ..data.batches import Encoded, encode_all
+from ..data.overview import readable
 from ..data.samples import Sample, digest_of, load_others, load_samples
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
@@ -195,7 +196,7 @@ def _make_keeper(
     name, data, samples, keep, path = context
     with warnings.catch_warnings():  # of rows that are left out: `load_contexts` has said it
         warnings.simplefilter("ignore")
-        other_samples = readable(tokenizer, load_others(data, samples, MEASURED), data.max_length)
+        other_samples = readable(peft_model, tokenizer, load_others(data, samples, MEASURED), data.max_length)
     others = encode_all(tokenizer, other_samples, data.max_length)
     answered, of = _answered(shown), f" of {name}" if name else ""
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:

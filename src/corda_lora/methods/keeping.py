@@ -15,7 +15,8 @@ from ..algebra.decomposition import regularize
 from ..algebra.second_order import Low, whole
 from ..config import ContextConfig, CordaError, DataConfig
 from ..config.data import named_contexts
-from ..data.batches import Encoded, encode_all, readable
+from ..data.batches import Encoded, encode_all
+from ..data.overview import readable
 from ..data.samples import load_others, load_samples
 from ..evaluation.evaluate import loss_and_drift
 from ..evaluation.meter import MEASURED
@@ -90,7 +91,7 @@ def abilities_kept(
             path.parent.mkdir(parents=True, exist_ok=True)
             pad_id = setup.tokenizer.pad_token_id or 0
             collect_statistics(model, setup.targets, encoded, pad_id, draws=draws, progress=False).save(path)
-        others = readable(setup.tokenizer, load_others(context, samples, MEASURED), context.max_length)
+        others = readable(model, setup.tokenizer, load_others(context, samples, MEASURED), context.max_length)
         measured = encode_all(setup.tokenizer, others, context.max_length)
         kept.append(KeptAbility(context.ability, price, Statistics.load(path), measured))
     return kept
