@@ -462,6 +462,14 @@ def test_init_refuses(more, message, checkpoint, data, capsys):
     assert nothing_left(data)
 
 
+def test_the_interpreters_end_looks_through_no_objects():
+    """Those of torch and transformers take it seconds."""
+    script = "atexit.register(lambda: print(gc.get_freeze_count() > 0)); main(['nonsense'])"
+    script = f"import atexit, gc; from corda_lora.cli import main; {script}"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "True\n")
+
+
 def test_a_base_that_has_moved_is_no_matter_at_the_checkpoints(checkpoint, data, capsys):
     shutil.copytree(checkpoint, data / "before")
     init(data / "before", data)

@@ -1,5 +1,7 @@
 """The command: from a command line to an exit code."""
 
+import atexit
+import gc
 import logging
 import os
 import re
@@ -35,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where there are no kernels to download
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a log has no use for them
+    atexit.register(gc.freeze)  # else the interpreter's end looks through all objects of torch, which takes seconds
     given = list(sys.argv[1:] if argv is None else argv)
     given = given[1:] if given[:1] == ["--"] else given  # torchrun -m corda_lora -- VERB, which some versions leave
     try:
