@@ -462,6 +462,13 @@ def test_init_refuses(more, message, checkpoint, data, capsys):
     assert nothing_left(data)
 
 
+def test_others_of_the_data_have_a_bar_of_their_own(checkpoint, data, capsys):
+    context = ["--context", data / "learn.jsonl", "--samples", 8]
+    run("init", "--model", checkpoint, *context, "--r", 4, "--device", "cpu", "--output", "start")
+    said = capsys.readouterr().err
+    assert re.search(r"other samples .*14/14", said)
+
+
 def test_the_interpreters_end_looks_through_no_objects():
     """Those of torch and transformers take it seconds."""
     script = "atexit.register(lambda: print(gc.get_freeze_count() > 0)); main(['nonsense'])"

@@ -142,7 +142,7 @@ def prepare(
             remove_folder(work)
         raise
     if len(datas) == 1 and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
-        _add_held_out(start, model, stored, tokenizer, datas[0], shown[0][0], batch_tokens, processes)
+        _add_held_out(start, model, stored, tokenizer, datas[0], shown[0][0], batch_tokens, processes, progress)
     if processes and not processes.first:
         return start
     quantized = work / BASE_FOLDER if config.quantization else None
@@ -180,6 +180,7 @@ def _add_held_out(
     shown: Sequence[Sample],
     batch_tokens: int,
     processes: Processes | None,
+    progress: bool,
 ) -> None:
     """Add to the record how much other samples of the data leak, if there are others: of each layer, how many times as
     much as those shown, and how many samples would be enough."""
@@ -192,7 +193,7 @@ def _add_held_out(
     context = read_context(tokenizer, [others], data.max_length, batch_tokens, has_decoder(model))
     place = Place(compute_device(model, config.device), stored)
     context = replace(context, skip_tokens=config.skip_tokens, tokens=config.tokens)
-    leaks = held_out_leaks(model, choose_targets(model, config), start, context, place, processes)
+    leaks = held_out_leaks(model, choose_targets(model, config), start, context, place, processes, progress)
     for name, leak in leaks.items():
         record["layers"][name]["held_out_leak"] = leak
     leaked = {name: layer.record.leak for name, layer in start.layers.items() if layer.record.leak is not None}

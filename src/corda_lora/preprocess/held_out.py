@@ -9,6 +9,7 @@ from torch import nn
 from ..algebra.decomposition import energies
 from ..config.data import OTHERS_LEAK
 from ..processes import Processes
+from ..progress import progress_bar
 from .context import Context
 from .pipeline import Start
 from .share import Share, SharedCollector
@@ -23,6 +24,7 @@ def held_out_leaks(
     context: Context,
     place: Place,
     processes: Processes | None = None,
+    progress: bool = False,
 ) -> dict[str, float]:
     """The leak tr(A C Aᵀ) of each layer of a start, with C of samples that its components were not chosen from. A layer
     that none of their tokens came to is missing. Several processes share the batches, if there are as many."""
@@ -32,11 +34,13 @@ def held_out_leaks(
         share = Share(processes, model, targets, start.config, place.device)
         context = share.part(context)
         collector = SharedCollector(model, targets, context, 1, share)
-    for _, groups in walk(model, targets, context, place, collector=collector):
-        for members, covariances in groups or []:
-            for C in covariances:
-                As = {name: start.layers[name].A.to(C.device).double() for name in members}
-                leaks |= {name: float(energies(A, C).sum()) for name, A in As.items()}
+    with progress_bar("other samples", len(targets), progress and collector is None) as advance:
+        for _, groups in walk(model, targets, context, place, collector=collector):
+            for members, covariances in groups or []:
+                for C in covariances:
+                    As = {name: start.layers[name].A.to(C.device).double() for name in members}
+                    leaks |= {name: float(energies(A, C).sum()) for name, A in As.items()}
+                advance(len(members))
     if collector is not None:
         for told in collector.share.processes.gather(leaks):
             leaks |= told
