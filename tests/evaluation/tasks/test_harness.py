@@ -247,7 +247,8 @@ def test_a_prompt_with_no_room_is_said(tokenizer, checkpoint, data, capsys):
         (
             "nq_open",
             {"nq_open.jsonl": [{"query": "q", "answers": ["a"]}]},
-            "D/nq_open.jsonl has the columns query, answers, but nq_open needs question and answer: ",
+            "D/nq_open.jsonl has the columns query, answers, but nq_open needs question and answer: there is no "
+            "question and no answer",
         ),
         (
             "triviaqa",

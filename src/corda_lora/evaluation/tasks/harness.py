@@ -205,7 +205,7 @@ def _rows(benchmark: Benchmark, file: Path) -> list[Row]:
     if missing := [name for name in benchmark.columns if name not in names]:
         raise CordaError(
             f"{file} has the columns {', '.join(names) or '(none)'}, but {benchmark.name} needs "
-            f"{' and '.join(benchmark.columns)}: {' and '.join(missing)} is missing"
+            f"{' and '.join(benchmark.columns)}: there is no {' and no '.join(missing)}"
         )
     kept = []
     for number, row in enumerate(rows, 1):
