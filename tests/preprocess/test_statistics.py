@@ -1,6 +1,7 @@
 """C and D against a float64 reference that takes one sample, one drawn answer and one gradient at a time."""
 
 import json
+import re
 from functools import partial
 
 import pytest
@@ -82,6 +83,14 @@ def test_more_draws_leave_less_noise_in_d_and_c_as_it_is():
         assert torch.dist(D, exact) < 0.6 * torch.dist(D1, exact)
     with pytest.raises(CordaError, match="the context has 15 samples"):
         collect_statistics(model, targets, tiny.answered(15), 0, draws=4, progress=False)
+
+
+def test_what_is_done_after_the_backward_has_a_bar_too(capsys):
+    model = tiny.build("llama")
+    collect_statistics(model, find_targets(model, "all-linear"), tiny.answered(), 0)
+    bars = re.findall(r"^(the context|its directions) .* (\d+)/(\d+)", capsys.readouterr().err, re.MULTILINE)
+    assert [name for name, *_ in bars] == ["the context", "its directions"]
+    assert all(done == total != "0" for _, done, total in bars)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

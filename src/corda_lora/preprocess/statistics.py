@@ -186,7 +186,11 @@ def _steps(
     """All layers at once where there is room, else block by block."""
     size = 4 * sum(m * m + n * n for m, n in map(weight_shape, targets.values()))
     if 2 * size < (free_bytes(device) or psutil.virtual_memory().available):
-        yield run_back(model, targets, context, progress)
+        names, groups, gradients = run_back(model, targets, context, progress)
+        with progress_bar("its directions", len(groups or ()), progress) as advance:
+            while groups:
+                yield StepBack(names, [groups.pop(0)], gradients)
+                advance()
         return
     blocks = len(find_blocks(model, list(targets)))
     with tempfile.TemporaryDirectory() as folder, progress_bar("the context", 2 * blocks, progress) as advance:
