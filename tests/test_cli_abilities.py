@@ -161,6 +161,15 @@ def test_prices_that_sum_to_zero_have_nothing_to_share(folder, checkpoint, capsy
     assert "the prices sum to zero" in said
 
 
+def test_a_training_says_nothing_of_torchs(folder, checkpoint, capsys):
+    torch.set_warn_always(True)
+    try:
+        run("train", checkpoint, *TRAINING, *BOTH, "--r", 2, "--output", "out")
+    finally:
+        torch.set_warn_always(False)
+    assert "note: Converting a tensor" not in capsys.readouterr().err
+
+
 def test_a_context_that_is_cut_to_nothing_is_named(folder, checkpoint, capsys, monkeypatch):
     """Whether or not a price was given: who names an ability wants it kept. And before the model is loaded."""
     monkeypatch.setattr("corda_lora.tune.load_model", None)

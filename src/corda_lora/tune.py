@@ -199,7 +199,8 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
     if keepers:
         histories = {keeper.name: keeper.history for keeper in keepers}
         training["drift"] = histories.get("", histories)
-        of_layers = {k.name: {name: float(x) for name, x in k.predicted.by_layer().items()} for k in keepers}
+        with torch.no_grad():
+            of_layers = {k.name: {name: float(x) for name, x in k.predicted.by_layer().items()} for k in keepers}
         training["predicted_drift"] = of_layers.get("", of_layers)  # for `inspect`, which has no C and D
     gather_adapter(peft_model)
     if follows:
