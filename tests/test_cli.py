@@ -318,6 +318,11 @@ def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeyp
         ("train --model m --output o --data d --weight_decay 1e300", "weight_decay is 1e+300, but must be a number at"),
         ("eval --model m --learn d --learn.samples [[", "learn.samples is '[[', but must be a whole number"),
         ("eval --model m --learn d --learn.chat maybe", "learn.chat is 'maybe', but must be true or false"),
+        ("eval --model m --keep.prompt {q}", "--keep.prompt goes with data: give --keep DATA, too"),
+        (
+            "train --model m --output o --data d --context.weight 2",
+            "--context.weight goes with data: give --context DATA",
+        ),
         ("eval --model m --learn d --learn.promt x", "learn.promt is no option: there are learn.data, learn.prompt,"),
         ("train --model m --data d --output file/x", "the output file/x cannot be written: "),
         ("demo --output .", "the output . is a folder in use"),

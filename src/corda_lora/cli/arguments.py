@@ -45,7 +45,8 @@ def with_data(arguments: Sequence[str], kinds: Mapping[str, type]) -> list[str]:
     Args:
         kinds: the options that are data, each with the dataclass of what belongs to it.
 
-    Raises CordaError if a value does not fit: the parser would take all of the argument for a name of data.
+    Raises CordaError if nothing names the data, or a value does not fit: the parser would take all of the argument for
+    a name of data.
     """
     hints_of = {kind: get_type_hints(config, include_extras=True) for kind, config in kinds.items()}
     others: list[str] = []
@@ -76,6 +77,8 @@ def with_data(arguments: Sequence[str], kinds: Mapping[str, type]) -> list[str]:
             others += [f"--{kind}", json.dumps(items)]
         elif "data" in values:
             others += [f"--{kind}", values["data"] if len(values) == 1 else json.dumps(values)]
+        elif not any(re.match("--config(=|$)", other) for other in others):
+            raise CordaError(f"--{kind}.{next(iter(values))} goes with data: give --{kind} DATA, too")
         else:  # a recipe may name the data
             others += [f"--{kind}.{name}={json.dumps(value)}" for name, value in values.items()]
     return others
