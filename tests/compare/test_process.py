@@ -1,5 +1,6 @@
 """The processes of a comparison and the server that they are forked from must not start CUDA too early."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -37,6 +38,7 @@ begin(theirs, "5", 1, None, None)
 """
 # Four processes of two GPUs, which tell their environment in place of doing jobs.
 FOUR = """
+import logging
 import os
 from corda_lora.compare import pool
 
@@ -99,3 +101,11 @@ def test_each_process_sees_one_gpu_and_finds_the_daemon_of_mps(four, tmp_path, d
 def test_a_gpu_that_has_a_uuid_is_called_by_it(tmp_path):
     os.mkfifo(tmp_path / "control")
     assert visible_device("GPU-cc", {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}) == "GPU-cc"
+
+
+def test_processes_are_as_silent_about_kernels_to_download_as_the_command():
+    script = (
+        f"{BESIDE_A_GPU}\nimport logging, corda_lora.compare.preload\nprint(logging.getLogger('bitsandbytes').level)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) == logging.ERROR

@@ -4,9 +4,11 @@ PEFT imports bitsandbytes where it is installed, and bitsandbytes starts CUDA wh
 forked afterwards cannot use CUDA. There, each process imports the rest for itself: see `process`.
 """
 
+import logging
 from importlib.util import find_spec
 
 import torch
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command does, in all that is forked from here
 if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
     from . import runner  # noqa: F401
