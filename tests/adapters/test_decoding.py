@@ -401,6 +401,24 @@ def test_nothing_is_left_after_an_error():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in peft_model.modules())
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_an_output_head_is_cut_where_it_runs(rule):
+    """At the last token alone, whether there is a cache or all tokens are run again."""
+    peft_model = adapted(dtype=torch.float64, rank_pattern={}, target_modules=["q_proj", "lm_head"])
+    found = []
+    for cache in (True, False):
+        with decoding_ranks(peft_model, nested_order(peft_model), RULES[rule][0]) as ranks:
+            found.append((generate(peft_model, use_cache=cache), ranks.history))
+    (cached, R), (whole, again) = found
+    assert torch.equal(cached.sequences, whole.sequences)
+    assert all(torch.allclose(a, b) for a, b in zip(R, again, strict=True))
+    for row, prompt in enumerate(IDS):
+        forced = cached.sequences[row][int((prompt == 0).sum()) :].tolist()  # the end of a text is held back
+        order = nested_order(peft_model)
+        _, logits, _ = by_hand(peft_model, prompt[prompt > 0].tolist(), order, RULES[rule][1], forced)
+        torch.testing.assert_close(torch.stack([x[row] for x in cached.logits]).double(), logits, rtol=0, atol=1e-4)
+
+
 TEXT = torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9]])
 
 

@@ -140,6 +140,8 @@ class DecodingRanks:
         if self.masks is None:
             return None
         mask = self.masks[name]  # (r,), (b, 1, r) or (b, s, r)
+        if mask.ndim == z.ndim == 3:
+            mask = mask[:, -z.shape[1] :]  # an output head runs at the last tokens alone
         if mask.ndim == 3 and z.ndim == 2 and len(z) == mask.shape[0] * mask.shape[1]:
             mask = mask.flatten(0, 1)
         elif mask.ndim == 3 and z.shape != mask.shape:
