@@ -38,7 +38,6 @@ begin(theirs, "5", 1, None, None)
 """
 # Four processes of two GPUs, which tell their environment in place of doing jobs.
 FOUR = """
-import logging
 import os
 from corda_lora.compare import pool
 
@@ -104,8 +103,5 @@ def test_a_gpu_that_has_a_uuid_is_called_by_it(tmp_path):
 
 
 def test_processes_are_as_silent_about_kernels_to_download_as_the_command():
-    script = (
-        f"{BESIDE_A_GPU}\nimport logging, corda_lora.compare.preload\nprint(logging.getLogger('bitsandbytes').level)"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(ended.stdout) == logging.ERROR
+    said = "import logging, corda_lora.compare.preload; print(logging.getLogger('bitsandbytes').level)"
+    assert run(BESIDE_A_GPU + said) == [str(logging.ERROR)]
