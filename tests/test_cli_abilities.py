@@ -58,7 +58,9 @@ def test_what_was_mixed_is_kept_in_training_each_at_its_price(folder, checkpoint
     assert all(layer["weights"] == [0.25, 0.75] for layer in record["layers"].values())
     assert "`sums` (25%, 80 samples" in (folder / "start" / "README.md").read_text()
     run("init", checkpoint, *start)
-    assert "start is whole already" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "start is whole already" in said.out
+    assert "spelling: 80 samples of" in said.err
     run("train", checkpoint, "--start", "start", *TRAINING, "--keep", 8, "--output", "tuned")
     said = capsys.readouterr()
     assert "keeps sums (80 samples) at a price of 4 nats" in said.err

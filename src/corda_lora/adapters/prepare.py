@@ -106,8 +106,9 @@ def prepare(
         if tokenizer is None:
             raise CordaError("give the tokenizer of the loaded model, which the context is encoded by")
         if progress:
+            name = each.ability if isinstance(each, ContextConfig) else each.data
             encoded = encode_all(tokenizer, rounds[0], each.max_length)
-            console.print(overview(each.data, tokenizer, rounds[0], encoded, each.max_length, learned=False))
+            console.print(overview(name, tokenizer, rounds[0], encoded, each.max_length, learned=False))
         context = read_context(tokenizer, rounds, each.max_length, batch_tokens, has_decoder(model))
         check_fit(model, (ids for batch in context.batches for ids in batch["input_ids"].tolist()))
         contexts.append(context)
