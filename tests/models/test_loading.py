@@ -141,3 +141,19 @@ def test_a_file_cut_short_is_one_sentence(file, folder):
     with pytest.raises(CordaError) as refused:
         load(ModelConfig(str(folder)))
     assert "\n" not in str(refused.value)
+
+
+def test_an_end_token_that_begins_texts_is_warned_of(folder):
+    """As transformers gives it to the tokenizer of a GGUF file, which is then saved as a folder."""
+    tokenizer = load_tokenizer(ModelConfig(str(folder)))
+    begin, end = tokenizer.convert_ids_to_tokens([1, 2])
+    configure(folder, bos_token_id=1, eos_token_id=2)
+    tokenizer.eos_token = end
+    tokenizer.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_tokenizer(ModelConfig(str(folder)))
+    tokenizer.eos_token = begin
+    tokenizer.save_pretrained(folder)
+    with pytest.warns(UserWarning, match="the model stops at"):
+        load_tokenizer(ModelConfig(str(folder)))

@@ -302,6 +302,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer.no_processor = why
     if "gguf_file" in options:
         _set_special_tokens(tokenizer, Path(config.model))
+    else:
+        _warn_of_end(tokenizer, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -328,6 +330,19 @@ def tokenizer_of(model: nn.Module) -> Any:
     if not name:
         raise CordaError("the model has no name to find its tokenizer by: give the tokenizer")
     return load_tokenizer(ModelConfig(name))
+
+
+def _warn_of_end(tokenizer: Any, config: ModelConfig) -> None:
+    """Warn where the end-of-text token is the one that the model begins with: saved from a GGUF file, for one (see
+    `_set_special_tokens`). What is trained with it does not stop where the model would."""
+    settings = read_settings(config).get_text_config()
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if ends[0] is not None and settings.bos_token_id == tokenizer.eos_token_id not in ends:
+        warnings.warn(
+            f"the tokenizer of {config.model} ends a text with {tokenizer.eos_token!r}, with which the model begins "
+            f"one; the model stops at {tokenizer.convert_ids_to_tokens(ends[0])!r}: set the tokenizer's eos_token",
+            stacklevel=3,
+        )
 
 
 def _set_special_tokens(tokenizer: Any, path: Path) -> None:
