@@ -278,8 +278,15 @@ def test_help_and_exit_codes_of_the_command():
         (["init", "--config", "latin.yaml"], "corda: the recipe is not UTF-8: it has the byte 0xe9"),
         (["compare", "rates.yaml"], "corda compare: learning_rates is fast, but must be a list, each item a number"),
         (["init"], "corda init: give --model, --output"),
-        (["compare", "recipe.yaml"], "corda compare: Subcommand 'compare' does not accept option 'train.max_stepz'"),
-        (["compare", "methods.yaml"], "corda compare: methods: Option 'learning_ratez' is not accepted"),
+        (
+            ["compare", "recipe.yaml"],
+            "corda compare: Subcommand 'compare' does not accept option 'train.max_stepz'; nearest names: train.max_",
+        ),
+        (
+            ["compare", "methods.yaml"],
+            "corda compare: methods.mine: Option 'rates' is not accepted; nearest names: learning_rates",
+        ),
+        (["compare", "rows.yaml"], "corda compare: context: Option 'rowz' is not accepted; nearest names: rows"),
         (["compare", "nothing.yaml"], "corda compare: config: File does not exist:"),
         (["compare", "twice.yaml"], "corda compare: Problems parsing config: the key 'model' is given twice (line 1"),
     ],
@@ -294,7 +301,8 @@ def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeyp
     Path("latin.yaml").write_bytes(b"model: m\xe9\n")
     Path("rates.yaml").write_text("methods: {lora: {learning_rates: fast}}\n")
     Path("twice.yaml").write_text("model: one\nmodel: two\n")
-    Path("methods.yaml").write_text("methods: {lora: {learning_ratez: [1.0e-3, 2.0e-3]}}\n")
+    Path("methods.yaml").write_text("methods: {lora: {learning_rates: [1, 2]}, mine: {method: lora, rates: [1, 2]}}\n")
+    Path("rows.yaml").write_text("context: {data: d, rowz: train}\n")
     with pytest.raises(SystemExit) as stopped:
         main(given)
     assert stopped.value.code == 2

@@ -1,8 +1,9 @@
 """How the parser speaks: its errors in a sentence, its help with ranges in words."""
 
 import argparse
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -49,8 +50,12 @@ def in_our_words(message: str, actions: Sequence[argparse.Action] = ()) -> str:
         return f"--{option} is an option of data: after --{kind} DATA give --{kind}.{option}"
     inner = get_type_hints(MethodConfig, include_extras=True) | get_type_hints(DataConfig, include_extras=True)
     values = re.findall(r"(?:Got|Given) value: (.*)", reason)
-    if innermost := re.search(r"Option '.*' is not accepted", reason):
-        message = f"{key}: {innermost[0]}"
+    if innermost := re.search(r"Option '(.*)' is not accepted", reason):
+        known = MethodConfig if "MethodConfig':" in reason[: innermost.start()] else DataConfig
+        near = nearest(innermost[1], get_type_hints(known), 0.0)
+        message = f"{key}{_entry(reason[innermost.end() :])}: {innermost[0]}{near}"
+    elif refused := re.search(r"does not accept option '(.*)'", message):
+        message += nearest(refused[1], [a.dest for a in actions if not a.dest.endswith("help")], 0.6)
     elif needed := re.search("the following arguments are required: (.*)", reason):
         message = f"{key}: {needed[1]} is needed"
     elif values and key in hints | inner:  # of a value inside of others, the innermost comes first
@@ -62,6 +67,20 @@ def in_our_words(message: str, actions: Sequence[argparse.Action] = ()) -> str:
     elif missing := re.fullmatch("the following arguments are required: (.*)", message):
         message = f"give {', '.join(f'--{name.rpartition(chr(46))[2]}' for name in missing[1].split(', '))}"
     return " ".join(re.sub(r"<class '(\w+)'>|typing\.", r"\1", message).split())
+
+
+def _entry(rest: str) -> str:
+    """The name of the entry in which an option is wrong, after a dot, or "" if there are no entries. jsonargparse gives
+    the entry's value after the option, and that of the whole mapping last."""
+    values = re.findall("Given value: (.*)", rest)
+    found = re.search(rf"'([^']*)': {re.escape(values[0])}", values[-1]) if values else None
+    return f".{found[1]}" if found else ""
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float) -> str:
+    """The names, at most three, that are nearest to one that is none of them, as the end of a sentence."""
+    near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=cutoff)
+    return f"; nearest names: {', '.join(near)}" if near else ""
 
 
 def shortened(message: str) -> str:
