@@ -1,11 +1,11 @@
 """Greedy answers, and whether they match the responses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import CordaError, EvalConfig
 from ..config.values import find_all
@@ -14,7 +14,7 @@ from ..data.images import image_inputs
 from ..data.samples import Sample
 from ..devices import free_bytes
 from ..models.targets import require_causal
-from ..progress import progress_bar, track
+from ..progress import progress_bar
 from .answers import Sides
 
 LARGE_BATCH = 2**18  # tokens of a batch on an accelerator where its room is not known
@@ -51,12 +51,15 @@ def read_continuations(
     """(side, its greedy answers) for each batch of samples."""
     prompts = [encode_question(tokenizer, s) for s in samples]
     batches = batch_by_length([len(p.ids) + config.max_new_tokens for p in prompts], config.batch_tokens)
-    for indices in track(batches, "exact match", progress):
-        responses = [samples[i].response for i in indices]
-        for side, active in compared.items():
-            with active():
-                answers = generate(model, tokenizer, [prompts[i] for i in indices], config.max_new_tokens)
-            yield side, Continuations(answers, responses, config.exact_match)
+    with progress_bar("exact match", len(samples), progress) as advance:
+        for indices in batches:
+            responses = [samples[i].response for i in indices]
+            for side, active in compared.items():
+                shown = [prompts[i] for i in indices]
+                with active():
+                    answers = generate(model, tokenizer, shown, config.max_new_tokens, advance=advance)
+                yield side, Continuations(answers, responses, config.exact_match)
+            advance(len(indices))
 
 
 def complete(
@@ -90,8 +93,9 @@ def complete(
             lengths = [len(encoded[i].ids) + max_new_tokens for i in left]
             rows = [left[i] for i in batch_by_length(lengths, batch_tokens)[-1]]  # the longest first
             most = min(max_new_tokens, context - max(len(encoded[i].ids) for i in rows))
+            shown = [encoded[i] for i in rows]
             try:
-                answers.update(zip(rows, generate(model, tokenizer, [encoded[i] for i in rows], most, stop=stop)))
+                answers.update(zip(rows, generate(model, tokenizer, shown, most, stop=stop, advance=advance)))
             except torch.OutOfMemoryError:
                 if len(rows) == 1:
                     raise
@@ -126,13 +130,24 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     stop: Sequence[str] = (),
+    advance: Callable[..., None] = lambda *_, **__: None,
 ) -> list[str]:
-    """Continuations up to the end-of-text token or one of the strings `stop`: greedy, or drawn at a temperature."""
+    """Continuations up to the end-of-text token or one of the strings `stop`: greedy, or drawn at a temperature.
+
+    Args:
+        advance: of a progress bar (see `progress_bar`): its note says at which token the answers are.
+    """
     flipped, mask = pad([p.ids[::-1] for p in prompts], tokenizer.pad_token_id or 0)
     ids, mask = flipped.flip(1), mask.flip(1)  # padded on the left, so that all prompts end in the last column
     device = next(model.parameters()).device
     images = {name: tensor.to(device) for name, tensor in image_inputs([p.shown for p in prompts], ids).items()}
     stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
+
+    def note(ids_so_far: Tensor, _: Any, **__: Any) -> Tensor:
+        """A criterion that stops no row, (rows, tokens) -> (rows,)."""
+        advance(0, note=f"token {ids_so_far.shape[1] - ids.shape[1]} of at most {max_new_tokens}")
+        return torch.zeros(len(ids_so_far), dtype=torch.bool, device=ids_so_far.device)
+
     output = model.generate(  # type: ignore[operator]
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -141,8 +156,10 @@ def generate(
         do_sample=temperature > 0,
         **({"temperature": temperature} if temperature else {}),
         pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=[note],
         **stopping,
     )
+    advance(0, note="")
     answers = list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
     for end in stop:
         answers = [answer.split(end)[0] for answer in answers]

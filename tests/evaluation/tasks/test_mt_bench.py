@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -145,6 +146,29 @@ def test_answers_alone_are_written_as_fastchat_does_and_go_on_where_they_were_br
     assert again[0].encode() == whole.splitlines()[0]
 
 
+def test_a_bar_counts_answers_and_notes_tokens(evaluate, monkeypatch):
+    bars = []
+
+    @contextmanager
+    def recording(label, total, show=True):
+        steps, notes = [], []
+        bars.append((label, total, steps, notes))
+
+        def advance(by=1, note=None):
+            steps.append(by)
+            notes.append(note)
+
+        yield advance
+
+    monkeypatch.setattr(mt_bench, "progress_bar", recording)
+    evaluate("--batch_tokens", 24, "--limit", 4)
+    ((label, total, steps, notes),) = bars
+    assert (label, total) == ("mt_bench", 2 * len(QUESTIONS))
+    assert [by for by in steps if by] == [1, 1, 2, 2, 1, 1]  # both turns of a poem; of two questions at 0; of art
+    assert notes[:3] == ["token 1 of at most 6", "token 2 of at most 6", "token 3 of at most 6"]
+    assert notes[steps.index(1) - 1] == ""
+
+
 def test_a_judge_is_shown_what_fastchat_shows_and_asked_once(evaluate, judge, tmp_path, monkeypatch):
     monkeypatch.setenv(mt_bench.KEY, "sk-secret")
     judge.answer = lambda asked, before: 10.0 if "Q1" in asked else 4.0
@@ -224,6 +248,8 @@ def test_an_endpoint_that_never_answers_costs_a_few_calls(evaluate, judge, monke
     why = {"closed": "no connection", "hangs": "time-out", 401: "HTTP 401, is OPENAI_API_KEY right?"}[how]
     assert f"8 of 8 judgments are missing (not asked, as 2 calls failed one after the other: 6, {why}: 2)" in said
     assert "there is no score" in said
+    refused = "mt_bench: there is no connection to http://127.0.0.1:1: the answers are written, and judged if"
+    assert (refused in said) == (how == "closed")
     if how != "hangs":  # there the last request may not have been read yet
         assert len(judge.calls) == {"closed": 0, 401: 2}[how]
 

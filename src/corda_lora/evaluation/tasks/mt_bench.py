@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from ...config import CordaError, EvalConfig, JudgeConfig
 from ...data.rows import read_text
 from ...files import check_writable
-from ...progress import console, progress_bar, track
+from ...progress import console, progress_bar
 from .registry import Scores, task
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # other categories: greedy
@@ -89,6 +89,10 @@ def mt_bench(model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
     """The value of a question is the mean of its turns' ratings, and NaN if there is none."""
     questions, name, judge = read_questions(config), name_of(model), config.judge
     path = judge.folder / "model_answer" / f"{name}.jsonl"
+    if judge.url and not _is_there(judge):
+        console.print(
+            f"mt_bench: there is no connection to {judge.url}: the answers are written, and judged if there is then"
+        )
     answers = answered(model, tokenizer, questions, path, config.batch_tokens)
     ratings: dict[tuple[Any, int], float] = {}
     if judge.url:
@@ -244,16 +248,19 @@ def answered(
         tokenizer.chat_template = ALPACA
     known = _turns(read_lines(path, ANSWER, whole=False)) if path.is_file() else {}
     cut = 0
-    for batch in track(_batches(questions, known, batch_tokens), "mt_bench"):
-        torch.manual_seed(0)
-        turns, dropped = _answer(model, tokenizer, batch)
-        cut += dropped
-        for question, texts in zip(batch, turns):
-            if (number := question["question_id"]) not in known:
-                choices = [{"index": 0, "turns": texts}]
-                digest = hashlib.sha256(f"{path.stem} {number}".encode()).hexdigest()[:22]
-                add_line(path, {"question_id": number, "answer_id": digest, "model_id": path.stem, "choices": choices})
-                known[number] = texts
+    batches = _batches(questions, known, batch_tokens)
+    with progress_bar("mt_bench", 2 * sum(map(len, batches))) as advance:
+        for batch in batches:
+            torch.manual_seed(0)
+            turns, dropped = _answer(model, tokenizer, batch, advance)
+            cut += dropped
+            for question, texts in zip(batch, turns):
+                if (number := question["question_id"]) not in known:
+                    choices = [{"index": 0, "turns": texts}]
+                    digest = hashlib.sha256(f"{path.stem} {number}".encode()).hexdigest()[:22]
+                    line = {"question_id": number, "answer_id": digest, "model_id": path.stem, "choices": choices}
+                    add_line(path, line)
+                    known[number] = texts
     if cut:
         warnings.warn(f"mt_bench: {cut} questions leave no room for an answer in the model's context", stacklevel=2)
     return {question["question_id"]: known[question["question_id"]] for question in questions}
@@ -272,8 +279,10 @@ def _batches(
     return [batch for batch in batches if any(question["question_id"] not in known for question in batch)]
 
 
-def _answer(model: Any, tokenizer: Any, batch: Sequence[dict[str, Any]]) -> tuple[list[list[str]], int]:
-    """The answers to both turns of questions of one temperature, and how many had no room."""
+def _answer(
+    model: Any, tokenizer: Any, batch: Sequence[dict[str, Any]], advance: Callable[..., None]
+) -> tuple[list[list[str]], int]:
+    """The answers to both turns of questions of one temperature, which advance a bar, and how many had no room."""
     from ...data.batches import Encoded
     from ...data.chats import render_question
     from ..generation import generate
@@ -293,8 +302,9 @@ def _answer(model: Any, tokenizer: Any, batch: Sequence[dict[str, Any]]) -> tupl
             shown = [prompts[i] for i in fitting]
             room = min(ANSWER_TOKENS, limit - max(len(prompt.ids) for prompt in shown))
             temperature = TEMPERATURES.get(batch[0]["category"], 0.0)
-            for i, text in zip(fitting, generate(model, tokenizer, shown, int(room), temperature)):
+            for i, text in zip(fitting, generate(model, tokenizer, shown, int(room), temperature, advance=advance)):
                 said[i] = text.strip()
+        advance(len(batch))
         for chat, text in zip(chats, said):
             chat.append({"role": "assistant", "content": text})
     return [[chat[1]["content"], chat[3]["content"]] for chat in chats], cut
@@ -398,6 +408,24 @@ def rating(judgment: str) -> float:
     return float(match[1]) if match and 1 <= float(match[1]) <= 10 else -1.0
 
 
+def _base(judge: JudgeConfig) -> str:
+    """The endpoint without the path of a call, as documents of endpoints often name the whole."""
+    return re.sub(r"(/chat/completions)?/*$", "", judge.url)
+
+
+def _is_there(judge: JudgeConfig) -> bool:
+    """Whether something answers at the endpoint, be it that it has no such page."""
+    import httpx
+
+    try:
+        httpx.get(_base(judge), timeout=5)
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError):
+        return False
+    except httpx.HTTPError:
+        pass  # it took the call
+    return True
+
+
 class _Failure(str):
     """Why there is no answer."""
 
@@ -437,8 +465,7 @@ def _said(calls: Sequence[Call], judge: JudgeConfig) -> Iterator[tuple[Call, str
             except Exception as error:
                 heard.put((call, error))
 
-    url = re.sub(r"(/chat/completions)?/*$", "", judge.url)  # documents of endpoints often name the whole path
-    client = httpx.Client(base_url=url, headers=headers, timeout=SECONDS)
+    client = httpx.Client(base_url=_base(judge), headers=headers, timeout=SECONDS)
     with client, progress_bar("judging", len(calls)) as advance:
         for _ in range(min(AT_ONCE, len(calls))):
             threading.Thread(target=work, daemon=True).start()  # the process ends without waiting for it
