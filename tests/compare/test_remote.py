@@ -57,6 +57,8 @@ def ray_cluster():
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    patch.setenv("RAY_TMPDIR", folder)
+    Path(folder, "ray").mkdir()  # where Ray notes the cluster: it does not make the folder
     nodes = Cluster(initialize_head=True, head_node_args=NODE | {"temp_dir": folder, "_system_config": CHECKS})
     try:
         yield nodes
