@@ -118,7 +118,7 @@ def _measured(
     if options.adapter is not None:
         source = with_labels_of(source, options.adapter)
     tokenizer = load_tokenizer(source)
-    data = read_measured(config, tokenizer)  # before the model is loaded
+    data = read_measured(config, tokenizer, labels=source.labels)  # before the model is loaded
 
     def load_tuned() -> Any:
         model = load_model(source).to(accelerator())

@@ -123,7 +123,7 @@ def _run(
     if prices := {keeper.name: keeper.keep for keeper in keepers if keeper.name}:
         result["prices"] = prices  # that they were steered to
     if keepers:
-        result["predicted_drift"] = sum(float(keeper.predicted()) for keeper in keepers)
+        result["predicted_drift"] = sum(float(keeper.predicted().detach()) for keeper in keepers)
     first, last = curve.points[0][-1], curve.points[-1][-1]
     # A classifier that is surer of fewer wrong labels than before has not diverged.
     if not (last <= first or (is_classifier(prepared.model) and math.isfinite(last))):  # this holds for NaN, too

@@ -111,11 +111,17 @@ PASSES: dict[str, Callable[[Request], Iterator[tuple[str, Any]]]] = {
 }
 
 
-def read_measured(config: EvalConfig, tokenizer: Any, progress: bool = True) -> list[Measured]:
+def read_measured(
+    config: EvalConfig, tokenizer: Any, progress: bool = True, labels: Sequence[str] | None = None
+) -> list[Measured]:
     """All data in `config`, read and as tokens: what is wrong with it is known before a model is loaded.
 
+    Args:
+        labels: of a classifier, where they are known without the model.
+
     Raises:
-        CordaError: data cannot be loaded or cut to its max_length, or has nothing to measure; or there is none.
+        CordaError: data cannot be loaded or cut to its max_length, or has nothing to measure, or not those labels; or
+            there is none.
     """
     loaded = {kind: [(data, load_samples(data)) for data in config.data(kind)] for kind in KINDS}
     if not any(loaded.values()) and not config.tasks:
@@ -125,6 +131,8 @@ def read_measured(config: EvalConfig, tokenizer: Any, progress: bool = True) -> 
     found: dict[tuple[str, str], Measured] = {}
     for kind, pairs in loaded.items():
         for data, samples in pairs:
+            if labels:
+                check_labels(data.data, samples, labels)
             names = [data.data, f"{data.data} ({data.rows})", *(f"{data.data} ({n})" for n in range(3, len(pairs) + 1))]
             name = next(name for name in names if (kind, name) not in found)
             shown, encoded = measured_samples(kind, tokenizer, samples, data.max_length)
