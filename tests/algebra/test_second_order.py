@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from corda_lora.algebra.second_order import Low, compact, predicted_drift, quadratic, steepest_rows, whole
+from corda_lora.algebra.second_order import Low, compact, predicted_drift, quadratic, whole
 
 
 def random_psd(n, rank, seed):
@@ -76,32 +76,6 @@ def test_a_quadratic_form_has_the_diagonal_beside_the_directions():
     M = Low(torch.randn(9, 3, dtype=torch.float64), torch.rand(9, dtype=torch.float64))
     X = torch.randn(4, 9, dtype=torch.float64)
     torch.testing.assert_close(quadratic(X, M), X @ dense(M) @ X.T)
-
-
-def test_the_steepest_rows_hold_the_update_that_gains_most_per_drift():
-    """The update of rank r within the first r rows is the natural gradient's best approximation in the drift's metric:
-    its gain is that of the first r singular values, and no other rows of r give more."""
-    torch.manual_seed(0)
-    m, n, r = 6, 9, 3
-    C, D, G = random_psd(n, n, 4), random_psd(m, m, 5), torch.randn(m, n, dtype=torch.float64)
-    C.diagonal().add_(0.1)
-    D.diagonal().add_(0.1)
-    rows, ratios = steepest_rows(G.T @ torch.linalg.solve(D, G), C, damping=1e-12)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(n, dtype=torch.float64))
-
-    def gain(A):
-        """max ⟨G, B A⟩² over B with tr(D B A C Aᵀ Bᵀ) = 1: ‖D^-½ G Aᵀ (A C Aᵀ)^-½‖²."""
-        return float((torch.linalg.solve(D, G @ A.T) * (G @ A.T) @ torch.linalg.inv(A @ C @ A.T)).sum())
-
-    roots = [torch.linalg.cholesky(X) for X in (D, C)]
-    whitened = torch.linalg.solve(roots[0], torch.linalg.solve(roots[1], G.T).T)
-    sigma = torch.linalg.svdvals(whitened)
-    torch.testing.assert_close(ratios[:m], sigma.square())
-    assert gain(rows[:r]) == pytest.approx(float(sigma[:r].square().sum()))
-    for _ in range(20):
-        assert gain(torch.randn(r, n, dtype=torch.float64)) < gain(rows[:r])
-    with pytest.raises(torch.linalg.LinAlgError):
-        steepest_rows(torch.eye(n), torch.zeros(n, n))
 
 
 def test_the_whole_of_a_low_one():

@@ -1,9 +1,8 @@
-"""What our methods keep, through the training that `corda compare` runs; and an A that is aimed."""
+"""What our methods keep, through the training that `corda compare` runs."""
 
 import json
 
 import pytest
-import tiny
 import torch
 
 from corda_lora.adapters.lora import lora_layers
@@ -14,14 +13,13 @@ from corda_lora.compare.job import train_prepared
 from corda_lora.config import CordaError, TrainConfig
 from corda_lora.evaluation.evaluate import loss_and_drift
 from corda_lora.methods.keeping import context_statistics, contexts_of
-from corda_lora.methods.registry import METHODS, check_options, count_parameters
 from corda_lora.preprocess.own_text import own_text
 from corda_lora.training.keeping import keepers_of
 
 RECIPE = TrainConfig(learning_rate=3e-2, max_steps=20, batch_size=8, precision="fp32", schedule="constant")
 
 
-@pytest.mark.parametrize("name", ["lora", "corda-kpm-anchored", "aimed"])
+@pytest.mark.parametrize("name", ["lora", "corda-kpm-anchored"])
 def test_a_price_on_the_models_own_texts_lowers_the_drift_on_others_of_them(name, prepare, files):
     def drift(**options):
         prepared, setup, base = prepare(name, options=options, train=RECIPE)
@@ -57,47 +55,6 @@ def test_the_compactness_in_the_loss_is_the_mean_of_the_layers_terms(prepare, mo
     drawn = {float(penalty().detach()) for _ in range(200)}
     assert len(drawn) == len(terms)
     assert sorted(drawn) == pytest.approx(sorted(terms.values()), rel=1e-5)
-
-
-@pytest.mark.parametrize("by", ["gradient", "inputs"])
-def test_an_aimed_adapter_gains_more_per_predicted_drift_than_an_anchored_one(by, prepare, files):
-    """The first step of gradient descent on the task, measured in the drift that is predicted of it."""
-
-    def gain(name, **options):
-        (files / "cache" / name).mkdir(exist_ok=True)
-        folder = files / "cache" / f"{name}-{options.get('by')}"
-        folder.mkdir()
-        recipe = TrainConfig(learning_rate=1.0, max_steps=1, batch_size=40, precision="fp32", warmup=0.0)
-        prepared, setup, _ = prepare(name, options=options | {"keep": 1e-9}, train=recipe, folder=folder)
-        parameters = [p for p in prepared.model.parameters() if p.requires_grad]
-        prepared = prepared._replace(optimizer=torch.optim.SGD(parameters, 1e-3))
-        train_prepared(prepared, setup)
-        first_order = sum(float(p.detach().square().sum()) for p in parameters) / 1e-3  # −ΔL of B = −η ∂L/∂B
-        return first_order**2 / float(prepared.penalties["drift"]().detach() / 1e-9)
-
-    assert gain("aimed", by=by) > 3 * gain("corda-kpm-anchored")
-
-
-def test_ranks_of_an_aimed_adapter_may_differ_within_the_budget(prepare):
-    prepared, setup, _ = prepare("aimed", options={"allocates": True})
-    ranks = {layer.r["default"] for layer in lora_layers(prepared.model).values()}
-    assert len(ranks) > 2
-    assert max(ranks) <= 16
-    assert setup.budget - 80 < count_parameters(prepared.model)["adapter"] <= setup.budget
-    A = {n: layer.lora_A["default"].weight.clone() for n, layer in lora_layers(prepared.model).items()}
-    train_prepared(prepared, setup)
-    assert all(torch.equal(layer.lora_A["default"].weight, A[n]) for n, layer in lora_layers(prepared.model).items())
-
-
-def test_an_aim_needs_the_ability_to_keep_and_whole_weights(prepare, setup_of):
-    with pytest.raises(CordaError, match="give a context"):
-        prepare("aimed", keep=None)
-    model = tiny.build("llama")
-    model.is_quantized = True
-    with pytest.raises(CordaError, match="the model is quantized: by: inputs"):
-        METHODS["aimed"].prepare(model, setup_of(model))
-    with pytest.raises(CordaError, match="keep_generic is -1"):
-        check_options("aimed", {"keep_generic": -1})
 
 
 def mixture(files, *weights):

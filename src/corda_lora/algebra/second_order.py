@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..devices import double_device
-from .decomposition import factor
 from .solvers import orthonormal
 
 
@@ -106,28 +105,6 @@ class _PredictedDrift(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         of_A, of_B = (None if of is None else gradient[..., None, None] * of for of in ctx.saved_tensors)
         return of_A, of_B, None, None, None
-
-
-def steepest_rows(M: Tensor, C: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Directions a_i of a layer's inputs in the order of a_i M a_iᵀ / a_i C_λ a_iᵀ: rows (n, n) of length one, and the
-    ratios (n,), both in float64, descending.
-
-    With M = Gᵀ D_λ⁻¹ G of the gradient G (m, n) of a task's loss, the first r rows span the update of rank r that
-    lowers the loss most, to first order, at a predicted drift of one: the natural gradient D_λ⁻¹ G C_λ⁻¹, cut to rank r
-    in the metric tr(D_λ ΔW C_λ ΔWᵀ). The ratio is its gain squared. Where the rows of G are as random as g, M is the
-    task's own covariance C', times tr(D_λ⁻¹ D').
-
-    Args:
-        M: (n, n), symmetric positive semidefinite.
-        C: of what is to be kept, (n, n), not regularized.
-
-    Raises torch.linalg.LinAlgError where C_λ is singular to float64.
-    """
-    T = factor(C, damping)  # T Tᵀ = C_λ
-    half = torch.linalg.solve_triangular(T, M.double(), upper=False)  # T⁻¹ M
-    values, V = torch.linalg.eigh(torch.linalg.solve_triangular(T, half.T, upper=False))
-    rows = torch.linalg.solve_triangular(T.T, V, upper=True).T.flip(0)  # Vᵀ T⁻¹
-    return rows / rows.norm(dim=1, keepdim=True), values.flip(0).clamp(min=0)
 
 
 def whole(M: Low) -> Tensor:

@@ -1,3 +1,3 @@
 """Every method that can be compared, by name (see `registry`)."""
 
-from . import aimed, baselines, corda, quantized, rivals  # noqa: F401 (each enters its methods into registry.METHODS)
+from . import baselines, corda, quantized, rivals  # noqa: F401 (each enters its methods into registry.METHODS)

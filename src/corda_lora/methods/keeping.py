@@ -119,11 +119,11 @@ def what_is_kept(
 def context_statistics(
     model: nn.Module, setup: Setup, kind: str, samples: int | None = None, draws: int = 1
 ) -> Statistics:
-    """The statistics of the ability to "keep", of the task ("learn"), or of "generic" text, the model's own, from the
-    model without an adapter. They are cached in the method's folder, which all prices share.
+    """The statistics of the ability to "keep", or of "generic" text, the model's own, from the model without an
+    adapter. They are cached in the method's folder, which all prices share.
 
     Args:
-        samples: how many samples there are of the first two. Default: the comparison's number.
+        samples: how many samples there are of the ability to keep. Default: the comparison's number.
         draws: see `collect_statistics`.
     """
     path = setup.folder / (NAME if kind == "keep" else f"{kind}.{NAME}")
