@@ -69,22 +69,6 @@ def test_both_sides_are_those_of_one_sample_at_a_time(family):
         torch.testing.assert_close(dense(found.layers[name].D), D, rtol=1e-4, atol=1e-5 * float(D.diagonal().max()))
 
 
-def test_more_draws_leave_less_noise_in_d_and_c_as_it_is():
-    model = tiny.build("llama")
-    targets = find_targets(model, "all-linear")
-    once, often, truth = (
-        collect_statistics(model, targets, tiny.answered(), 0, draws=draws, progress=False) for draws in (1, 12, 150)
-    )
-    for statistics in (often, truth):
-        assert (statistics.samples, statistics.answers, statistics.tokens) == (20, once.answers, once.tokens)
-    for name in truth.layers:
-        (C1, D1), (C, D), (_, exact) = (map(dense, s.layers[name]) for s in (once, often, truth))
-        torch.testing.assert_close(C1, C, rtol=1e-4, atol=1e-5 * float(C.diagonal().max()))
-        assert torch.dist(D, exact) < 0.6 * torch.dist(D1, exact)
-    with pytest.raises(CordaError, match="the context has 15 samples"):
-        collect_statistics(model, targets, tiny.answered(15), 0, draws=4, progress=False)
-
-
 def test_what_is_done_after_the_backward_has_a_bar_too(capsys):
     model = tiny.build("llama")
     collect_statistics(model, find_targets(model, "all-linear"), tiny.answered(), 0)

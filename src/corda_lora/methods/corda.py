@@ -10,7 +10,7 @@ from torch import nn
 from ..adapters.lora import BASE_FOLDER, load_adapter, renew_heads
 from ..adapters.prepare import prepare
 from ..config import CordaConfig, DataConfig, ModelConfig
-from ..config.values import Count, NonNegative
+from ..config.values import NonNegative
 from ..models.loading import load_model
 from .baselines import adamw_with_ratio
 from .keeping import AFTER, abilities_kept, contexts_of, what_is_kept, with_penalties
@@ -28,7 +28,6 @@ def corda(
     keep: NonNegative = 0.0,
     keep_generic: NonNegative = 0.0,
     compactness: NonNegative = 0.0,
-    draws: Count = 1,
     **options: Any,
 ) -> Prepared:
     """The adapter's start is cached as an adapter directory.
@@ -43,7 +42,6 @@ def corda(
         keep: weight λ of the predicted drift in the loss (see `training.keeping`).
         keep_generic: the same on texts that the model itself draws.
         compactness: weight of the compactness term of CorDA++ in the loss (see `compactness_penalty`).
-        draws: how many answers are drawn after each sample of the context, to predict the drift from.
         options: any options of `CordaConfig`.
     """
     folder = setup.folder / "start"
@@ -64,9 +62,9 @@ def corda(
         setup = replace(setup, targets={name: model.get_submodule(name) for name in setup.targets})
     if context and options.get("mode") == "kpm":
         setup = replace(setup, keep=DataConfig(context))
-    kept = what_is_kept(model, setup, 0.0 if contexts else keep, samples, keep_generic, compactness, draws)
+    kept = what_is_kept(model, setup, 0.0 if contexts else keep, samples, keep_generic, compactness)
     if contexts and keep:
-        abilities = abilities_kept(model, setup, keep, contexts_of(contexts, samples or setup.samples), draws)
+        abilities = abilities_kept(model, setup, keep, contexts_of(contexts, samples or setup.samples))
         kept = kept._replace(abilities=abilities, steer=steer)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)
     renew_heads(peft_model)

@@ -76,9 +76,7 @@ def contexts_of(option: Sequence[Mapping[str, Any]], samples: int) -> Sequence[D
     return named_contexts([replace(each, samples=each.samples or samples) for each in contexts])
 
 
-def abilities_kept(
-    model: nn.Module, setup: Setup, keep: float, contexts: Sequence[DataConfig], draws: int = 1
-) -> list[KeptAbility]:
+def abilities_kept(model: nn.Module, setup: Setup, keep: float, contexts: Sequence[DataConfig]) -> list[KeptAbility]:
     """The abilities of several contexts, at `keep` times their weight over the mean weight, or their own price. Their
     statistics are cached in the method's folder, which all prices share."""
     named = [context for context in contexts if isinstance(context, ContextConfig)]
@@ -90,7 +88,7 @@ def abilities_kept(
             encoded = encode_all(setup.tokenizer, samples, context.max_length)
             path.parent.mkdir(parents=True, exist_ok=True)
             pad_id = setup.tokenizer.pad_token_id or 0
-            collect_statistics(model, setup.targets, encoded, pad_id, draws=draws, progress=False).save(path)
+            collect_statistics(model, setup.targets, encoded, pad_id, progress=False).save(path)
         others = readable(model, setup.tokenizer, load_others(context, samples, MEASURED), context.max_length)
         measured = encode_all(setup.tokenizer, others, context.max_length)
         kept.append(KeptAbility(context.ability, price, Statistics.load(path), measured))
@@ -104,27 +102,22 @@ def what_is_kept(
     samples: int | None = None,
     keep_generic: float = 0.0,
     compactness: float = 0.0,
-    draws: int = 1,
 ) -> Kept:
     """
     Args:
         samples: how many samples of the ability to keep are looked at. Default: the comparison's number.
-        draws: how many answers are drawn after each (see `collect_statistics`).
     """
-    context = context_statistics(model, setup, "keep", samples, draws) if keep or compactness else None
+    context = context_statistics(model, setup, "keep", samples) if keep or compactness else None
     generic = context_statistics(model, setup, "generic") if keep_generic else None
     return Kept(keep, keep_generic, compactness, context, generic)
 
 
-def context_statistics(
-    model: nn.Module, setup: Setup, kind: str, samples: int | None = None, draws: int = 1
-) -> Statistics:
+def context_statistics(model: nn.Module, setup: Setup, kind: str, samples: int | None = None) -> Statistics:
     """The statistics of the ability to "keep", or of "generic" text, the model's own, from the model without an
     adapter. They are cached in the method's folder, which all prices share.
 
     Args:
         samples: how many samples there are of the ability to keep. Default: the comparison's number.
-        draws: see `collect_statistics`.
     """
     path = setup.folder / (NAME if kind == "keep" else f"{kind}.{NAME}")
     if not path.is_file():
@@ -135,7 +128,7 @@ def context_statistics(
             encoded = encode_all(setup.tokenizer, setup.context(kind, samples), length)
         path.parent.mkdir(parents=True, exist_ok=True)
         pad_id = setup.tokenizer.pad_token_id or 0
-        collect_statistics(model, setup.targets, encoded, pad_id, draws=draws, progress=False).save(path)
+        collect_statistics(model, setup.targets, encoded, pad_id, progress=False).save(path)
     return Statistics.load(path)
 
 

@@ -208,7 +208,6 @@ def collect_statistics(
     pad_id: int,
     batch_tokens: int = 1024,
     directions: int = DIRECTIONS,
-    draws: int = 1,
     progress: bool = True,
 ) -> Statistics:
     """C and D of a causal language model's target layers over samples with answers, in small (see `compact`) and on the
@@ -217,14 +216,11 @@ def collect_statistics(
     Args:
         targets: as of `collect_sides`.
         directions: how many of C and of D are kept.
-        draws: how many answers are drawn after each sample, which goes through the model as often. C is the same; D has
-            less of the noise of the draws.
 
     Raises CordaError as `collect_sides` does, and if there are too few samples with an answer.
     """
     require_causal(model)
-    check_samples(sum(e.targets > 0 for e in encoded))
-    device, batches = next(model.parameters()).device, answered_batches([*encoded] * draws, pad_id, batch_tokens)
+    device, batches = next(model.parameters()).device, answered_batches(encoded, pad_id, batch_tokens)
     layers: dict[str, Sides] = {}
 
     def small(M: Tensor) -> Low:
@@ -234,6 +230,6 @@ def collect_statistics(
         input_side = small(C)
         layers |= {name: Sides(input_side, small(Ds.pop(name))) for name in members}
     digests = {name: layer_digest(module) for name, module in targets.items()}
-    samples = sum(len(batch["labels"]) for batch in batches) // draws
-    tokens, answers = (count // draws for count in tokens_and_answers(batches))
+    samples = sum(len(batch["labels"]) for batch in batches)
+    tokens, answers = tokens_and_answers(batches)
     return Statistics({n: layers[n] for n in targets if n in layers}, samples, answers, tokens, digests)
