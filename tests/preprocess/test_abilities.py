@@ -63,7 +63,7 @@ def test_gradients_of_each_ability_are_those_of_all_apart():
         {"orientation": "two_sided", "split": "balanced"},
         {"mode": "ipm", "orientation": "diagonal"},
         {"weights": "compactness"},
-        {"preset": "corda+", "allocation": "drift"},
+        {"preset": "corda+"},
     ],
     ids=str,
 )
@@ -80,9 +80,11 @@ def test_the_start_is_that_of_the_covariances_mixed_by_hand(options):
         assert record.weights == pytest.approx(alpha, abs=1e-3)
         C, D = by_hand(Cs, record.weights), by_hand(Ds, record.weights)
         expected = start_of(
-            targets[name].weight.detach(), C.float(), CordaConfig(**{**vars(config), "r": record.r, "preset": "corda",
-                                                            "allocation": "compactness"}), D.float()
-        )  # fmt: skip
+            targets[name].weight.detach(),
+            C.float(),
+            CordaConfig(**{**vars(config), "r": record.r, "preset": "corda"}),
+            D.float(),
+        )
         BA, exact = (layer.B.double() @ layer.A.double() for layer in (start.layers[name], expected))
         if not config.from_zero:
             assert (BA - exact).norm() / exact.norm() < 1e-3, name

@@ -108,42 +108,6 @@ def test_the_budget_is_met(mode, options, budget):
     assert budget - 80 < spent <= budget  # the largest component has 80 parameters
 
 
-@pytest.mark.parametrize("orientation", ["covariance", "two_sided", "identity"])
-def test_ranks_by_drift_cost_less_drift_than_equal_ranks(orientation):
-    """Of an update whose B is random, exactly: ½ · tokens/answers · Σ tr(D) tr(A C Aᵀ), from what was collected."""
-    spent = {}
-    for name, options in (("drift", {"allocation": "drift"}), ("equal", {"preset": "corda"})):
-        _, start = started("anchored", orientation=orientation, keep=1.0, **options)
-        costs = []
-        for layer, (C, D) in start.statistics.layers.items():
-            C, D = (M.factor @ M.factor.T + M.diagonal.diag() for M in (C, D))
-            A = start.layers[layer].A
-            costs.append(float(D.trace() * (A @ C @ A.T).trace()))
-        spent[name] = sum(costs), start.record["totals"]["parameters"]
-    assert spent["drift"][1] == pytest.approx(spent["equal"][1], rel=0.03)
-    assert spent["drift"][0] < 0.5 * spent["equal"][0]
-
-
-def test_allocation_by_drift_from_the_command_line(checkpoint, tmp_path, capsys):
-    rows = [{"prompt": f"The capital of {i}?", "response": f" It is city {i * 7 % 50}."} for i in range(20)]
-    (tmp_path / "context.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = ["--model", str(checkpoint), "--context", str(tmp_path / "context.jsonl"), "--output", str(tmp_path / "s")]
-    main(["init", *where, "--preset", "corda+", "--allocation", "drift", "--r", "4"])
-    record = json.loads((tmp_path / "s" / "corda.json").read_text())
-    assert record["config"]["allocation"] == "drift"
-    assert len({layer["r"] for layer in record["layers"].values()}) > 2
-    assert "such starts drifted ten times more" not in capsys.readouterr().out
-
-
-def test_in_ipm_the_layers_on_which_most_hangs_get_more():
-    _, start = started("seeded", "ipm", allocation="drift", keep=1.0)
-    _, plain = started("seeded", "ipm", preset="corda", keep=1.0)
-    gains = {n: float(D.factor.square().sum() + D.diagonal.sum()) for n, (_, D) in plain.statistics.layers.items()}
-    ranks = {n: layer.record.r for n, layer in start.layers.items()}
-    most, least = max(gains, key=gains.__getitem__), min(gains, key=gains.__getitem__)
-    assert ranks[most] > ranks[least]
-
-
 def test_limits_on_ranks():
     _, start = started("anchored", min_rank=3, max_rank=6)
     ranks = [record["r"] for record in start.record["layers"].values()]
@@ -173,8 +137,6 @@ def test_presets_set_rounds_and_what_is_given_beside_them_wins():
         ({"preset": "corda++++"}, "preset is 'corda\\+\\+\\+\\+', but must be one of corda, corda\\+, corda\\+\\+"),
         ({"min_rank": 5, "max_rank": 4}, "min_rank 5 and max_rank 4 leave no rank to allocate"),
         ({"preset": "corda", "max_rank": 4}, "go with rank allocation: preset corda\\+ or corda\\+\\+"),
-        ({"preset": "corda", "allocation": "drift"}, "allocation goes with ranks that differ: preset corda\\+ or"),
-        ({"allocation": "gain"}, "allocation is 'gain', but must be one of compactness, drift"),
         ({"budget": -1}, "budget is -1, but must be a number at least 1e-09"),
         ({"rounds": 0}, "rounds is 0, but must be a whole number at least 1"),
         ({"rounds": 2, "orientation": "identity"}, "there are no rounds of it to choose from"),

@@ -16,10 +16,10 @@ whole model first. Filtering the r-th component of a layer with the spectrum σ�
 
     log π(C) · σ_{R−r+1} / (σ₁ + ... + σ_{R−r})
 
-which is what is lost over what remains. Or, in its place, what the context feels of it: `drift_scores`. In mode `kpm`
-the filtered components become the adapter; in mode `ipm` the remaining ones do. The paper filters one component at a
-time, always the cheapest. The cost grows with r, because the numerator rises and the denominator falls. So the greedy
-loop takes the components in the order of one global sort: `allocate`.
+which is what is lost over what remains. In mode `kpm` the filtered components become the adapter; in mode `ipm` the
+remaining ones do. The paper filters one component at a time, always the cheapest. The cost grows with r, because the
+numerator rises and the denominator falls. So the greedy loop takes the components in the order of one global sort:
+`allocate`.
 """
 
 import math
@@ -116,26 +116,6 @@ def allocation_scores(log_pi: float, sigma: Tensor) -> Tensor:
     return torch.where(remaining > 0, scores, torch.where(sigma.flip(0) > 0, torch.inf, 0.0))
 
 
-def drift_scores(leaks: Tensor, sensitivity: float, parameters: int) -> Tensor:
-    """What the r-th component from the tail costs in predicted drift per parameter, for r = 1 ... R: (R,), float64,
-    ascending.
-
-    An update b âᵢ along the component's input direction âᵢ = aᵢ/‖aᵢ‖ has the predicted drift tr(D b âᵢ C âᵢᵀ bᵀ) (see
-    `second_order`). Where training has moved each entry of b, (m,), by one, independently, that is on average
-
-        tr(D) · âᵢ C âᵢᵀ        and over the parameters of the component its cost
-
-    Read of a task in place of what is to be kept, it is the mean square of the gradient at b: what there is to gain.
-    As ranks count from the tail, the r-th component costs at least as much as those behind it.
-
-    Args:
-        leaks: âᵢ C âᵢᵀ (R,), from the head to the tail.
-        sensitivity: tr(D).
-        parameters: of one component, m + n.
-    """
-    return (sensitivity * leaks.double().clamp(min=0) / parameters).flip(0).cummax(0).values
-
-
 def allocate(
     scores: Sequence[Tensor],
     costs: Sequence[int],
@@ -147,7 +127,7 @@ def allocate(
     """The rank of every layer: the paper's greedy loop (Alg. 2) as one stable sort of all layers' scores.
 
     Args:
-        scores: the `allocation_scores` or the `drift_scores` of each layer.
+        scores: the `allocation_scores` of each layer.
         costs: the parameters of one component of each layer, d_in + d_out.
         budget: the parameters of all components together. Mode `kpm` stops before it would exceed the budget. Mode
             `ipm` stops as soon as the remaining components fit, less than one component below the budget.

@@ -24,9 +24,6 @@ class CordaConfig:
             covariance (Alg. 1).
         r: the rank, that is, the number of components adapted in each layer. With allocation, the rank that would cost
             as many parameters if every layer had it.
-        allocation: by what presets corda+ and corda++ give ranks. `compactness` is the published rule. `drift` goes by
-            the drift that a component's parameters are predicted to cause on the context, which also runs backward for
-            it: kpm adapts the components that cost least, ipm those on which the task hangs most.
         rounds: the number of independent samplings of the context to choose from. Default: 5 in corda++, else 1.
         min_rank: the least rank that allocation gives a layer.
         max_rank: the largest rank that allocation gives a layer. Default: all components of the layer.
@@ -78,7 +75,6 @@ class CordaConfig:
     mode: Literal["kpm", "ipm"] = "kpm"
     preset: Literal["corda", "corda+", "corda++"] = "corda"
     r: Count = 16
-    allocation: Literal["compactness", "drift"] = "compactness"
     rounds: Count | None = None
     min_rank: Count = 1
     max_rank: Count | None = None
@@ -135,8 +131,6 @@ class CordaConfig:
             raise CordaError("orientation identity needs no context, so there are no rounds of it to choose from")
         if not self.allocates and (self.min_rank != 1 or self.max_rank is not None or self.budget is not None):
             raise CordaError("min_rank, max_rank and budget go with rank allocation: preset corda+ or corda++")
-        if not self.allocates and self.allocation != "compactness":
-            raise CordaError("allocation goes with ranks that differ: preset corda+ or corda++")
         if self.allocates and self.solver == "subspace":
             raise CordaError(
                 "solver subspace finds the components of a fixed rank; to allocate ranks, all are needed: gram"
@@ -161,7 +155,7 @@ class CordaConfig:
     @property
     def runs_back(self) -> bool:
         """Whether the context also runs backward through the model, for the gradients at the layers' outputs."""
-        return self.orientation == "two_sided" or self.keep > 0 or self.allocation == "drift"
+        return self.orientation == "two_sided" or self.keep > 0
 
     @property
     def allocates(self) -> bool:

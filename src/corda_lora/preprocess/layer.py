@@ -12,13 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra.compactness import (
-    allocation_scores,
-    drift_scores,
-    extreme_eigenvalues,
-    log_compactness,
-    selection_score,
-)
+from ..algebra.compactness import extreme_eigenvalues, log_compactness, selection_score
 from ..algebra.covariance import float32_products
 from ..algebra.decomposition import energies, factor, orient, regularize, select, split_components
 from ..algebra.folding import best_fit, fold, metric_norm
@@ -102,7 +96,6 @@ class Decomposed:
             those of the adapter, (r,).
         energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
         record: what is known of the layer by now.
-        scores: see `scores_of`.
         sides: C and D in small, from which drift is predicted; None if nobody asks for it.
         folded: A (r, d_in) and B (d_out, r), float32 on the CPU, where they are no components but what quantization
             lost.
@@ -114,7 +107,6 @@ class Decomposed:
     sigma: Tensor
     energy: Tensor | None
     record: LayerRecord
-    scores: Tensor | None = None
     sides: Sides | None = None
     folded: tuple[Tensor, Tensor] | None = None
     stored: Quantized | None = None
@@ -217,33 +209,6 @@ def decompose_layer(
     if keeps_all(config):
         return components(W, oriented, config.solver)
     return chosen_components(W, oriented, config.mode, config.r, config.solver, fell_back)
-
-
-def scores_of(
-    W: Tensor, C: Tensor | None, D: Tensor | None, U: Tensor, sigma: Tensor, log_pi: float | None, config: CordaConfig
-) -> Tensor | None:
-    """What filtering each component costs, the tail first: (R,), float64, on the device of W. None where ranks are
-    fixed.
-
-    Args:
-        W, C, D: of the layer, (m, n), (n, n) and (m, m); two-sided, LᵀW. C is None where it got no token.
-        U, sigma: all components.
-        log_pi: see `Choice`; None where the layer got no covariance.
-    """
-    if not config.allocates:
-        return None
-    if config.allocation == "drift":
-        leaks = (
-            sigma.new_zeros(len(sigma)) if C is None else torch.cat([_leaks(W, C, part) for part in U.split(512, 1)])
-        )
-        return drift_scores(leaks, 0.0 if D is None else float(D.diagonal().sum()), sum(W.shape))
-    return allocation_scores(log_compactness(len(W), 1, 1) if log_pi is None else log_pi, sigma)
-
-
-def _leaks(W: Tensor, C: Tensor, U: Tensor) -> Tensor:
-    """â C âᵀ of the rows a = uᵀW, each at length one; 0 of a component that is dead."""
-    rows = U.T @ W.double()
-    return energies(rows, C) / rows.square().sum(1).clamp(min=1e-300)
 
 
 def output_factor(D: Tensor | None, config: CordaConfig) -> Tensor | None:

@@ -59,7 +59,6 @@ from .layer import (
     keep_components,
     output_factor,
     quantize_layer,
-    scores_of,
     start_layer,
 )
 from .ranks import Ranks
@@ -384,15 +383,15 @@ def _finished_before(store: LayerStore, ranks: Ranks, device: torch.device) -> d
     for name, layer in store.load(spectra_only=True):
         assert layer.record.digest is not None
         digests[name] = layer.record.digest
-        ranks.see(name, None if layer.scores is None else layer.scores.to(double_device(device)))
+        ranks.see(name, layer.record.log_pi, layer.sigma.to(double_device(device)))
     return digests
 
 
 def _ranks_of_all(store: LayerStore, order: Iterable[str], ranks: Ranks) -> Ranks:
     """Ranks that have seen all layers in the store, in an order."""
-    scores = {name: layer.scores for name, layer in store.load(spectra_only=True)}
+    layers = dict(store.load(spectra_only=True))
     for name in order:
-        ranks.see(name, scores[name])
+        ranks.see(name, layers[name].record.log_pi, layers[name].sigma)
     return ranks
 
 
@@ -445,12 +444,10 @@ def _decompose(
         clock.lap("selection")
         C = covariances[choice.round or 0].to(W.device) if covariances else None
         U, sigma = decompose_layer(W, C, config, partial(fallbacks.append, name))
-        scores = scores_of(W, C, D, U, sigma, choice.log_pi, config)
-        ranks.see(name, scores)
+        ranks.see(name, choice.log_pi, sigma)
         record = LayerRecord(**choice._asdict(), digest=layer_digest(targets[name]), input=members[0])
         r = ranks.of_seen()[name]
         decomposed = keep_components(W, C, U, sigma, r, config, record, L)
-        decomposed.scores = None if scores is None else scores.cpu()
         del U
         if config.quantization or base is not None:
             W = weight_of(targets[name]).to(solving)  # not LᵀW

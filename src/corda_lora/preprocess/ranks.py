@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from ..algebra.compactness import allocate
+from ..algebra.compactness import allocate, allocation_scores, log_compactness
 from ..config import CordaConfig
 from ..models.targets import budget_of
 from ..models.weights import weight_shape
@@ -27,9 +26,12 @@ class Ranks:
         self.budget = budget_of(targets, config, model)
         self.scores: dict[str, Tensor] = {}
 
-    def see(self, name: str, scores: Tensor | None) -> None:
-        """Add a layer, with the scores of its components (see `layer.scores_of`), or None where ranks are fixed."""
-        self.scores[name] = torch.empty(0) if scores is None else scores
+    def see(self, name: str, log_pi: float | None, sigma: Tensor) -> None:
+        """Add a layer, with the singular values of its oriented weight: all, (R,), where ranks are to be allocated.
+        log π is None where it got no covariance."""
+        log_pi = log_compactness(self.shapes[name][0], 1, 1) if log_pi is None else log_pi
+        # On the CPU, where a sum is the same each time: a run that goes on from stored spectra finds the same ranks.
+        self.scores[name] = allocation_scores(log_pi, sigma.cpu()).to(sigma.device)
 
     def of_seen(self) -> dict[str, int]:
         """The ranks of the layers seen so far, in the order in which they were seen."""

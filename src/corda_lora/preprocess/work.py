@@ -29,7 +29,7 @@ MANIFEST = "finished.json"
 # the trainer's page, a tracker's logs.
 OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|base|checkpoint-\d+|README\.md|tmp\w+|runs")
 FOLDED, STORED = ("folded.A", "folded.B"), "stored."
-KEYS = ("rows", "U", "sigma", "energy", "scores", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
+KEYS = ("rows", "U", "sigma", "energy", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
 
 
 def open_work(
@@ -150,18 +150,18 @@ class LayerStore:
             with safe_open(self.folder / file, framework="pt") as tensors:
                 names, inputs = set(tensors.keys()), dict[str, Low]()
                 for layer, fields in json.loads(tensors.metadata()["records"]).items():
-                    wanted = ("sigma", "scores") if spectra_only else (*KEYS, *FOLDED)
+                    wanted = ("sigma",) if spectra_only else (*KEYS, *FOLDED)
                     keys = [k for k in wanted if f"{layer}|{k}" in names]
                     parts = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
                     rows, record, sides = parts.get("rows", torch.empty(0, 0)), LayerRecord(**fields), None
-                    sigma, (U, energy, scores) = parts["sigma"], map(parts.get, ("U", "energy", "scores"))
+                    sigma, U, energy = parts["sigma"], parts.get("U"), parts.get("energy")
                     if "C.factor" in parts:
                         inputs[layer] = Low(parts["C.factor"], parts["C.diagonal"])
                     if "D.factor" in parts:
                         assert record.input is not None
                         sides = Sides(inputs[record.input], Low(parts["D.factor"], parts["D.diagonal"]))
                     folded = (parts[FOLDED[0]], parts[FOLDED[1]]) if FOLDED[0] in parts else None
-                    yield layer, Decomposed(rows, U, sigma, energy, record, scores, sides, folded)
+                    yield layer, Decomposed(rows, U, sigma, energy, record, sides, folded)
 
     def quantized(self, layer: str) -> Quantized | None:
         """The quantized weight of a layer; None if it was not quantized with the decomposition."""

@@ -222,8 +222,7 @@ def _doubts(record: Mapping[str, Any]) -> Iterator[str]:
             f"but of other samples that says little: the context has {context['tokens']:,} tokens for layers of up to "
             f"{context['widest']:,} inputs; {enough:,} samples would do."
         )
-    by_compactness = config["preset"] != "corda" and config.get("allocation") != "drift"
-    if record["totals"]["ranks"][1] > 2 * config["r"] and by_compactness:
+    if record["totals"]["ranks"][1] > 2 * config["r"] and config["preset"] != "corda":
         yield (
             f"but ranks go up to {record['totals']['ranks'][1]}, and such starts drifted ten times more than with "
             f"--min_rank {max(1, config['r'] // 2)} --max_rank {2 * config['r']} (docs/measured.md)."
