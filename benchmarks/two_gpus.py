@@ -2,14 +2,16 @@
 
     python benchmarks/two_gpus.py [--parts corda++ ipm kpm train] [--size 7b] [--layers 32] [--work DIR] [--gpus 2]
 
-Each part is at most 5 minutes on two H200s; the result is written after each run, so a part that is cut off loses one
-run. Model and data are made first, if they are not in `--work` already (random bfloat16 weights, see make_llama.py).
+Each part but *train* is at most 5 minutes on two H200s; the result is written after each run, so a part that is cut off
+loses one run. Model and data are made first, if they are not in `--work` already (random bfloat16 weights, see
+make_llama.py).
 
 - *corda++*, *ipm*, *kpm*: seconds from the command to the adapter, by torchrun where there are several processes; where
   they go, in the process that took longest; how near the adapters are. The stages and their sum, `all`, are those of
   `preprocess`; `waiting`, for the other processes, is in them.
 - *train*: `--steps` steps with the penalty, FSDP 2 by `accelerate launch` against one GPU, in float32 (how near the
-  adapters are) and in bfloat16 (how long the training takes, with what the meter measures).
+  adapters are, and, for a yardstick, those of one GPU that takes a step at once and in parts: rounding alone) and in
+  bfloat16 (how long the training takes, with what the meter measures).
 
 Without a GPU processes stand for GPUs, and DDP for FSDP: to try the script with `--size tiny`.
 """
@@ -41,7 +43,8 @@ PARTS = {
     "kpm": "--mode kpm --r 128 --samples 256 --max_length 512 --batch_tokens 16384",
 }
 START = "--mode kpm --r 32 --keep 10 --samples 64 --max_length 256"
-TRAIN = "--batch_size 8 --max_length 256 --checkpoints 0"
+BATCH = 8
+TRAIN = f"--batch_size {BATCH} --max_length 256 --checkpoints 0"
 ENGINE = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -159,10 +162,22 @@ def train(part: str, work: Path, options: Any, say: Callable[..., None]) -> None
                 f"in all; loss {made['train_loss']:.6f}, drift {made['drift'][-1][1]:.4e} predicted",
                 **{f"train {dtype} {gpus}": {"seconds": command, **made}},
             )
-        before, one, many = (load_file(f / "adapter_model.safetensors") for f in (start, *outputs.values()))
-        length = sum(float((one[name] - before[name]).square().sum()) for name in one) ** 0.5
-        apart = sum(float((one[name] - many[name]).square().sum()) for name in one) ** 0.5 / length
+        one, many = outputs.values()
+        apart = distance(start, one, many)
         say(f"- the adapters in {dtype} are {apart:.1e} of their way from the start apart", **{f"apart {dtype}": apart})
+        if dtype == "float32":
+            halves = work / "tuned-halves"
+            half = max(1, BATCH // options.gpus)  # samples of a forward, as in each process above
+            ran(["train", *model, *flags, "--micro_batch_size", str(half)], halves, 1, torchrun)
+            apart = distance(start, one, halves)
+            say(f"- by rounding alone (1 GPU, {half} samples a forward): {apart:.1e}", **{"apart by rounding": apart})
+
+
+def distance(start: Path, one: Path, other: Path) -> float:
+    """How far two adapters from one start are apart, as a share of the way of the first."""
+    before, here, there = (load_file(folder / "adapter_model.safetensors") for folder in (start, one, other))
+    way = sum(float((here[name] - before[name]).square().sum()) for name in here) ** 0.5
+    return sum(float((here[name] - there[name]).square().sum()) for name in here) ** 0.5 / way
 
 
 def ran(arguments: Sequence[str], output: Path, gpus: int, launch: Callable[[int, Path, str], list[str]]) -> float:
