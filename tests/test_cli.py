@@ -246,11 +246,30 @@ def test_help_and_exit_codes_of_the_command():
     assert shown.returncode == 0
     assert all(f"corda {verb}" in shown.stdout for verb in ("init", "train", "eval", "export"))
     assert command().returncode == 2
-    missing = command("eval", "--model", "./nowhere", "--keep", "x.jsonl")
+    missing = command("eval", "--model", "./nowhere", "--keep", "x")
     assert missing.returncode == 2
     assert missing.stderr == "corda eval: there is no model in ./nowhere: it has no config.json\n"
     code = "import sys, corda_lora.cli.parser as p; p.build_parser(); sys.exit('torch' in sys.modules)"
     assert command().returncode == 0  # help is quick: the parser needs no torch
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("init --model m --context nothere.jsonl --output o", "there is no file nothere.jsonl"),
+        ("train --model m --data nothere.jsonl --output o", "there is no file nothere.jsonl"),
+        ("train --model m --start nothere --data new --output o", "nothere is not an adapter directory"),
+        ("eval --model m --keep nothere.jsonl", "there is no file nothere.jsonl"),
+        ("eval --model m --adapter nothere --keep known", "nothere is not an adapter directory"),
+        ("export --model m --adapter nothere --output o", "nothere is not an adapter directory"),
+        ("inspect --adapter nothere --output o", "nothere is not an adapter directory"),
+    ],
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(command, message, tmp_path):
+    code = "import sys\nfrom corda_lora.cli import main\ntry:\n main()\nfinally:\n print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, cwd=tmp_path)
+    assert message in ended.stderr
+    assert (ended.returncode, ended.stdout) == (2, "False\n")
 
 
 # --- bad input: one sentence, exit code 2, nothing left --------------------------------------------------------------

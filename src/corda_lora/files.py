@@ -22,6 +22,7 @@ from .config import CordaError
 from .config.values import short
 
 CHECKSUMS = "sha256.json"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 LONGEST_NAME = 255  # bytes, on every common file system
 
 
@@ -200,6 +201,12 @@ def check_name(output: Path) -> None:
     _check_length(output)
     if output.is_symlink():
         raise CordaError(f"the output {output} is a symbolic link: remove it, or name the place it points to")
+
+
+def check_adapter(directory: Path) -> None:
+    """Raises CordaError if there is no adapter in the directory. For use before long imports."""
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise CordaError(f"{directory} is not an adapter directory: it has no {ADAPTER_CONFIG}")
 
 
 def check_output(directory: Path) -> None:

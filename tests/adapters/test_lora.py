@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from corda_lora import CordaConfig, CordaError, load_adapter
+from corda_lora import CordaConfig, CordaError, files, load_adapter
 from corda_lora.adapters.export import compress, export_lora, export_merged, export_residual
 from corda_lora.adapters.held import held_size
 from corda_lora.adapters.lora import install, lora_layers, save_adapter
@@ -291,6 +291,15 @@ def test_other_families_load_in_plain_peft(family, tmp_path):
     saved(adapted, found, tmp_path / "adapter")
     same(tiny.logits(PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter"), family), moved)
     same(tiny.logits(load_adapter(model, tmp_path / "adapter"), family), moved)
+
+
+def test_each_file_of_an_adapter_is_hashed_once(tmp_path, monkeypatch):
+    """A gigabyte takes a second or more."""
+    hashed = []
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path.name) or "0" * 64)
+    model, found = start()
+    save_adapter(install(model, found), tmp_path / "a", {})
+    assert hashed.count("adapter_model.safetensors") == 1
 
 
 def test_what_is_in_the_directory(tmp_path):

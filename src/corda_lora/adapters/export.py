@@ -235,7 +235,7 @@ def _write_lora(
         save_plain(peft_model, folder, read_records(directory), note)
         if gains is not None:
             save_order(folder, gains)
-            write_all_checksums(folder)
+        write_all_checksums(folder)
     return share
 
 
@@ -357,6 +357,7 @@ def export_residual(
         (folder / "adapter").mkdir()
         note = f"It belongs to the residual model in `{output.name}`, and is wrong on any other."
         save_plain(peft_model, folder / "adapter", read_records(Path(directory)), note)
+        write_all_checksums(folder / "adapter")
         _write_record(folder, record)
         _save_model(peft_model.unload(), tokenizer, folder)
 

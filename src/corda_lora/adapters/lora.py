@@ -41,7 +41,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import CordaError, ModelConfig
-from ..files import CHECKSUMS, check_checksums, read_json, sha256_of, whole_folder, write_checksums, write_json
+from ..files import (
+    ADAPTER_CONFIG,
+    CHECKSUMS,
+    check_adapter,
+    check_checksums,
+    read_json,
+    sha256_of,
+    whole_folder,
+    write_checksums,
+    write_json,
+)
 from ..models.targets import check_bare, known_labels, lora_config, new_modules
 from ..models.weights import fingerprint, layer_digest
 from ..preprocess.pipeline import Start
@@ -54,7 +64,7 @@ from .held import BUCKETS, FREE, describe_held, freeze, warn_if_trained
 RECORD = "corda.json"
 TIMING = "timing.json"
 SPECTRA = "spectra.safetensors"
-CONFIG = "adapter_config.json"
+CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 BASE_FOLDER = "base"  # of an adapter's quantized base, in its directory
 SCALES = "scales"  # in CHECKSUMS, beside the names of files
@@ -154,7 +164,7 @@ def save_adapter(
 
 def save_plain(peft_model: PeftModel, folder: Path, records: Records, note: str = "") -> None:
     """What PEFT's `save_pretrained` writes, the same bytes for the same adapter, with a filled-in model card (see
-    `write_card`) and checksums."""
+    `write_card`). Checksums are left to the caller, when all else is in the folder: they take a second a gigabyte."""
     adapter = peft_model.peft_config["default"]
     if adapter.modules_to_save:  # PEFT adds a classifier's head at each loading
         adapter.modules_to_save = list(dict.fromkeys(adapter.modules_to_save))
@@ -172,7 +182,6 @@ def save_plain(peft_model: PeftModel, folder: Path, records: Records, note: str 
     if labels := known_labels(peft_model):
         config["auto_mapping"] = (config["auto_mapping"] or {}) | {LABELS: labels}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_all_checksums(folder)
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -180,8 +189,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
     Raises CordaError if there is no adapter in the directory, or the record is damaged or of another adapter.
     """
-    if not (Path(directory) / CONFIG).is_file():
-        raise CordaError(f"{directory} is not an adapter directory: it has no {CONFIG}")
+    check_adapter(Path(directory))
     path = Path(directory) / RECORD
     if not path.is_file():
         return None
@@ -246,9 +254,9 @@ def read_marks(directory: Path) -> dict[str, Any] | None:
     """
     directory = Path(directory)
     path, weights = directory / CONFIG, directory / WEIGHTS
-    for file in (path, weights):  # PEFT would ask the hub for weights that are not there
-        if not file.is_file():
-            raise CordaError(f"{directory} is not an adapter directory: it has no {file.name}")
+    check_adapter(directory)
+    if not weights.is_file():  # PEFT would ask the hub for weights that are not there
+        raise CordaError(f"{directory} is not an adapter directory: it has no {WEIGHTS}")
     _shapes_in(weights)
     if (directory / CHECKSUMS).is_file():
         _check_checksums(directory)
@@ -268,9 +276,8 @@ def labels_of(directory: Path) -> list[str] | None:
     """The labels of a classifier's adapter, in the order of its outputs; None where it does not say any.
 
     Raises CordaError if there is no adapter in the directory, or its configuration is damaged."""
+    check_adapter(directory)
     path = directory / CONFIG
-    if not path.is_file():
-        raise CordaError(f"{directory} is not an adapter directory: it has no {CONFIG}")
     try:
         labels = (json.loads(path.read_text()).get("auto_mapping") or {}).get(LABELS)
         return None if labels is None else list(map(str, labels))

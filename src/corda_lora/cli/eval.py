@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from ..config import CordaError, EvalConfig, ModelConfig
+from ..data.rows import check_file
+from ..evaluation.measures import KINDS
 from ..evaluation.tasks.registry import TASKS, checked_tasks
 from ..files import check_output, check_result, read_json, whole_folder, write_json
 from .shared import AddVerb, out, take
@@ -58,6 +60,8 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     given. With --before and --after it also says what was gained and lost, with intervals."""
     _name_models(options)
     source, config = take(ModelConfig, options), take(EvalConfig, options)
+    for data in (data for kind in KINDS for data in config.data(kind)):
+        check_file(data)
     from ..report.before_after import write_evaluation
     from ..report.terminal import results_table
     from ..report.verdicts import verdicts

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
 from ..config.data import CONTEXT_SAMPLES, named_contexts
 from ..config.values import Count
+from ..data.rows import check_file
 from ..files import is_made, read_json, remove_work
 from ..processes import launched
 from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
@@ -58,6 +59,8 @@ def init(options: Namespace) -> dict[str, Any]:
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
     labelled = next((data for data in datas if data.label), None)
     datas = datas if config.reads_context else []
+    for each in datas:
+        check_file(each)
     if labelled:
         from ..data.labels import with_labels
 

@@ -15,7 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader
 from yaml import YAMLError
 
 from ..config.values import check_value
-from ..files import check_name, output_lock
+from ..files import check_adapter, check_name, output_lock
 from ..recipes import load_recipe
 from .compare import add_compare
 from .demo import add_demo
@@ -102,6 +102,9 @@ def _run_checked(
     reports = options.get("jobs") == 0  # also of a comparison that goes on
     locks = output is not None and not reports and not follows(options)
     with output_lock(output) if locks else nullcontext(), spoken(options):
+        for name in ("adapter", "start"):
+            if options.get(name) is not None:
+                check_adapter(options[name])
         result = run(options)
     if follows(options):
         return

@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 
 from ..config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
 from ..config.values import Seed, Share
+from ..data.rows import check_file
 from ..files import read_json
 from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
 
@@ -77,6 +78,9 @@ def _tuning(options: Namespace) -> Any:
         if options.eval_share:
             raise CordaError("--eval_share holds out samples of --data: leave it or --eval_data out")
         held_out = replace(data, data=options.eval_data, rows=options.eval_rows, samples=None)
+    for each in (data, held_out):
+        if isinstance(each, DataConfig):
+            check_file(each)
     from ..tune import read_tuning
 
     return read_tuning(source, data, config, options.start or lora, held_out, keep)

@@ -6,7 +6,6 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import has_generation_markers
 
 from ..config import CordaError
 from .images import has_place, parts_of, processor_of, require_processor, words_of
@@ -27,6 +26,8 @@ def render_chat(
         CordaError: the tokenizer has no chat template, the template refuses the chat, or it writes a turn in another
             way when others follow, so that the turn cannot be found.
     """
+    from trl.chat_template_utils import has_generation_markers  # a second, which texts that are no chats do not need
+
     messages = _as_read(tokenizer, messages)
     text = _render(tokenizer, messages, tools)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -19,6 +19,23 @@ def load_rows(config: DataConfig) -> tuple[Sequence[Row], list[str]]:
     Raises:
         CordaError: there is no such file, folder or data set, or it cannot be read.
     """
+    path, suffix = check_file(config), Path(config.data).suffix.lower()
+    if path.is_file() and suffix in (*READERS, *DELIMITERS):
+        try:
+            table = suffix in DELIMITERS
+            rows = _read_table(path, DELIMITERS[suffix], config.columns) if table else READERS[suffix](path)
+        except OSError as error:
+            raise CordaError(f"cannot read {path}: {error.strerror}") from error
+        return _slice(rows, config), list(dict.fromkeys(column for row in rows for column in row))
+    dataset = _load_dataset(config, path)
+    return _undecoded(dataset), list(dataset.column_names)
+
+
+def check_file(config: DataConfig) -> Path:
+    """The path of a file, or of what else the data may be. For use before anything heavy is imported.
+
+    Raises CordaError if it can only be a file, and there is none, or it is one that cannot be read.
+    """
     if not config.data.strip():
         raise CordaError("the name of the data is empty: give a file, a folder or the name of a data set")
     path = Path(config.data)
@@ -32,15 +49,7 @@ def load_rows(config: DataConfig) -> tuple[Sequence[Row], list[str]]:
         raise CordaError(f"{path} is empty")
     if config.columns is not None and not (path.is_file() and suffix in DELIMITERS):
         raise CordaError(f"columns names those of a .csv or .tsv file, and {config.data} is none")
-    if path.is_file() and suffix in (*READERS, *DELIMITERS):
-        try:
-            table = suffix in DELIMITERS
-            rows = _read_table(path, DELIMITERS[suffix], config.columns) if table else READERS[suffix](path)
-        except OSError as error:
-            raise CordaError(f"cannot read {path}: {error.strerror}") from error
-        return _slice(rows, config), list(dict.fromkeys(column for row in rows for column in row))
-    dataset = _load_dataset(config, path)
-    return _undecoded(dataset), list(dataset.column_names)
+    return path
 
 
 def _slice(rows: list[Row], config: DataConfig) -> list[Row]:
