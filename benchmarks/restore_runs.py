@@ -7,6 +7,7 @@
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from corda_lora.compare.frontier import setting_of
@@ -14,17 +15,23 @@ from corda_lora.compare.schedule import Job
 
 
 def main(source: Path, output: Path) -> None:
+    restore_runs(source, output)
+    comparison = json.loads(source.read_text())
+    shared = {key: value for key, value in comparison["recipe"].items() if key != "methods"}
+    recipe = {"shared": shared, "entries": comparison["recipe"]["methods"]}
+    (output / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
+
+
+def restore_runs(source: Path, output: Path, without: Collection[str] = ()) -> None:
+    """Write the results of the runs that are done, but for those of the commits `without`."""
     comparison = json.loads(source.read_text())
     for run in comparison["runs"]:
-        if run["status"] in ("done", "diverged"):
+        if run["status"] in ("done", "diverged") and run.get("commit", comparison["commit"]) not in without:
             setting = setting_of(run)
             folder = output / Job(run["method"], setting.rate, run["seed"], setting.swept).folder
             folder.mkdir(parents=True)
             run.setdefault("machine", comparison["machine"])  # earlier versions did not note it for each run
             (folder / "result.json").write_text(json.dumps(run, indent=1) + "\n")
-    shared = {key: value for key, value in comparison["recipe"].items() if key != "methods"}
-    recipe = {"shared": shared, "entries": comparison["recipe"]["methods"]}
-    (output / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from corda_lora.compare.pool import threads_of
 from corda_lora.compare.process import visible_device
 
 BESIDE_A_GPU = """
@@ -105,3 +106,11 @@ def test_a_gpu_that_has_a_uuid_is_called_by_it(tmp_path):
 def test_processes_are_as_silent_about_kernels_to_download_as_the_command():
     said = "import logging, corda_lora.compare.preload; print(logging.getLogger('bitsandbytes').level)"
     assert run(BESIDE_A_GPU + said) == [str(logging.ERROR)]
+
+
+@pytest.mark.parametrize(
+    ("processes", "cores", "asked", "threads"),
+    [(1, 8, "", 8), (3, 8, "", 2), (16, 8, "", 1), (1, 8, "1", 1), (4, 8, "4", 2), (2, 8, "0", 4), (2, 8, "4,2", 4)],
+)
+def test_threads_are_as_many_as_asked_for(processes, cores, asked, threads):
+    assert threads_of(processes, cores, asked) == threads

@@ -61,6 +61,12 @@ class Pool(Protocol):
 # --- on this host ----------------------------------------------------------------------------------------------------
 
 
+def threads_of(processes: int, cores: int, asked: str) -> int:
+    """The threads of each process: they share the cores, or each has what OMP_NUM_THREADS asks for, if that is less."""
+    share = max(1, cores // processes)
+    return min(share, int(asked) or share) if asked.isdigit() else share
+
+
 class Processes:
     """Processes of this host: as many as `slots` names GPUs for, "" for the CPU, whose cores they share."""
 
@@ -72,7 +78,7 @@ class Processes:
         if kind == "forkserver":
             self.context.set_forkserver_preload([f"{__package__}.preload"])
         self.comparison, self.slots, self.commit = comparison, list(slots), commit
-        self.threads = max(1, (os.cpu_count() or 1) // len(slots))
+        self.threads = threads_of(len(slots), os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS", ""))
         self.counter = self.context.Value("q", 0)  # steps that runs have taken since it was last read
 
     def room(self) -> int:
