@@ -19,6 +19,22 @@ from corda_lora.config import ModelConfig
 from corda_lora.models.loading import load_model, load_tokenizer
 
 
+# The files that take longest. They are run first, so that no process of a parallel run is left with one at the end.
+LONG = (
+    "test_real.py",
+    "test_kills.py",
+    "test_runner.py",
+    "test_processes.py",
+    "test_share.py",
+    "test_cli.py",
+    "test_docs.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_collection_finish():
     """Every training ends with a garbage collection: it need not go through all that was imported (0.8 s)."""
     gc.freeze()
@@ -41,9 +57,11 @@ def gguf_file() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory, gguf_file) -> Path:
-    """A checkpoint of SmolLM2-135M."""
+    """A checkpoint of SmolLM2-135M, and in the file `loaded_from` the name that its model had."""
     folder = tmp_path_factory.mktemp("smollm2")
-    load_model(ModelConfig(str(gguf_file))).save_pretrained(folder)
+    model = load_model(ModelConfig(str(gguf_file)))
+    model.save_pretrained(folder)
+    (folder / "loaded_from").write_text(model.name_or_path)
     load_tokenizer(ModelConfig(str(gguf_file))).save_pretrained(folder)
     return folder
 

@@ -119,14 +119,17 @@ def test_the_same_command_again(model, here, capsys):
     assert "start is whole already: the same command made it" in capsys.readouterr().out
 
 
-def test_what_is_refused(model, here, capsys, monkeypatch):
+def test_what_is_refused(model, here, capsys, monkeypatch, tmp_path_factory):
+    adapter = tmp_path_factory.mktemp("adapter")
+    (adapter / "adapter_config.json").write_text("{}")
     arguments = ["--model", model, "--context", "keep.jsonl", "--output", "start"]
     assert "fold puts what quantization lost" in refused(capsys, "init", *arguments, "--fold", 1, "--split", "balanced")
     heads = ["--quantization", "nf4", "--target_modules", "[lm_head, q_proj]"]
     assert "lm_head stays in full precision" in refused(capsys, "init", *arguments, *heads)
     assert "quantization is nf5" in refused(capsys, "init", *arguments, "--quantization", "nf5")
     assert "--original goes with --as lora only" in refused(
-        capsys, "export", "--model", model, "--adapter", "x", "--as", "merged", "--original", model, "--output", "y"
+        capsys,
+        *("export", "--model", model, "--adapter", adapter, "--as", "merged", "--original", model, "--output", "y"),
     )
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr("corda_lora.models.weights.find_spec", lambda name: None)

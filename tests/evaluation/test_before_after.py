@@ -244,6 +244,8 @@ def test_models_that_are_not_named_rightly(tmp_path, checkpoint, arguments, sent
     (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1 =", "response": " 2"}\n')
     (tmp_path / "sums").mkdir()
     (tmp_path / "sums" / "mine").write_text("mine")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "adapter_config.json").write_text("{}")
     if "other" in arguments:
         tiny.build("llama").save_pretrained("other")
         tokenizer = type(tokenizer).from_pretrained(checkpoint)

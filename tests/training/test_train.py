@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import shutil
 from contextlib import nullcontext
+from functools import partialmethod
 
 import pytest
 import tiny
@@ -81,9 +81,9 @@ def test_a_training_of_one_step_trains(tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a compiler")
 def test_compiled_blocks_train_the_same(tokenizer, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # each more is a process that imports torch
+    # Traced as ever; the kernels are torch's own, as a C++ compiler would take a minute for its.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     counters["stats"].clear()
     _, trained = run(tokenizer, steps=3, target_modules=["q_proj"])
     assert not counters["stats"]["unique_graphs"]
