@@ -18,21 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from corda_lora.config import ModelConfig
 from corda_lora.models.loading import load_model, load_tokenizer
 
-
-# The files that take longest. They are run first, so that no process of a parallel run is left with one at the end.
-LONG = (
-    "test_real.py",
-    "test_kills.py",
-    "test_runner.py",
-    "test_processes.py",
-    "test_share.py",
-    "test_cli.py",
-    "test_docs.py",
-)
+LONG = ["test_real", "test_kills", "test_runner", "test_processes", "test_share", "test_cli", "test_docs"]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """The files that take longest come first, so that no process of a parallel run is left with one at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def pytest_collection_finish():
