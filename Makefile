@@ -8,10 +8,10 @@ demo: .venv/ready
 	rm -rf demo
 	$(BIN)/corda demo --output demo
 
-# Three processes for two cores, as some tests wait; each with whole files, the longest first (see tests/conftest.py). The
-# many processes that tests start find our modules compiled.
+# Two processes, each with whole files, the longest first (see tests/conftest.py). The many processes that tests start find
+# our modules compiled.
 test: .venv/ready
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not cluster"
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster"
 
 # Two minutes more, of nodes that die.
 cluster: .venv/ready

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from corda_lora.config import ModelConfig
@@ -48,12 +49,18 @@ def gguf_file() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory, gguf_file) -> Path:
-    """A checkpoint of SmolLM2-135M, and in the file `loaded_from` the name that its model had."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    model = load_model(ModelConfig(str(gguf_file)))
-    model.save_pretrained(folder)
-    (folder / "loaded_from").write_text(model.name_or_path)
-    load_tokenizer(ModelConfig(str(gguf_file))).save_pretrained(folder)
+    """A checkpoint of SmolLM2-135M, and in the file `loaded_from` the name that its model had. The processes of a
+    parallel run share it: the weights take 20 s to expand."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_name("smollm2.partial")
+            model = load_model(ModelConfig(str(gguf_file)))
+            model.save_pretrained(partial)
+            load_tokenizer(ModelConfig(str(gguf_file))).save_pretrained(partial)
+            (partial / "loaded_from").write_text(model.name_or_path)
+            partial.rename(folder)
     return folder
 
 
