@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +85,33 @@ def test_runs_of_several_calls_are_put_together(load):
     second["recipe"]["train"]["batch_size"] = 4
     with pytest.raises(SystemExit, match="different recipes"):
         merge([first, second])
+
+
+def test_sweeps_run_each_recipe_once_and_none_that_is_done(load, tmp_path, monkeypatch):
+    """Two slots; what is committed of a recipe is restored when the command has made the folder, but for one commit."""
+    sweeps = load("sweeps")
+    monkeypatch.setattr(sweeps, "HERE", tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: None)  # no MPS
+    (tmp_path / "results" / "b_2026-11-29_cpu").mkdir(parents=True)
+    done = comparison(lora=[[1e-3, "done", 1.0], [2e-3, "failed", None]], pissa=[[1e-3, "done", 1.2]])
+    (tmp_path / "results" / "b_2026-11-29_cpu" / "comparison.json").write_text(json.dumps(done))
+    ran = []
+
+    def run(command, env, **rest):
+        recipe, output, gpu, jobs = (command[command.index(k) + 1] for k in ("compare", "--output", "--gpus", "--jobs"))
+        ran.append((Path(recipe).stem, jobs))
+        assert (gpu, env["OMP_NUM_THREADS"]) in (("0", "1"), ("1", "1"))
+        if jobs == "0":
+            Path(output).mkdir()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("subprocess.run", run)
+    options = ["--output", str(tmp_path / "out"), "--slots", "0:4", "1:4", "--without", "of-pissa", "--"]
+    monkeypatch.setattr(sys, "argv", ["sweeps.py", *options, "a", "b", "c.yaml"])
+    sweeps.main()
+    assert sorted(ran) == [("a", "4"), ("b", "0"), ("b", "4"), ("c", "4")]
+    restored = sorted(path.parent.relative_to(tmp_path / "out") for path in tmp_path.glob("out/**/result.json"))
+    assert restored == [Path("b/runs/lora/lr0.001_s0")]
 
 
 @pytest.mark.parametrize("recipe", sorted(FOLDER.glob("recipes/*.yaml")), ids=lambda path: path.stem)
