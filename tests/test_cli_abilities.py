@@ -99,6 +99,13 @@ def test_prices_that_are_steered_keep_their_sum_and_go_on_from_where_they_were(f
     assert f"at a price of {drift['sums'][-1][3]:g} nats" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("own", [["--context.price", 3], ["--context.weight", 2], ["--weights", "validation"]])
+def test_what_is_steered_to_a_bound_has_no_price_of_its_own(own, folder, checkpoint, capsys):
+    bound = ["--context", "sums.jsonl", "--context", "words.jsonl", *own, "--max_drift", 0.1, "--output", "out"]
+    said = refused(capsys, "train", checkpoint, *TRAINING, *bound)
+    assert "max_drift steers the price of each context by itself: leave it or weights and prices out" in said
+
+
 def test_prices_of_their_own():
     contexts = [ContextConfig("sums.jsonl", price=2.0), ContextConfig("words.jsonl", weight=3.0)]
     with pytest.MonkeyPatch.context() as patch:
@@ -115,7 +122,14 @@ def test_prices_of_their_own():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--context", "sums.jsonl", "--context", "sums.jsonl"], "two contexts are called sums"),
+        (
+            ["--context", "sums.jsonl", "--context", "sums.jsonl", "--context.rows", "train[:9]"],
+            "two contexts are called sums",
+        ),
+        (
+            ["--context", "sums.jsonl", "--context", "sums.jsonl", "--context.ability", "adding"],
+            "context names the same samples of sums.jsonl twice",
+        ),
         (["--context", "sums.jsonl", "--context.weight", -1, "--context", "words.jsonl"], "context.weight is -1"),
         (
             ["--context", "sums.jsonl", "--context.weight", 0, "--context", "words.jsonl", "--context.weight", 0],

@@ -182,6 +182,13 @@ def test_windows_of_text_are_not_cut(tokenizer):
     assert "".join(window.response for window in windows) == "some running text"
 
 
+@pytest.mark.parametrize("kind", ["keep", "learn", "text", "choices"])
+def test_the_same_samples_twice_are_refused(kind):
+    config = EvalConfig(prompt="{q}", **{kind: ["a.jsonl", DataConfig("b.jsonl"), DataConfig("a.jsonl")]})
+    with pytest.raises(CordaError, match=f"{kind} names the same samples of a.jsonl twice"):
+        config.data(kind)
+
+
 def test_the_same_file_several_times(adapted, tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
     name = str(tmp_path / "rows.jsonl")

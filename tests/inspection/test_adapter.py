@@ -313,6 +313,7 @@ def test_abilities_have_names_of_their_own(checkpoint, lora, files, tmp_path_fac
     capsys.readouterr()
     for twice, said in (
         (["--context.ability", "adding: #1"], "two contexts are called adding: #1"),
+        (["--context", files / "text.jsonl"], "context names the same samples of"),
         (["--text", "x.txt", "--text.ability", "a"], "text.ability is no option"),
         (["--context.weight", "2"], "context.weight is no option"),
     ):

@@ -94,11 +94,12 @@ class ContextConfig(NamedConfig):
 def named_contexts(given: Sequence[str | DataConfig]) -> Sequence[DataConfig]:
     """The contexts of several abilities, each with a name. One alone has neither a name nor a weight.
 
-    Raises CordaError if two have one name, the weights sum to zero, or one alone has a price.
+    Raises CordaError if two have one name or the same samples, the weights sum to zero, or one alone has a price.
     """
     if not given:
         raise CordaError("context is an empty list: give samples of an ability")
     contexts = [each if isinstance(each, ContextConfig) else _with_weight(each) for each in given]
+    check_different("context", contexts)
     if len(contexts) == 1:
         if contexts[0].price is not None:
             raise CordaError("price is of one context among several: give the whole price, keep")
@@ -107,6 +108,13 @@ def named_contexts(given: Sequence[str | DataConfig]) -> Sequence[DataConfig]:
     check_names([c.ability for c in named])
     weights_of({c.ability: c.weight for c in named})
     return named
+
+
+def check_different(option: str, datas: Sequence[DataConfig]) -> None:
+    """Raises CordaError if two data of an option are the same samples, whatever they are called."""
+    samples = [[getattr(data, f.name) for f in fields(DataConfig)] for data in datas]
+    if twice := [data.data for data, one in zip(datas, samples) if samples.count(one) > 1]:
+        raise CordaError(f"{option} names the same samples of {twice[0]} twice: leave one of them out")
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .data import DataConfig
+from .data import DataConfig, check_different
 from .values import CordaError, Count, NonNegative, check_fields, check_pattern, short, split
 
 
@@ -82,10 +82,15 @@ class EvalConfig:
             check_pattern("exact_match", self.exact_match)
 
     def data(self, kind: str) -> list[DataConfig]:
-        """The data of "keep", "learn", "text" or "choices", however it was given."""
+        """The data of "keep", "learn", "text" or "choices", however it was given.
+
+        Raises CordaError if two are the same samples."""
         value = getattr(self, kind)
         datas = value if isinstance(value, list) else [] if value is None else [value]
         configs = [DataConfig(data) if isinstance(data, str) else data for data in datas]
-        if kind == "text":
-            return configs
-        return [replace(c, prompt=c.prompt or self.prompt, response=c.response or self.response) for c in configs]
+        if kind != "text":
+            configs = [
+                replace(c, prompt=c.prompt or self.prompt, response=c.response or self.response) for c in configs
+            ]
+        check_different(kind, configs)
+        return configs

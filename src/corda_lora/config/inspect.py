@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .data import DataConfig, NamedConfig, check_names
+from .data import DataConfig, NamedConfig, check_different, check_names
 from .values import CordaError, Count, CountOrZero, Positive, check_fields
 
 
@@ -74,13 +74,13 @@ class InspectConfig:
     def contexts(self) -> list[DataConfig]:
         """The contexts, however they were given, with the templates and the number of samples that they do not set.
 
-        Raises CordaError if two abilities have one name.
+        Raises CordaError if two abilities have one name, or the same samples.
         """
         given = self.context if isinstance(self.context, list) else [self.context]
         configs = [self._cut(data) for data in given]
         assert isinstance(self.samples, list)
         check_names([c.ability for c in configs if isinstance(c, NamedConfig) and c.ability])
-        return [
+        contexts = [
             replace(
                 c,
                 prompt=c.prompt or self.prompt,
@@ -89,6 +89,8 @@ class InspectConfig:
             )
             for c in configs
         ]
+        check_different("context", contexts)
+        return contexts
 
     def running_text(self) -> DataConfig | None:
         """The text, however it was given."""

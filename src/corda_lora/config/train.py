@@ -75,8 +75,8 @@ class KeepConfig:
         keep: the weight λ of the predicted drift in the loss: nats of loss for a nat of drift per answer token of the
             context. Default: that of the start, or of the training that it is from; 10 where something else says what
             to keep (a start of mode kpm, or a context); else 0.
-        max_drift: in place of a fixed price: steer λ so that the drift on samples of the context that were not shown
-            ends at this, in nats per answer token.
+        max_drift: in place of `keep`, and of weights and prices of contexts: steer λ so that the drift on samples of
+            the context that were not shown ends at this, in nats per answer token.
         keep_generic: the same weight for texts that the model itself draws, without its adapter. They stand for the
             abilities that nobody named.
         context: DATA that shows the ability to keep. Default: what the start was made from. Give --context several
@@ -94,10 +94,8 @@ class KeepConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.weights == "validation" and self.max_drift is not None:
-            raise CordaError("max_drift steers the price of each context by itself: leave it or weights out")
-        if self.keep == 0 and self.max_drift is not None:
-            raise CordaError("keep is 0, so nothing can hold max_drift: leave one of them out")
+        if self.keep is not None and self.max_drift is not None:
+            raise CordaError("keep is a fixed price, and max_drift steers the price: leave one of them out")
         if self.keep == 0 and self.context is not None:
             raise CordaError("keep is 0, so nothing of the context would be kept: leave one of them out")
         given: list[Any] = self.context if isinstance(self.context, list) else [self.context]
@@ -105,3 +103,7 @@ class KeepConfig:
         if self.contexts:
             named: Any = self.contexts if len(self.contexts) > 1 else self.contexts[0]
             self.context = named
+        shares = {(c.weight, c.price) for c in self.contexts if isinstance(c, ContextConfig)}
+        own = self.weights == "validation" or shares - {(ContextConfig.weight, ContextConfig.price)}
+        if self.max_drift is not None and own:
+            raise CordaError("max_drift steers the price of each context by itself: leave it or weights and prices out")
