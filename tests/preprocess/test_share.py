@@ -113,6 +113,38 @@ def test_sums_over_processes_are_equal_to_rounding(command, tmp_path, size, opti
             assert torch.dist(M, N) < 0.01 * M.norm(), name  # they are kept in bfloat16
 
 
+COUNTED = """
+import json, os
+import corda_lora.models.loading as loading
+read = loading._read
+
+def counted(path, name, dtype):
+    with open(os.environ["READ"] + os.environ["RANK"], "a") as file:
+        print(name, file=file)
+    return read(path, name, dtype)
+
+loading._read = counted
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "forwards"),
+    [
+        (["--orientation", "identity"], 1),
+        (["--mode", "ipm"], 1),
+        (["--mode", "ipm", "--keep", 10], 2),  # and back
+        (["--mode", "kpm"], 2),  # and other samples
+    ],
+)
+def test_a_block_is_read_once_by_all_processes_together(command, tmp_path, options, forwards):
+    ran(run_together(2, command("out", *options), tmp_path / "log", FIRST=COUNTED, READ=str(tmp_path / "read")))
+    read = [[n for n in (tmp_path / f"read{rank}").read_text().split() if ".layers." in n] for rank in range(2)]
+    matrices = [{name for name in names if "proj" in name} for names in read]
+    assert not matrices[0] & matrices[1]
+    assert len(matrices[0] | matrices[1]) == 3 * 7
+    assert sorted(read[0] + read[1]) == sorted(forwards * list({*read[0], *read[1]}))
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(command, tmp_path, killed):
     options = ["--preset", "corda++", "--rounds", 2]

@@ -65,13 +65,14 @@ def test_layers_are_shared_out_as_they_will_be(processes):
 
 
 def test_what_is_sent(model):
-    """In a preparation each process sends its sums of each round; in a step, gradients or weights."""
+    """In a preparation each process sends its sums of each round, and weights; in a step, gradients or weights."""
     config = CordaConfig(mode="kpm", preset="corda++", r=4)
     shapes = shapes_of(model, config)
     width, inner = tiny.SIZE["hidden_size"], tiny.SIZE["intermediate_size"]
     a_round = 4 * 2 * (3 * width**2 + inner**2)  # q = k = v, o, gate = up, down; two blocks
     plan = shared_plan(shapes, config, TOKENS, H100, 4, 2)
-    assert plan.preparation[0].traffic == 5 * a_round * 3 / 4
+    read = init_plan(shapes, config, TOKENS, "auto", H100).read_bytes
+    assert plan.preparation[0].traffic == (5 * a_round + read) * 3 / 4
     ddp, fsdp, zero = plan.steps
     assert ddp.traffic == 2 * 4 * shapes.budget * 3 / 4
     weights = 4 * sum(p.numel() for p in model.parameters())
@@ -80,7 +81,7 @@ def test_what_is_sent(model):
     assert fsdp.seconds == pytest.approx(max(compute, fsdp.traffic / NETWORK))
     assert shared_plan(shapes, config, TOKENS, H100, 4).link == NVLINK
     alone = CordaConfig(mode="ipm", orientation="identity", r=4)
-    assert not any(stage.traffic for stage in shared_plan(shapes, alone, TOKENS, H100, 4).preparation)
+    assert sum(stage.traffic for stage in shared_plan(shapes, alone, TOKENS, H100, 4).preparation) == read * 3 / 4
 
 
 def test_memory_is_shared_under_fsdp_and_not_under_ddp(model):

@@ -192,7 +192,7 @@ def _add_held_out(
         return
     config, record = start.config, start.record
     context = read_context(tokenizer, [others], data.max_length, batch_tokens, has_decoder(model))
-    place = Place(compute_device(model, config.device), stored)
+    place = Place(compute_device(model, config.device), stored, processes=processes)
     context = replace(context, skip_tokens=config.skip_tokens, tokens=config.tokens)
     leaks = held_out_leaks(model, choose_targets(model, config), start, context, place, processes, progress)
     for name, leak in leaks.items():

@@ -19,7 +19,7 @@ from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..config import CordaError
 from ..devices import has_streams, to_this_gpu
+from ..processes import Processes
 
 Parking = Callable[[Tensor], Tensor]  # copies a tensor to the place where it waits
 Stored = Mapping[Tensor, Callable[[], Tensor]]  # parameters whose values are in a checkpoint, and how they are read
@@ -253,16 +254,37 @@ def on_device(tensors: Iterable[Tensor], device: torch.device, stored: Stored | 
 
 @contextmanager
 def visits(
-    blocks: Sequence[nn.Module], device: torch.device, stored: Stored | None = None
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    stored: Stored | None = None,
+    processes: Processes | None = None,
 ) -> Iterator[Callable[[nn.Module], AbstractContextManager[None]]]:
     """Yield a function that is `on_device` for the parameters and buffers of a block. It is called for one block after
     the other, in this order.
 
     While a block is on a CUDA device a thread reads the parameters of the next block, from its checkpoint or from
     memory, into pinned memory. From there one quick copy moves them, so the device never holds two blocks.
+
+    Args:
+        processes: all visit these blocks. Each reads a part of what a checkpoint has of a block, and hands it on to the
+            others: the checkpoint is read once.
     """
     after = dict(zip([None, *blocks], blocks))
     ahead: dict[Tensor, Callable[[], Tensor]] = {}  # parameters of the next block; each function waits for its reading
+    here = ChainMap(ahead, dict(stored or {}))
+    readers: dict[Tensor, int] = {}  # for each tensor that is handed on, the process that reads it
+    if processes and stored:
+        for block in blocks:
+            readers |= shared_out([x for x in tensors_of(block) if x in stored], processes.size)
+
+    def handed_on(x: Tensor) -> Tensor:
+        assert processes is not None
+        is_reader = readers[x] == processes.rank
+        values = (
+            here[x]().to(device, non_blocking=True) if is_reader else torch.empty(x.shape, dtype=x.dtype, device=device)
+        )
+        processes.hand_on(values, readers[x])
+        return values
 
     def pinned(tensor: Tensor, home: Tensor) -> Tensor:
         return (stored[tensor]() if stored and tensor in stored else home).pin_memory()
@@ -271,12 +293,15 @@ def visits(
         ahead.clear()
         if has_streams(device) and block in after:
             for x in after[block].parameters():
-                if x.device.type == "cpu" or (stored and x in stored):
+                elsewhere = processes and readers.get(x, processes.rank) != processes.rank
+                if not elsewhere and (x.device.type == "cpu" or (stored and x in stored)):
                     ahead[x] = reader.submit(pinned, x, x.data).result
+
+    together: dict[Tensor, Callable[[], Tensor]] = {x: partial(handed_on, x) for x in readers}
 
     @contextmanager
     def visit(block: nn.Module) -> Iterator[None]:
-        with on_device(tensors_of(block), device, ChainMap(ahead, dict(stored or {}))):
+        with on_device(tensors_of(block), device, ChainMap(together, here)):
             read_after(block)
             yield
 
@@ -284,6 +309,15 @@ def visits(
     with ThreadPoolExecutor(1, initializer=to_this_gpu()) as reader:
         read_after(None)
         yield visit
+
+
+def shared_out(tensors: Sequence[Tensor], processes: int) -> dict[Tensor, int]:
+    """Which of several processes reads each tensor: all have about as many bytes to read."""
+    loads, readers = [0] * processes, dict[Tensor, int]()
+    for tensor in sorted(tensors, key=lambda x: x.nbytes, reverse=True):
+        readers[tensor] = loads.index(min(loads))
+        loads[readers[tensor]] += tensor.nbytes
+    return readers
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

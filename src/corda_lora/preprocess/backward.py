@@ -97,7 +97,11 @@ def walk_back(
         with on_device([*head, *seeing], device, place.stored):
             passed = _tail(model, context, run, place)  # gradients at the output of the block that is next
         order = list(run.calls)[::-1]
-        with collector.listening(), gradients.listening(), visits(order, device, place.stored) as visit:
+        with (
+            collector.listening(),
+            gradients.listening(),
+            visits(order, device, place.stored, place.processes) as visit,
+        ):
             for block in order:
                 with visit(block):
                     for index, call in enumerate(run.calls.pop(block)):
@@ -223,7 +227,7 @@ def _forward(
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     hooks += [block.register_forward_hook(leave) for block in blocks]
     try:
-        with visits(blocks, place.device, place.stored) as visit, ExitStack() as at_first:
+        with visits(blocks, place.device, place.stored, place.processes) as visit, ExitStack() as at_first:
             at_first.enter_context(on_device([*seeing, *pixels_of(inputs)], place.device, place.stored))
             for block, advance in lockstep(model, blocks, inputs, start, park=place.park):
                 at_first.close()

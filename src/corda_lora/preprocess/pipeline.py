@@ -171,7 +171,7 @@ def preprocess(
         share = Share(processes, model, targets, config, device, digests) if processes else None
         part = share.part(context) if share else context
         where = choose_parking(park, model, part.batches, device, states=2 + blocks)
-        place = Place(device, stored, parking(where, store.folder))
+        place = Place(device, stored, parking(where, store.folder), processes)
         fallbacks: list[str] = []  # layers that the solver gave up on
         listeners = None
         if share:

@@ -2,6 +2,7 @@
 
     batches         shared out in order, so that each process has as many tokens
     covariances     summed over the processes; the sum goes to the one process that decomposes the layers
+    weights         a part of each block is read by each process, and handed on to the others
     layers          a block to each process; where fewer blocks are left than processes, shared out by what they cost
     results         written by each process into the folder of work that all see; the first process writes the output
 

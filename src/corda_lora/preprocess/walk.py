@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..devices import free_bytes, synchronize
 from ..models.lockstep import Parking, Stored, find_blocks, lockstep, on_device, tensors_of, visits
 from ..models.seeing import image_side, reads_images
+from ..processes import Processes
 from .collect import Collector, Group
 from .context import Batch, Context, has_decoder, token_masks
 
@@ -26,11 +27,13 @@ class Place:
         device: where its blocks are run, one at a time.
         stored: parameters whose values are in a checkpoint, each with a function that reads it (see `open_model`).
         park: how the hidden states of waiting batches leave the device (see `parking`). Default: they stay.
+        processes: those that run it at the same time, each on a device of its own.
     """
 
     device: torch.device
     stored: Stored | None = None
     park: Parking | None = None
+    processes: Processes | None = None
 
 
 class Step(NamedTuple):
@@ -76,7 +79,7 @@ def walk(
         return None if finished.issuperset(names) else [Group([name], []) for name in names]
 
     if not context.batches or finished.issuperset(targets):  # nothing to run
-        with visits(list(inside), place.device, place.stored) as visit:
+        with visits(list(inside), place.device, place.stored, place.processes) as visit:
             for block, names in inside.items():
                 with visit(block):
                     if names:
@@ -95,7 +98,7 @@ def walk(
         with (
             on_device([t for t in always if t not in seeing], place.device, place.stored),
             collector.listening(),
-            visits(order, place.device, place.stored) as visit,
+            visits(order, place.device, place.stored, place.processes) as visit,
             ExitStack() as at_first,
         ):
             at_first.enter_context(on_device([*seeing, *pixels_of(batches)], place.device, place.stored))

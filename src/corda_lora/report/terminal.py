@@ -134,7 +134,7 @@ def shared_plan_lines(plan: SharedPlan) -> list[Table | str]:
         table,
         f"context: {plan.tokens.total:,} tokens; preparation: about {time_text(plan.seconds)}",
         f"a step: {plan.step_tokens:,} tokens on each GPU (--batch_tokens), with gradient checkpointing",
-        f"assumed: a GPU sends {size_text(plan.link)} a second, and every host reads the checkpoint once",
+        f"assumed: a GPU sends {size_text(plan.link)} a second, and every host reads its part of the checkpoint",
     ]
 
 

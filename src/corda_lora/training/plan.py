@@ -114,6 +114,8 @@ def _preparation(
     deciding = _fitting(shapes, config, part, machine, park)
     sums = [_sums(layers, config) if tokens.total else 0 for _, _, layers in shapes.blocks]  # bytes, of one round
     sent = (rounds if gpus > 1 else 0) * sum(sums) * (gpus - 1) / gpus
+    if not shapes.loaded:  # each process reads a part of the weights, which then pass through all of them
+        sent += deciding.read_bytes * (gpus - 1) / gpus
     share = busy_share(shapes, config, machine, gpus)
     own = {"forward": Stage("forward", 0, 0, deciding.peaks[1])}  # of this process, if it decomposed all layers
     own |= {stage.name: stage for stage in deciding.stages}
@@ -122,9 +124,10 @@ def _preparation(
     for name in {"selection", "decomposition"} & seconds.keys():
         seconds[name] *= share
     seconds["forward"] = max(0, seconds["forward"] - collecting.waits) + sent / link
-    # Each host reads all weights once, while its processes compute.
+    # Each host reads its part of the weights while its processes compute, or all of them.
     computing = sum(taken for name, taken in seconds.items() if name not in ("state", "factors"))
-    seconds["forward"] += max(0, deciding.read_bytes / machine.read - computing)
+    read = deciding.read_bytes if shapes.loaded else deciding.read_bytes / hosts
+    seconds["forward"] += max(0, read / machine.read - computing)
     memory = {name: stage.cpu * (gpus // hosts) for name, stage in own.items()}
     # The sums of a process's own block wait for it, of all rounds. The first process writes the output.
     memory["forward"] += (rounds - mine) * max(sums) * (gpus // hosts)
