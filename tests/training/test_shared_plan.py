@@ -81,6 +81,7 @@ def test_what_is_sent(model):
     assert fsdp.seconds == pytest.approx(max(compute, fsdp.traffic / NETWORK))
     assert shared_plan(shapes, config, TOKENS, H100, 4).link == NVLINK
     alone = CordaConfig(mode="ipm", orientation="identity", r=4)
+    read = init_plan(shapes, alone, TOKENS, "auto", H100).read_bytes
     assert sum(stage.traffic for stage in shared_plan(shapes, alone, TOKENS, H100, 4).preparation) == read * 3 / 4
 
 
