@@ -76,13 +76,39 @@ def test_json_is_one_object(folder, capfd):
     assert export == {"output": "merged", "form": "merged"}
 
 
-def test_init_ends_with_the_command_that_trains(folder, capsys):
-    run(INIT)
+def said_next(capsys):
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
-    command, rate = re.fullmatch(r"next: corda (.*)  \(its learning rate: (.*)\)", line).groups()
+    return line
+
+
+def test_init_ends_with_the_command_that_trains(folder, capsys):
+    run(f"{INIT} --dtype bfloat16 --revision main --trust_remote_code true")
+    command, rate = re.fullmatch(r"next: corda (.*)  \(its learning rate: (.*)\)", said_next(capsys)).groups()
+    assert "--model model --revision main --dtype bfloat16 --trust_remote_code true --start" in command
     (folder / "NEW.jsonl").write_text((folder / "learn.jsonl").read_text())
     main([*shlex.split(command), "--precision", "fp32", "--max_steps", "1"])
     assert json.loads((folder / "tuned" / "training.json").read_text())["learning_rate"] == float(rate)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "llama"])
+def test_init_names_no_command_that_would_be_refused(family, folder, tokenizer, capsys):
+    """A model without a head for language, and one that is an encoder-decoder; and a classifier, whose data are to have
+    labels, though the context has none."""
+    (folder / "model").unlink()
+    model = tiny.build(family)
+    model = model.model if family == "llama" else model
+    if family == "bert":
+        model.config.id2label, model.config.label2id = {0: "no", 1: "so", 2: "yes"}, {"no": 0, "so": 1, "yes": 2}
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    run(INIT)
+    line = said_next(capsys)
+    assert line.startswith("next: a trainer of your own (docs/trainers.md): corda train takes") == (family != "bert")
+    if family == "bert":
+        rows = [{"text": f"{i}", "COLUMN": ["no", "so", "yes"][i % 3]} for i in range(12)]
+        (folder / "NEW.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = re.fullmatch(r"next: corda (.*)  \(its learning rate: .*\)", line)[1]
+        main([*shlex.split(command), "--precision", "fp32", "--max_steps", "1"])
 
 
 def test_plan_says_what_it_assumes(folder, capsys):

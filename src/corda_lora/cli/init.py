@@ -12,7 +12,7 @@ from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelCo
 from ..config.data import CONTEXT_SAMPLES, named_contexts
 from ..config.values import Count
 from ..data.rows import check_file
-from ..files import is_made, read_json, remove_work
+from ..files import ADAPTER_CONFIG, is_made, read_json, remove_work
 from ..processes import launched
 from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
 
@@ -131,13 +131,29 @@ def _recipe(options: Namespace, config: CordaConfig, source: ModelConfig, datas:
 
 
 def _next(output: Path, config: CordaConfig, source: ModelConfig, labelled: DataConfig | None, rate: float) -> str:
-    """The command that trains the start, by as many processes as have made it."""
-    model, start = str(output / "base") if config.quantization else source.model, launched()
-    following = shlex.join([*start, "train", "--model", model, "--start", str(output)])
-    following += f" --data {'NEW.jsonl' if config.mode == 'kpm' else 'TASK.jsonl'}"
-    following += f" --label {labelled.label} --output tuned/" if labelled else " --output tuned/"
+    """The command that trains the start, by as many processes as have made it; or who does, if not `train`."""
+    task, start = read_json(output / ADAPTER_CONFIG)["task_type"], launched()
+    if task not in ("CAUSAL_LM", "SEQ_CLS"):
+        return (
+            "next: a trainer of your own (docs/trainers.md): corda train takes causal language models, and "
+            "classifiers whose context has a --label"
+        )
+    model = str(output / "base") if config.quantization else source.model
+    words = [*start, "train", "--model", model, *_as_loaded(source, config), "--start", str(output)]
+    words += ["--data", "NEW.jsonl" if config.mode == "kpm" else "TASK.jsonl"]
+    if task == "SEQ_CLS":
+        words += ["--label", labelled.label if labelled else "COLUMN"]
     options = "" if start == ["corda"] else f"; {start[0]}'s other options as for this command"
-    return f"next: {following}  (its learning rate: {rate:g}{options})"
+    return f"next: {shlex.join(words)} --output tuned/  (its learning rate: {rate:g}{options})"
+
+
+def _as_loaded(source: ModelConfig, config: CordaConfig) -> list[str]:
+    """The options with which the model was loaded, without which it may be another, or none. (A quantized base has its
+    own dtype and no revision.)"""
+    given = {} if config.quantization else {"revision": source.revision, "dtype": source.dtype}
+    given |= {"trust_remote_code": "true" if source.trust_remote_code else None}
+    options = [(f"--{name}", value) for name, value in given.items() if value not in (None, "auto")]
+    return [word for option in options for word in option]
 
 
 def contexts_of(options: Namespace) -> list[DataConfig]:

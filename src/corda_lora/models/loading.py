@@ -336,8 +336,9 @@ def _warn_of_end(tokenizer: Any, config: ModelConfig) -> None:
     """Warn where the end-of-text token is the one that the model begins with: saved from a GGUF file, for one (see
     `_set_special_tokens`). What is trained with it does not stop where the model would."""
     settings = read_settings(config).get_text_config()
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    if ends[0] is not None and settings.bos_token_id == tokenizer.eos_token_id not in ends:
+    ends, begins = settings.eos_token_id, getattr(settings, "bos_token_id", None)  # T5 has none
+    ends = ends if isinstance(ends, list) else [ends]
+    if ends[0] is not None and begins == tokenizer.eos_token_id not in ends:
         warnings.warn(
             f"the tokenizer of {config.model} ends a text with {tokenizer.eos_token!r}, with which the model begins "
             f"one; the model stops at {tokenizer.convert_ids_to_tokens(ends[0])!r}: set the tokenizer's eos_token",
