@@ -111,6 +111,11 @@ def test_init_names_no_command_that_would_be_refused(family, folder, tokenizer, 
         main([*shlex.split(command), "--precision", "fp32", "--max_steps", "1"])
 
 
+def test_the_table_of_a_start_has_no_empty_column(folder, capsys):
+    run(f"{INIT} --orientation identity")
+    assert "energy" not in capsys.readouterr().out
+
+
 def test_plan_says_what_it_assumes(folder, capsys):
     run("plan --model model --r 4 --samples 100 --max_length 50")
     assert "assumed, as no --context is given: 100 samples of 50 tokens" in capsys.readouterr().out
@@ -190,6 +195,11 @@ def test_verdicts_of_starts():
     assert "--min_rank 2 --max_rank 8" in start_verdicts(uneven)[-1]
     few = record(mode="kpm", split="seeded") | {"context": {"tokens": 9, "widest": 48, "samples_for_full_rank": 64}}
     assert "9 tokens for layers of up to 48 inputs; 64 samples would do" in start_verdicts(few)[-1]
+    few["context"]["samples"] = 9
+    few["held_out"] = {"samples": 64, "times": 4.3, "enough": 220}  # one count of samples, the measured one
+    said = " ".join(start_verdicts(few))
+    assert "with about 220 it would be 1.1 times" in said
+    assert "64 samples would do" not in said
     nothing = record(mode="kpm", split="anchored")
     for layer in nothing["layers"].values():
         layer["leak"] = -1e-12

@@ -61,6 +61,12 @@ def test_the_four_commands(split, precision, model, here, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "quantized: with its adapter a layer is off by" in said
     assert "corda train --model start/base --start start --data" in said
+    folds = split == "balanced"
+    assert ("error: what quantization lost" in said, "┃ error ┃" in said.replace("    ", " ")) == (folds, folds)
+    assert ("leak: tr(A C Aᵀ)" in said, "leak of the start" in (here / "start" / "README.md").read_text()) == (
+        not folds,
+        not folds,
+    )
     train("start/base", "start", "--precision", precision)
     log = json.loads((here / "tuned" / "training.json").read_text())
     assert log["loss"][-1][1] < log["loss"][0][1]

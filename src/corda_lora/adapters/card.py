@@ -136,7 +136,7 @@ def _counted(context: Mapping[str, Any]) -> str:
 
 def _measured(start: Mapping[str, Any], training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     layers = [layer for layer in start.get("layers", {}).values() if layer.get("leak") and layer.get("output_energy")]
-    if layers:
+    if layers and not start["config"].get("fold"):  # which leaves no components in the adapter
         leak = sum(layer["leak"] / layer["output_energy"] for layer in layers) / len(layers)
         yield "leak of the start: tr(A C Aᵀ) / tr(W C Wᵀ), mean of the layers", f"{leak:.2e}"
         if "energy_share" in start["totals"]:

@@ -235,7 +235,7 @@ def check_context(
         warnings.warn(
             f"{smallest} has {min(by_round)} real tokens in {each} sample{'s' * (each > 1)}, fewer than {widest} is "
             f"wide ({width}), so its covariance has low rank; about {counts['samples_for_full_rank']} such samples "
-            "would do",
+            "would give it full rank",
             stacklevel=3,
         )
     return counts

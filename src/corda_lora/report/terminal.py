@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def start_table(start: Any) -> Table:
-    """One row for each kind of layer of an adapter's start: shape, ranks, and what the adapter holds of the context.
+    """One row for each kind of layer of an adapter's start: shape, ranks, and what the adapter holds of the context;
+    or, where it is a fit of what quantization lost, and holds no components, what that leaves.
 
     Args:
         start: what `preprocess` returns.
@@ -27,21 +28,33 @@ def start_table(start: Any) -> Table:
     kinds = defaultdict(list)
     for name, layer in start.layers.items():
         kinds[name.rpartition(".")[2]].append(layer.record.as_json())
-    rounds = ["rounds"] if config.rounds > 1 else []
+    holds: dict[str, str] = {}
+    if config.fold:
+        holds = {"error": "what quantization lost and the adapter does not hold, relative, in the metric of the fit"}
+    elif any(layer.record.output_energy for layer in start.layers.values()):
+        energy = "share of the context's output energy tr(W C Wᵀ) in the components"
+        holds = {"energy": energy, "leak": "tr(A C Aᵀ) / tr(W C Wᵀ)"}
+    rounds = {"rounds": "layers that chose each"} if config.rounds > 1 else {}
     table = Table(
         title=f"{config.preset}, {config.mode}, {config.split}, {totals['parameters']:,} parameters",
-        caption="energy: share of the context's output energy tr(W C Wᵀ) in the components; "
-        "leak: tr(A C Aᵀ) / tr(W C Wᵀ)" + ("; rounds: layers that chose each" if rounds else ""),
+        caption="; ".join(f"{column}: {meaning}" for column, meaning in (holds | rounds).items()),
     )
-    for column in ("layers", "kind", "shape", "rank", *rounds, "energy", "leak", "‖A‖", "‖B‖"):
+    for column in ("layers", "kind", "shape", "rank", *rounds, *holds, "‖A‖", "‖B‖"):
         table.add_column(column, justify="left" if column in ("kind", "shape") else "right", no_wrap=column == "kind")
 
     def mean(values: Iterable[float]) -> float:
         values = list(values)
         return sum(values) / len(values)
 
-    for kind, records in kinds.items():
+    def held(records: list[dict[str, Any]]) -> list[str]:
+        if config.fold:
+            return [f"{mean(r['context_error'] for r in records):.2e}"]
         seen = [r for r in records if r.get("output_energy")]
+        shares = [(r["energy_share"], r["leak"] / r["output_energy"]) for r in seen]
+        # Rounding may make an energy of nothing a little less than 0.
+        return [f"{max(0.0, mean(each)):.2e}" for each in zip(*shares)] or [""] * len(holds)
+
+    for kind, records in kinds.items():
         ranks = [r["r"] for r in records]
         chosen = Counter(r.get("round") for r in records)
         table.add_row(
@@ -50,8 +63,7 @@ def start_table(start: Any) -> Table:
             " × ".join(map(str, records[0]["shape"])),
             str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)}–{max(ranks)} ({mean(ranks):.0f})",
             *([" ".join(str(chosen[i]) for i in range(config.rounds))] if rounds else []),
-            f"{mean(r['energy_share'] for r in seen):.2e}" if seen and not config.fold else "",
-            f"{mean(r['leak'] / r['output_energy'] for r in seen):.2e}" if seen else "",
+            *held(records),
             f"{mean(r['norm_A'] for r in records):.3g}",
             f"{mean(r['norm_B'] for r in records):.3g}",
         )

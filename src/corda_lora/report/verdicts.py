@@ -217,7 +217,7 @@ def _reads_in_ipm(reads: Mapping[str, float]) -> str:
 def _doubts(record: Mapping[str, Any]) -> Iterator[str]:
     """Reasons why a start in kpm may keep less than A's reading of the context says."""
     config, context = record["config"], record.get("context", {})
-    if enough := context.get("samples_for_full_rank"):
+    if (enough := context.get("samples_for_full_rank")) and "held_out" not in record:  # where others say how many
         yield (
             f"but of other samples that says little: the context has {context['tokens']:,} tokens for layers of up to "
             f"{context['widest']:,} inputs; {enough:,} samples would do."
