@@ -44,7 +44,9 @@ PARTS = {
 }
 START = "--mode kpm --r 32 --keep 10 --samples 64 --max_length 256"
 BATCH = 8
-TRAIN = f"--batch_size {BATCH} --max_length 256 --checkpoints 0"
+TRAIN = (
+    f"--learning_rate 1e-3 --batch_size {BATCH} --max_length 256 --checkpoints 0"  # small steps: rounding stays small
+)
 ENGINE = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
