@@ -87,7 +87,20 @@ def evaluate(options: Namespace) -> dict[str, Any]:
         with whole_folder(options.output) as folder:
             write_evaluation(folder, measured, scores or {}, shlex.join(["corda", *options.command]))
         out.print(f"written to {options.output}")
-    return {**measured, "verdicts": sentences}
+    return {**measured, "verdicts": sentences, **_unjudged(results, config, options.output)}
+
+
+def _unjudged(results: Any, config: EvalConfig, output: Path | None) -> dict[str, str]:
+    """The sentence under "missing" if a judge was asked, and gave no score to one of the sides."""
+    by_side = results.get("tasks", {}).get("mt_bench", {})
+    sides = [side for side, values in by_side.items() if "score" not in values]
+    if not config.judge.url or not sides:
+        return {}
+    again = "another --output" if output is not None and output.suffix != ".json" else "the same command"
+    return {
+        "missing": f"mt_bench has no score for the {' and the '.join(sides)} model, as {config.judge.model} at "
+        f"{config.judge.url} rated none of its answers: they are kept in {config.judge.folder}, and {again} asks again"
+    }
 
 
 def _original(options: Namespace) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader
 from yaml import YAMLError
 
-from ..config.values import check_value
+from ..config.values import CordaError, check_value
 from ..files import check_adapter, check_name, output_lock
 from ..recipes import load_recipe
 from .compare import add_compare
@@ -93,7 +93,8 @@ def _run_checked(
     check: Callable[[Path], None] | None,
     options: Namespace,
 ) -> None:
-    """Run a verb when its options and its output are found in order, and print its result where --json asks for it."""
+    """Run a verb when its options and its output are found in order, and print its result where --json asks for it.
+    Raises CordaError after that with what the result says is "missing"."""
     for action in (a for a in parser._actions if a.dest in options):
         check_value(action.dest, options[action.dest], getattr(action, "_typehint", Any))
     output = options.get("output")
@@ -112,3 +113,5 @@ def _run_checked(
         print(json.dumps(result, indent=1))
     elif options.get("quiet") and output is not None:
         print(output)
+    if result and "missing" in result:
+        raise CordaError(result["missing"])

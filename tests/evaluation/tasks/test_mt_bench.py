@@ -4,7 +4,7 @@ import json
 import re
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -67,12 +67,15 @@ def data(tmp_path):
 
 @pytest.fixture
 def evaluate(model, data, tmp_path, capsys):
-    """`corda eval --tasks mt_bench`: the score of the base model, or None, and what was said."""
+    """`corda eval --tasks mt_bench`: the score of the base model, or None, and what was said. `code` is the exit code
+    that it has to end with."""
 
-    def run(*arguments, where=model):
+    def run(*arguments, where=model, code=0):
         command = ["eval", "--model", where, "--tasks", "mt_bench", "--data_dir", data, "--json"]
         command += ["--judge.folder", tmp_path / "mt", *arguments]
-        cli.main([str(word) for word in command])
+        with pytest.raises(SystemExit) if code else nullcontext() as stopped:
+            cli.main([str(word) for word in command])
+        assert not code or stopped.value.code == code
         said = capsys.readouterr()
         results = json.loads(said.out)["results"]["tasks"]["mt_bench"]
         assert results["base"]["samples"] == len(QUESTIONS)
@@ -81,12 +84,32 @@ def evaluate(model, data, tmp_path, capsys):
     return run
 
 
+def rated(number):
+    """What an endpoint answers."""
+    words = f"It is short. Rating: [[{number:g}]]"
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": words}}]})
+
+
 @pytest.fixture
 def judge():
-    """An endpoint. `answers` maps (what is asked, how many times it was asked before) to a rating, a status, or text
-    as it is."""
+    """An endpoint. `answer` maps (what is asked, how many times it was asked before) to a rating, a status, text as it
+    is, or a way not to answer. It is asked for "" whether it is there."""
 
     class Endpoint(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.server.answer("", 0) == "drip":
+                self.drip()
+
+        def drip(self):
+            """A right answer at last, if somebody waits for it."""
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(200):
+                    self.server.end.wait(0.02)
+                    self.wfile.write(b" ")
+                self.wfile.write(rated(7.0).encode())
+
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked = body["messages"][1]["content"]
@@ -97,13 +120,16 @@ def judge():
             if answer == "hang":
                 self.server.end.wait()
                 return
+            if answer == "drip":
+                self.drip()
+                return
             status = answer if isinstance(answer, int) else 200
             text = answer if isinstance(answer, str) else json.dumps(answer)
-            if isinstance(answer, float):
-                words = f"It is short. Rating: [[{answer:g}]]"
-                text = json.dumps({"choices": [{"message": {"role": "assistant", "content": words}}]})
+            text = rated(answer) if isinstance(answer, float) else text
             self.send_response(status)
             self.send_header("Retry-After", "0")
+            if answer == "zipped":
+                self.send_header("Content-Encoding", "gzip")
             self.end_headers()
             self.wfile.write(text.encode())
 
@@ -233,25 +259,43 @@ def test_what_an_endpoint_refuses_or_garbles_is_counted_and_asked_again(evaluate
     assert "missing" not in said
 
 
-@pytest.mark.parametrize("how", ["closed", "hangs", 401])
-def test_an_endpoint_that_never_answers_costs_a_few_calls(evaluate, judge, monkeypatch, how):
+NO_ANSWER = "an answer that is none of the protocol's"
+NEVER = {
+    "closed": "no connection",
+    "hang": "time-out",
+    "drip": "time-out",
+    "flood": NO_ANSWER,
+    "zipped": NO_ANSWER,
+    401: "HTTP 401, is OPENAI_API_KEY right?",
+}
+
+
+@pytest.mark.parametrize("how", NEVER)
+def test_an_endpoint_that_never_answers_costs_a_few_calls(evaluate, judge, monkeypatch, how, tmp_path):
     monkeypatch.setattr(mt_bench, "HOPELESS", 2)
     monkeypatch.setattr(mt_bench, "AT_ONCE", 1)
-    if how == "hangs":
+    if how in ("hang", "drip"):
         monkeypatch.setattr(mt_bench, "SECONDS", 0.1)
-    judge.answer = lambda asked, before: "hang" if how == "hangs" else how
+    if how == "flood":
+        monkeypatch.setattr(mt_bench, "LONGEST", 2000)
+    judge.answer = lambda asked, before: " " * 2000 + rated(7.0) if how == "flood" else how
     options = [*judge.options]
     if how == "closed":
         options[1] = "http://127.0.0.1:1"
-    score, said = evaluate(*options)
+    score, said = evaluate(*options, code=2)
     assert score is None
-    why = {"closed": "no connection", "hangs": "time-out", 401: "HTTP 401, is OPENAI_API_KEY right?"}[how]
-    assert f"8 of 8 judgments are missing (not asked, as 2 calls failed one after the other: 6, {why}: 2)" in said
+    assert (
+        f"8 of 8 judgments are missing (not asked, as 2 calls failed one after the other: 6, {NEVER[how]}: 2)" in said
+    )
     assert "there is no score" in said
+    end = "corda eval: mt_bench has no score for the base model, as a/judge at http"
+    assert end in said
+    assert said.endswith(f"they are kept in {tmp_path / 'mt'}, and the same command asks again")
+    assert len(read_lines(the_file(tmp_path / "mt" / "model_answer"))) == len(QUESTIONS)
     refused = "mt_bench: there is no connection to http://127.0.0.1:1: the answers are written, and judged if"
     assert (refused in said) == (how == "closed")
-    if how != "hangs":  # there the last request may not have been read yet
-        assert len(judge.calls) == {"closed": 0, 401: 2}[how]
+    if how not in ("hang", "drip"):  # there the last request may not have been read yet
+        assert len(judge.calls) == (0 if how == "closed" else 2)
 
 
 def test_a_model_without_a_chat_template_is_asked_in_alpacas(evaluate, checkpoint):
@@ -293,15 +337,17 @@ def test_both_sides_are_judged_and_the_same_answer_once(evaluate, judge, model, 
         (["--data_dir", "data", "--judge.url", "http://x"], "give both judge.url and judge.model"),
         (["--data_dir", "data", "--judge.url", "x", "--judge.model", "y"], "must begin with http:// or https://"),
         (["--data_dir", "one_turn"], "the turns of question 1 are not two texts"),
+        (["--data_dir", "twice"], "question.jsonl has two questions 81: answers are known by these numbers"),
         (["--data_dir", "columns"], "line 1 is not as FastChat writes it"),
         (["--data_dir", "prompts", "--judge.url", "http://x", "--judge.model", "y"], "no prompt single-math-v1,"),
     ],
 )
 def test_bad_input_is_a_sentence_before_the_model_is_loaded(data, tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "one_turn", "columns", "prompts"):
+    for name in ("empty", "one_turn", "twice", "columns", "prompts"):
         (tmp_path / name).mkdir()
     write_lines(tmp_path / "one_turn" / "question.jsonl", [{"question_id": 1, "category": "math", "turns": ["a"]}])
+    write_lines(tmp_path / "twice" / "question.jsonl", [*QUESTIONS, QUESTIONS[0]])
     write_lines(tmp_path / "columns" / "question.jsonl", [{"prompt": "a"}])
     write_lines(tmp_path / "prompts" / "question.jsonl", QUESTIONS)
     prompts = [line for line in read_lines(data / "judge_prompts.jsonl") if line["name"] != "single-math-v1"]
@@ -322,7 +368,7 @@ def test_a_url_may_name_the_whole_path(evaluate, judge, path):
 @pytest.mark.parametrize("said", ["[[1000]]", "as of [2024], good", "[[0]]", "\ud800", None])
 def test_what_is_no_rating_is_none(evaluate, judge, said):
     judge.answer = lambda asked, before: {"choices": [{"message": {"content": said}}]}
-    score, shown = evaluate(*judge.options)
+    score, shown = evaluate(*judge.options, code=2)
     assert score is None
     assert "8 of 8 judgments are missing (no rating in what was said: 8)" in shown
 
@@ -397,3 +443,17 @@ def test_a_comparison_notices_that_questions_or_prompts_change(data):
         path.write_text(path.read_text().replace("a poem", "a song").replace("You judge", "Judge"))
         seen.append(mt_bench.check(config))
     assert seen[0] != seen[1] != seen[2]
+
+
+def test_what_was_measured_is_written_where_one_side_has_no_judgment(evaluate, judge, tmp_path, monkeypatch):
+    monkeypatch.setattr(mt_bench, "HOPELESS", 9)
+    _, start, adapted, _ = tuned(split="anchored")
+    saved(adapted, start, tmp_path / "adapter")
+    judge.answer = lambda asked, before: 401 if len(judge.calls) <= 8 else 7.0  # the base model is first
+    options = ["--adapter", tmp_path / "adapter", *judge.options, "--output", tmp_path / "results"]
+    score, said = evaluate(*options, code=2)
+    assert score is None
+    assert "mt_bench has no score for the base model" in said
+    assert said.endswith("and another --output asks again")
+    written = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert written["results"]["tasks"]["mt_bench"]["tuned"]["score"] == 7.0

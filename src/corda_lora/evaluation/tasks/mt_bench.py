@@ -44,6 +44,7 @@ JUDGE_TOKENS = 2048
 KEY = "OPENAI_API_KEY"
 HINTS = {401: f", is {KEY} right?", 403: f", is {KEY} right?", 404: ", are --judge.url and --judge.model right?"}
 SECONDS = 120.0  # until a call has timed out
+LONGEST = 2**24  # bytes of an answer
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a call is tried again
 AT_ONCE = 4  # calls
 HOPELESS = 5  # calls that failed one after the other: no more are made
@@ -134,10 +135,15 @@ def read_questions(config: EvalConfig) -> list[dict[str, Any]]:
     references: dict[Any, list[str]] = {}
     if right := next((p for p in _places(config, "reference_answer/gpt-4.jsonl") if p.is_file()), None):
         references = _turns(read_lines(right, ANSWER))
+    numbers = set()
     for question in questions:
+        number = question["question_id"]
         if not _are_two(question["turns"]):
-            raise CordaError(f"{path}: the turns of question {question['question_id']} are not two texts")
-        found = references.get(question["question_id"], question.get("reference"))
+            raise CordaError(f"{path}: the turns of question {number} are not two texts")
+        if number in numbers:
+            raise CordaError(f"{path} has two questions {number}: answers are known by these numbers")
+        numbers.add(number)
+        found = references.get(number, question.get("reference"))
         question["reference"] = found if _are_two(found) else None
     if not questions:
         raise CordaError(f"{path} has no questions")
@@ -418,7 +424,8 @@ def _is_there(judge: JudgeConfig) -> bool:
     import httpx
 
     try:
-        httpx.get(_base(judge), timeout=5)
+        with httpx.stream("GET", _base(judge), timeout=5):
+            pass  # whatever it says
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError):
         return False
     except httpx.HTTPError:
@@ -497,9 +504,9 @@ def _ask(client: Any, call: Call, judge: JudgeConfig, stopped: threading.Event) 
     for wait in (*WAITS, None):
         asked_to_wait = 0.0
         try:
-            response = client.post("/chat/completions", json=body)
+            response, said = _called(client, body)
             if response.status_code == 200:
-                return str(response.json()["choices"][0]["message"]["content"])
+                return str(json.loads(said)["choices"][0]["message"]["content"])
             failure = _Failure(f"HTTP {response.status_code}{HINTS.get(response.status_code, '')}")
             if response.status_code not in (408, 409, 429) and response.status_code < 500:
                 return failure
@@ -507,10 +514,29 @@ def _ask(client: Any, call: Call, judge: JudgeConfig, stopped: threading.Event) 
                 asked_to_wait = min(float(response.headers.get("retry-after", 0)), 60)
         except httpx.TimeoutException:
             failure = _Failure("time-out")
+        except (httpx.DecodingError, ValueError, LookupError, TypeError, RecursionError):
+            return _Failure("an answer that is none of the protocol's")
         except httpx.HTTPError:
             failure = _Failure("no connection")
-        except (ValueError, LookupError, TypeError, RecursionError):
-            return _Failure("an answer that is none of the protocol's")
         if wait is None or stopped.wait(max(wait, asked_to_wait)):
             break
     return failure
+
+
+def _called(client: Any, body: dict[str, Any]) -> tuple[Any, bytes]:
+    """The response to a call, and what it says.
+
+    Raises httpx.ReadTimeout if that is not there after SECONDS, where the client's own time-out is of each read, and
+    ValueError if it is longer than LONGEST.
+    """
+    import httpx
+
+    end, said = time.monotonic() + SECONDS, bytearray()
+    with client.stream("POST", "/chat/completions", json=body) as response:
+        for part in response.iter_bytes():
+            said += part
+            if len(said) > LONGEST:
+                raise ValueError(f"more than {LONGEST} bytes")
+            if time.monotonic() > end:
+                raise httpx.ReadTimeout(f"more than {SECONDS} seconds")
+    return response, bytes(said)
