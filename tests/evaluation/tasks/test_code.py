@@ -103,6 +103,12 @@ def test_a_model_writes_programs_and_is_scored(checkpoint, data, capsys):
         ([mbpp_row(n) for n in (2, 3, 4)], "none of the problems 11 to 510"),
         ([{"prompt": "Write.", "task_id": 2}], "the columns have to be task_id, text, code, test_list"),
         ([mbpp_row(2, test_list="assert True")], "row 1: test_list is 'assert True'"),
+        ([mbpp_row(2, test_list=[])], "row 1: test_list is [], and has to be texts: a program is right by them"),
+        ([mbpp_row(2, test_list=["assert add(1) == 3", " "])], "row 1: test_list is ['assert add(1) == 3', ' '], and"),
+        ([mbpp_row(2, test_list=[None])], "row 1: test_list is [None], and has to be texts"),
+        ([mbpp_row(2, test_setup_code=[])], "row 1: test_setup_code is [], and has to be a text"),
+        ([mbpp_row(2, task_id="two")], "row 1: task_id is 'two', and has to be a number"),
+        ([mbpp_row(2), mbpp_row(2, task_id="2")], "row 2: there is another problem 2"),
         ([""], "mbpp.jsonl has no rows"),
     ],
 )

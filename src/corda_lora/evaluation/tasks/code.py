@@ -72,14 +72,14 @@ def humaneval_problems(config: EvalConfig) -> list[Problem]:
 def mbpp_problems(config: EvalConfig, numbers: Collection[int] = TESTED) -> list[Problem]:
     """From mbpp.jsonl in `data_dir`, or else from the hub.
 
-    Raises CordaError if there is neither, or a column or an example of the prompt is missing."""
+    Raises CordaError if there is neither, a column or an example of the prompt is missing, or a row is no problem."""
     file = _local_file(config, "mbpp")
     if file is None and config.data_dir is not None:
         raise CordaError(f"mbpp needs {config.data_dir / 'mbpp.jsonl'}, and there is none")
     hub = DataConfig("google-research-datasets/mbpp", name="full", rows="prompt+test")
     rows = load_rows(hub if file is None else DataConfig(str(file)))[0]
     _check_columns(rows, {"task_id": (int, str), "text": str, "code": str, "test_list": list}, file)
-    by_number = {int(row["task_id"]): row for row in rows}
+    by_number = _by_number(rows, file)
     if missing := [str(number) for number in SHOTS if number not in by_number]:
         raise CordaError(f"the prompt of mbpp has its problems 2, 3 and 4 as examples; missing: {', '.join(missing)}")
     shots = "".join(f"{_asked(by_number[n])}{by_number[n]['code']}\n[DONE]\n\n" for n in SHOTS)
@@ -96,6 +96,26 @@ def mbpp_problems(config: EvalConfig, numbers: Collection[int] = TESTED) -> list
         for number, row in sorted(by_number.items())
         if number in numbers
     ][: config.limit]
+
+
+def _by_number(rows: Sequence[Row], file: Path | None) -> dict[int, Row]:
+    """The rows of MBPP by their task_id. Raises CordaError for one that is no number, or is there twice, and for tests
+    that are no texts: without any, each program would pass."""
+    by_number: dict[int, Row] = {}
+    for position, row in enumerate(rows, 1):
+        where, tests, setup = f"{file or 'the hub'}, row {position}", row["test_list"], row.get("test_setup_code")
+        if not tests or not all(isinstance(test, str) and test.strip() for test in tests):
+            raise CordaError(f"{where}: test_list is {short(tests)}, and has to be texts: a program is right by them")
+        if not isinstance(setup, str | None):
+            raise CordaError(f"{where}: test_setup_code is {short(setup)}, and has to be a text")
+        try:
+            number = int(row["task_id"])
+        except ValueError as error:
+            raise CordaError(f"{where}: task_id is {short(row['task_id'])}, and has to be a number") from error
+        if number in by_number:
+            raise CordaError(f"{where}: there is another problem {number}")
+        by_number[number] = row
+    return by_number
 
 
 def _asked(row: Row) -> str:
