@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import StopStringCriteria
 
 from ..config import CordaError, EvalConfig
 from ..config.values import find_all
@@ -141,7 +142,6 @@ def generate(
     ids, mask = flipped.flip(1), mask.flip(1)  # padded on the left, so that all prompts end in the last column
     device = next(model.parameters()).device
     images = {name: tensor.to(device) for name, tensor in image_inputs([p.shown for p in prompts], ids).items()}
-    stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
 
     def note(ids_so_far: Tensor, _: Any, **__: Any) -> Tensor:
         """A criterion that stops no row, (rows, tokens) -> (rows,)."""
@@ -156,14 +156,23 @@ def generate(
         do_sample=temperature > 0,
         **({"temperature": temperature} if temperature else {}),
         pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=[note],
-        **stopping,
+        stopping_criteria=[note, *stops_at(tokenizer, stop)],
+        tokenizer=tokenizer,  # which a model with stop strings of its own asks for
     )
     advance(0, note="")
     answers = list(tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
     for end in stop:
         answers = [answer.split(end)[0] for answer in answers]
     return answers
+
+
+def stops_at(tokenizer: Any, strings: Sequence[str]) -> list[StopStringCriteria]:
+    """What stops a row that has come to one of the strings; nothing if the vocabulary can spell none of them, as then
+    none is ever generated."""
+    try:
+        return [StopStringCriteria(tokenizer, list(strings))] if strings else []
+    except ValueError:  # no token ends one of them
+        return []
 
 
 def matches(answer: str, response: str, match: str) -> bool:

@@ -160,6 +160,23 @@ def test_continuations_end_at_the_first_stop_string(adapted, tokenizer):
     assert complete(adapted, tokenizer, prompts, 24, ends, 1, "") == expected
 
 
+def test_a_stop_string_that_the_vocabulary_cannot_spell_stops_nothing(adapted, tokenizer):
+    def answer(*ends):
+        return complete(adapted, tokenizer, ["to be"], 24, ends, 10**4, "")[0]
+
+    whole = answer()
+    end = whole[2:4]
+    assert answer("中") == whole
+    assert answer("中", end) == whole.split(end)[0]
+
+
+def test_a_model_may_have_stop_strings_of_its_own(adapted, tokenizer, monkeypatch):
+    whole = complete(adapted, tokenizer, ["to be"], 24, [], 10**4, "")[0]
+    monkeypatch.setattr(adapted.generation_config, "stop_strings", [whole[2:4]])
+    answer = complete(adapted, tokenizer, ["to be"], 24, [], 10**4, "")[0]
+    assert answer == whole[: whole.index(whole[2:4]) + 2]
+
+
 def test_a_batch_that_memory_does_not_hold_is_halved(adapted, tokenizer, monkeypatch):
     prompts = [f"to be or not {i}" for i in range(5)]
     expected = complete(adapted, tokenizer, prompts, 4, [], 10**4, "")

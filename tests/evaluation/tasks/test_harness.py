@@ -187,6 +187,14 @@ def test_answers_end_at_a_stop_string_or_at_the_limit(tokenizer, data, monkeypat
         assert len(calls) == steps
 
 
+def test_a_models_own_stop_strings_give_way_to_the_definitions(tokenizer, data):
+    model, scores = constant_llama("a", tokenizer), {}
+    model.generation_config.stop_strings = ["aaa"]
+    config = EvalConfig(tasks="nq_open", data_dir=data, limit=1)
+    evaluate(model, tokenizer, config, progress=False, scores=scores)
+    assert scores["tasks", "nq_open"]["base"].details[0]["answered"] == "a" * 256
+
+
 def test_a_batch_ends_when_each_row_has_come_to_some_stop_string(tokenizer, data, monkeypatch):
     """lm-eval's own criterion waits until all rows have come to the same one."""
     model, calls = constant_llama("a", tokenizer), []

@@ -224,13 +224,13 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
     """A model for the harness."""
     from accelerate.utils import find_executable_batch_size
     from lm_eval.models.huggingface import HFLM
-    from transformers import StoppingCriteriaList, StopStringCriteria
+    from transformers import StoppingCriteriaList
 
-    from ..generation import largest_batch
+    from ..generation import largest_batch, stops_at
 
     @cache
-    def stopping(strings: tuple[str, ...]) -> StopStringCriteria:
-        return StopStringCriteria(tokenizer, list(strings))  # it reads the whole vocabulary
+    def stopping(strings: tuple[str, ...]) -> StoppingCriteriaList:
+        return StoppingCriteriaList(stops_at(tokenizer, strings))  # it reads the whole vocabulary
 
     class Scorer(HFLM):
         """The harness's own, in batches that fit, which end when each row has come to a stop string."""
@@ -279,7 +279,8 @@ def _scorer(model: Any, tokenizer: Any, label: str, batch_tokens: int) -> Any:
                 input_ids=context,
                 max_length=max_length,
                 do_sample=False,
-                stopping_criteria=StoppingCriteriaList([stopping(tuple(stop))]),
+                stopping_criteria=stopping(tuple(stop)),
+                tokenizer=self.tokenizer,  # which a model with stop strings of its own asks for
                 pad_token_id=self.tokenizer.pad_token_id,
                 **options,
             )
