@@ -307,6 +307,9 @@ def test_what_is_not_there_is_said_before_torch_is_imported(command, message, tm
         ),
         (["compare", "rows.yaml"], "corda compare: context: Option 'rowz' is not accepted; nearest names: rows"),
         (["compare", "nothing.yaml"], "corda compare: config: File does not exist:"),
+        (["init", "recipe.yaml"], "corda init: a recipe is given as --config recipe.yaml"),
+        (["compare", "r.yaml", "--seeds", "3", "s.yaml"], "corda compare: a recipe is given as --config s.yaml"),
+        (["compare", "init.yaml"], "corda compare: mode is an option of init, or of a method under `methods`: a rec"),
         (["compare", "twice.yaml"], "corda compare: Problems parsing config: the key 'model' is given twice (line 1"),
     ],
 )
@@ -319,6 +322,8 @@ def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeyp
     Path("list.yaml").write_text("- a\n")
     Path("latin.yaml").write_bytes(b"model: m\xe9\n")
     Path("rates.yaml").write_text("methods: {lora: {learning_rates: fast}}\n")
+    Path("r.yaml").write_text("methods: [lora]\n")
+    Path("init.yaml").write_text("mode: kpm\n")
     Path("twice.yaml").write_text("model: one\nmodel: two\n")
     Path("methods.yaml").write_text("methods: {lora: {learning_rates: [1, 2]}, mine: {method: lora, rates: [1, 2]}}\n")
     Path("rows.yaml").write_text("context: {data: d, rowz: train}\n")
@@ -329,6 +334,24 @@ def test_a_mistake_in_the_command_is_one_sentence(given, said, tmp_path, monkeyp
     assert line.startswith(said)
     assert line.endswith((f"(all options: corda {given[0]} --help)", "(all options: corda --help)"))
     assert len(line) < 240 or "config" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("plan --config a.yaml", "corda plan: a.yaml is a recipe of a comparison: type corda plan a.yaml"),
+        ("train --config=a.yaml", "corda train: a.yaml is a recipe of a comparison: type corda compare a.yaml"),
+        ("plan a.yaml b.yml", "corda plan: one recipe at a time: type corda plan a.yaml, and then corda plan b.yml"),
+    ],
+)
+def test_where_a_comparisons_recipe_belongs_is_said(command, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.yaml", "b.yml"):
+        Path(name).write_text("methods: [lora]\ncontext: {data: d}\ntrain: {max_steps: 5}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == said + "\n"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from yaml import YAMLError
@@ -25,12 +26,23 @@ OF_DATA: dict[str, dict[str, type]] = {
 
 def for_parser(given: Sequence[str]) -> list[str]:
     """A command line with underscores in its options, with each option of data and what belongs to it in one argument,
-    and with a recipe as --config. Raises CordaError as `with_data` does."""
+    and with a recipe as --config.
+
+    Raises CordaError as `with_data` does, for a comparison's recipe as --config of another verb, and for two recipes.
+    """
     arguments = [_underscored(argument) for argument in given]
     verb = arguments[0] if arguments else ""
+    compares = verb in ("compare", "plan") and arguments[1:] and not arguments[1].startswith("-")
+    if verb != "compare" and not compares:
+        for recipe in filter(_is_of_a_comparison, _recipes(arguments)):
+            other = "plan" if verb == "plan" else "compare"
+            raise CordaError(f"{recipe} is a recipe of a comparison: type corda {other} {recipe}")
     if verb in OF_DATA:
         return with_data(arguments, OF_DATA[verb])
-    if verb in ("compare", "plan") and arguments[1:] and not arguments[1].startswith("-"):
+    if compares:
+        if len(arguments) > 2 and all(re.search(r"\.ya?ml$", argument) for argument in arguments[1:3]):
+            one, other = arguments[1:3]
+            raise CordaError(f"one recipe at a time: type corda {verb} {one}, and then corda {verb} {other}")
         return [verb if verb == "compare" else PLAN_RECIPE, "--config", *arguments[1:]]
     return arguments
 
@@ -82,6 +94,22 @@ def with_data(arguments: Sequence[str], kinds: Mapping[str, type]) -> list[str]:
         else:  # a recipe may name the data
             others += [f"--{kind}.{name}={json.dumps(value)}" for name, value in values.items()]
     return others
+
+
+def _recipes(arguments: Sequence[str]) -> Iterator[str]:
+    """What stands after --config."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if option := re.fullmatch("--config(?:=(.*))?", argument, re.DOTALL):
+            yield following if option[1] is None else option[1]
+
+
+def _is_of_a_comparison(recipe: str) -> bool:
+    """Whether a file is a comparison's recipe. What is no recipe at all is for the parser to say."""
+    try:
+        found = load_recipe(Path(recipe).read_text("utf-8")) if Path(recipe).is_file() else None
+    except (OSError, ValueError, YAMLError):
+        return False
+    return isinstance(found, dict) and "methods" in found
 
 
 def _yaml(text: str) -> Any:

@@ -8,7 +8,7 @@ from typing import NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from ..config import DataConfig, MethodConfig
+from ..config import CordaConfig, DataConfig, MethodConfig
 from ..config.lora import NOT_OURS, why_not
 from ..config.values import LARGEST, misfit
 from .arguments import PLAN_RECIPE
@@ -48,6 +48,13 @@ def in_our_words(message: str, actions: Sequence[argparse.Action] = ()) -> str:
     kind = next((k for k in ("learn", "context", "data") if k in hints), "")
     if kind and option in get_type_hints(DataConfig):
         return f"--{option} is an option of data: after --{kind} DATA give --{kind}.{option}"
+    if "methods" in hints and option in get_type_hints(CordaConfig):
+        return (
+            f"{option} is an option of init, or of a method under `methods`: a recipe of init is planned by corda plan "
+            "--config RECIPE"
+        )
+    if recipe := re.fullmatch(r"unrecognized arguments: ([^-].*\.ya?ml)", message):
+        return f"a recipe is given as --config {recipe[1]}"
     inner = get_type_hints(MethodConfig, include_extras=True) | get_type_hints(DataConfig, include_extras=True)
     values = re.findall(r"(?:Got|Given) value: (.*)", reason)
     if innermost := re.search(r"Option '(.*)' is not accepted", reason):
