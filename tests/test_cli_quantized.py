@@ -116,6 +116,20 @@ def test_the_full_model_for_eval_can_be_named(model, here, capsys):
     run("eval", *arguments, "--original", model)
 
 
+def test_the_start_over_4_bits_is_not_said_to_be_trained_too_fast(model, here, capsys, monkeypatch):
+    """Its drift from the full model is the quantization's."""
+    monkeypatch.setattr("corda_lora.report.verdicts.KEPT_WELL", 0.0)
+    init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0)
+    measured = ["--adapter", "start", "--keep", "keep.jsonl"]
+    run("eval", "--model", "start/base", *measured)
+    assert "a part of this is of the quantization" in " ".join(capsys.readouterr().out.split())
+    train("start/base", "start", "--learning_rate", 1.0, "--precision", "fp32")
+    run("eval", "--before", model, "--after", "tuned", "--keep", "keep.jsonl")
+    assert "a part of this is of the quantization" in " ".join(capsys.readouterr().out.split())
+    run("eval", "--before", model, "--after", model, "--keep", "keep.jsonl")
+    assert "quantization" not in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_same_command_again(model, here, capsys):
     for _ in range(2):
         init(model, "--mode", "ipm", "--quantization", "nf4")

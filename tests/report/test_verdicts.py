@@ -72,6 +72,14 @@ def test_whether_a_task_was_learned(before, after, said):
     assert learned(before, after).startswith(said)
 
 
+def test_what_quantization_lost_is_not_blamed_on_training():
+    sides = {"base": {"loss": 2.0, "tokens": 40}, "tuned": {"loss": 2.5, "drift": 0.9, "tokens": 40}}
+    results = {kind: {"data": sides} for kind in ("keep", "text", "learn")}
+    blamed = "a part of this is of the quantization, as the adapter's start shows if it is measured alike; a lower"
+    assert all(f"on average, {blamed} learning rate" in said for said in verdicts(results, quantized=True))
+    assert all("on average, and a lower learning rate" in said for said in verdicts(results))
+
+
 def test_a_sentence_for_each_data_set():
     base = {"loss": 2.0, "recall": 0.0, "exact_match": 0.0, "tokens": 40}
     tuned = base | {"loss": 1.0, "drift": 0.0018}

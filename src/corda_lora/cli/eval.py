@@ -62,6 +62,7 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     source, config = take(ModelConfig, options), take(EvalConfig, options)
     for data in (data for kind in KINDS for data in config.data(kind)):
         check_file(data)
+    from ..models.loading import is_quantized
     from ..report.before_after import write_evaluation
     from ..report.terminal import results_table
     from ..report.verdicts import verdicts
@@ -72,7 +73,7 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     results = _measured(options, source, config, original, scores)
     if (table := results_table(results)).row_count:  # none if all that was asked for waits for a judge
         out.print(table)
-    sentences = verdicts(results)
+    sentences = verdicts(results, quantized=original is not None and is_quantized(source))
     for sentence in sentences:
         out.print(sentence, highlight=False)
     if options.adapter is not None and (drift := _drift_in_training(options.adapter)):

@@ -207,10 +207,16 @@ def _may_be_new(weight: str) -> bool:
 
 
 def check_original(config: ModelConfig) -> None:
-    """Raises CordaError if a checkpoint that is to give the full weights is quantized. Those of a GGUF file are
-    expanded."""
-    if not config.model.endswith(".gguf") and getattr(read_settings(config), "quantization_config", None) is not None:
+    """Raises CordaError if a checkpoint that is to give the full weights is quantized."""
+    if is_quantized(config):
         raise CordaError(f"the original {config.model} is quantized itself: give the full model")
+
+
+def is_quantized(config: ModelConfig) -> bool:
+    """Whether the weights of a checkpoint are quantized. Those of a GGUF file are expanded."""
+    if config.model.endswith(".gguf"):
+        return False
+    return getattr(read_settings(config), "quantization_config", None) is not None
 
 
 def empty_model(settings: Any, config: ModelConfig) -> nn.Module:

@@ -17,6 +17,7 @@ from ..config.data import OTHERS_LEAK
 KEPT_WELL, KEPT_IN_PART = 0.15, 0.30  # shares of probability that moved, at most
 UNCHANGED = 1e-6  # nats: below, a drift is rounding
 LEARNED = 1.05  # times as likely as before, at least
+OF_QUANTIZATION = "a part of this is of the quantization, as the adapter's start shows if it is measured alike; "
 
 Values = Mapping[str, float]  # {measure: value} of one model on one data set
 
@@ -40,13 +41,17 @@ def times_as_likely(before: float, after: float) -> float:
     return math.exp(min(before - after, 700.0))
 
 
-def verdicts(results: Mapping[str, Any]) -> list[str]:
-    """A sentence for each data set of `evaluate`'s results whose kind has one."""
+def verdicts(results: Mapping[str, Any], quantized: bool = False) -> list[str]:
+    """A sentence for each data set of `evaluate`'s results whose kind has one.
+
+    Args:
+        quantized: whether the tuned model is on weights in 4 bits, and the base model is the full one.
+    """
     sentences = []
     for kind, by_data in results.items():
         for data, by_side in by_data.items():
             base, tuned = by_side.get("base", {}), by_side.get("tuned", {})
-            parts = [part for part in SENTENCES[kind](base, tuned) if part] if tuned else []
+            parts = [part for part in SENTENCES[kind](base, tuned, quantized) if part] if tuned else []
             if parts:
                 sentences.append(f"{kind} {os.path.basename(data)}: {'; '.join(parts)}.")
     models = {side for by_data in results.values() for by_side in by_data.values() for side in by_side}
@@ -55,31 +60,34 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _kept(base: Values, tuned: Values) -> Iterator[str]:
+def _kept(base: Values, tuned: Values, quantized: bool) -> Iterator[str]:
     drift = tuned.get("drift")
     if drift is not None:
-        yield kept(drift)
+        yield kept(drift, quantized)
     if base.get("recall") == 0:
         yield "recall was 0 before, so it cannot show anything here"
 
 
-def kept(drift: float) -> str:
-    """What a drift means."""
+def kept(drift: float, quantized: bool = False) -> str:
+    """What a drift means. Over a base in 4 bits (`quantized`) a drift from the full model begins at the quantization's
+    own, which training cannot undo."""
     if not math.isfinite(drift):
         return f"broken: the drift is {drift}"
     how = kept_how(drift)
     if how == "not changed":
         return f"{how}: the tuned model predicts what the base model does"
     sentence = f"{how}: the probabilities of an answer's tokens moved by at most {percent(moved(drift))} on average"
-    more = ", and a lower learning rate or more samples of it as context would keep more"
-    return sentence if how == "kept well" else sentence + more
+    if how == "kept well":
+        return sentence
+    cause = OF_QUANTIZATION if quantized else "and "
+    return f"{sentence}, {cause}a lower learning rate or more samples of it as context would keep more"
 
 
-def _learned(base: Values, tuned: Values) -> Iterator[str]:
+def _learned(base: Values, tuned: Values, quantized: bool) -> Iterator[str]:
     if "tokens" not in tuned:
         yield from _labelled(base, tuned)
     elif "loss" in base and "loss" in tuned:
-        yield learned(base["loss"], tuned["loss"])
+        yield learned(base["loss"], tuned["loss"], quantized)
     for name in ("recall", "exact_match"):
         if base.get(name) == tuned.get(name) == 0:
             yield f"{name.replace('_', ' ')} is 0 before and after, so it cannot show anything here"
@@ -95,8 +103,8 @@ def _labelled(base: Values, tuned: Values) -> Iterator[str]:
         yield "not learned: always the same label would be as good"
 
 
-def learned(before: float, after: float) -> str:
-    """What a loss on the task means beside the base model's."""
+def learned(before: float, after: float, quantized: bool = False) -> str:
+    """What a loss on the task means beside the base model's, for `quantized` as in `kept`."""
     if not math.isfinite(after):
         return f"broken: the loss is {after}"
     times = times_as_likely(before, after)
@@ -105,7 +113,7 @@ def learned(before: float, after: float) -> str:
         return f"learned: {sentence}"
     if times > 1 / LEARNED:
         return f"hardly learned: {sentence}, and more steps or a higher learning rate may help"
-    return f"worse than before: {sentence}, and a lower learning rate may help"
+    return f"worse than before: {sentence}, {OF_QUANTIZATION if quantized else 'and '}a lower learning rate may help"
 
 
 def _chosen(base: Values, tuned: Values) -> Iterator[str]:
@@ -125,10 +133,10 @@ def percent(share: float) -> str:
 
 SENTENCES = {
     "keep": _kept,
-    "text": lambda base, tuned: _kept({}, tuned),
+    "text": lambda base, tuned, quantized: _kept({}, tuned, quantized),
     "learn": _learned,
-    "choices": _chosen,
-    "tasks": lambda base, tuned: iter(()),
+    "choices": lambda base, tuned, quantized: _chosen(base, tuned),
+    "tasks": lambda base, tuned, quantized: iter(()),
 }
 
 
