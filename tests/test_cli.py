@@ -632,6 +632,37 @@ def test_the_same_command_again_finds_its_output_whole(checkpoint, data, capsys)
     assert "has something in it already" in refused(capsys, *other, call=lambda *a: train(checkpoint, data, *a))
 
 
+def test_the_output_of_an_earlier_version_is_whole_where_its_options_were_at_their_defaults(checkpoint, data, capsys):
+    init(checkpoint, data)
+    path = data / "work" / "start" / "corda.json"
+    record = json.loads(path.read_text())
+    del record["config"]["weights"], record["data"]["bad_images"]
+    record["config"]["allocation"] = "compactness"
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    init(checkpoint, data)
+    assert "is whole already" in capsys.readouterr().out
+    other = ["--bad_images", "skip"]
+    assert "has something in it already" in refused(capsys, *other, call=lambda *a: init(checkpoint, data, *a))
+    record["config"]["allocation"] = "drift"
+    path.write_text(json.dumps(record))
+    said = refused(capsys, call=lambda: init(checkpoint, data))
+    assert "start was made with allocation drift, an option that is gone" in said
+
+
+def test_a_training_of_an_earlier_version_is_whole(checkpoint, data, capsys):
+    train(checkpoint, data, "--max_steps", 2)
+    path = data / "work" / "tuned" / "training.json"
+    record = json.loads(path.read_text())
+    del record["recipe"]["train"]["compile"], record["recipe"]["keep"]["weights"], record["recipe"]["model"]["labels"]
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    train(checkpoint, data, "--max_steps", 2)
+    assert "is whole already" in capsys.readouterr().out
+    other = ["--max_steps", 2, "--compile", "true"]
+    assert "has something in it already" in refused(capsys, *other, call=lambda *a: train(checkpoint, data, *a))
+
+
 def test_the_same_export_again_finds_its_output_whole(checkpoint, data, capsys):
     init(checkpoint, data)
     train(checkpoint, data, "--start", "start", "--max_steps", 2)

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from .config import CordaError
+from .config.recorded import gone, same_options
 from .config.values import short
 
 CHECKSUMS = "sha256.json"
@@ -233,11 +234,20 @@ def check_result(path: Path) -> None:
 
 
 def is_made(record: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether an output is whole and was made by this recipe: `record` is its JSON file, which holds the recipe."""
+    """Whether an output is whole and was made by this recipe: `record` is its JSON file, which holds the recipe.
+
+    Raises CordaError if it was made with an option that has gone since: no command makes it any more."""
     if not record.is_file():
         return False
     stored = read_json(record)
-    return isinstance(stored, dict) and {key: stored.get(key) for key in recipe} == json.loads(json.dumps(recipe))
+    if not isinstance(stored, dict):
+        return False
+    made = {key: stored.get(key) for key in recipe}
+    for name, value in gone(made):
+        raise CordaError(
+            f"{record.parent} was made with {name} {value}, an option that is gone: remove it, or choose another output"
+        )
+    return all(same_options(made[key], value) for key, value in json.loads(json.dumps(recipe)).items())
 
 
 def _check_length(path: Path) -> None:
