@@ -1,7 +1,6 @@
 """A model and samples of an ability → the start of an adapter on disk: what `corda init` runs."""
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -14,8 +13,8 @@ from torch import nn
 
 from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
 from ..data.batches import encode_all
-from ..data.overview import check_fit, overview, readable
-from ..data.samples import Sample, digest_of, load_others, load_rounds
+from ..data.overview import check_fit, overview, unseen_samples
+from ..data.samples import Sample, digest_of, load_rounds
 from ..devices import compute_device
 from ..files import check_output, remove_folder
 from ..models.loading import check_original, load_model, load_tokenizer, open_model
@@ -185,9 +184,7 @@ def _add_held_out(
 ) -> None:
     """Add to the record how much other samples of the data leak, if there are others: of each layer, how many times as
     much as those shown, and how many samples would be enough."""
-    with warnings.catch_warnings():  # of rows that are left out: it has been said
-        warnings.simplefilter("ignore")
-        others = readable(model, tokenizer, load_others(data, shown, OTHERS), data.max_length)
+    others = unseen_samples(model, tokenizer, data, shown, OTHERS)
     if len(others) < OTHERS // 4:
         return
     config, record = start.config, start.record

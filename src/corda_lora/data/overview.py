@@ -1,6 +1,7 @@
 """What is said of samples before long work: how many and how long they are, and one of them as the model reads it."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -11,10 +12,10 @@ from typing import Any
 from rich.text import Text
 from torch import nn
 
-from ..config import CordaError
+from ..config import CordaError, DataConfig
 from ..config.values import short
 from .batches import Encoded, encode
-from .samples import Sample
+from .samples import Sample, load_others
 
 SHOWN = 400  # characters of a prompt or a response
 SHOWN_LABELS = 8
@@ -133,13 +134,18 @@ def check_fit(model: nn.Module, sequences: Iterable[Sequence[int]]) -> None:
         )
 
 
-def readable(model: nn.Module, tokenizer: Any, samples: Iterable[Sample], max_length: int) -> list[Sample]:
-    """The samples that `encode` and `check_fit` do not refuse: of those that nobody asked for, the others are passed
-    over."""
+def unseen_samples(
+    model: nn.Module, tokenizer: Any, data: DataConfig, shown: Sequence[Sample], count: int
+) -> list[Sample]:
+    """What `load_others` gives, without the samples that `encode` or `check_fit` refuses. Nobody asked for these, so
+    what is passed over is passed over in silence."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        others = load_others(data, shown, count)
     found = []
-    for sample in samples:
+    for sample in others:
         with suppress(CordaError):
-            check_fit(model, [encode(tokenizer, sample, max_length).ids])
+            check_fit(model, [encode(tokenizer, sample, data.max_length).ids])
             found.append(sample)
     return found
 

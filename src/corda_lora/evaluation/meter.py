@@ -1,6 +1,5 @@
 """What a training keeps: the statistics of the context, and the meter on samples of it that they have not seen."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from ..config import ContextConfig, CordaError, DataConfig, KeepConfig
 from ..config.data import CONTEXT_SAMPLES
 from ..config.train import KEEP
 from ..data.batches import Encoded, encode_all
-from ..data.overview import readable
-from ..data.samples import Sample, digest_of, load_others, load_samples
+from ..data.overview import unseen_samples
+from ..data.samples import Sample, digest_of, load_samples
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, check_samples, collect_statistics
@@ -176,7 +175,7 @@ def make_keepers(
     Args:
         encoded: what `encode_kept` found.
 
-    Raises CordaError as `load_others` and `check_whole_base` do.
+    Raises CordaError as `unseen_samples` and `check_whole_base` do.
     """
     keepers, lines = [], list[str]()
     if contexts:
@@ -194,10 +193,7 @@ def _make_keeper(
     peft_model: PeftModel, tokenizer: Any, config: KeepConfig, context: KeptContext, shown: list[Encoded]
 ) -> tuple[Keeper | None, list[str]]:
     name, data, samples, keep, path = context
-    with warnings.catch_warnings():  # of rows that are left out: `load_contexts` has said it
-        warnings.simplefilter("ignore")
-        other_samples = readable(peft_model, tokenizer, load_others(data, samples, MEASURED), data.max_length)
-    others = encode_all(tokenizer, other_samples, data.max_length)
+    others = encode_all(tokenizer, unseen_samples(peft_model, tokenizer, data, samples, MEASURED), data.max_length)
     answered, of = _answered(shown), f" of {name}" if name else ""
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:
         return None, [

@@ -22,8 +22,8 @@ from ..algebra.second_order import Low, compact, whole
 from ..algebra.solvers import components
 from ..config import CordaConfig, CordaError, DataConfig, InspectConfig
 from ..data.batches import encode, encode_all
-from ..data.overview import check_fit, overview, readable
-from ..data.samples import Sample, load_others, load_rounds, load_samples
+from ..data.overview import check_fit, overview, unseen_samples
+from ..data.samples import Sample, load_rounds, load_samples
 from ..devices import compute_device, double_device, release_cache
 from ..evaluation.evaluate import text_windows
 from ..models.lockstep import Stored, find_blocks, parking
@@ -410,7 +410,7 @@ def _texts(
         return {context_names([text])[0]: _batches(model, tokenizer, windows, text.max_length, config)}
     texts = {}
     for data, name, shown in zip(datas, names, rounds):
-        others = readable(model, tokenizer, load_others(data, list(chain(*shown)), config.held_out), data.max_length)
+        others = unseen_samples(model, tokenizer, data, list(chain(*shown)), config.held_out)
         if not others:
             raise CordaError(
                 f"all samples of {data.data} are shown, and none is left to measure on: fewer --samples, or a --text"

@@ -16,8 +16,8 @@ from ..algebra.second_order import Low, whole
 from ..config import ContextConfig, CordaError, DataConfig
 from ..config.data import named_contexts
 from ..data.batches import Encoded, encode_all
-from ..data.overview import readable
-from ..data.samples import load_others, load_samples
+from ..data.overview import unseen_samples
+from ..data.samples import load_samples
 from ..evaluation.evaluate import loss_and_drift
 from ..evaluation.meter import MEASURED
 from ..models.weights import weight_of
@@ -89,7 +89,7 @@ def abilities_kept(model: nn.Module, setup: Setup, keep: float, contexts: Sequen
             path.parent.mkdir(parents=True, exist_ok=True)
             pad_id = setup.tokenizer.pad_token_id or 0
             collect_statistics(model, setup.targets, encoded, pad_id, progress=False).save(path)
-        others = readable(model, setup.tokenizer, load_others(context, samples, MEASURED), context.max_length)
+        others = unseen_samples(model, setup.tokenizer, context, samples, MEASURED)
         measured = encode_all(setup.tokenizer, others, context.max_length)
         kept.append(KeptAbility(context.ability, price, Statistics.load(path), measured))
     return kept
