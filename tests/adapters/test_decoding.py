@@ -419,6 +419,34 @@ def test_an_output_head_is_cut_where_it_runs(rule):
         torch.testing.assert_close(torch.stack([x[row] for x in cached.logits]).double(), logits, rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_the_entropy_is_not_that_of_another_text():
+    """Two texts of one length, token by token in turn; and one that goes on from a copy of a cache."""
+    peft_model = adapted()
+    order, rule = some_order(peft_model), by_entropy(lambda H: 0.5 + 0.5 * torch.sin(20 * H))
+    seen = []
+
+    def recorded(t, logits):
+        seen.append(logits)
+        return rule(t, logits)
+
+    def run(ids, cache):
+        return peft_model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    with decoding_ranks(peft_model, order, recorded):
+        first, second = (run(ids[None, 1:], transformers.DynamicCache()) for ids in (IDS[0], IDS[1]))
+        last = second.logits[:, -1].clone()
+        again = copy.deepcopy(second.past_key_values)
+        run(first.logits[:, -1:].argmax(-1), first.past_key_values)
+        assert seen[-1] is None
+        run(last.argmax(-1)[None], second.past_key_values)
+        assert seen[-1] is None
+        own = run(last.argmax(-1)[None], again).logits[:, -1]
+        assert seen[-1] is None
+        run(own.argmax(-1)[None], again)
+        torch.testing.assert_close(seen[-1], own)
+
+
 TEXT = torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9]])
 
 

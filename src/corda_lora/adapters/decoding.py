@@ -17,7 +17,8 @@ again at each step, at the ranks that they had.
 
 Several tokens at once count as a prompt: the next turn of a chat on an old cache, a part of a long prompt, a draft that
 is verified. Of a draft, tokens may be refused and taken out of the cache; a token that is then run by itself was chosen
-from the prediction after those that stayed.
+from the prediction after those that stayed. A token on another cache than the last forward's (of another text that is
+generated meanwhile, or a copy of a prefix's) counts as a prompt, too: what it was chosen from has not been seen.
 """
 
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ class DecodingRanks:
         self.end = 0  # the length of the text after that forward, where there is a cache
         self.budgets: Tensor | None = None  # R of all tokens (b, s), where there is no cache
         self.ids: Tensor | None = None  # of these tokens
-        self.cache: Any = None  # the last prompt's, whose beams are followed
+        self.cache: Any = None  # the last forward's, whose beams are followed
         self.beams_before: Any = None  # its own `reorder_cache`, where another `with` follows it, too
         self.needs: dict[torch.device, Tensor] = {}
 
@@ -110,8 +111,9 @@ class DecodingRanks:
         parents = self._continued(ids) if cache is None and ids is not None else None
         length = 0 if cache is None else cache.get_seq_length()
         refused = self.end - length  # tokens of a draft
-        if length and x.shape[1] == 1 and self.logits is not None and 0 <= refused < self.logits.shape[1]:
-            self.logits = self.logits[:, : self.logits.shape[1] - refused]
+        chosen = self.logits if cache is self.cache else None  # what the token was chosen from is in these
+        if length and x.shape[1] == 1 and chosen is not None and 0 <= refused < chosen.shape[1]:
+            self.logits = chosen[:, : chosen.shape[1] - refused]
             self._use(self._next(x), x)
         elif parents is not None:
             assert self.budgets is not None
@@ -127,6 +129,7 @@ class DecodingRanks:
             self._use(R, x)
             if cache is not self.cache:
                 self.leave()
+                self.cache = cache
                 if hasattr(cache, "reorder_cache"):
                     self._follow(cache)
         self.ids = ids if cache is None else None
@@ -204,14 +207,14 @@ class DecodingRanks:
             if self.logits is not None:
                 self.logits = self.logits[beams.to(self.logits.device)]
 
-        self.cache, self.beams_before = cache, vars(cache).get("reorder_cache")
+        self.beams_before = vars(cache).get("reorder_cache")
         cache.reorder_cache = follow
 
     def leave(self) -> None:
         """Follow the last prompt's cache no longer, nor hold its keys and values in memory."""
         if self.beams_before is not None:
             self.cache.reorder_cache = self.beams_before
-        elif self.cache is not None:
+        elif hasattr(self.cache, "reorder_cache"):
             del self.cache.reorder_cache
         self.cache = self.beams_before = None
 
