@@ -139,9 +139,11 @@ def kept_digest(contexts: Sequence[KeptContext]) -> str | None:
 def encode_kept(tokenizer: Any, config: KeepConfig, contexts: Sequence[KeptContext]) -> list[list[Encoded]]:
     """The samples of each ability as tokens.
 
-    Raises CordaError if one that somebody asked to keep has too few answers to collect its statistics from.
+    Raises CordaError if one that somebody asked to keep has too few answers to collect its statistics from: by an
+    option here, or by a name among those that the start was made from, of which the others would be kept without it.
     """
     asked = config.keep is not None or config.max_drift is not None or config.context is not None
+    asked, remedy = (True, "") if asked else (len(contexts) > 1, "; the start names it: give --context, or --keep 0")
     found = []
     for name, data, samples, _, path in contexts:
         found.append(encode_all(tokenizer, samples, data.max_length))
@@ -153,7 +155,7 @@ def encode_kept(tokenizer: Any, config: KeepConfig, contexts: Sequence[KeptConte
         except CordaError as error:
             lost = sum(bool(s.response.strip()) for s in samples) - answered
             cut = f"; {lost:,} responses are cut away at max_length {data.max_length}" if lost else ""
-            raise CordaError(f"{name}: {error}{cut}" if name else f"{error}{cut}") from error
+            raise CordaError(f"{name}: {error}{cut}{remedy}" if name else f"{error}{cut}") from error
     return found
 
 
