@@ -21,7 +21,7 @@ from typing import Any
 
 from .config import CordaError
 
-MEETING = 60  # seconds that the first process to come waits for the last
+MEETING = 60  # seconds that the first process to come waits for the last, and that they have to connect
 PATIENCE = 10  # seconds from the launcher's request to end until it is obeyed; the launcher's own patience is 30
 FAILED = "corda/failed"  # the name in the store for what the first process to end has said
 LONGEST_WAIT = timedelta(hours=6)  # for a process that lives: one that dies is noticed at once
@@ -86,6 +86,7 @@ class Processes:
         """
         import torch
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _set_pg_timeout
 
         local, backend = _number("LOCAL_RANK", str(self.rank)), "gloo"
         if torch.cuda.is_available():
@@ -102,9 +103,20 @@ class Processes:
         self._wait_for_all()
         _end_when_stuck(say, lambda: self.last_word(self.ended))
         with _connecting():
-            dist.init_process_group(
-                backend, store=self.store, rank=self.rank, world_size=self.size, timeout=LONGEST_WAIT
-            )
+            try:
+                dist.init_process_group(
+                    backend,
+                    store=self.store,
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=timedelta(seconds=MEETING),
+                )
+            except dist.DistStoreError as error:
+                raise ProcessEndedError(
+                    f"the {self.size} processes have come, but did not connect within {MEETING} seconds: one has ended "
+                    "since, or cannot be reached from here (GLOO_SOCKET_IFNAME names the network to take)"
+                ) from error
+        _set_pg_timeout(LONGEST_WAIT)
         if torch.cuda.is_available():  # NCCL connects when it is used first
             dist.all_reduce(torch.zeros(1, device="cuda"))
 
@@ -235,6 +247,8 @@ def _connecting() -> Iterator[None]:
     """Inside this context an error is a CordaError."""
     try:
         yield
+    except CordaError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise CordaError(f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun") from error
 

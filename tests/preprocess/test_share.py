@@ -194,6 +194,29 @@ def test_a_process_that_never_comes_ends_the_others(command, tmp_path):
     ]
 
 
+def in_process_1(code):
+    """FIRST, by which none is patient, and process 1 runs some code, too."""
+    return f"{IMPATIENT}\nimport os\nif os.environ['RANK'] == '1':\n    {code}"
+
+
+def test_a_process_that_ends_before_all_are_connected_ends_the_others(command, tmp_path):
+    """It has come, and is gone, or cannot be reached, when the others connect."""
+    first = in_process_1("import torch; torch.distributed.init_process_group = lambda *a, **k: os._exit(1)")
+    ended = run_together(3, command("out"), tmp_path / "log", FIRST=first)
+    assert ended.codes == [2, 1, 2]
+    lines = [line for text in ended.err for line in text.splitlines() if line.startswith("corda init:")]
+    assert lines == [
+        "corda init: the 3 processes have come, but did not connect within 1 seconds: one has ended since, or cannot "
+        "be reached from here (GLOO_SOCKET_IFNAME names the network to take)"
+    ]
+
+
+def test_one_that_lives_is_waited_for_when_all_are_connected(command, tmp_path):
+    late = "import time; P = corda_lora.processes.Processes; meet = P.meet; "
+    late += "P.meet = lambda self, say: (meet(self, say), time.sleep(3))"
+    ran(run_together(2, command("out"), tmp_path / "log", FIRST=in_process_1(late)))
+
+
 def test_what_cannot_be_shared_is_refused(given, command, tmp_path):
     few = command("out", "--orientation", "identity", "--target_modules", "lm_head")
     ended = run_together(3, few, tmp_path / "log")
