@@ -93,6 +93,9 @@ def test_the_four_commands(split, precision, model, here, capsys):
     sides = results["learn"]["learn.jsonl"]
     assert sides["tuned"]["loss"] < sides["base"]["loss"]
     assert results["keep"]["keep.jsonl"]["tuned"]["drift"] > 0
+    run("inspect", "--adapter", "tuned", "--output", "seen")
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("a part of the model that its quantized base lacks" in said) == (split == "balanced")
     run("export", "--model", "start/base", "--adapter", "tuned", "--as", "merged", "--output", "merged")
     assert "dequantized, and merged: rounding changed the weights by" in " ".join(capsys.readouterr().out.split())
     base = AutoModelForCausalLM.from_pretrained("start/base", device_map="cpu").train()

@@ -191,6 +191,21 @@ def test_predicted_drift_is_that_of_the_statistics(checkpoint, files, tmp_path_f
     assert sum(on_context.values()) == pytest.approx(sum(by_file.values()), rel=0.05)
 
 
+@pytest.mark.parametrize("split", ["anchored", "paper"])
+def test_a_start_is_said_to_change_nothing(split, checkpoint, files, tmp_path_factory, capsys):
+    start = tmp_path_factory.mktemp("start") / "start"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+        options = ["--r", 4, "--split", split, "--device", "cpu", "--output", start]
+        main(list(map(str, ["init", "--model", checkpoint, "--context", files / "sums.jsonl", *options])))
+    capsys.readouterr()
+    contexts = ["--context", files / "sums.jsonl", "--context", files / "text.jsonl"]
+    inspected(tmp_path_factory, "--adapter", start, "--model", checkpoint, *contexts)
+    said = capsys.readouterr().out
+    assert "It is a start, which nothing has trained: it changes nothing yet." in " ".join(said.split())
+    assert not any(word in said for word in ("move", "Merging", "drift", "serves", "%"))
+
+
 def test_a_map_shows_each_layer_at_its_place(made, layers):
     page = (made / "report.html").read_text(encoding="utf-8")
     found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["maps"]["change"]

@@ -62,6 +62,7 @@ class Adapter:
         made_for: the fingerprint of the base's weights, if they are recorded.
         kept: the predicted drift of each layer on each ability that was to be kept, in nats per answer token, as far as
             it is known. One ability is called "".
+        residual: whether it holds a part of the model that its base lacks.
     """
 
     layers: dict[str, Factors]
@@ -69,6 +70,7 @@ class Adapter:
     base: str | None
     made_for: str | None
     kept: dict[str, dict[str, float]]
+    residual: bool
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -108,7 +110,8 @@ def read_adapter(directory: Path) -> Adapter:
         raise CordaError(f"the adapter in {directory} changes no linear layer")
     made_for = marks["fingerprint"] if marks else (config.auto_mapping or {}).get(BASE)
     left = sorted(name for name in weights if ".base_layer." not in name)  # PEFT's copies of the base's own
-    return Adapter(layers, left, config.base_model_name_or_path, made_for, _kept(directory))
+    residual = marks is not None and marks["split"] == "residual"
+    return Adapter(layers, left, config.base_model_name_or_path, made_for, _kept(directory), residual)
 
 
 def _kept(directory: Path) -> dict[str, dict[str, float]]:
@@ -143,7 +146,7 @@ def inspect_adapter(
             `walk_back` refuse.
     """
     layers = adapter.layers
-    record: dict[str, Any] = {"layers": {}, "left_out": adapter.left, "contexts": []}
+    record: dict[str, Any] = {"layers": {}, "left_out": adapter.left, "residual": adapter.residual, "contexts": []}
     values: dict[str, Tensor] = {}
     targets = {} if model is None else _targets(model, adapter)
     blocks = find_blocks(model, list(targets)) if model is not None else {}

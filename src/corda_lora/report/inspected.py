@@ -177,10 +177,19 @@ def adapter_sentences(record: Mapping[str, Any]) -> list[str]:
     for name, square in squares.items():
         kinds[layers[name]["kind"]] += square
     kind, whole = max(kinds, key=kinds.__getitem__), sum(squares.values())
-    said = [f"The adapter changes {plural(len(layers), 'layer')} at {of_ranks}, with {parameters:,} parameters."]
-    if whole:
-        said[0] += f" {100 * kinds[kind] / whole:.0f} % of the change, by squares, is in {kind}."
-    for label, (value, _) in change_measures(record).items():
+    size = f"{plural(len(layers), 'layer')} at {of_ranks}, with {parameters:,} parameters"
+    # In a start the factors are zero, or their halves make up for each other, but for rounding.
+    trained = any(x["norm"] > 1e-9 * x["scale"] * x["norm_A"] * x["norm_B"] for x in layers.values())
+    said = [f"The adapter is of {size}. It is a start, which nothing has trained: it changes nothing yet."]
+    if trained:
+        share = f"{100 * kinds[kind] / whole:.0f} % of the change, by squares, is in {kind}"
+        said = [f"The adapter changes {size}. {share}."]
+    if record["residual"]:
+        said.append(
+            "It holds a part of the model that its quantized base lacks: what is said of its change counts that part, "
+            "beside what training has changed."
+        )
+    for label, (value, _) in change_measures(record).items() if trained else ():
         found = {name: x for name, about in layers.items() if (x := value(about)) is not None}
         most = max(found, key=found.__getitem__)
         if label.startswith("‖ΔW X‖"):
@@ -203,7 +212,7 @@ def adapter_sentences(record: Mapping[str, Any]) -> list[str]:
                 f"Merging changes a weight by {number(100 * median(found.values()))} % of its length in the median "
                 f"layer, most in {most} ({number(100 * found[most])} %){rounded}."
             )
-    said += _served_sentences(layers)
+    said += _served_sentences(layers) if trained else []
     if record.get("tied"):
         said.append(f"{record['tied'][0]} shares its weight with the embeddings, which a merge would change, too.")
     if record["left_out"]:
