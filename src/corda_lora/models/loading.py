@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         options["use_safetensors"] = True
         if Path(name).is_dir():
             check_shards(Path(name))
-    with _loading(f"the model {config.model!r}"):
+    with _loading(f"the model {config.model!r}"), _gguf_read_once(options):
         # A shape that differs is reported by name, instead of in a table.
         model, report = kind.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -303,12 +303,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
         except CordaError as error:
             why = str(error)
     if tokenizer is None:
-        with _loading(f"the tokenizer of {config.model!r}"):
+        with _loading(f"the tokenizer of {config.model!r}"), _gguf_read_once(options):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+            if "gguf_file" in options:
+                _set_special_tokens(tokenizer, Path(config.model))
         tokenizer.no_processor = why
-    if "gguf_file" in options:
-        _set_special_tokens(tokenizer, Path(config.model))
-    else:
+    if "gguf_file" not in options:
         _warn_of_end(tokenizer, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -365,6 +365,24 @@ def _set_special_tokens(tokenizer: Any, path: Path) -> None:
     }.items():
         if field := fields.get(f"tokenizer.ggml.{key}"):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
+
+
+@contextmanager
+def _gguf_read_once(options: dict[str, Any]) -> Iterator[None]:
+    """Inside this context a GGUF file is parsed once: transformers (5.17) does it anew for the configuration, the names
+    of the weights and the tokenizer, each time with the whole vocabulary, which takes seconds."""
+    if "gguf_file" not in options:
+        yield
+        return
+    import gguf
+
+    kind = gguf.GGUFReader
+    read = cache(kind)
+    gguf.GGUFReader = lambda path: read(Path(path))
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = kind
 
 
 def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
