@@ -11,10 +11,12 @@ import sys
 from typing import NamedTuple
 
 FORK = """
-import json, os, signal, socket, sys
+import gc, json, os, signal, socket, sys
 import torch
-import corda_lora.adapters.prepare, corda_lora.report.terminal, corda_lora.tune
+import corda_lora.adapters.prepare, corda_lora.compare.runner, corda_lora.report.terminal, corda_lora.tune
 from corda_lora import cli
+
+gc.freeze()  # every training ends with a garbage collection
 
 def child(rank, size, port, arguments, kills, more, there):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
