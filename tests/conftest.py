@@ -7,17 +7,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import functools
 import gc
 import importlib.util
 from pathlib import Path
 
 import pytest
-import tiny
 from filelock import FileLock
-from transformers import PreTrainedTokenizerFast
 
-from corda_lora.config import ModelConfig
-from corda_lora.models.loading import load_model, load_tokenizer
+from corda_lora.cli import command
+
+# What imports torch waits for the fixtures: the process that hands out the tests of a parallel run needs none of it.
+
+command.build_parser = functools.cache(command.build_parser)  # it takes as long as many a command that tests give
 
 LONG = ["test_real", "test_kills", "test_runner", "test_processes", "test_share", "test_cli", "test_docs"]
 
@@ -50,7 +52,10 @@ def gguf_file() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory, gguf_file) -> Path:
     """A checkpoint of SmolLM2-135M, and in the file `loaded_from` the name that its model had. The processes of a
-    parallel run share it: the weights take 20 s to expand."""
+    parallel run share it: the file takes 12 s to read."""
+    from corda_lora.config import ModelConfig
+    from corda_lora.models.loading import load_model, load_tokenizer
+
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "smollm2"
     with FileLock(f"{folder}.lock"):
@@ -65,13 +70,18 @@ def smollm2(tmp_path_factory, gguf_file) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
+    """The transformers tokenizer of single characters."""
+    import tiny
+
     return tiny.character_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer) -> Path:
     """A tiny LLaMA and its tokenizer on disk."""
+    import tiny
+
     folder = tmp_path_factory.mktemp("tiny-llama")
     tiny.build("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)

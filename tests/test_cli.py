@@ -246,9 +246,9 @@ def test_help_and_exit_codes_of_the_command():
     assert shown.returncode == 0
     assert all(f"corda {verb}" in shown.stdout for verb in ("init", "train", "eval", "export"))
     assert command().returncode == 2
-    missing = command("eval", "--model", "./nowhere", "--keep", "x")
+    missing = command("eval", "--model", "m", "--keep", "nowhere.jsonl")
     assert missing.returncode == 2
-    assert missing.stderr == "corda eval: there is no model in ./nowhere: it has no config.json\n"
+    assert missing.stderr == "corda eval: there is no file nowhere.jsonl\n"
     code = "import sys, corda_lora.cli.parser as p; p.build_parser(); sys.exit('torch' in sys.modules)"
     assert command().returncode == 0  # help is quick: the parser needs no torch
 

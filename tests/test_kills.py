@@ -1,14 +1,11 @@
 """Killed at any place where it writes, a command given again comes to the same end."""
 
-import functools
 import gc
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import types
 from multiprocessing.connection import Connection
@@ -18,9 +15,9 @@ import tiny
 import torch
 import transformers
 from crashes import crashes
+from ranks import run_together
 
 from corda_lora import cli
-from corda_lora.cli import command
 from corda_lora.compare import pool, work
 
 KEEP = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(4)]
@@ -44,7 +41,6 @@ def given(tmp_path_factory, tokenizer):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
-    monkeypatch.setattr(command, "build_parser", functools.cache(command.build_parser))  # it takes as long as the rest
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -209,34 +205,6 @@ PLACES = [
     ("train", "os.rename", ".partial"),  # of the folder of work, to remove it
     ("eval", "os.rename", "eval.json"),
 ]
-KILLED = """
-import json, os, signal, sys
-import corda_lora.evaluation.evaluate, corda_lora.training.train
-from corda_lora import cli
-
-def run(arguments, event="", ending=""):
-    child = os.fork()
-    if child == 0:
-        def die(now, places):
-            if now == event and str(places[now == "os.rename"]).endswith(ending):
-                os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(die) if event else None
-        try:
-            cli.main(arguments)
-        finally:
-            os._exit(0 if sys.exc_info()[0] is None else 1)
-    return os.waitpid(child, 0)[1]
-
-commands, places = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-for folder, kills in (("whole", []), ("killed", places)):
-    os.mkdir(folder)
-    os.chdir(folder)
-    for verb, event, ending in kills:
-        assert run(commands[verb], event, ending) == signal.SIGKILL, (event, ending)
-    for arguments in commands.values():
-        assert run(arguments) == 0
-    os.chdir("..")
-"""
 
 
 @pytest.mark.slow
@@ -247,8 +215,14 @@ def test_killed_by_the_system(given, here):
         "train": ["train", *model, "--data", f"{given}/learn.jsonl", *recipe, "--output", "tuned"],
         "eval": ["eval", *model, "--adapter", "tuned", "--keep", f"{given}/keep.jsonl", "--output", "eval.json"],
     }
-    arguments = [sys.executable, "-c", KILLED, json.dumps(commands), json.dumps(PLACES)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for folder, kills in (("whole", []), ("killed", PLACES)):
+        (here / folder).mkdir()
+        there = {"FIRST": f"import os; os.chdir({str(here / folder)!r})"}
+        for verb, *place in kills:
+            ended = run_together(1, commands[verb], here / "log", kills={0: place}, **there)
+            assert ended.codes == [-signal.SIGKILL], (place, ended.err)
+        for arguments in commands.values():
+            ended = run_together(1, arguments, here / "log", **there)
+            assert ended.codes == [0], ended.err
     assert ends(here / "killed") == ends(here / "whole")
     assert {path.name for path in (here / "killed").iterdir()} == {"tuned", "eval.json"}

@@ -1,7 +1,5 @@
 """Whatever the rows, templates and options of `init` and `train`: an adapter that is right, or one sentence."""
 
-import functools
-
 import pytest
 import tiny
 import torch
@@ -9,14 +7,11 @@ from commands import commands, given, outcome
 from hypothesis import given as drawn
 from hypothesis import settings
 
-from corda_lora.cli import command
-
 
 @pytest.fixture(scope="module")
 def folder():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
-        patch.setattr(command, "build_parser", functools.cache(command.build_parser))  # it takes as long as the rest
         yield given(tiny.character_tokenizer)
 
 

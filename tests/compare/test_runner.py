@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ranks import run_together
 
 from corda_lora.cli import main
 from corda_lora.cli.parser import build_parser
@@ -34,8 +35,8 @@ TWO = {"lora": "[1.0e-3, 1.0e-2]", "corda-kpm-anchored": "[1.0e-2, 3.0e-2]"}
 # A comparison that is killed as soon as a process has begun the third run.
 KILLED = """
 import os, signal
-from corda_lora.cli import main
 from corda_lora.compare.pool import Process
+os.chdir(os.environ["FOLDER"])
 os.cpu_count = lambda: 1  # as in the fixture `folder`
 begin, runs = Process.begin, []
 def begin_and_die(self, job):
@@ -45,7 +46,6 @@ def begin_and_die(self, job):
         print(self.process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 Process.begin = begin_and_die
-main(["compare", "recipe.yaml", "--output", "broken"])
 """
 
 # A comparison that is stopped in its second run by Ctrl-C, which a terminal sends to all of its processes.
@@ -108,11 +108,12 @@ def numbers(output):
     }
 
 
-def test_killed_half_way_and_resumed(recipe, compare, monkeypatch):
+def test_killed_half_way_and_resumed(folder, recipe, compare, monkeypatch):
     file = recipe(TWO, seeds=1)
-    process = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
-    assert process.returncode == -9
-    worker, deadline = int(process.stdout.split()[-1]), time.monotonic() + 60
+    command = ["compare", file, "--output", "broken"]
+    ended = run_together(1, command, folder / "killed", FIRST=KILLED, FOLDER=str(folder))
+    assert ended.codes == [-signal.SIGKILL], ended.err
+    worker, deadline = int(ended.out[0].split()[-1]), time.monotonic() + 60
     while psutil.pid_exists(worker) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not psutil.pid_exists(worker), "a run went on alone"

@@ -90,7 +90,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(checkpoint, tmp_path, monkeypatch):
-    """The hub's folder is filled; `call` runs `corda` as a process that knows no other hub."""
+    """The hub's folder is filled; `call` runs commands of `corda` in a process that knows no other hub."""
     folder, asked = tmp_path / "hub", []
     (folder / "models" / "org").mkdir(parents=True)
     shutil.copytree(checkpoint, folder / "models" / "org" / "tiny")
@@ -117,8 +117,9 @@ def hub(checkpoint, tmp_path, monkeypatch):
         "NO_PROXY": "127.0.0.1",
     }
 
-    def call(*arguments, program=("-m", "corda_lora.cli"), **more):
-        command = [sys.executable, *program, *map(str, arguments)]
+    def call(*commands, **more):
+        words = json.dumps([[str(word) for word in command] for command in commands])
+        command = [sys.executable, "-c", IN_ONE_PROCESS, words]
         return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=200)
 
     yield call, asked
@@ -136,8 +137,14 @@ def weights(folder):
 def test_model_and_data_are_names_on_the_hub(hub, checkpoint, tmp_path):
     call, asked = hub
     init = [*INIT, "--model", "org/tiny", "--context", "org/sums", *SUMS]
-    done(call(*init, "--output", "start"))
+    recipe = ["--max_steps", 2, "--batch_size", 4, "--precision", "fp32", "--output", "tuned"]
+    train = ["train", "--model", "org/tiny", "--start", "start", "--data", "org/sums", *SUMS, *recipe]
+    learn = {"data": "org/sums", "name": "main", "rows": "test", "prompt": "{question}", "response": " {answer[0]}"}
+    evaluated = {"model": "org/tiny", "adapter": "tuned", "learn": learn, "output": "found.json"}
+    Path("eval.yaml").write_text(json.dumps(evaluated))
+    done(call([*init, "--output", "start"], train, ["eval", "--config", "eval.yaml"]))
     assert json.loads(Path("start/corda.json").read_text())["data"]["name"] == "main"
+    assert "sums" in Path("found.json").read_text()
     assert not [path for path in asked if path.endswith((".bin", "other/train.jsonl"))], "more than it needs"
     files = [
         "--model",
@@ -148,16 +155,8 @@ def test_model_and_data_are_names_on_the_hub(hub, checkpoint, tmp_path):
     main([*map(str, [*INIT, *files, *SUMS[2:]]), "--output", "from_files"])
     assert weights("start") == weights("from_files")
 
-    recipe = ["--max_steps", 2, "--batch_size", 4, "--precision", "fp32", "--output", "tuned"]
-    done(call("train", "--model", "org/tiny", "--start", "start", "--data", "org/sums", *SUMS, *recipe))
-    learn = {"data": "org/sums", "name": "main", "rows": "test", "prompt": "{question}", "response": " {answer[0]}"}
-    evaluated = {"model": "org/tiny", "adapter": "tuned", "learn": learn, "output": "found.json"}
-    Path("eval.yaml").write_text(json.dumps(evaluated))
-    done(call("eval", "--config", "eval.yaml"))
-    assert "sums" in Path("found.json").read_text()
-
     del asked[:]
-    done(call(*init, "--output", "again", HF_HUB_OFFLINE="1"))
+    done(call([*init, "--output", "again"], HF_HUB_OFFLINE="1"))
     assert not asked
     assert weights("again") == weights("start")
 
@@ -183,9 +182,9 @@ WRONG = {
 
 def test_what_is_not_on_the_hub(hub):
     call, _ = hub
-    init = [*map(str, INIT), "--model", "org/tiny", "--context", "org/sums", "--output", "start"]
+    init = [*INIT, "--model", "org/tiny", "--context", "org/sums", "--output", "start"]
     commands = [[*init, *(SUMS if more else SUMS[2:]), *more] for more in WRONG.values()]
-    ended = call(json.dumps(commands), program=("-c", IN_ONE_PROCESS))
+    ended = call(*commands)
     lines = ended.stderr.strip().splitlines()
     sentences = [line for line, after in pairwise(lines) if after == "exit 2"]
     assert len(sentences) == len(WRONG), ended.stderr
@@ -197,3 +196,4 @@ def test_what_is_not_on_the_hub(hub):
 
 def done(ended):
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "\nexit " not in ended.stderr, ended.stderr
