@@ -447,6 +447,28 @@ def test_the_entropy_is_not_that_of_another_text():
         torch.testing.assert_close(seen[-1], own)
 
 
+def test_beams_on_a_copied_cache_are_its_own():
+    """A prefix's cache is filled once, and copied for each text that goes on from it."""
+    peft_model = adapted()
+
+    @torch.no_grad()
+    def filled():
+        cache = transformers.DynamicCache()
+        peft_model(input_ids=TEXT[:, :3].expand(3, -1), past_key_values=cache, use_cache=True)
+        return cache
+
+    def beams(cache):
+        options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 9, "pad_token_id": 0}
+        return peft_model.generate(input_ids=TEXT, past_key_values=cache, **options)
+
+    expected = beams(filled())
+    with decoding_ranks(peft_model, some_order(peft_model), fixed(1.0)):
+        prefix = filled()
+        assert torch.equal(beams(copy.deepcopy(prefix)), expected)
+        copied = copy.deepcopy(prefix)
+    assert torch.equal(beams(copied), expected)
+
+
 TEXT = torch.tensor([[5, 9, 33, 5, 9, 33, 5, 9]])
 
 

@@ -24,6 +24,7 @@ generated meanwhile, or a copy of a prefix's) counts as a prompt, too: what it w
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -199,16 +200,17 @@ class DecodingRanks:
         return same.int().argmax(1) if bool(same.any(1).all()) else None
 
     def _follow(self, cache: Any) -> None:
-        """Beams change places between two forwards, and the cache is told."""
-        reorder = cache.reorder_cache
+        """Beams change places between two forwards, and the cache is told. A copy of the cache has this method as
+        its own."""
+        reorder = cache.reorder_cache.__func__
 
-        def follow(beams: Tensor) -> None:
-            reorder(beams)
-            if self.logits is not None:
+        def follow(told: Any, beams: Tensor) -> None:
+            reorder(told, beams)
+            if told is self.cache and self.logits is not None:
                 self.logits = self.logits[beams.to(self.logits.device)]
 
         self.beams_before = vars(cache).get("reorder_cache")
-        cache.reorder_cache = follow
+        cache.reorder_cache = MethodType(follow, cache)
 
     def leave(self) -> None:
         """Follow the last prompt's cache no longer, nor hold its keys and values in memory."""
