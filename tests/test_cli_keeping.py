@@ -138,6 +138,10 @@ def test_what_cannot_be_kept_is_refused_before_work(checkpoint, context, capsys)
     said = refused(capsys, checkpoint, context, "--keep", 3, call=train)
     assert "a plain LoRA knows of nothing to keep: give a --context" in said
     assert "keep is -1" in refused(capsys, checkpoint, context, "--keep", -1, call=train)
+    for more in (["--weights", "validation"], ["--eval_rows", "train[:3]"]):
+        said = refused(capsys, checkpoint, context, *more, call=train)
+        assert f"{more[0][2:]} " in said
+        assert "leave " in said
     for keep in (0, 3):
         said = refused(capsys, checkpoint, context, "--keep", keep, "--max_drift", 0.1, call=train)
         assert "keep is a fixed price, and max_drift steers the price: leave one of them out" in said

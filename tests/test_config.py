@@ -13,6 +13,8 @@ from corda_lora.config import (
     CordaError,
     DataConfig,
     EvalConfig,
+    InspectConfig,
+    KeepConfig,
     LoraStart,
     MethodConfig,
     ModelConfig,
@@ -70,6 +72,20 @@ def test_a_value_that_is_none_of_the_choices(kind, options, message):
         kind(**options)
     assert str(refused.value).startswith(message)
     assert len(str(refused.value)) < 240
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (EvalConfig, {"keep": "a.jsonl", "limit": 3}, "limit is of benchmarks: give tasks"),
+        (InspectConfig, {"context": "a.jsonl", "samples": [4, 8]}, "a second number of samples is of the components"),
+        (KeepConfig, {"keep": 0.0, "weights": "validation"}, "keep is 0, so there is no price for weights to share"),
+    ],
+)
+def test_an_option_without_what_it_is_of_is_refused(kind, options, message):
+    with pytest.raises(CordaError) as refused:
+        kind(**options)
+    assert str(refused.value).startswith(message)
 
 
 def test_defaults_are_in_range():

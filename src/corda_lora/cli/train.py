@@ -73,6 +73,8 @@ def _tuning(options: Namespace) -> Any:
     own = [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(LoraStart(), f.name)]
     if options.start and own:
         raise CordaError(f"--{own[0]} is of a plain LoRA: leave it out, as the adapter in --start has its own")
+    if options.eval_data is None and options.eval_rows != "train":
+        raise CordaError("--eval_rows is of --eval_data: give it, or leave --eval_rows out")
     held_out: DataConfig | float = options.eval_share
     if options.eval_data is not None:
         if options.eval_share:

@@ -78,6 +78,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         self.tasks = split(self.tasks)
+        if self.limit and not self.tasks:
+            raise CordaError("limit is of benchmarks: give tasks, or samples of the data (such as --keep.samples)")
         if self.exact_match != "text":
             check_pattern("exact_match", self.exact_match)
 

@@ -68,6 +68,7 @@ class InspectConfig:
                 f"{self.levels[-1]:g} a count"
             )
         asked = {"two_sided": self.two_sided, "rounds": self.rounds > 1, "text": self.text is not None}
+        asked |= {"a second number of samples": len(self.samples) > 1}
         for name in (name for name, given in asked.items() if given and not self.levels):
             raise CordaError(f"{name} is of the components that levels discard: give levels, or leave it out")
 

@@ -98,6 +98,8 @@ class KeepConfig:
             raise CordaError("keep is a fixed price, and max_drift steers the price: leave one of them out")
         if self.keep == 0 and self.context is not None:
             raise CordaError("keep is 0, so nothing of the context would be kept: leave one of them out")
+        if self.keep == 0 and self.weights == "validation":
+            raise CordaError("keep is 0, so there is no price for weights to share: leave one of them out")
         given: list[Any] = self.context if isinstance(self.context, list) else [self.context]
         self.contexts = [] if given == [None] else list(named_contexts(given))
         if self.contexts:

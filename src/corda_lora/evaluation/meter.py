@@ -70,10 +70,11 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
     if not datas and (config.keep or config.max_drift):
         whose = f"{start} was not made from samples to keep" if start else "a plain LoRA knows of nothing to keep"
         raise CordaError(f"{whose}: give a --context")
+    if config.weights == "validation" and len(datas) < 2:
+        count = "one" if datas else "none"
+        raise CordaError(f"weights are shared by several contexts, and there is {count}: leave weights out")
     if not datas or (price == 0 and config.max_drift is None):
         return []
-    if config.weights == "validation" and len(datas) == 1:
-        raise CordaError("weights are shared by several contexts, and there is one: leave weights out")
     total = sum(data.weight for data in datas if isinstance(data, ContextConfig))
     contexts = []
     for data in datas:
