@@ -198,8 +198,12 @@ def test_a_broken_off_training_goes_on_to_the_same_bytes(split, checkpoint, data
     assert stopped.value.code == 130
     assert not (work / "broken").exists()
 
+    run_file = work / "broken.work" / "run.json"
+    earlier = json.loads(run_file.read_text())
+    del earlier["train"]["compile"]  # as a version wrote it that had no such option
+    run_file.write_text(json.dumps(earlier))
     message = refused(capsys, *recipe, "--seed", 1, call=lambda *a: train(checkpoint, data, *a, output="broken"))
-    assert "unfinished work of another run" in message
+    assert "unfinished work of another run (data.seed was 0 there and is 1 here)" in message
 
     train(checkpoint, data, *recipe, output="broken")
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8]

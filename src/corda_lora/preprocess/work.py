@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..algebra.second_order import Low
 from ..config import CordaError
+from ..config.recorded import same_options
 from ..files import is_partial, remove_folder, sha256_of, whole_file, work_folder, write_text
 from ..models.weights import Quantized
 from ..processes import Processes
@@ -74,21 +75,26 @@ def _open(folder: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -
             "another output"
         )
     text = json.dumps(run, indent=1, default=str)
-    if path.is_file() and path.read_text() != text and begun(folder):
+    if path.is_file() and begun(folder):
         try:
             differs = _difference(json.loads(path.read_text()), json.loads(text))
         except ValueError:
             differs = "its run.json is damaged"
-        raise CordaError(f"{folder} holds unfinished work of another run ({differs}): remove it, or finish that run")
+        if differs:
+            raise CordaError(
+                f"{folder} holds unfinished work of another run ({differs}): remove it, or finish that run"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str:
-    """The first setting in which two runs differ."""
+    """The first setting in which two runs differ; "" if they do not (see `same_options`)."""
+    if same_options(old, new):
+        return ""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
-            if old.get(key) != new.get(key):
+            if not same_options(*({key: run[key]} if key in run else {} for run in (old, new))):
                 return _difference(old.get(key), new.get(key), f"{name}.{key}".strip("."))
     return f"{name} was {old!r} there and is {new!r} here"
 
