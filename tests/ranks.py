@@ -11,7 +11,7 @@ import sys
 from typing import NamedTuple
 
 FORK = """
-import gc, json, os, signal, socket, sys
+import gc, json, os, signal, socket, sys, traceback
 import torch
 import corda_lora.adapters.prepare, corda_lora.compare.runner, corda_lora.report.terminal, corda_lora.tune
 from corda_lora import cli
@@ -22,7 +22,6 @@ def child(rank, size, port, arguments, kills, more, there):
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     names |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True, **more}
     os.environ.update({name: str(value) for name, value in names.items()})
-    exec(os.environ.get("FIRST", ""), {})
     for descriptor, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{there}/{rank}.{stream}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     event, ending = kills.get(str(rank), ("", ""))
@@ -35,10 +34,13 @@ def child(rank, size, port, arguments, kills, more, there):
         sys.addaudithook(die)
     code = 1
     try:
+        exec(os.environ.get("FIRST", ""), {})
         cli.main(arguments[rank] if isinstance(arguments[0], list) else arguments)
         code = 0
     except SystemExit as end:
         code = end.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import torch
 from helpers import SPLITS, start, train, tuned
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
+from ranks import run_together
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
@@ -182,13 +180,13 @@ def test_a_kernel_that_reads_the_weight_does_not_move_the_held_half(split, monke
         torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
 
 
-def test_optimizers_are_left_alone_until_a_half_is_held():
+def test_optimizers_are_left_alone_until_a_half_is_held(tmp_path):
     """In a process of its own: this one has held halves already."""
-    code = """
-import tiny, torch
+    code = f"""
+import sys
+sys.path.append({str(Path(__file__).parents[1])!r})
 from torch.optim import optimizer
 from helpers import start
-import corda_lora.adapters.held
 from corda_lora.adapters.lora import install
 counts = []
 for split in ("anchored", "paper", "balanced"):
@@ -196,8 +194,8 @@ for split in ("anchored", "paper", "balanced"):
     counts.append((len(optimizer._global_optimizer_pre_hooks), len(optimizer._global_optimizer_post_hooks)))
 assert counts == [(0, 0), (1, 1), (1, 1)], counts
 """
-    path = [str(Path(__file__).parents[1]), *sys.path]
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)})
+    ended = run_together(1, ["--help"], tmp_path, FIRST=code)
+    assert ended.codes == [0], ended.err
 
 
 # --- other clients ---------------------------------------------------------------------------------------------------

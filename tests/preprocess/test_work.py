@@ -1,8 +1,7 @@
 """Larger than memory, and killed anywhere: blocks from the checkpoint, parked states, work that goes on."""
 
 import json
-import subprocess
-import sys
+import signal
 import threading
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from ranks import run_together
 from safetensors import SafetensorError
 
 from corda_lora import CordaConfig, CordaError
@@ -211,73 +211,55 @@ PLACES = [
     ("killed", "after it is placed", 6),
 ]
 
-# Forks a process for each run, so that everything is imported once.
-RUNNER = """
-import json, os, signal, sys
+# Kills the process at the place that the variable PLACE names.
+KILLER = """
+import json, os, signal
 from pathlib import Path
-import corda_lora.adapters.prepare, datasets, trl
-from corda_lora.cli import main
 from corda_lora.preprocess import work
 
-folder, places, argv = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+file, moment = json.loads(os.environ["PLACE"])
 
-def kill_at(file, moment):
-    def die(name, now):
-        if Path(name).name == file and moment == now:
-            os.kill(os.getpid(), signal.SIGKILL)
+def die(name, now):
+    if Path(name).name == file and moment == now:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def placing(place):
-        def placed(source, target, **options):
-            die(target, "before it is placed")
-            place(source, target, **options)
-            die(target, "after it is placed")
-        return placed
+def placing(place):
+    def placed(source, target, **options):
+        die(target, "before it is placed")
+        place(source, target, **options)
+        die(target, "after it is placed")
+    return placed
 
-    def name_of(partial):
-        return Path(partial).name.split(".corda-")[0].removeprefix(".")
+def name_of(partial):
+    return Path(partial).name.split(".corda-")[0].removeprefix(".")
 
-    def save_file(tensors, path, **options):
-        save(tensors, path, **options)
-        os.truncate(path, os.path.getsize(path) // 2) if name_of(path) == file else None
-        die(name_of(path), "half written")
+def save_file(tensors, path, **options):
+    save(tensors, path, **options)
+    os.truncate(path, os.path.getsize(path) // 2) if name_of(path) == file else None
+    die(name_of(path), "half written")
 
-    def write_text(path, text, *options, **more):
-        write(path, text[: len(text) // 2] if path.name == file == "corda.json" else text, *options, **more)
-        die(path, "half written")
+def write_text(path, text, *options, **more):
+    write(path, text[: len(text) // 2] if path.name == file == "corda.json" else text, *options, **more)
+    die(path, "half written")
 
-    save, write = work.save_file, Path.write_text
-    work.save_file, Path.write_text = save_file, write_text
-    os.replace, os.rename = placing(os.replace), placing(os.rename)
-
-def run(output, *place):
-    child = os.fork()
-    if child == 0:
-        try:
-            kill_at(*place) if place else None
-            main([*argv, "--output", str(output)])
-        finally:
-            os._exit(0 if sys.exc_info()[0] is None else 1)
-    return os.waitpid(child, 0)[1]
-
-assert run(folder / "whole") == 0
-for file, moment, _ in places:
-    status = run(folder / "killed", file, moment)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (file, moment, status)
-    finished = folder / "killed.work" / "finished.json"
-    blocks = len(json.loads(finished.read_text())["blocks"]) if finished.exists() else 0
-    print("killed with", blocks, (folder / "killed").exists(), flush=True)
+save, write = work.save_file, Path.write_text
+work.save_file, Path.write_text = save_file, write_text
+os.replace, os.rename = placing(os.replace), placing(os.rename)
 """
 
 
 @pytest.mark.filterwarnings("ignore:the smallest of")
 @pytest.mark.slow
 def test_killed_at_every_write_it_goes_on_to_the_same_bytes(command, tmp_path):
-    arguments = [sys.executable, "-c", RUNNER, str(tmp_path), json.dumps(PLACES), *command]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    states = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("killed with")]
-    last = PLACES[-1]
-    assert states == [[str(blocks), str((file, moment, blocks) == last)] for file, moment, blocks in PLACES]
+    ended = run_together(1, [*command, "--output", tmp_path / "whole"], tmp_path / "log")
+    assert ended.codes == [0], ended.err
+    for file, moment, blocks in PLACES:
+        place = {"FIRST": KILLER, "PLACE": json.dumps([file, moment])}
+        ended = run_together(1, [*command, "--output", tmp_path / "killed"], tmp_path / "log", **place)
+        assert ended.codes == [-signal.SIGKILL], (file, moment, ended.err)
+        finished = tmp_path / "killed.work" / "finished.json"
+        assert (len(json.loads(finished.read_text())["blocks"]) if finished.exists() else 0) == blocks, (file, moment)
+        assert (tmp_path / "killed").exists() == ((file, moment, blocks) == PLACES[-1])
     expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if p.name != "timing.json"}
     assert set(expected) == {
         "README.md",
