@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -478,20 +478,13 @@ def _said(calls: Sequence[Call], judge: JudgeConfig) -> Iterator[tuple[Call, str
             threading.Thread(target=work, daemon=True).start()  # the process ends without waiting for it
         try:
             for _ in calls:
-                call, said = _soon(heard)
+                call, said = heard.get()
                 if isinstance(said, Exception):
                     raise said
                 advance()
                 yield call, said
         finally:
             stopped.set()
-
-
-def _soon(heard: SimpleQueue[Any]) -> Any:
-    """What comes next. An interruption in the moment before a wait is heard when that ends: so no wait is long."""
-    while True:
-        with suppress(Empty):
-            return heard.get(timeout=1)
 
 
 def _ask(client: Any, call: Call, judge: JudgeConfig, stopped: threading.Event) -> str:
