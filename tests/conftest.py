@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import functools
 import gc
 import importlib.util
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from filelock import FileLock
 from corda_lora.cli import command
 
 # What imports torch waits for the fixtures: the process that hands out the tests of a parallel run needs none of it.
+
+# A shell ignores Ctrl-C in what it runs in the background, and so would the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 command.build_parser = functools.cache(command.build_parser)  # it takes as long as many a command that tests give
 

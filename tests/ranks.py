@@ -11,11 +11,14 @@ import sys
 from typing import NamedTuple
 
 FORK = """
-import gc, json, os, signal, socket, sys, traceback
-import torch
+import functools, gc, json, os, signal, socket, sys, traceback
+import peft.tuners.lora, torch, torch.distributed.checkpoint.state_dict, transformers.models.llama.modeling_llama
 import corda_lora.adapters.prepare, corda_lora.compare.runner, corda_lora.report.terminal, corda_lora.tune
 from corda_lora import cli
+from corda_lora.cli import command
 
+command.build_parser = functools.cache(command.build_parser)
+command.build_parser()
 gc.freeze()  # every training ends with a garbage collection
 
 def child(rank, size, port, arguments, kills, more, there):

@@ -94,7 +94,7 @@ def same_end(one, many):
     [
         (2, "anchored", [], {}),  # with the price on drift
         (3, "paper", ["--micro_batch_size", 2], {}),
-        (2, None, ["--trainer", "{packing: true}"], {}),
+        (2, None, ["--trainer", "{packing: true}", "--max_length", 64], {}),
         (2, "seeded", ["--keep", 0, "--eval_share", 0.28, "--early_stopping", 2], {}),
         (2, "anchored", [], FSDP),
         (3, "paper", ["--micro_batch_size", 2], FSDP),

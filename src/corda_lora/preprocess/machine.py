@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,16 @@ H100 = Machine("H100", 80e9, math.inf, 6.2e14, 5.0e13, 5.4e13, 0.127 / 4096**3, 
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measure: bool = True) -> Machine:
-    """This machine, which computes on `device` with a model of `dtype`. To measure its rates takes about 3 seconds."""
-    cuda = device.type == "cuda"
-    name = device_name(device) if cuda else f"CPU, threads: {torch.get_num_threads()}"
+    """This machine, which computes on `device` with a model of `dtype`. To measure its rates takes about 3 seconds, once
+    a process."""
+    name = device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     machine = Machine(f"this machine ({name})", free_bytes(device), psutil.virtual_memory().available)
-    if not measure:
-        return machine
+    return replace(machine, **_rates(device, dtype)) if measure else machine
+
+
+@cache
+def _rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The rates of a `Machine`, measured."""
 
     def seconds(run: Callable[[], Any]) -> float:
         run()  # the first call sets up
@@ -63,6 +68,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measu
             synchronize(device)
         return (time.perf_counter() - since) / calls
 
+    cuda = device.type == "cuda"
     n = 2048 if cuda else 768
     x = torch.randn(n, n, dtype=torch.float64, device=double_device(device) if cuda else "cpu")
     double = x.repeat(2, 2) if cuda else x
@@ -76,14 +82,13 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measu
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         since = time.perf_counter()
         read = len(Path(file.name).read_bytes()) / (time.perf_counter() - since)
-    return replace(
-        machine,
-        multiply=product / seconds(lambda: half @ half),
-        single=product / seconds(lambda: single @ single),
-        double=product / seconds(lambda: double @ double),
-        eigen=seconds(lambda: torch.linalg.eigh(x)) / n**3,  # reads one triangle
-        read=read,
-    )
+    return {
+        "multiply": product / seconds(lambda: half @ half),
+        "single": product / seconds(lambda: single @ single),
+        "double": product / seconds(lambda: double @ double),
+        "eigen": seconds(lambda: torch.linalg.eigh(x)) / n**3,  # reads one triangle
+        "read": read,
+    }
 
 
 def described_machine(gpu: str, tflops: float | None = None, tflops64: float | None = None) -> Machine:
