@@ -25,12 +25,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 command.build_parser = functools.cache(command.build_parser)  # it takes as long as many a command that tests give
 
-LONG = ["test_real", "test_kills", "test_runner", "test_processes", "test_share", "test_cli", "test_docs"]
+LONG = "kills real runner share processes docs hub cli_keeping cli_vision cli work".split()
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that no process of a parallel run is left with one at the end."""
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    place = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 def pytest_collection_finish():

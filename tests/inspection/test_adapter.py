@@ -63,10 +63,13 @@ def updates(checkpoint, adapter):
     return {n.removesuffix(".weight"): d for n, d in after.items() if d.abs().max() > 1e-9}
 
 
-def inspected(tmp_path_factory, *arguments):
+def inspected(tmp_path_factory, *arguments, drawn=False):
+    """The output; its pictures, a second each, are not `drawn`."""
     output = tmp_path_factory.mktemp("inspected") / "seen"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("corda_lora.devices.accelerator", lambda: torch.device("cpu"))
+        if not drawn:
+            patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: None)
         main(["inspect", *map(str, arguments), "--output", str(output)])
     return output
 
@@ -74,7 +77,7 @@ def inspected(tmp_path_factory, *arguments):
 @pytest.fixture(scope="module")
 def made(checkpoint, lora, files, tmp_path_factory):
     contexts = [f"--context={files / name}.jsonl" for name in ("sums", "text")]
-    return inspected(tmp_path_factory, "--adapter", lora, "--model", checkpoint, *contexts)
+    return inspected(tmp_path_factory, "--adapter", lora, "--model", checkpoint, *contexts, drawn=True)
 
 
 @pytest.fixture(scope="module")

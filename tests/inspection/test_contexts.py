@@ -129,6 +129,8 @@ def test_the_files(made):
         *(f"{n}.{k}" for n in figures for k in ("png", "svg")),
     }
     assert {path.name for path in made.iterdir()} == names
+    modes = {path.name: path.stat().st_mode & 0o777 for path in made.iterdir()}
+    assert len(set(modes.values())) == 1, modes  # safetensors writes for the owner alone
 
 
 def page_data(made):
@@ -386,7 +388,8 @@ def test_a_sample_is_cut_at_max_length_however_its_data_is_given(files):
     assert config.running_text().max_length == 5
 
 
-def test_the_command_cuts_each_context_and_names_it(checkpoint, files, tmp_path, capsys):
+def test_the_command_cuts_each_context_and_names_it(checkpoint, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: None)  # it takes seconds
     output = tmp_path / "seen"
     arguments = ["--model", checkpoint, *contexts(files), "--samples=2", "--max_length=5", "--output", output]
     main(["inspect", *map(str, arguments)])
@@ -395,8 +398,6 @@ def test_the_command_cuts_each_context_and_names_it(checkpoint, files, tmp_path,
     said = " ".join(capsys.readouterr().err.split())
     for name in ROWS:  # a note of low rank says which context has it
         assert f"{named(files, name)} has 10 real tokens in 2 samples" in said
-    modes = {path.name: path.stat().st_mode & 0o777 for path in output.iterdir()}
-    assert len(set(modes.values())) == 1, modes  # safetensors writes for the owner alone
 
 
 def test_a_model_without_a_context(checkpoint, tmp_path, capsys):

@@ -48,8 +48,8 @@ H100 = Machine("H100", 80e9, math.inf, 6.2e14, 5.0e13, 5.4e13, 0.127 / 4096**3, 
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measure: bool = True) -> Machine:
-    """This machine, which computes on `device` with a model of `dtype`. To measure its rates takes about 3 seconds, once
-    a process."""
+    """This machine, which computes on `device` with a model of `dtype`. To measure its rates takes about 3 seconds,
+    once a process."""
     name = device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     machine = Machine(f"this machine ({name})", free_bytes(device), psutil.virtual_memory().available)
     return replace(machine, **_rates(device, dtype)) if measure else machine
