@@ -25,7 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 command.build_parser = functools.cache(command.build_parser)  # it takes as long as many a command that tests give
 
-LONG = "kills real runner share processes docs hub cli_keeping cli_vision cli work".split()
+LONG = ["kills", "real", "runner", "share", "processes", "docs", "hub", "cli_keeping", "cli_vision", "cli", "work"]
 
 
 def pytest_collection_modifyitems(items):

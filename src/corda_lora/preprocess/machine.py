@@ -56,7 +56,7 @@ def this_machine(device: torch.device, dtype: torch.dtype = torch.float32, measu
 
 
 @cache
-def _rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def _rates(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The rates of a `Machine`, measured."""
 
     def seconds(run: Callable[[], Any]) -> float:
