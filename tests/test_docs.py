@@ -107,7 +107,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_blocks_run_as_printed(page, inputs, tmp_path, monkeypatch, capsys):
+def test_code_blocks_run_as_printed(page, inputs, tmp_path, monkeypatch, capsys, undrawn):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` replaces it
     made_here = re.findall(r"--output ([\w-]+)", page.read_text(encoding="utf-8"))
     folder = tmp_path / "folder"

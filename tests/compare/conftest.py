@@ -26,7 +26,7 @@ methods:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, undrawn):
     """The working directory, with keep.jsonl and learn.jsonl. Everything runs on one thread of the CPU."""
     for name, rows in (("keep", KEEP), ("learn", LEARN)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

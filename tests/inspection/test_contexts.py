@@ -388,8 +388,7 @@ def test_a_sample_is_cut_at_max_length_however_its_data_is_given(files):
     assert config.running_text().max_length == 5
 
 
-def test_the_command_cuts_each_context_and_names_it(checkpoint, files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: None)  # it takes seconds
+def test_the_command_cuts_each_context_and_names_it(checkpoint, files, tmp_path, capsys, undrawn):
     output = tmp_path / "seen"
     arguments = ["--model", checkpoint, *contexts(files), "--samples=2", "--max_length=5", "--output", output]
     main(["inspect", *map(str, arguments)])
