@@ -24,7 +24,7 @@ from .data.overview import overview
 from .data.samples import Sample, digest_of, hold_out, load_samples
 from .evaluation.meter import KeptContext, encode_kept, generic_penalty, kept_digest, load_contexts, make_keepers
 from .files import check_output, is_made, remove_folder, remove_work, sha256_of, work_folder
-from .models.loading import load_model, load_tokenizer
+from .models.loading import checkpoint_digest, load_model, load_tokenizer
 from .preprocess.work import open_work
 from .processes import Processes
 from .progress import console
@@ -154,7 +154,9 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
     check_tuning(tuning, output)
     if processes:
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "accelerate")}
-        processes.check_same(tuning.recipe | versions | {"corda-lora": __version__})
+        versions |= {"corda-lora": __version__}
+        versions |= {f"checkpoint {tuning.source.model}": checkpoint_digest(tuning.source)}
+        processes.check_same(tuning.recipe | versions)
     work = open_work(output, tuning.recipe, lambda folder: last_checkpoint(folder) is not None, processes)
     follows = processes is not None and not processes.first
     try:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,25 @@ def test_what_cannot_be_shared_is_refused(given, command, tmp_path):
     assert ended.codes == [2, 2]
     assert "export does not share its work among processes" in ended.err[0]
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("changed", [{"vocab_size": 80}, {"intermediate_size": 64}, {}])
+def test_processes_that_see_different_checkpoints_are_refused(given, tmp_path, changed):
+    """By the same name, on hosts of their own. Each reads a part of a block, so they would mix the two, or wait."""
+    shutil.copytree(given / "model", tmp_path / "0" / "model")
+    shutil.copytree(given / "model", tmp_path / "1" / "model")
+    config = transformers.LlamaConfig(**tiny.SIZE | {"num_hidden_layers": 3} | changed)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "1" / "model")
+    here = f"import os; os.chdir({str(tmp_path)!r} + '/' + os.environ['RANK'])"
+    model, rows = ["--model", "model"], given / "known.jsonl"
+    for verb in (
+        ["init", *model, "--context", rows, "--batch_tokens", 256, "--samples", 40, "--r", 2],
+        ["train", *model, "--data", rows, "--max_steps", 2, "--batch_size", 4, "--precision", "fp32"],
+    ):
+        ended = run_together(2, [*verb, "--output", tmp_path / "out"], tmp_path / "log", FIRST=here)
+        assert ended.codes == [2, 2]
+        assert "".join(ended.err).count("sees another checkpoint model than process 0") == 1, ended.err
+        assert not list(tmp_path.glob("out*"))
 
 
 def test_the_parts_of_a_context_are_in_order_and_alike():

@@ -17,7 +17,7 @@ from ..data.overview import check_fit, overview, unseen_samples
 from ..data.samples import Sample, digest_of, load_rounds
 from ..devices import compute_device
 from ..files import check_output, remove_folder
-from ..models.loading import check_original, load_model, load_tokenizer, open_model
+from ..models.loading import check_original, checkpoint_digest, load_model, load_tokenizer, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import choose_targets, modules_named
 from ..preprocess.context import Ability, Context, has_decoder, read_context, together
@@ -132,6 +132,8 @@ def prepare(
     run |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if processes:
         versions = {name: version(name) for name in ("transformers", "peft", "safetensors")}
+        sources = [each for each in (source, original) if isinstance(each, ModelConfig)]
+        versions |= {f"checkpoint {each.model}": checkpoint_digest(each) for each in sources}
         processes.check_same({**run, **versions, "context": record.get("samples_sha256")})
         run |= {"processes": processes.size}
     work = open_work(output, run, lambda folder: (folder / MANIFEST).is_file(), processes)

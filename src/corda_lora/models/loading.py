@@ -1,5 +1,6 @@
 """Load a model and its tokenizer, in the class its checkpoint names."""
 
+import hashlib
 import json
 import re
 import warnings
@@ -27,6 +28,7 @@ from .weights import compute_as_stored
 # Tables that older versions stored with the weights; models compute them now.
 TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
 ADAPTER = "adapter_config.json"  # PEFT's
+PAGES = 64  # of a file of weights, by which it is told from another
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -100,17 +102,12 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
     """
     if config.labels is not None:  # the names in a checkpoint of an encoder differ from those of the classifier
         return load_model(config), {}
-    name, options = _source(config)
+    _, options = _source(config)
     why = "a GGUF file"
     if "gguf_file" not in options:
         settings = read_settings(config)
-        folder = Path(name)
-        if not folder.is_dir():
-            patterns = ["*.safetensors", "*.safetensors.index.json"]
-            with _loading(f"the model {config.model!r}"):
-                folder = Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
         _shard.cache_clear()
-        shards = check_shards(folder)
+        shards = check_shards(_folder(config))
         if class_of(settings) is not None and getattr(settings, "quantization_config", None) is None:
             model = empty_model(settings, config)
             in_file = _names_in_file(model, shards)
@@ -132,6 +129,38 @@ def open_model(config: ModelConfig) -> tuple[nn.Module, dict[Tensor, Callable[[]
             why = "it is quantized, or its class is not in transformers"
     warnings.warn(f"the whole model is loaded: its checkpoint cannot be read block by block ({why})", stacklevel=2)
     return load_model(config), {}
+
+
+def checkpoint_digest(config: ModelConfig) -> str:
+    """A digest of what tells one checkpoint from another, without reading all of it: its configuration, and of each
+    file of weights its size and PAGES pages, evenly spaced.
+
+    Raises CordaError as `open_model` does.
+    """
+    _, options = _source(config)
+    if "gguf_file" in options:
+        digest, files = hashlib.sha256(), {Path(config.model)}
+    else:
+        digest = hashlib.sha256(read_settings(config).to_json_string().encode())
+        files = set(check_shards(_folder(config)).values())
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for page in range(PAGES):
+                file.seek(size * page // PAGES)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def _folder(config: ModelConfig) -> Path:
+    """Where the safetensors of a checkpoint are; those of a name on the hub are fetched first."""
+    name, _ = _source(config)
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.safetensors", "*.safetensors.index.json"]
+    with _loading(f"the model {config.model!r}"):
+        return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
 
 
 def _names_in_file(model: nn.Module, shards: Mapping[str, Path]) -> dict[str, str]:
