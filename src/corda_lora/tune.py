@@ -30,7 +30,7 @@ from .processes import Processes
 from .progress import console
 from .training.arguments import check_engine, check_trainer, is_sharded, uses_deepspeed
 from .training.keeping import Keepers
-from .training.train import DivergedError, last_checkpoint, plain_lora, train
+from .training.train import DivergedError, check_checkpoints, last_checkpoint, plain_lora, train
 from .version import __version__
 
 
@@ -159,6 +159,7 @@ def tune(tuning: Tuning, output: Path, processes: Processes | None = None) -> di
         processes.check_same(tuning.recipe | versions)
     work = open_work(output, tuning.recipe, lambda folder: last_checkpoint(folder) is not None, processes)
     follows = processes is not None and not processes.first
+    check_checkpoints(work)
     try:
         tokenizer, length = load_tokenizer(tuning.source), tuning.data.max_length
         where = tuning.held_out.data if isinstance(tuning.held_out, DataConfig) else "held out"

@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 from ranks import run_together
 from safetensors.torch import load_file
+
+from corda_lora.config import CordaError
+from corda_lora.training.train import check_checkpoints
 
 KNOWN = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(60)]
 NEW = [{"prompt": f"{i} + {i + 1} =", "response": f" {2 * i + 1}"} for i in range(50)]  # no whole number of steps
@@ -37,6 +42,17 @@ FSDP = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FIRST": ON_CPU,
 }
+
+ZERO_3 = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+deepspeed_config:
+  zero_stage: 3
+  gradient_accumulation_steps: 1
+"""
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +158,45 @@ def test_a_killed_training_goes_on_with_another_number_of_processes(command, tmp
     again = ran(run_together(3, command("many"), tmp_path / "log", **environment))
     same_end(tmp_path / "one", tmp_path / "many")
     assert "6/6" in again.err[0]
+
+
+def test_checkpoints_of_another_engine_are_refused(command, tmp_path):
+    kills = {0: ("open", "checkpoint-6/trainer_state.json")}
+    run_together(2, command("out"), tmp_path / "log", kills=kills, **FSDP)
+    before = sorted((tmp_path / "out.work" / "checkpoint-3").rglob("*"))
+    [refused] = run_together(1, command("out"), tmp_path / "log").err
+    sentence = "checkpoint-3 was saved with FSDP, and this training has neither FSDP nor DeepSpeed"
+    assert sentence in " ".join(refused.split())
+    assert "Loading weights" not in refused
+    assert sorted((tmp_path / "out.work" / "checkpoint-3").rglob("*")) == before
+
+
+def test_deepspeed_goes_on_with_as_many_processes_alone(tmp_path, monkeypatch):
+    saved = tmp_path / "checkpoint-3"
+    (saved / "global_step3").mkdir(parents=True)
+    for rank in range(2):
+        (saved / f"rng_state_{rank}.pth").touch()
+    with pytest.raises(CordaError, match="saved with DeepSpeed, and this training has neither"):
+        check_checkpoints(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_checkpoints(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(CordaError, match="is of 2 processes, and DeepSpeed goes on with as many alone: start 2"):
+        check_checkpoints(tmp_path)
+
+
+@pytest.mark.cluster  # DeepSpeed is no dependency
+def test_deepspeed_trains_the_adapter_of_one_process(command, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "engine.yaml").write_text(ZERO_3)
+    ran(run_together(1, command("one", "--keep", 0, start="seeded"), tmp_path / "log"))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "engine.yaml"]
+    arguments = command("many", "--keep", 0, start="seeded")
+    done = subprocess.run([*launcher, "-m", "corda_lora", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    same_end(tmp_path / "one", tmp_path / "many")
 
 
 @pytest.mark.parametrize(

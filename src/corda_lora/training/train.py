@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -39,8 +40,9 @@ from ..models.targets import (
     task_type,
 )
 from ..models.weights import is_4bit
+from ..processes import number_of_processes
 from ..progress import console, progress_bar
-from .arguments import is_sharded, trainer_arguments
+from .arguments import is_sharded, trainer_arguments, uses_deepspeed
 from .classify import LabelTrainer, label_rows
 from .keeping import Keeper, keepers_of
 from .rates import LORA_RATE, rate_of
@@ -402,7 +404,8 @@ class _Trainer(_Terms, SFTTrainer):
         super().__init__(model, *args, **kwargs)
         for parameter, data in trained:  # TRL rounds what is trained on a 4-bit or 8-bit model to bfloat16
             parameter.data = data.to(parameter.device)
-        self._check_head()
+        with _before_zero(self.args):
+            self._check_head()
         if self.args.world_size > 1:  # for the places that samples leave where an epoch ends
             rows: datasets.Dataset = self.train_dataset  # type: ignore[has-type]
             blank = rows.select([0]).map(lambda row: {"labels": [-100] * len(row["labels"])}, features=rows.features)
@@ -429,6 +432,21 @@ class _Trainer(_Terms, SFTTrainer):
             f"{type(model).__name__} does more before its logits than TRL's trainer knows, which multiplies the "
             "last hidden states by the head's weight: this model cannot be trained here"
         )
+
+
+@contextmanager
+def _before_zero(args: Any) -> Iterator[None]:
+    """For a `with` block TRL knows nothing of DeepSpeed's ZeRO-3, which splits the parameters when training begins:
+    before that, TRL would ask them in vain for their parts."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
 
 
 class _LabelTrainer(_Terms, LabelTrainer):
@@ -486,6 +504,26 @@ class _Checksums(TrainerCallback):
             PartialState().wait_for_everyone()  # each writes a part
         if args.process_index == 0:
             write_checksums(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+def check_checkpoints(work: Path) -> None:
+    """Raises CordaError if checkpoints in `work` were saved by another engine, or by another number of DeepSpeed's
+    processes: the optimizer would not go on from them."""
+    marks, neither = {"DeepSpeed": "global_step*", "FSDP": "pytorch_model_fsdp*"}, "neither FSDP nor DeepSpeed"
+    now = "DeepSpeed" if uses_deepspeed() else "FSDP" if is_sharded() else neither
+    for path in work.glob("checkpoint-*"):
+        saved = next((name for name, mark in marks.items() if any(path.glob(mark))), neither)
+        if saved != now:
+            raise CordaError(
+                f"{path} was saved with {saved}, and this training has {now}: start it as it was begun, or remove "
+                f"{work} to begin anew"
+            )
+        processes = len(list(path.glob("rng_state*.pth")))
+        if saved == "DeepSpeed" and processes != number_of_processes():
+            raise CordaError(
+                f"{path} is of {processes} processes, and DeepSpeed goes on with as many alone: start {processes}, or "
+                f"remove {work} to begin anew"
+            )
 
 
 def last_checkpoint(work: Path) -> str | None:
