@@ -133,6 +133,18 @@ def test_a_damaged_config_is_one_sentence(load, values, folder):
     assert "\n" not in str(refused.value)
 
 
+def test_a_file_that_is_changed_while_its_blocks_are_read_is_one_sentence(folder):
+    load_model(ModelConfig(str(folder))).save_pretrained(folder, max_shard_size=20_000)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    _, stored = open_model(ModelConfig(str(folder)))
+    for path in folder.glob("*.safetensors"):
+        content = path.read_bytes()
+        path.unlink()  # another file: what is open stays as it is
+        path.write_bytes(content[:-30])
+    with pytest.raises(CordaError, match=r"safetensors was changed while it was read: "):
+        [read() for read in stored.values()]
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"])
 def test_a_file_cut_short_is_one_sentence(file, folder):
     path = folder / file

@@ -316,7 +316,10 @@ def _shard(path: Path) -> Any:
 
 
 def _read(path: Path, name: str, dtype: torch.dtype) -> Tensor:
-    return _shard(path).get_tensor(name).to(dtype)
+    try:
+        return _shard(path).get_tensor(name).to(dtype)
+    except SafetensorError as error:  # it was whole when the model was opened
+        raise CordaError(f"{path} was changed while it was read: {_first_line(error)}") from error
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
