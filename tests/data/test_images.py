@@ -8,6 +8,8 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
+import httpx
+import numpy as np
 import pytest
 import tiny
 import tiny_vision
@@ -247,7 +249,7 @@ def test_an_unreadable_image_is_named_by_its_row(folder):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"messages": many_turns(), "image": "pics/0.png"}, "row 1 of .* the row has 1 images, and .* places for 2"),
+        ({"messages": many_turns(), "image": "pics/0.png"}, "row 1 of .* the row has 1 image, and .* places for 2"),
         ({**ASKED, "prompt": "<image>", "images": ["pics/0.png"] * 2}, "has 2 images, and its text has places for 1"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has 0 images, and .* places for 1"),
         ({**ASKED, "image": 7}, "cannot read the image 7: there is no such file"),  # numbers of JSON are texts
@@ -256,6 +258,12 @@ def test_an_unreadable_image_is_named_by_its_row(folder):
         ({**ASKED, "image": True}, "an image is a path, a URL or bytes, and not"),
         ({**ASKED, "image": "data:image/png;base64,@@"}, "it is no base64"),
         ({**ASKED, "image": "http://127.0.0.1:9/x.png"}, "cannot fetch the image"),
+        ({**ASKED, "image": "~nobody-has-this-name/x.png"}, "cannot read the image ~nobody.*: there is no such file"),
+        ({**ASKED, "image": "~$x.png"}, r"cannot read the image ~\$x.png: there is no such file"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}]},
+            r"messages\[0\] is no text",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_their_images_are_refused(folder, row, sentence):
@@ -414,6 +422,41 @@ def test_an_image_that_the_processor_refuses(llava):
     [sample] = as_samples([{**ASKED, "image": thin}])
     with pytest.raises(CordaError, match="the model's processor refuses an image of 2000 × 2: "):
         encode(with_processor(processor), sample, 100)
+
+
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}])
+def test_a_part_without_its_text_is_a_missing_value(folder, part):
+    chat = [{"role": "user", "content": [{"type": "image", "path": "pics/0.png"}, part]}]
+    whole = [{"role": "user", "content": [{"type": "image", "path": "pics/1.png"}, {"type": "text", "text": "What?"}]}]
+    config = write(folder, [{"messages": chat}, {"messages": whole}])
+    with pytest.warns(UserWarning, match=r"1 of 2 rows left out: 1 without 'messages\[0\]\[content\]'"):
+        [sample] = load_samples(config)
+    assert sample.images[0].name == "pics/1.png"
+
+
+def test_a_fetch_that_fails_without_a_word(folder, monkeypatch):
+    def fail(*_, **__):
+        raise httpx.ReadError("")
+
+    monkeypatch.setattr(httpx, "get", fail)
+    with pytest.raises(CordaError, match=r"cannot fetch the image 'http://a/x\.png': ReadError"):
+        load_samples(write(folder, [{**ASKED, "image": "http://a/x.png"}]))
+
+
+@pytest.mark.parametrize(
+    "array", [torch.zeros(3, 9, 9), np.zeros((9, 9, 3), np.float32), np.zeros((3, 9, 9), np.uint8)]
+)
+def test_an_array_that_is_no_image(array):
+    with pytest.raises(CordaError, match=r"has the shape \(h, w, 3\) and the type uint8, and not \("):
+        as_samples([{**ASKED, "image": array}])
+
+
+def test_an_image_as_an_array(folder):
+    pixels_of_it = torch.tensor(list(tiny_vision.picture(1).get_flattened_data())).view(24, 24, 3)
+    array = pixels_of_it.to(torch.uint8)
+    for value in (array, array.numpy()):
+        [sample] = as_samples([{**ASKED, "image": value}])
+        assert torch.equal(pixels(sample.images[0]), pixels_of_it.view(-1, 3))
 
 
 def test_an_upright_image(folder):

@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,11 +71,15 @@ def _decoded(name: str, source: Any) -> tuple[Any, bytes]:
         image = Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
         image = _in_8_bits(ImageOps.exif_transpose(image)).convert("RGB")  # decodes it whole
     except Exception as error:  # Pillow raises many kinds
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = _reason(error)
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason
         reason = "it is no image that Pillow reads" if "cannot identify" in reason else reason
         raise BadImageError(f"cannot read the image {name}: {reason}") from error
     return image, content if isinstance(content, bytes) else image.tobytes()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 def _in_8_bits(image: Any) -> Any:
@@ -117,15 +122,26 @@ def _source(value: Any, folder: Path | None) -> tuple[str, Any]:
     if isinstance(value, str) and re.match("https?://", value):
         return short(value)[1:-1], _fetched(value)
     if isinstance(value, (str, Path)):
-        path = Path(str(value).removeprefix("file://")).expanduser()
+        path = Path(os.path.expanduser(str(value).removeprefix("file://")))  # a `~` of nobody's home is a name
         return str(value), path if folder is None else folder / path
     if hasattr(value, "convert"):
         return getattr(value, "filename", "") or "given as an image", value
     if hasattr(value, "__array__"):
-        from PIL import Image
-
-        return "given as an array", Image.fromarray(value)
+        return "given as an array", _of_array(value)
     raise CordaError(f"an image is a path, a URL or bytes, and not {short(value)}")
+
+
+def _of_array(value: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    try:
+        return Image.fromarray(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise CordaError(
+            "an image as an array has the shape (h, w, 3) and the type uint8, and not "
+            f"{tuple(value.shape)} and {value.dtype}"
+        ) from error
 
 
 def _base64(name: str, text: str) -> bytes:
@@ -142,7 +158,7 @@ def _fetched(url: str) -> bytes:
         response = httpx.get(url, follow_redirects=True, timeout=30)
         response.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise BadImageError(f"cannot fetch the image {short(url)}: {str(error).strip().splitlines()[0]}") from error
+        raise BadImageError(f"cannot fetch the image {short(url)}: {_reason(error)}") from error
     return response.content
 
 
@@ -203,7 +219,8 @@ def with_images(
     waiting, found, result = list(values), [], []
     places = sum(part["type"] == "image" and "image" not in part for m in placed for part in parts_of(m))
     if places != len(waiting):
-        raise CordaError(f"the row has {len(waiting)} images, and its text has places for {places}")
+        images = "1 image" if len(waiting) == 1 else f"{len(waiting)} images"
+        raise CordaError(f"the row has {images}, and its text has places for {places}")
     for message in placed:
         parts = []
         for part in parts_of(message):
@@ -256,8 +273,8 @@ def _written(processor: Any, size: Size) -> tuple[str, tuple[str, ...]]:
         written = processor(images=[[image]], text=[processor.image_token], return_text_replacement_offsets=True)
         replaced = written["text_replacement_offsets"][0]
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CordaError(f"the model's processor refuses an image of {size[0]} × {size[1]}: {reason}") from error
+        shown = f"{size[0]} × {size[1]}"
+        raise CordaError(f"the model's processor refuses an image of {shown}: {_reason(error)}") from error
     return replaced[0]["replacement"], tuple(k for k in ("mm_token_type_ids", "token_type_ids") if k in written)
 
 

@@ -381,7 +381,7 @@ def _messages(value: Any, column: str) -> list[Message]:
         if isinstance(content, list):
             content = _parts(content)
         calls = not is_missing(message.get("tool_calls"))
-        if is_missing(content) and not calls:
+        if (is_missing(content) and not calls) or _lacks_text(content):
             raise MissingValueError(f"{column}[{i}][content]")
         if not isinstance(content, str) and not calls and not _is_shown(content):
             raise CordaError(f"the content of {column}[{i}] is no text: {short(content)}")
@@ -390,10 +390,18 @@ def _messages(value: Any, column: str) -> list[Message]:
     return messages
 
 
+def _lacks_text(content: Any) -> bool:
+    """Whether a content is of parts, one of which is to be a text and has none."""
+    return isinstance(content, list) and any(
+        isinstance(p, dict) and p.get("type") == "text" and p.get("text") is None for p in content
+    )
+
+
 def _is_shown(content: Any) -> bool:
     """Whether a content is of texts and images, as `_parts` writes it."""
     return isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") in ("text", "image") for p in content
+        isinstance(p, dict) and (p.get("type") == "image" or (p.get("type") == "text" and isinstance(p["text"], str)))
+        for p in content
     )
 
 
