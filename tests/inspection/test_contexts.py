@@ -374,10 +374,14 @@ def test_a_page_that_would_be_too_large(checkpoint, files, tmp_path, capsys, mon
     monkeypatch.setattr("corda_lora.report.inspected.LARGEST_PAGE", 50_000)
     arguments = ["--model", checkpoint, *contexts(files), "--layers=[q_proj,k_proj]", "--output", tmp_path / "seen"]
     said = refused(capsys, *arguments)
-    assert (
-        "the page would have about 0 MB, for 4 layers and 2 contexts: leave some --layers out, so that at most 2"
-        in said
-    )
+    assert "about 0 MB, for 4 layers with 5 spectra and 2 covariances each: leave some --layers out" in said
+    assert "so that at most 2 are shown" in said
+    # Fewer samples, the two-sided metric and several rounds have spectra of their own.
+    monkeypatch.setattr("corda_lora.report.inspected.LARGEST_PAGE", 150_000)
+    more = [f"--samples=[{FEWER},{SAMPLES}]", "--levels=0.5", "--two_sided=true", f"--rounds={ROUNDS}"]
+    said = refused(capsys, *arguments, f"--held_out={HELD_OUT}", *more)
+    assert "for 4 layers with 11 spectra and 2 covariances each" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sample_is_cut_at_max_length_however_its_data_is_given(files):

@@ -95,14 +95,14 @@ def inspect_model(
     stored: Stored | None = None,
     work: Path | None = None,
     progress: bool = True,
-    check: Callable[[int, int], None] = lambda layers, contexts: None,
+    check: Callable[[int, int, int], None] = lambda layers, contexts, ways: None,
 ) -> Inspection:
     """Look at a model through its contexts, block by block. The model is left as it was.
 
     Args:
         stored: parameters whose values are in a checkpoint and read when needed (see `models.open_model`).
         work: folder for hidden states that are parked on the disk.
-        check: called before long work with the number of layers that are shown and of contexts.
+        check: called before long work with the number of layers that are shown, of contexts, and of spectra of a layer.
 
     Raises:
         CordaError: a layer that is not there; a level above a layer's components; data that cannot be read, or has no
@@ -116,7 +116,6 @@ def inspect_model(
     _check_levels(model, targets, blocks, config)
     datas = config.contexts()
     names = context_names(datas)
-    check(len(shown), len(names))
     rounds = [load_rounds(data, config.rounds) for data in datas]
     if progress:
         for name, data, (loaded, *_) in zip(names, datas, rounds):
@@ -134,6 +133,7 @@ def inspect_model(
     ]
     texts = _texts(model, tokenizer, config, datas, names, rounds) if config.levels else {}
     ways = _ways(names, draws, config)
+    check(len(shown), len(names), sum(not way.allocated for way in ways))
 
     device = compute_device(model, config.device)
     batches = [batch for draw in draws for batch in draw.batches]

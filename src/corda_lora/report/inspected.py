@@ -35,16 +35,16 @@ from .html import embedded, filled_page, html_pairs, without_nan
 from .inspected_pictures import draw_change, draw_contexts
 from .text import number, plural
 
-LARGEST_PAGE = 20e6  # bytes
+LARGEST_PAGE = 20e6  # bytes of its figures
 
 
-def check_page(layers: int, contexts: int) -> None:
-    """Raises CordaError if the page for so many layers and contexts would be too large."""
-    each = 18 * POINTS * (1 + 2 * contexts) + 4 * CELLS**2 // 3 * contexts
+def check_page(layers: int, contexts: int, ways: int) -> None:
+    """Raises CordaError if the page for so many layers, contexts and spectra of a layer would be too large."""
+    each = 18 * POINTS * ways + 4 * CELLS**2 // 3 * contexts
     if layers * each > LARGEST_PAGE:
         raise CordaError(
-            f"the page would have about {layers * each / 1e6:.0f} MB, for {layers} layers and "
-            f"{plural(contexts, 'context')}: leave some --layers out, so that at most "
+            f"the page would have about {layers * each / 1e6:.0f} MB, for {plural(layers, 'layer')} with {ways} "
+            f"spectra and {plural(contexts, 'covariance')} each: leave some --layers out, so that at most "
             f"{max(1, int(LARGEST_PAGE / each))} are shown"
         )
 
@@ -82,10 +82,7 @@ def write_contexts(
     tensors = {f"spectrum|{layer}|{way}": sigma for layer, by in spectra.items() for way, sigma in by.items()}
     tensors |= {f"covariance|{layer}|{name}": cells for layer, by in maps.items() for name, cells in by.items()}
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "inspect.safetensors")
-    page = _page(record, spectra, maps)
-    if len(page.encode()) > LARGEST_PAGE:
-        raise CordaError(f"the page has {len(page.encode()) / 1e6:.0f} MB: leave some --layers out")
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.html", _page(record, spectra, maps))
     draw_contexts(folder, record, spectra, maps)
 
 
