@@ -283,6 +283,11 @@ def test_what_is_not_there_is_said_before_torch_is_imported(command, message, tm
     ("given", "said"),
     [
         (["init", "--r", "many"], "corda init: r is many, but must be a whole number at least 1 and at most"),
+        (
+            ["train", "--data", "x", "--data.samples", "3"],
+            "corda train: --data.samples is no option of this command: give --samples",
+        ),
+        (["init", "--model", "m", "--r.x", "3"], "corda init: --r.x is no option of this command"),
         (["init", "--modle", "x"], "corda init: unrecognized arguments: --modle x"),
         (["init", "--mode", "kmp"], "corda init: mode is kmp, but must be one of kpm, ipm"),
         (

@@ -63,6 +63,9 @@ def in_our_words(message: str, actions: Sequence[argparse.Action] = ()) -> str:
         message = f"{key}{_entry(reason[innermost.end() :])}: {innermost[0]}{near}"
     elif refused := re.search(r"does not accept option '(.*)'", message):
         message += nearest(refused[1], [a.dest for a in actions if not a.dest.endswith("help")], 0.6)
+    elif inside := re.search(r"NestedArg\(key='(.*?)'", reason):
+        meant = f": give --{inside[1]}" if key == "data" and inside[1] in names.values() else ""
+        message = f"--{names.get(key, key)}.{inside[1]} is no option of this command{meant}"
     elif needed := re.search("the following arguments are required: (.*)", reason):
         message = f"{key}: {needed[1]} is needed"
     elif values and key in hints | inner:  # of a value inside of others, the innermost comes first
