@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from itertools import chain, combinations
 
 import helpers
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +20,7 @@ from corda_lora.config import CordaError, DataConfig, InspectConfig
 from corda_lora.data.batches import encode
 from corda_lora.data.samples import load_others, load_rounds
 from corda_lora.inspection.contexts import inspect_model
+from corda_lora.report.inspected_pictures import draw_contexts
 from corda_lora.report.text import number
 
 ROWS = {
@@ -382,6 +385,28 @@ def test_a_page_that_would_be_too_large(checkpoint, files, tmp_path, capsys, mon
     said = refused(capsys, *arguments, f"--held_out={HELD_OUT}", *more)
     assert "for 4 layers with 11 spectra and 2 covariances each" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("name", ["data/gsm8k_train", "an ability with a name of many words " * 3])
+def test_names_fit_into_pictures(name, tmp_path):
+    """They were cut off at the left, and long ones left no room for what they name."""
+    layer, names = "model.language_model.layers.1.self_attn.q_proj", [name, "nq_context"]
+    about = {"block": "model.language_model.layers.1", "kind": "self_attn.q_proj"}
+    losses = {"label": f"CO-SVD, {name}", "loss": {name: [2.0, 3.0]}}
+    record = {
+        "layers": {layer: about | {"log10_pi": dict.fromkeys(names, 5.0)}},
+        "similarity": {"contexts": names, "channels_at_one_scale": [[1.0, 0.5], [0.5, 1.0]]},
+        "truncation": {"levels": [0.1, 0.2], "base": {name: 1.0}, "curves": [losses]},
+    }
+    spectra = {layer: {f"CO-SVD, {name}": torch.tensor([1.0, 0.1, 0.01])}}
+    draw_contexts(tmp_path, record, spectra, {layer: dict.fromkeys(names, torch.rand(48, 48))})
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert [p.stem for p in pictures] == ["compactness", "covariances", "similarity", "spectra", "truncation"]
+    for path in pictures:
+        dark = np.asarray(Image.open(path).convert("L")) < 250
+        assert not any(edge.any() for edge in (dark[0], dark[-1], dark[:, 0], dark[:, -1])), path.stem
+        assert dark.any(1).sum() > 200
 
 
 def test_a_sample_is_cut_at_max_length_however_its_data_is_given(files):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .figures import change_map, compactness_map, spectrum_points, truncation_data
-from .pictures import look, save_picture, style, write_picture
+from .pictures import fitting, look, save_picture, style, write_picture
 
 PANELS = 12  # at most so many layers in one picture
 
@@ -26,7 +26,7 @@ def draw_contexts(
             for i, (way, sigma) in enumerate(spectra[layer].items()):
                 points = spectrum_points(sigma)
                 ax.plot([x for x, _ in points], [y for _, y in points], label=way, **look(i) | {"marker": ""})
-            ax.set(title=layer, xlabel="component", ylabel="σ / σ₁")
+            ax.set(title=fitting(layer, 48), xlabel="component", ylabel="σ / σ₁")
             _logarithmic(ax)
         save_picture(figure, folder / "spectra")
 
@@ -38,7 +38,7 @@ def draw_contexts(
                 low, high = _limits([cells.log10() for cells in maps[layer].values()])
                 for ax, name in zip(row, names):
                     image = ax.imshow(maps[layer][name].clamp(min=1e-30).log10(), vmin=low, vmax=high, cmap="viridis")
-                    ax.set(title=f"{layer}\n{name}", xticks=[], yticks=[])
+                    ax.set(title=f"{fitting(layer, 48)}\n{fitting(name)}", xticks=[], yticks=[])
                     ax.title.set_fontsize(8)
                 figure.colorbar(image, ax=list(row), label="log10 mean |C|", shrink=0.8)
             write_picture(figure, folder / "covariances")
@@ -47,10 +47,13 @@ def draw_contexts(
 
         values = record["similarity"]["channels_at_one_scale"]
         if len(names) > 1 and values:
-            figure, ax = plt.subplots(figsize=(1.3 * len(names) + 2.4, 1.1 * len(names) + 1.6), layout="constrained")
+            fitted = list(map(fitting, names))
+            longest = max(map(len, fitted))
+            size = (1.3 * len(names) + 0.08 * longest + 1.4, 1.1 * len(names) + 0.04 * longest + 1)
+            figure, ax = plt.subplots(figsize=size, layout="constrained")
             image = ax.imshow(values, vmin=0, vmax=1, cmap="viridis")
-            ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-            ax.set_yticks(range(len(names)), names)
+            ax.set_xticks(range(len(names)), fitted, rotation=30, ha="right")
+            ax.set_yticks(range(len(names)), fitted)
             for i, row in enumerate(values):
                 for j, value in enumerate(row):
                     ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
@@ -64,7 +67,11 @@ def draw_contexts(
                 for i, (way, points) in enumerate(curves.items()):
                     ax.plot([x for x, *_ in points], [y for _, y, _ in points], label=way, **look(i))
                 shares = record["truncation"]["levels"][-1] < 1
-                ax.set(title=text, xlabel="discarded " + ("share" if shares else "components"), ylabel="perplexity")
+                ax.set(
+                    title=fitting(text),
+                    xlabel="discarded " + ("share" if shares else "components"),
+                    ylabel="perplexity",
+                )
                 _logarithmic(ax)
             save_picture(figure, folder / "truncation")
 
@@ -95,7 +102,7 @@ def draw_maps(plt: Any, path: Path, found: Mapping[str, Any], label: str = "") -
     for ax, (name, array) in zip(grid[:, 0], arrays.items()):
         limits = {"vmin": low, "vmax": high} if label else {}
         image = ax.imshow(array, cmap="viridis", aspect="auto", **limits)
-        ax.set(title=name, xlabel="block")
+        ax.set(title=fitting(name), xlabel="block")
         every = -(-len(found["blocks"]) // 16)
         blocks = range(0, len(found["blocks"]), every)
         ax.set_xticks(blocks, [found["blocks"][i].rpartition(".")[2] for i in blocks])

@@ -74,7 +74,7 @@ def draw(folder: Path, comparison: dict[str, Any]) -> None:
                 for i, (title, ps) in enumerate(measured.items()):
                     draw_frontier(ax, ps, edge, title, look(i))
                 say_outside(ax, [title for title, ps in measured.items() if any(p.loss > edge for p in ps)])
-                ax.set(yscale="log", title=label(comparison, ability), xlabel=f"{data} loss (nats per token)")
+                ax.set(yscale="log", title=fitting(label(comparison, ability)), xlabel=f"{data} loss (nats per token)")
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter("{x:g}")
                 ax.yaxis.set_minor_formatter("")
@@ -108,6 +108,11 @@ def style() -> Iterator[Any]:
         yield plt
 
 
+def fitting(name: str, most: int = 40) -> str:
+    """The name, without its middle if it would not fit beside or above a panel."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+
+
 def say_outside(ax: Any, titles: list[str]) -> None:
     """Name the methods with points outside the chart."""
     if titles:
@@ -123,7 +128,8 @@ def save_picture(figure: Any, path: Path) -> None:
         ax.grid(alpha=0.25, linewidth=0.6)
         entries |= {title: line for line, title in zip(*ax.get_legend_handles_labels())}
     if entries:
-        figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=9, loc="outside right center")
+        names = [fitting(title, 60) for title in entries]
+        figure.legend(entries.values(), names, frameon=False, fontsize=9, loc="outside right center")
     write_picture(figure, path)
 
 
@@ -131,6 +137,6 @@ def write_picture(figure: Any, path: Path) -> None:
     """Write PNG and SVG."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=150, bbox_inches="tight")  # as large as its names need
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
