@@ -258,10 +258,36 @@ def joined() -> Iterator[Processes]:
     """The processes of this run, for a `with` block, which begins with their meeting. Raises CordaError if the place
     where they meet cannot be reached."""
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     with _connecting():
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING)))
+        store, rank, size = _find_store()
     yield Processes(rank, size, store)
     with suppress(Exception):  # not after an error: it might wait for those that have ended
         dist.destroy_process_group()
+
+
+def _find_store() -> tuple[Any, int, int]:
+    """Where the processes meet, the number of this one, and how many there are. A thread looks for it: where something
+    else listens at that port and says nothing, torch waits on, deaf to signals."""
+    from torch.distributed.rendezvous import rendezvous
+
+    found: list[Any] = []
+
+    def find() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=timedelta(seconds=MEETING))))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=find, daemon=True)
+    thread.start()
+    thread.join(MEETING + PATIENCE)
+    if not found:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise CordaError(
+            f"what listens at {where}, where the processes meet, does not answer: choose another MASTER_PORT"
+        )
+    if isinstance(found[0], Exception):
+        raise found[0]
+    store, rank, size = found[0]
+    return store, rank, size

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -190,6 +191,15 @@ def test_a_process_that_never_comes_ends_the_others(command, tmp_path):
 def in_process_1(code):
     """FIRST, by which none is patient, and process 1 runs some code, too."""
     return f"{IMPATIENT}\nimport os\nif os.environ['RANK'] == '1':\n    {code}"
+
+
+def test_a_port_where_something_else_listens_ends_a_process(command, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        lines = "corda_lora.processes.PATIENCE = 1; import os; os.environ.pop('TORCHELASTIC_USE_AGENT_STORE')"
+        lines += f"; os.environ.update(WORLD_SIZE='2', RANK='1', MASTER_PORT='{silent.getsockname()[1]}')"
+        ended = run_together(1, command("out"), tmp_path / "log", FIRST=f"{IMPATIENT}; {lines}")
+    assert ended.codes == [2]
+    assert "where the processes meet, does not answer: take another MASTER_PORT" in ended.err[0]
 
 
 def test_a_process_that_ends_before_all_are_connected_ends_the_others(command, tmp_path):
