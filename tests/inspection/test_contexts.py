@@ -490,6 +490,30 @@ def test_the_page_in_a_browser(theme, made, tmp_path):
         assert re.fullmatch(r"model\.layers\.0\.self_attn\.q_proj\d\.\d+", found["tip"])
 
 
+LONG = """
+<script>
+(async () => {
+  await new Promise((done) => setTimeout(done, 30));
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  const out = { width: innerWidth };
+  out.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  out.beyond = [...document.querySelectorAll("tbody th")].filter((t) => t.scrollWidth > t.clientWidth).length;
+  parent.postMessage(JSON.stringify(out), "*");
+})();
+</script></body>"""
+
+
+@pytest.mark.parametrize("names", ["contexts", "layers"])
+def test_long_names_stay_inside_the_page(names, made, files, tmp_path):
+    page = (made / "report.html").read_text(encoding="utf-8")
+    long = {
+        "contexts": (named(files, "sums"), "s" * 90),
+        "layers": ("model.layers.", "a_model.of.vision_and.language." * 3),
+    }
+    seen = helpers.browse(page.replace(*long[names]), LONG, tmp_path, "light")
+    assert seen["pages"] == [{"width": 1280, "overflow": 0, "beyond": 0}, {"width": 390, "overflow": 0, "beyond": 0}]
+
+
 # --- other families
 
 
