@@ -199,7 +199,7 @@ def test_a_port_where_something_else_listens_ends_a_process(command, tmp_path):
         lines += f"; os.environ.update(WORLD_SIZE='2', RANK='1', MASTER_PORT='{silent.getsockname()[1]}')"
         ended = run_together(1, command("out"), tmp_path / "log", FIRST=f"{IMPATIENT}; {lines}")
     assert ended.codes == [2]
-    assert "where the processes meet, does not answer: take another MASTER_PORT" in ended.err[0]
+    assert "where the processes meet, does not answer: choose another MASTER_PORT" in ended.err[0]
 
 
 def test_a_process_that_ends_before_all_are_connected_ends_the_others(command, tmp_path):
