@@ -326,6 +326,17 @@ def test_bad_input_before_anything_runs(refused):
     assert "something else in it" in refused(TWO)
 
 
+@pytest.mark.parametrize("price", ["options: {keep: 10}", "sweep: {keep: [0, 10]}", "options: {compactness: 1}"])
+def test_a_price_on_too_few_samples_before_anything_runs(price, recipe, capsys):
+    with open(recipe({"lora": "[1.0e-3, 1.0e-2]"}), "a") as more:
+        more.write(f"  ours: {{method: corda-kpm-anchored, {price}}}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "recipe.yaml", "--output", "out"])
+    assert stopped.value.code == 2
+    assert "the context has 12 samples with a response" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import CompareConfig, CordaError, ModelConfig
+from ..config import CompareConfig, CordaError, MethodConfig, ModelConfig
 from ..data.labels import check_labels, with_labels
 from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_samples
@@ -37,6 +37,7 @@ from ..methods.keeping import contexts_of
 from ..methods.registry import METHODS, check_options
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.targets import check_saved_modules, find_targets, require_causal
+from ..preprocess.statistics import check_samples
 from ..progress import console, progress_bar
 from ..training.arguments import check_trainer
 from ..training.train import warn_without_bfloat16
@@ -151,9 +152,21 @@ def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | Non
         console.print(overview(f"{use} {data.data}", tokenizer, shown, encoded, data.max_length, learned, end))
         if model is not None:
             check_fit(model, (e.ids for e in encoded))
+        if use == "context":
+            answered, recipe = sum(1 for e in encoded if e.targets), comparison.recipe
+            for entry in filter(_prices_it, recipe.entries.values()):
+                check_samples(min(answered, entry.options.get("samples") or recipe.context_samples))
     for name, asked in benchmarks:
         digests.append([f"task {name}", hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()])
     return digests
+
+
+def _prices_it(entry: MethodConfig) -> bool:
+    """Whether an entry pays for what it changes on the comparison's context, and not on samples of its own."""
+    priced, own = ("keep", "compactness"), ("context", "contexts")
+    prices = [entry.options.get(price) for price in priced]
+    prices += entry.swept_values if entry.swept_option in priced else []
+    return any(prices) and not any(entry.options.get(option) for option in own)
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------
