@@ -360,13 +360,24 @@ def test_one_within_another_and_no_cache_is_held():
     assert not caches
 
 
-@pytest.mark.parametrize("share", [2.0, -0.5, float("nan"), torch.tensor([0.5, 1.5])])
+@pytest.mark.parametrize("share", [2.0, -0.5, float("nan"), torch.tensor([0.5, 1.5, 1.0])])
 def test_a_rule_of_your_own_that_leaves_the_unit_interval_is_refused(share):
     peft_model = adapted()
     rule = lambda t, logits: 1.0 if logits is None else share  # noqa: E731
     with (
         decoding_ranks(peft_model, some_order(peft_model), rule),
         pytest.raises(CordaError, match="the rule's share of token 1 is"),
+    ):
+        generate(peft_model)
+
+
+@pytest.mark.parametrize("first", [1.0, torch.full((3,), 0.5)])
+def test_shares_that_are_not_of_the_samples_are_refused(first):
+    peft_model = adapted()
+    rule = lambda t, logits: first if logits is None else torch.full((2,), 0.5)  # noqa: E731
+    with (
+        decoding_ranks(peft_model, some_order(peft_model), rule),
+        pytest.raises(CordaError, match=r"share of token [01] has the shape \([23],\): give one for all samples"),
     ):
         generate(peft_model)
 

@@ -156,6 +156,11 @@ class DecodingRanks:
         share = self.rule(t, logits)
         if not isinstance(share, Tensor) or not share.ndim:
             share = float(share)
+        elif share.shape != (1,) and (logits is None or share.shape != logits.shape[:1]):
+            raise CordaError(
+                f"the rule's share of token {t} has the shape {tuple(share.shape)}: give one for all samples, or, "
+                "after the prompt, one for each"
+            )
         for each in [share] if isinstance(share, float) else share.tolist():
             _check_share(f"the rule's share of token {t}", each)
         return self.order.full * share
