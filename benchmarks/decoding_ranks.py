@@ -76,9 +76,10 @@ def main() -> None:
     parser.add_argument("--falling", type=float, nargs="+", default=falls, help="least shares")
     parser.add_argument("--entropies", type=float, nargs="+", default=entropies, help="nats where the rank is whole")
     parser.add_argument("--least", type=float, nargs="+", default=(0.0, 0.125), help="least shares by entropy")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--times_alone", action="store_true", help="measure what a token costs, and nothing else")
+    parser.add_argument("--seconds", type=float, help="when to stop")
     options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
+    deadline = time.monotonic() + (options.seconds or float("inf"))
     options.work.mkdir(parents=True, exist_ok=True)
     source = ModelConfig(str(options.model or packaged_model()), dtype="float32")
     tokenizer = load_tokenizer(source)
@@ -97,9 +98,14 @@ def main() -> None:
     timed = {name: row for name, row in done.rows.items() if "loss" not in row}
     trained = {name: json.loads((options.work / name / "training.json").read_text()) for name in ("lora", "dylora")}
     loss = {name: round(t["loss"][-1][1], 4) for name, t in trained.items()}
-    lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
-    lines += [f"| {name} | {' | '.join(format(row[c], '.4g') for c in COLUMNS)} |" for name, row in measured.items()]
-    lines += ["", "| milliseconds a token | " + " | ".join(f"batch {b}" for b in BATCHES) + " |"]
+    lines: list[str] = []
+    if measured:
+        lines += [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
+        lines += [
+            f"| {name} | {' | '.join(format(row[c], '.4g') for c in COLUMNS)} |" for name, row in measured.items()
+        ]
+        lines.append("")
+    lines += ["| milliseconds a token | " + " | ".join(f"batch {b}" for b in BATCHES) + " |"]
     lines += ["|---|" + "---:|" * len(BATCHES)]
     lines += [f"| {name} | {' | '.join(f'{row[str(b)]:.2f}' for b in BATCHES)} |" for name, row in timed.items()]
     record.write(options, done.rows, lines, training_loss_at_the_end=loss)
@@ -206,7 +212,7 @@ def rows(
         )
 
     for kind, (name, wanted) in kinds.items():
-        for rule in wanted:
+        for rule in wanted if not options.times_alone else ():
             yield f"{kind}: {rule}", lambda kind=kind, name=name, rule=rule: measure(kind, name, rule)
 
     prompt = encode_question(tokenizer, test[0]).ids
