@@ -356,7 +356,7 @@ def test_other_refusals(llava, data, capsys):
     (data / "two.jsonl").write_text(json.dumps({"images": ["pics/0.png"], "messages": two_places()}))
     said = refused(capsys, "init", "--model", llava, "--context", data / "two.jsonl", "--r", 4, "--output", "out")
     assert "row 1 of" in said
-    assert "the row has 1 images, and its text has places for 2" in said
+    assert "the row has 1 image, and its text has places for 2" in said
 
 
 def test_an_adapter_in_the_vision_tower_has_no_order(llava, data, capsys):
