@@ -8,7 +8,9 @@ What is committed of a comparison is restored first and not run again (see `rest
 out the runs of a commit. The same command goes on where it was broken off.
 
 As many processes fit a GPU as its memory holds: SmolLM2 takes some 10 GB at a micro_batch_size of 16, and 15 GB at 32.
-The slots share the GPUs through CUDA's MPS, whose daemon is started if it is there. A process computes with one thread.
+The slots share the GPUs through CUDA's MPS, whose daemon is started if it is there. There, a process that finds no
+memory left can end all the others on its GPU: leave a tenth free, and let nothing else compute there that grows
+(decoding_ranks.py takes 43 GB). A process computes with one thread.
 """
 
 import argparse
