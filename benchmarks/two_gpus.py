@@ -3,9 +3,9 @@
     python benchmarks/two_gpus.py [--parts corda++ ipm kpm train] [--size 7b] [--layers 32] [--work DIR] [--gpus 2]
 
 Each part but *train* is at most 5 minutes on two H200s; the result is written after each run, so a part that is cut off
-loses one run. Parts that are run by several calls need a --name each, as results of one name and day replace each other.
-The first run on a fresh machine is slower than later ones. Model and data are made first, if they are not in `--work` already (random bfloat16 weights, see
-make_llama.py).
+loses one run. Parts that are run by several calls need a --name each: a result replaces one of its name and day. The
+first run on a fresh machine is slower than later ones. Model and data are made first, if they are not in `--work`
+already (random bfloat16 weights, see make_llama.py).
 
 - *corda++*, *ipm*, *kpm*: seconds from the command to the adapter, by torchrun where there are several processes; where
   they go, in the process that took longest; how near the adapters are. The stages and their sum, `all`, are those of
