@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from corda_lora import CordaConfig, CordaError
-from corda_lora.models.lockstep import find_blocks, lockstep, on_device, parking, tensors_of
+from corda_lora.models.lockstep import find_blocks, lockstep, on_device, parking, shared_out, tensors_of
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess import pipeline as preprocess
 from corda_lora.preprocess.collect import Collector
@@ -425,3 +425,13 @@ def test_first_tokens_left_out_of_the_covariances(family):
 def test_nothing_is_left_when_too_many_tokens_are_left_out():
     with pytest.raises(CordaError, match="no sample of the context has more than the 40 tokens"):
         preprocess.preprocess(tiny.build("llama"), CordaConfig(r=4, skip_tokens=40), tiny.batches(), progress=False)
+
+
+def test_each_process_reads_about_as_many_bytes():
+    block = find_blocks(tiny.build("llama"), ["model.layers.0.mlp.up_proj"])["model.layers.0"]
+    tensors = tensors_of(block)
+    for processes in (2, 3):
+        readers = shared_out(tensors, processes)
+        assert readers.keys() == set(tensors)
+        loads = [sum(x.nbytes for x in tensors if readers[x] == number) for number in range(processes)]
+        assert max(loads) - min(loads) <= max(x.nbytes for x in tensors)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,9 +17,10 @@ from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 from ranks import run_together
 from safetensors.torch import load_file
+from transformers.integrations import deepspeed
 
 from corda_lora.config import CordaError
-from corda_lora.training.train import check_checkpoints
+from corda_lora.training.train import _before_zero, check_checkpoints
 
 KNOWN = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(60)]
 NEW = [{"prompt": f"{i} + {i + 1} =", "response": f" {2 * i + 1}"} for i in range(50)]  # no whole number of steps
@@ -184,6 +186,26 @@ def test_deepspeed_goes_on_with_as_many_processes_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(CordaError, match="is of 2 processes, and DeepSpeed goes on with as many alone: start 2"):
         check_checkpoints(tmp_path)
+
+
+def test_before_zero_3_splits_the_model_nothing_asks_for_its_parts():
+    class Plugin:  # accelerate's, and its configuration, which transformers finds
+        def set_deepspeed_weakref(self):
+            deepspeed.set_hf_deepspeed_config(self)
+
+        def is_zero3(self):
+            return True
+
+    plugin = Plugin()
+    plugin.set_deepspeed_weakref()
+    try:
+        with _before_zero(SimpleNamespace(deepspeed_plugin=plugin)):
+            assert not deepspeed.is_deepspeed_zero3_enabled()
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        with _before_zero(SimpleNamespace(deepspeed_plugin=None)):
+            assert deepspeed.is_deepspeed_zero3_enabled()  # nothing of this training's
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
 
 
 @pytest.mark.cluster  # DeepSpeed is no dependency
