@@ -54,6 +54,7 @@ from corda_lora.models.weights import weight_shape
 from corda_lora.training.train import plain_lora, train
 
 ANSWER = r"#### *(-?[0-9.,]+)"
+KINDS = ("as trained, by layer", "in order, by layer", "in order", "DyLoRA")
 COLUMNS = ("mean rank", "loss", "solved", "drift", "from whole", "seconds")
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="samples of a training step")
     parser.add_argument("--measured", type=int, default=256, help="problems, and as many samples of the context")
     parser.add_argument("--rows", type=int, default=64, help="samples of a batch that is measured")
-    parser.add_argument("--timed", type=int, default=64, help="tokens that are decoded to time one")
+    parser.add_argument("--timed", type=int, default=64, help="tokens that are decoded to time one; 0: no times")
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate of the LoRA")
     parser.add_argument("--dylora_rate", type=float, default=2e-3)
     parser.add_argument("--shown", type=int, default=1000, help="samples that the components are ordered by")
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--falling", type=float, nargs="+", default=falls, help="least shares")
     parser.add_argument("--entropies", type=float, nargs="+", default=entropies, help="nats where the rank is whole")
     parser.add_argument("--least", type=float, nargs="+", default=(0.0, 0.125), help="least shares by entropy")
-    parser.add_argument("--times_alone", action="store_true", help="measure what a token costs, and nothing else")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="rows to measure; none: only times")
     parser.add_argument("--seconds", type=float, help="when to stop")
     options = parser.parse_args()
     deadline = time.monotonic() + (options.seconds or float("inf"))
@@ -105,9 +106,10 @@ def main() -> None:
             f"| {name} | {' | '.join(format(row[c], '.4g') for c in COLUMNS)} |" for name, row in measured.items()
         ]
         lines.append("")
-    lines += ["| milliseconds a token | " + " | ".join(f"batch {b}" for b in BATCHES) + " |"]
-    lines += ["|---|" + "---:|" * len(BATCHES)]
-    lines += [f"| {name} | {' | '.join(f'{row[str(b)]:.2f}' for b in BATCHES)} |" for name, row in timed.items()]
+    if timed:
+        lines += ["| milliseconds a token | " + " | ".join(f"batch {b}" for b in BATCHES) + " |"]
+        lines += ["|---|" + "---:|" * len(BATCHES)]
+        lines += [f"| {name} | {' | '.join(f'{row[str(b)]:.2f}' for b in BATCHES)} |" for name, row in timed.items()]
     record.write(options, done.rows, lines, training_loss_at_the_end=loss)
 
 
@@ -190,12 +192,7 @@ def rows(
         name = f"entropy, whole at {h:g}" + f", at least {least:g}" * (least > 0)
         rules[name] = by_entropy(lambda H, h=h, least=least: (H / h).clamp(least, 1))
     few = [name for name in rules if name.startswith("static")]
-    kinds = {
-        "as trained, by layer": ("lora", few),
-        "in order, by layer": ("ordered", few),
-        "in order": ("ordered", list(rules)),
-        "DyLoRA": ("dylora", list(rules)),
-    }
+    kinds = dict(zip(KINDS, [("lora", few), ("ordered", few), ("ordered", list(rules)), ("dylora", list(rules))]))
     loaded: dict[str, Any] = {}
 
     def adapted(name: str) -> Any:
@@ -212,9 +209,11 @@ def rows(
         )
 
     for kind, (name, wanted) in kinds.items():
-        for rule in wanted if not options.times_alone else ():
+        for rule in wanted if kind in options.kinds else ():
             yield f"{kind}: {rule}", lambda kind=kind, name=name, rule=rule: measure(kind, name, rule)
 
+    if not options.timed:
+        return
     prompt = encode_question(tokenizer, test[0]).ids
     order = "in order"
     changing = {"fixed 0.5": whole_prompt(0.5), "entropy": by_entropy(), "falling": falling(0.25, 64)}
