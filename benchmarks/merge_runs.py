@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from corda_lora.compare.comparison import with_later_options
+from corda_lora.config.recorded import same_options
 from corda_lora.report.report import write_report
 
 
 def merge(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
     merged = comparisons[-1]
     shared = [_shared(comparison["recipe"]) for comparison in comparisons]
-    if any(recipe != shared[0] for recipe in shared):
+    if not all(same_options(recipe, shared[0]) for recipe in shared):
         raise SystemExit("the comparisons have different recipes")
     runs: dict[str, Any] = {}
     for comparison in comparisons:
@@ -39,9 +39,8 @@ def merge(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _shared(recipe: dict[str, Any]) -> dict[str, Any]:
-    settings = with_later_options(recipe)
-    settings["train"].pop("micro_batch_size")
-    return {key: value for key, value in settings.items() if key not in ("methods", "seeds")}
+    settings = {key: value for key, value in recipe.items() if key not in ("methods", "seeds")}
+    return settings | {"train": settings["train"] | {"micro_batch_size": None}}
 
 
 def main(output: Path, sources: list[Path]) -> None:

@@ -68,3 +68,7 @@ def test_runs_of_an_earlier_version_that_had_fewer_options(tmp_path):
     path.write_text(json.dumps(made))
     with pytest.raises(CordaError, match=r"another recipe \(it differs in curve_samples\)"):
         Comparison(ModelConfig("m"), replace(recipe, curve_samples=3), tmp_path / "out").open()
+    made["shared"]["base"] = "merged"  # an option that has gone since
+    path.write_text(json.dumps(made))
+    with pytest.raises(CordaError, match=r"another recipe \(it differs in base\)"):
+        Comparison(ModelConfig("m"), recipe, tmp_path / "out").open()

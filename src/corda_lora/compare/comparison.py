@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import CompareConfig, CordaError, DataConfig, EvalConfig, ModelConfig
+from ..config import CompareConfig, CordaError, DataConfig, ModelConfig
+from ..config.recorded import differing_options
 from ..data.batches import encode_all
 from ..data.samples import load_samples
 from ..evaluation.measures import KINDS
@@ -114,7 +115,7 @@ class Comparison:
     def shared(self) -> dict[str, Any]:
         """The settings that all runs share. Entries, rates and seeds are not among them: they may be added later."""
         settings = {key: value for key, value in asdict(self.recipe).items() if key not in ("methods", "seeds")}
-        return _as_json({"model": asdict(self.source), **settings})
+        return json.loads(json.dumps({"model": asdict(self.source), **settings}, default=str))
 
     def open(self, digests: Sequence[Sequence[str]] = ()) -> None:
         """Make the directory, or check that it belongs to this comparison.
@@ -134,8 +135,7 @@ class Comparison:
             before = read_json(path)
             if not isinstance(before, dict) or not {"shared", "entries"} <= before.keys():
                 raise CordaError(f"{path} is damaged: remove {self.output}, or choose another output")
-            made = with_later_options(before["shared"])
-            differing = [key for key in shared if made.get(key) != shared[key]]
+            differing = differing_options(before["shared"], shared)
             differing += [name for name, key in entries.items() if before["entries"].get(name, key) != key]
             changed = [data for data, was in zip(digests, before.get("data", digests)) if list(data) != was]
             differing += [f"the samples of {name}" for name, _ in changed]
@@ -154,28 +154,6 @@ class Comparison:
 
 def _data(data: str | DataConfig) -> DataConfig:
     return DataConfig(data) if isinstance(data, str) else data
-
-
-def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings, default=str))
-
-
-def with_later_options(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of runs that an earlier version made (see `Comparison.shared`), with the options that came later: at
-    their defaults, a run with them is a run without."""
-    defaults = {"model": asdict(ModelConfig("model")), **asdict(CompareConfig(["lora"], "data", EvalConfig(learn="")))}
-    return _with_defaults(settings, _as_json(defaults))
-
-
-def _with_defaults(settings: Any, defaults: Any) -> Any:
-    if isinstance(settings, list):
-        return [_with_defaults(one, None) for one in settings]
-    if not isinstance(settings, dict):
-        return settings
-    if "rows" in settings:
-        defaults = _as_json(asdict(DataConfig("")))
-    known = defaults if isinstance(defaults, dict) else {}
-    return known | {key: _with_defaults(value, known.get(key)) for key, value in settings.items()}
 
 
 def gather(comparison: Comparison, results: Results, command: str) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """The options that an output was made with, as an earlier version wrote them down, beside those of this one."""
 
-from collections.abc import Iterator
-from dataclasses import MISSING, fields
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
+from .compare import CompareConfig
 from .data import ContextConfig
+from .eval import EvalConfig, JudgeConfig
 from .init import CordaConfig
 from .lora import LoraStart
 from .model import ModelConfig
 from .train import KeepConfig, TrainConfig
 
+KINDS = [ModelConfig, CordaConfig, LoraStart, TrainConfig, KeepConfig, ContextConfig, EvalConfig, JudgeConfig]
 GONE = {"allocation": "compactness"}  # options of earlier versions, and their defaults
 
 
@@ -21,22 +25,32 @@ def gone(recorded: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, recorded[name]) for name in GONE if recorded.get(name, GONE[name]) != GONE[name])
 
 
-def same_options(recorded: Any, given: Any) -> bool:
-    """Whether options are those of a record: what only one of the two has, as it came or went since, is at its
-    default."""
-    if isinstance(recorded, list) and isinstance(given, list):
-        return len(recorded) == len(given) and all(map(same_options, recorded, given))
-    if not isinstance(recorded, dict) or not isinstance(given, dict):
-        return bool(recorded == given)
-    both = recorded.keys() & given.keys()
-    return (
-        all(same_options(recorded[name], given[name]) for name in both)
-        and all(name in GONE and recorded[name] == GONE[name] for name in recorded.keys() - both)
-        and all(given[name] in _defaults(name) for name in given.keys() - both)
-    )
+def differing_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The options in which two records differ, as JSON has them. What only one of the two has came or went since: it
+    counts as being at its default in the other."""
+    return [
+        name
+        for name, value in {**one, **other}.items()
+        if not (same_options(one[name], other[name]) if name in one and name in other else value in _defaults(name))
+    ]
+
+
+def same_options(one: Any, other: Any) -> bool:
+    """Whether the values of two records are the same (see `differing_options`)."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_options, one, other))
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return bool(one == other)
+    return not differing_options(one, other)
 
 
 def _defaults(name: str) -> list[Any]:
-    """The default of an option, in each configuration that has one of this name."""
-    kinds = (ModelConfig, CordaConfig, LoraStart, TrainConfig, KeepConfig, ContextConfig)
-    return [f.default for kind in kinds for f in fields(kind) if f.name == name and f.default is not MISSING]
+    """The default of an option, as JSON has it, in each configuration that has, or had, one of this name."""
+    options = [option for kind in [*KINDS, CompareConfig] for option in fields(kind) if option.name == name]
+    defaults = [f.default if f.default_factory is MISSING else f.default_factory() for f in options]
+    as_json = [json.loads(json.dumps(value, default=_plain)) for value in defaults if value is not MISSING]
+    return as_json + [value for gone, value in GONE.items() if gone == name]
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

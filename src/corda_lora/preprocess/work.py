@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..algebra.second_order import Low
 from ..config import CordaError
-from ..config.recorded import same_options
+from ..config.recorded import differing_options, same_options
 from ..files import is_partial, remove_folder, sha256_of, whole_file, work_folder, write_text
 from ..models.weights import Quantized
 from ..processes import Processes
@@ -89,13 +89,12 @@ def _open(folder: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -
 
 
 def _difference(old: Any, new: Any, name: str = "") -> str:
-    """The first setting in which two runs differ; "" if they do not (see `same_options`)."""
+    """The first setting in which two runs differ; "" if they do not (see `differing_options`)."""
     if same_options(old, new):
         return ""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            if not same_options(*({key: run[key]} if key in run else {} for run in (old, new))):
-                return _difference(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+        key = differing_options(old, new)[0]
+        return _difference(old.get(key), new.get(key), f"{name}.{key}".strip("."))
     return f"{name} was {old!r} there and is {new!r} here"
 
 
