@@ -103,8 +103,10 @@ def test_the_four_commands(split, precision, model, here, capsys, undrawn):
         expected = tiny.logits(PeftModel.from_pretrained(base, "tuned").train())
         merged = tiny.logits(AutoModelForCausalLM.from_pretrained("merged"))
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
-    run("export", "--model", "start/base", "--adapter", "tuned", "--original", model, "--output", "onto")
+    export = ["export", "--model", "start/base", "--adapter", "tuned", "--output", "onto"]
+    run(*export, "--original", model)
     assert "this is another function than on the quantized one" in " ".join(capsys.readouterr().out.split())
+    assert "has something in it already" in refused(capsys, *export)  # that is for the quantized model
 
 
 def test_the_full_model_for_eval_can_be_named(model, here, capsys):

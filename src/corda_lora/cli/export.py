@@ -81,8 +81,8 @@ def export(options: Namespace) -> dict[str, Any]:
     read_marks(options.adapter)
     source = with_labels_of(source, options.adapter)
     recipe = {"model": asdict(source), "as": options.form, "r": options.r, "uniform": options.uniform}
+    recipe |= {"original": options.original}
     original = None if options.original is None else replace(source, model=options.original, revision=None)
-    recipe |= {"original": original.model} if original else {}
     files = [name for name in ("adapter_config.json", WEIGHTS, ORDER) if (options.adapter / name).is_file()]
     recipe |= {name: sha256_of(options.adapter / name) for name in files}
     data = DataConfig(options.data) if isinstance(options.data, str) else options.data

@@ -117,8 +117,7 @@ def _recipe(options: Namespace, config: CordaConfig, source: ModelConfig, datas:
     """What makes the starts of two commands the same. The samples are read only if there is a start to compare with."""
     recipe: dict[str, Any] = {"model": source.model, "revision": source.revision, "dtype": source.dtype}
     recipe |= {"config": asdict(config), "batch_tokens": options.batch_tokens}
-    recipe |= {} if options.original is None else {"original": options.original}
-    recipe |= {"labels": source.labels} if source.labels else {}
+    recipe |= {"original": options.original, "labels": source.labels}
     recipe |= {"data": asdict(datas[0]) if len(datas) == 1 else None}
     recipe |= {"contexts": [asdict(each) for each in datas]} if len(datas) > 1 else {}
     if datas and (options.output / "corda.json").is_file():
