@@ -258,6 +258,21 @@ def test_an_adapter_trained_since_is_not_in_order(saved, tmp_path):
         read_order(tmp_path / "ordered")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_of_another_adapter_of_these_ranks_is_refused(saved, tmp_path, dtype):
+    model, folder, _ = saved
+    model = model.to(dtype)
+    export_ordered(copy.deepcopy(model), folder, tmp_path / "ordered", tiny.answered(), 0, progress=False)
+    order = read_order(tmp_path / "ordered")
+    whole = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ordered").to(dtype)
+    with decoding_ranks(whole, order, fixed(0.5)):
+        pass
+    before = PeftModel.from_pretrained(copy.deepcopy(model), folder)  # the same function in another basis
+    said = "the order is of another adapter than 'default' in the model, or of this one before it was changed"
+    with pytest.raises(CordaError, match=said), decoding_ranks(before, order, fixed(0.5)):
+        pass
+
+
 def test_too_few_samples_are_refused(saved, tmp_path):
     model, folder, _ = saved
     with pytest.raises(CordaError, match="the context has 3 samples with a response"):

@@ -248,8 +248,7 @@ def decoding_ranks(
         raise CordaError("the adapter is merged into the weights: unmerge it, and its ranks can change")
     if any(adapter in layer.lora_variant or adapter not in layer.lora_A for layer in layers.values()):
         raise CordaError("the adapter is no plain LoRA of linear layers (DoRA is none): a prefix is no adapter")
-    if {name: layer.r[adapter] for name, layer in layers.items()} != {n: len(need) for n, need in order.needs.items()}:
-        raise CordaError("the order is of another adapter: its layers or ranks are not those of the model's")
+    order.check(peft_model, adapter)
     ranks = DecodingRanks(order, rule)
     hooks = [
         base.register_forward_pre_hook(ranks.before, with_kwargs=True),

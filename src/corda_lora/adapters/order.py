@@ -7,10 +7,11 @@ samples it was ordered by. An adapter that was trained as DyLoRA is in order wit
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -32,10 +33,13 @@ class Order:
         needs: by layer, the R from which on each component is used, (r,), ascending.
         nested: whether the components were trained to work as prefixes, at the scale lora_alpha / b of b of them
             (DyLoRA). Else the scale of the whole adapter stays.
+        sizes: by layer, `sizes_of` the components that were put in order, by which their adapter is known. Empty where
+            any adapter of these layers and ranks will do.
     """
 
     needs: dict[str, Tensor]
     nested: bool = False
+    sizes: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def full(self) -> float:
@@ -47,8 +51,34 @@ class Order:
         """How many components of each layer are used at R."""
         return {name: int((needs <= R + SLACK).sum()) for name, needs in self.needs.items()}
 
+    def check(self, peft_model: PeftModel, adapter: str = "default") -> None:
+        """Raises CordaError if this is the order of another adapter than the model's, or of this one before it was
+        changed."""
+        layers = {name: layer for name, layer in lora_layers(peft_model).items() if adapter in layer.r}
+        ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+        same = ranks == {name: len(needs) for name, needs in self.needs.items()}
+        for name, sizes in self.sizes.items() if same else ():
+            here = sizes_of(layers[name].lora_A[adapter].weight, layers[name].lora_B[adapter].weight)
+            same = same and torch.allclose(here, sizes, rtol=ROUNDED, atol=ROUNDED * float(sizes.max()))
+        if not same:
+            raise CordaError(
+                f"the order is of another adapter than {adapter!r} in the model, or of this one before it was changed: "
+                "load the adapter that the order lies beside, or put this one in order by `corda export --as ordered`"
+            )
+
 
 SLACK = 1e-4  # R may come out of a product
+ROUNDED = 0.01  # the share by which a component's size may change where a model's weights are loaded as bfloat16
+
+
+def sizes_of(A: Tensor, B: Tensor) -> Tensor:
+    """‖b_i‖·‖a_i‖ of each component of B A, (r,), float32, on the CPU.
+
+    Args:
+        A: (r, n).
+        B: (m, r).
+    """
+    return (A.detach().float().norm(dim=1) * B.detach().float().norm(dim=0)).cpu()
 
 
 def nested_order(peft_model: PeftModel, adapter: str = "default") -> Order:
@@ -85,11 +115,10 @@ def read_gains(directory: Path) -> dict[str, Tensor]:
 
 def read_order(directory: Path | str) -> Order:
     """The order of an adapter that `corda export --as ordered` has written. Raises CordaError as `read_gains` does."""
-    gains = read_gains(Path(directory))
-    with safe_open(Path(directory) / WEIGHTS, framework="pt") as file:
-        costs = [
-            sum(file.get_slice(f"base_model.model.{name}.lora_{side}.weight").get_shape()[1 - axis] for axis, side in
-                enumerate("AB"))
-            for name in gains
-        ]  # fmt: skip
-    return Order(dict(zip(gains, needed_ranks(list(gains.values()), costs))))
+    gains, tensors = read_gains(Path(directory)), load_file(Path(directory) / WEIGHTS)
+    costs, sizes = [], {}
+    for name in gains:
+        A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")  # (r, n), (m, r)
+        costs.append(A.shape[1] + B.shape[0])
+        sizes[name] = sizes_of(A, B)
+    return Order(dict(zip(gains, needed_ranks(list(gains.values()), costs))), sizes=sizes)
