@@ -97,18 +97,22 @@ def judge():
 
     class Endpoint(BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.server.answer("", 0) == "drip":
-                self.drip()
+            if "drip" in str(answer := self.server.answer("", 0)):
+                self.drip(answer)
 
-        def drip(self):
+        def drip(self, what):
             """A right answer at last, if somebody waits for it."""
-            self.send_response(200)
-            self.end_headers()
             with suppress(OSError):
+                if what == "dripping headers":
+                    self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Wait: ")
+                else:
+                    self.send_response(200)
+                    self.end_headers()
                 for _ in range(200):
                     self.server.end.wait(0.02)
                     self.wfile.write(b" ")
-                self.wfile.write(rated(7.0).encode())
+                self.server.heard_out = True
+                self.wfile.write((b"\r\n\r\n" if what == "dripping headers" else b"") + rated(7.0).encode())
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -120,8 +124,8 @@ def judge():
             if answer == "hang":
                 self.server.end.wait()
                 return
-            if answer == "drip":
-                self.drip()
+            if answer in ("drip", "dripping headers"):
+                self.drip(answer)
                 return
             status = answer if isinstance(answer, int) else 200
             text = answer if isinstance(answer, str) else json.dumps(answer)
@@ -138,7 +142,7 @@ def judge():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     server.daemon_threads = True
-    server.calls, server.lock, server.end = [], threading.Lock(), threading.Event()
+    server.calls, server.lock, server.end, server.heard_out = [], threading.Lock(), threading.Event(), False
     server.answer = lambda asked, before: 7.0
     server.options = ["--judge.url", f"http://127.0.0.1:{server.server_port}/v1", "--judge.model", "a/judge"]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -264,6 +268,7 @@ NEVER = {
     "closed": "no connection",
     "hang": "time-out",
     "drip": "time-out",
+    "dripping headers": "time-out",
     "flood": NO_ANSWER,
     "zipped": NO_ANSWER,
     401: "HTTP 401, is OPENAI_API_KEY right?",
@@ -274,8 +279,9 @@ NEVER = {
 def test_an_endpoint_that_never_answers_costs_a_few_calls(evaluate, judge, monkeypatch, how, tmp_path):
     monkeypatch.setattr(mt_bench, "HOPELESS", 2)
     monkeypatch.setattr(mt_bench, "AT_ONCE", 1)
-    if how in ("hang", "drip"):
+    if NEVER[how] == "time-out":
         monkeypatch.setattr(mt_bench, "SECONDS", 0.1)
+        monkeypatch.setattr(mt_bench, "PATIENCE", 1.0)
     if how == "flood":
         monkeypatch.setattr(mt_bench, "LONGEST", 2000)
     judge.answer = lambda asked, before: " " * 2000 + rated(7.0) if how == "flood" else how
@@ -294,7 +300,8 @@ def test_an_endpoint_that_never_answers_costs_a_few_calls(evaluate, judge, monke
     assert len(read_lines(the_file(tmp_path / "mt" / "model_answer"))) == len(QUESTIONS)
     refused = "mt_bench: there is no connection to http://127.0.0.1:1: the answers are written, and judged if"
     assert (refused in said) == (how == "closed")
-    if how not in ("hang", "drip"):  # there the last request may not have been read yet
+    assert not judge.heard_out
+    if NEVER[how] != "time-out":  # there the last request may not have been read yet
         assert len(judge.calls) == (0 if how == "closed" else 2)
 
 

@@ -9,6 +9,7 @@ files in `judge.folder`, so that its tools read them:
 Lines are written as they come. What is there already is neither answered nor judged again.
 """
 
+import asyncio
 import copy
 import hashlib
 import json
@@ -20,6 +21,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -44,6 +46,7 @@ JUDGE_TOKENS = 2048
 KEY = "OPENAI_API_KEY"
 HINTS = {401: f", is {KEY} right?", 403: f", is {KEY} right?", 404: ", are --judge.url and --judge.model right?"}
 SECONDS = 120.0  # until a call has timed out
+PATIENCE = 10.0  # the same of the first, which asks for nothing
 LONGEST = 2**24  # bytes of an answer
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a call is tried again
 AT_ONCE = 4  # calls
@@ -424,11 +427,11 @@ def _is_there(judge: JudgeConfig) -> bool:
     import httpx
 
     try:
-        with httpx.stream("GET", _base(judge), timeout=5):
-            pass  # whatever it says
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own has a loop of events already
+            thread.submit(_called, judge, PATIENCE).result()
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError):
         return False
-    except httpx.HTTPError:
+    except (httpx.HTTPError, ValueError):
         pass  # it took the call
     return True
 
@@ -447,9 +450,6 @@ def _key() -> str:
 
 def _said(calls: Sequence[Call], judge: JudgeConfig) -> Iterator[tuple[Call, str]]:
     """(call, what the judge said, or a `_Failure`) as they come. An interruption waits for no call."""
-    import httpx
-
-    headers = {"Authorization": f"Bearer {key}"} if (key := _key()) else {}
     failed, lock = 0, threading.Lock()  # calls, one after the other
     waiting, stopped = iter(calls), threading.Event()
     heard: SimpleQueue[tuple[Call, str | Exception]] = SimpleQueue()
@@ -458,7 +458,7 @@ def _said(calls: Sequence[Call], judge: JudgeConfig) -> Iterator[tuple[Call, str
         nonlocal failed
         if failed >= HOPELESS:
             return _Failure(f"not asked, as {HOPELESS} calls failed one after the other")
-        said = _ask(client, call, judge, stopped)
+        said = _ask(call, judge, stopped)
         with lock:
             failed = failed + 1 if isinstance(said, _Failure) else 0
         return said
@@ -472,8 +472,7 @@ def _said(calls: Sequence[Call], judge: JudgeConfig) -> Iterator[tuple[Call, str
             except Exception as error:
                 heard.put((call, error))
 
-    client = httpx.Client(base_url=_base(judge), headers=headers, timeout=SECONDS)
-    with client, progress_bar("judging", len(calls)) as advance:
+    with progress_bar("judging", len(calls)) as advance:
         for _ in range(min(AT_ONCE, len(calls))):
             threading.Thread(target=work, daemon=True).start()  # the process ends without waiting for it
         try:
@@ -487,7 +486,7 @@ def _said(calls: Sequence[Call], judge: JudgeConfig) -> Iterator[tuple[Call, str
             stopped.set()
 
 
-def _ask(client: Any, call: Call, judge: JudgeConfig, stopped: threading.Event) -> str:
+def _ask(call: Call, judge: JudgeConfig, stopped: threading.Event) -> str:
     """What the judge said, or a `_Failure`. Asks again after a time-out, a broken connection, and 429 or 5xx, until
     `stopped` is set."""
     import httpx
@@ -504,7 +503,7 @@ def _ask(client: Any, call: Call, judge: JudgeConfig, stopped: threading.Event) 
     for wait in (*WAITS, None):
         asked_to_wait = 0.0
         try:
-            response, said = _called(client, body)
+            response, said = _called(judge, SECONDS, body)
             if response.status_code == 200:
                 return str(json.loads(said)["choices"][0]["message"]["content"])
             failure = _Failure(f"HTTP {response.status_code}{HINTS.get(response.status_code, '')}")
@@ -523,20 +522,28 @@ def _ask(client: Any, call: Call, judge: JudgeConfig, stopped: threading.Event) 
     return failure
 
 
-def _called(client: Any, body: dict[str, Any]) -> tuple[Any, bytes]:
-    """The response to a call, and what it says.
+def _called(judge: JudgeConfig, seconds: float, body: dict[str, Any] | None = None) -> tuple[Any, bytes]:
+    """The response to a call, and what it says. Without a body it is the endpoint itself that is called.
 
-    Raises httpx.ReadTimeout if that is not there after SECONDS, where the client's own time-out is of each read, and
-    ValueError if it is longer than LONGEST.
+    Raises httpx.ReadTimeout if that is not there after so many seconds (httpx's own time-out is of each read, which is
+    a byte of what drips), and ValueError if it is longer than LONGEST.
     """
     import httpx
 
-    end, said = time.monotonic() + SECONDS, bytearray()
-    with client.stream("POST", "/chat/completions", json=body) as response:
-        for part in response.iter_bytes():
-            said += part
-            if len(said) > LONGEST:
-                raise ValueError(f"more than {LONGEST} bytes")
-            if time.monotonic() > end:
-                raise httpx.ReadTimeout(f"more than {SECONDS} seconds")
-    return response, bytes(said)
+    method, url = ("POST", f"{_base(judge)}/chat/completions") if body else ("GET", _base(judge))
+    headers = {"Authorization": f"Bearer {key}"} if body and (key := _key()) else {}
+
+    async def call() -> tuple[Any, bytes]:
+        said = bytearray()
+        client = httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(None, connect=seconds / 2))
+        async with client, client.stream(method, url, json=body) as response:
+            async for part in response.aiter_bytes():
+                said += part
+                if len(said) > LONGEST:
+                    raise ValueError(f"more than {LONGEST} bytes")
+        return response, bytes(said)
+
+    try:
+        return asyncio.run(asyncio.wait_for(call(), seconds))
+    except asyncio.TimeoutError as error:
+        raise httpx.ReadTimeout(f"more than {seconds} seconds") from error
