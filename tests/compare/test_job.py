@@ -16,11 +16,13 @@ from corda_lora.cli import main
 from corda_lora.compare.comparison import Comparison, gather
 from corda_lora.compare.frontier import summary
 from corda_lora.compare.job import do_job, results_of
+from corda_lora.compare.runner import compare
 from corda_lora.compare.schedule import Job
-from corda_lora.config import CompareConfig, EvalConfig, ModelConfig, TrainConfig
+from corda_lora.config import CompareConfig, EvalConfig, JudgeConfig, MethodConfig, ModelConfig, TrainConfig
 from corda_lora.data.batches import Encoded
 from corda_lora.evaluation.base_outputs import BaseOutputs, record_base
 from corda_lora.evaluation.evaluate import evaluate
+from corda_lora.evaluation.tasks import mt_bench
 from corda_lora.models.loading import load_model, load_tokenizer
 
 
@@ -74,6 +76,46 @@ def test_benchmarks_are_measured_as_all_else(do, comparison, folder):
     assert gathered["recipe"]["eval"]["data_dir"] == str(folder)
     scores = summary(json.loads(json.dumps(gathered)))[0]["scores"]
     assert scores["tasks", "webqs", "exact_match"].value == results[Job()]["results"]["tasks"]["webqs"]["exact_match"]
+
+
+def test_a_judge_that_was_down_is_asked_by_the_same_command(comparison, folder, monkeypatch, capsys):
+    questions = [{"question_id": i, "category": "math", "turns": [f"{i}?", "why?"]} for i in (1, 2)]
+    kinds = mt_bench.KINDS.values()
+    prompts = [{"name": kind, "system_prompt": "", "prompt_template": f"{kind} {{answer_1}}"} for kind in kinds]
+    for name, lines in (("question", questions), ("judge_prompts", prompts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge = JudgeConfig("http://127.0.0.1:1", "judge", folder=folder / "judged")
+    evaluated = EvalConfig(learn="learn.jsonl", tasks="mt_bench", data_dir=folder, judge=judge)
+    train = TrainConfig(max_steps=1, batch_size=8, precision="fp32")
+    lora = {"lora": MethodConfig(learning_rates=[1e-3, 1e-2])}
+    recipe = CompareConfig(lora, "learn.jsonl", evaluated, train=train, r=4, curve_points=1, seeds=1)
+    comparison = Comparison(comparison.source, recipe, folder / "judged" / "out")
+    monkeypatch.setattr(mt_bench, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(mt_bench, "_is_there", lambda judge: True)
+    monkeypatch.setattr(mt_bench, "_ask", lambda *call: mt_bench._Failure("down"))
+
+    def compared():
+        made = compare(comparison.source, recipe, comparison.output, gpus=[""])
+        said = " ".join(capsys.readouterr().err.split())
+        return [each["tasks"]["mt_bench"].get("score") for each in (made["base"], made["runs"][0]["results"])], said
+
+    again = "mt_bench: 3 results lack a part (their log.txt says why): the same command asks for it again"
+    comparison.open()
+    for job in (Job(), Job("lora", 1e-3), Job("lora", 1e-2)):
+        comparison.folder(job).mkdir(parents=True)
+        comparison.write_result(job, do_job(comparison, job, lambda steps: None))
+    scores, said = compared()
+    assert scores == [None, None]
+    assert again in said
+    monkeypatch.setattr(mt_bench, "_is_there", lambda judge: False)
+    assert again in compared()[1]
+    monkeypatch.setattr(mt_bench, "_is_there", lambda judge: True)
+    monkeypatch.setattr(mt_bench, "_ask", lambda *call: "[[7]]")
+    scores, said = compared()
+    assert scores == [7.0, 7.0]
+    assert again not in said
+    monkeypatch.setattr(mt_bench, "_ask", None)  # nothing is missing any more
+    assert compared()[0] == [7.0, 7.0]
 
 
 def test_drift_is_that_of_eval(checkpoint, folder):

@@ -19,7 +19,7 @@ from ..data.samples import load_samples
 from ..devices import accelerator, peak_bytes
 from ..evaluation.answers import TUNED
 from ..evaluation.base_outputs import BaseOutputs
-from ..evaluation.evaluate import evaluate, loss_and_drift
+from ..evaluation.evaluate import BothSides, evaluate, loss_and_drift
 from ..methods.registry import METHODS, Prepared, Setup, count_parameters
 from ..models.loading import load_model, load_tokenizer
 from ..models.targets import find_targets, is_classifier, new_modules, task_type, trains_head
@@ -62,11 +62,13 @@ def do_job(comparison: Comparison, job: Job, advance: Advance) -> dict[str, Any]
 
 def _measure_base(comparison: Comparison, job: Job, model: nn.Module, tokenizer: Any, began: float) -> dict[str, Any]:
     record: dict[str, torch.Tensor] = {}
-    results = evaluate(model, tokenizer, comparison.recipe.eval, progress=False, record=record)
+    scores: BothSides = {}
+    results = evaluate(model, tokenizer, comparison.recipe.eval, progress=False, record=record, scores=scores)
     BaseOutputs.save(comparison.folder(job), record)
     return {
         "status": "done",
         "results": results_of(results, "base"),
+        **unfinished_of(scores),
         "seconds": time.perf_counter() - began,
         "versions": {"corda-lora": __version__, "python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
@@ -104,11 +106,14 @@ def _run(
     """Train a prepared model and measure it."""
     curve = _Curve(comparison, setup.tokenizer, advance)
     training = train_prepared(prepared, setup, [curve])
-    results = evaluate(prepared.model, setup.tokenizer, comparison.recipe.eval, progress=False, base=base)
+    scores: BothSides = {}
+    config = comparison.recipe.eval
+    results = evaluate(prepared.model, setup.tokenizer, config, progress=False, base=base, scores=scores)
     result = {
         "status": "done",
         "why": "",
         "results": results_of(results, "tuned"),
+        **unfinished_of(scores),
         "curve": curve.points,
         "loss": training["loss"],
         "steps": training["steps"],
@@ -194,3 +199,11 @@ def results_of(results: dict[str, Any], side: str) -> dict[str, Any]:
         names = names if len(set(names)) == len(names) else list(datas)
         by_kind[kind] = {name: sides[side] for name, sides in zip(names, datas.values())}
     return by_kind
+
+
+def unfinished_of(scores: BothSides) -> dict[str, Any]:
+    """{"unfinished": {task: what `Task.finish` takes}} of the tasks that lack something, as their judge was down; {} if
+    none does."""
+    tasks = {name: scored.unfinished for (kind, name), by_side in scores.items() if kind == "tasks"
+             for scored in by_side.values() if scored.unfinished}  # fmt: skip
+    return {"unfinished": tasks} if tasks else {}

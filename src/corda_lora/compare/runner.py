@@ -10,10 +10,12 @@ process.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,7 +33,7 @@ from ..devices import accelerator, visible_gpus
 from ..evaluation.choices import check_choices
 from ..evaluation.evaluate import measured_samples
 from ..evaluation.measures import KINDS
-from ..evaluation.tasks.registry import named_tasks
+from ..evaluation.tasks.registry import TASKS, named_tasks
 from ..files import write_json
 from ..methods.keeping import contexts_of
 from ..methods.registry import METHODS, check_options
@@ -173,15 +175,38 @@ def _prices_it(entry: MethodConfig) -> bool:
 
 
 def _run_all(comparison: Comparison, jobs: int, gpus: Sequence[str], ray: str) -> None:
-    """Do all jobs that have no result."""
+    """Do all jobs that have no result, and finish those that lack a part of it."""
     for job, result in comparison.results().items():
         if result["status"] in ("failed", "does not fit"):
             (comparison.folder(job) / RESULT).unlink()  # tried again
+    _finish(comparison)
     commit = _commit()  # now, before anybody edits the checkout
     pool: Pool = Nodes(comparison, jobs, commit) if ray else Processes(comparison, [*gpus] * jobs, commit)
     session = _Session(comparison, pool)
     with progress_bar("comparing", session.progress.session_steps()) as advance:
         session.run(advance)
+    for name, count in _unfinished(comparison).items():
+        console.print(f"{name}: {count} results lack a part (their {LOG} says why): the same command asks for it again")
+
+
+def _unfinished(comparison: Comparison) -> Counter[str]:
+    """How many results each task lacks something of."""
+    return Counter(name for result in comparison.results().values() for name in result.get("unfinished", {}))
+
+
+def _finish(comparison: Comparison) -> None:
+    """Ask for what results of an earlier call lack, as a task's judge was down."""
+    for name in _unfinished(comparison):
+        tokenizer, config = load_tokenizer(comparison.source), comparison.recipe.eval
+        for job, result in comparison.results().items():
+            if unfinished := result.get("unfinished", {}).pop(name, None):
+                scored = TASKS[name].finish(unfinished, tokenizer, config)
+                if scored is None or all(map(math.isnan, scored.values)):
+                    break  # nor will it now of the others
+                result["results"]["tasks"][name] = TASKS[name].result(scored)
+                if scored.unfinished:
+                    result["unfinished"][name] = scored.unfinished
+                write_json(comparison.folder(job) / RESULT, result)
 
 
 class _Session:

@@ -5,7 +5,6 @@ both, one after the other, and none of the base model's outputs are stored. Wher
 one base model, or where its weights are overwritten, its outputs are stored once: see `base_outputs`.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from .measures import (
     recall,
     tokens,
 )
-from .tasks.registry import Scores, Task, checked_tasks
+from .tasks.registry import checked_tasks
 
 BothSides = dict[tuple[str, str], dict[str, Any]]  # of (kind, data), what each sample gave on each side
 
@@ -192,7 +191,7 @@ def evaluate(
         for side, active in compared.items():
             with active(), quiet(not progress):
                 by_side[side] = task.run(model, tokenizer, config)
-        results.setdefault("tasks", {})[task.name] = {side: _score(task, scored) for side, scored in by_side.items()}
+        results.setdefault("tasks", {})[task.name] = {side: task.result(scored) for side, scored in by_side.items()}
         if scores is not None:
             scores.setdefault(("tasks", task.name), {}).update(by_side)
     return results
@@ -272,12 +271,6 @@ def _run(request: Request, measures: Sequence[Measure], sampled: dict[str, Any] 
             assert sampled is not None
             sampled.setdefault(side, {}).update(by_measure)
     return results
-
-
-def _score(task: Task, scored: Scores) -> dict[str, float]:
-    """The metric, unless it is NaN (no answer was judged), and the number of samples."""
-    value = task.mean(scored.values, scored.labels)
-    return ({} if math.isnan(value) else {task.metric: value}) | {"samples": len(scored.values)}
 
 
 def text_windows(tokenizer: Any, samples: Sequence[Sample], length: int) -> list[Sample]:

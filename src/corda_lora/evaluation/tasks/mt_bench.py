@@ -88,25 +88,49 @@ def check(config: EvalConfig) -> list[Any]:
     return [*questions, prompts]
 
 
-@task("mt_bench", "score", "answers to two turns, judged by --judge.model: 1 to 10", mean=mean, check=check)
+def finish(name: str, tokenizer: Any, config: EvalConfig) -> Scores | None:
+    """The scores of answers that are kept under this name, where judgments were missing. None if nothing answers at the
+    judge's endpoint still, or the answers are not here."""
+    questions, path = read_questions(config), answers_of(name, config.judge)
+    answers = _turns(read_lines(path, ANSWER, whole=False)) if path.is_file() else {}
+    if any(question["question_id"] not in answers for question in questions) or not _is_there(config.judge):
+        return None
+    return _scores(questions, answers, name, tokenizer, config)
+
+
+MEANING = "answers to two turns, judged by --judge.model: 1 to 10"
+
+
+@task("mt_bench", "score", MEANING, mean=mean, check=check, finish=finish)
 def mt_bench(model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
     """The value of a question is the mean of its turns' ratings, and NaN if there is none."""
     questions, name, judge = read_questions(config), name_of(model), config.judge
-    path = judge.folder / "model_answer" / f"{name}.jsonl"
+    path = answers_of(name, judge)
     if judge.url and not _is_there(judge):
         console.print(
             f"mt_bench: there is no connection to {judge.url}: the answers are written, and judged if there is then"
         )
     answers = answered(model, tokenizer, questions, path, config.batch_tokens)
-    ratings: dict[tuple[Any, int], float] = {}
-    if judge.url:
-        ratings = judged(calls_of(questions, answers, read_prompts(config)), name, judge, tokenizer)
-    else:
+    if not judge.url:
         warnings.warn(
             f"mt_bench: {len(answers)} questions are answered, but not judged: the answers are in {path}; give "
             "--judge.url and --judge.model for a score",
             stacklevel=2,
         )
+    return _scores(questions, answers, name, tokenizer, config)
+
+
+def answers_of(name: str, judge: JudgeConfig) -> Path:
+    return judge.folder / "model_answer" / f"{name}.jsonl"
+
+
+def _scores(
+    questions: Sequence[dict[str, Any]], answers: dict[Any, list[str]], name: str, tokenizer: Any, config: EvalConfig
+) -> Scores:
+    """The scores of answers that a model gave, by what the judge has said or says now."""
+    ratings: dict[tuple[Any, int], float] = {}
+    if config.judge.url:
+        ratings = judged(calls_of(questions, answers, read_prompts(config)), name, config.judge, tokenizer)
     values, details = [], []
     for question in questions:
         number = question["question_id"]
@@ -122,7 +146,8 @@ def mt_bench(model: Any, tokenizer: Any, config: EvalConfig) -> Scores:
                 "ratings": rated,
             }
         )
-    return Scores(values, details)
+    missing = config.judge.url and len(ratings) < 2 * len(questions)
+    return Scores(values, details, unfinished=name if missing else "")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

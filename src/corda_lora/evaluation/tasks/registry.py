@@ -7,6 +7,7 @@ A task is a function that scores a model, sample by sample, under one `@task(...
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -27,11 +28,13 @@ class Scores:
         values: one for each sample, such as 1.0 for a right answer.
         details: one for each sample, ready for JSON: what was asked, answered and expected.
         labels: one for each sample, where the metric is no mean of the values: what they should be.
+        unfinished: what `Task.finish` takes, if it can give values to samples that have none.
     """
 
     values: list[float]
     details: list[dict[str, Any]]
     labels: list[float] = field(default_factory=list)
+    unfinished: str = ""
 
 
 def mean(values: Sequence[float] | ndarray, labels: Sequence[float] | ndarray) -> float:
@@ -60,6 +63,8 @@ class Task:
             called before the model is loaded. It may return the samples: a comparison goes on with the same ones alone.
         requires: (model, tokenizer, config); raises CordaError if the model cannot be asked. It is called before
             anything is measured.
+        finish: (`Scores.unfinished`, tokenizer, config) → the scores with what was missing, without the model; None if
+            it is missing still.
     """
 
     name: str
@@ -69,10 +74,16 @@ class Task:
     mean: Callable[[Any, Any], float] = mean
     check: Callable[[EvalConfig], Any] = lambda config: None
     requires: Callable[[Any, Any, EvalConfig], None] = writes
+    finish: Callable[[str, Any, EvalConfig], Scores | None] = lambda unfinished, tokenizer, config: None
 
     @property
     def measure(self) -> Measure:
         return MEASURES[self.metric]
+
+    def result(self, scored: Scores) -> dict[str, float]:
+        """The metric, unless it is NaN (no answer was judged), and the number of samples."""
+        value = self.mean(scored.values, scored.labels)
+        return ({} if math.isnan(value) else {self.metric: value}) | {"samples": len(scored.values)}
 
 
 TASKS: dict[str, Task] = {}
