@@ -53,8 +53,8 @@ def get_corda_model(
             the model's name.
 
     Returns:
-        the adapted model. If `config.keep` is above 0, its attribute `statistics` holds what predicts the drift that an
-        adapter causes on the context: see `training.keeping`.
+        the adapted model. If `config.keep` is above 0, it has that as an attribute, and in `statistics` what predicts
+        the drift that an adapter causes on the context: see `KeepCallback`.
 
     Raises:
         CordaError: see `preprocess`.
@@ -70,7 +70,7 @@ def get_corda_model(
         quantize_in_place(model, start)
     adapted: Any = install(model, start)
     if start.statistics is not None:
-        adapted.statistics = start.statistics
+        adapted.statistics, adapted.keep = start.statistics, config.keep
     return adapted
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+from dataclasses import replace
 
+import peft
 import pytest
 import tiny
 import torch
@@ -11,13 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from corda_lora import get_corda_model
 from corda_lora.adapters.lora import install, lora_layers
+from corda_lora.algebra.second_order import Low
 from corda_lora.config import CordaConfig, CordaError, LoraStart, TrainConfig
 from corda_lora.data.samples import Sample
 from corda_lora.evaluation.evaluate import loss_and_drift
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess.pipeline import preprocess
-from corda_lora.preprocess.statistics import Statistics, answered_batches, collect_statistics
+from corda_lora.preprocess.statistics import Sides, Statistics, answered_batches, collect_statistics
 from corda_lora.training.keeping import KeepCallback, Keeper, PredictedDrift
 from corda_lora.training.train import plain_lora, train
 
@@ -123,6 +127,32 @@ def test_statistics_of_another_model_are_refused(statistics):
         PredictedDrift(adapted("lora", recipe()), few)
 
 
+def test_statistics_that_do_not_fit_their_layers_are_refused(statistics):
+    name, (C, D) = next(iter(statistics.layers.items()))
+    cut = replace(statistics, layers=statistics.layers | {name: Sides(Low(C.factor[:-4], C.diagonal[:-4]), D)})
+    with pytest.raises(CordaError, match=f"are damaged: {name} is no layer of {len(C.diagonal) - 4} inputs"):
+        PredictedDrift(adapted("lora", recipe()), cut)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), "q_proj by more than B A"),
+        (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "the adapter is of the kind IA3"),
+    ],
+)
+def test_an_adapter_whose_drift_is_not_that_of_its_factors_is_refused(config, said, statistics):
+    config.task_type = "CAUSAL_LM"
+    with pytest.raises(CordaError, match=said):
+        PredictedDrift(peft.get_peft_model(tiny.build("llama"), config), statistics)
+
+
+def test_what_is_trained_beside_the_factors_is_named(statistics):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match=r"does not see .*lm_head\.modules_to_save.*one of 1 such"):
+        KeepCallback(peft.get_peft_model(tiny.build("llama"), config), statistics)
+
+
 def test_a_run_that_was_broken_off_goes_on_with_the_same_price(tokenizer, statistics, tmp_path):
     whole, keeper, _ = run("lora", tokenizer, statistics, 1.0, 0.01, tmp_path / "whole", checkpoints=4)
     state = json.loads((tmp_path / "whole/checkpoint-18/trainer_state.json").read_text())
@@ -134,6 +164,14 @@ def test_a_run_that_was_broken_off_goes_on_with_the_same_price(tokenizer, statis
     assert [row[0] for row in resumed.history] == [row[0] for row in keeper.history]
     for a, b in zip(whole.parameters(), again.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_run_that_is_resumed_with_another_fixed_price_has_that_price(tokenizer, statistics, tmp_path):
+    run("lora", tokenizer, statistics, 1.0, work=tmp_path, checkpoints=4)
+    (tmp_path / "checkpoint-24").rename(tmp_path / "away")
+    _, keeper, _ = run("lora", tokenizer, statistics, 30.0, work=tmp_path, checkpoints=4)
+    assert keeper.keep == 30.0
+    assert [row[3] for row in keeper.history] == [1.0] * 5 + [30.0] * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a process that uses a GPU cannot fork")
@@ -205,6 +243,14 @@ def test_the_prediction_follows_what_trains_and_where_it_is(statistics):
         layer.lora_B["default"].weight.data.normal_()
     callback.on_train_begin(TrainingArguments("x"), TrainerState(), None)
     assert float(callback.predicted().detach()) == pytest.approx(float(PredictedDrift(model, statistics)().detach()))
+
+
+def test_the_callbacks_price_is_that_of_the_configuration(statistics):
+    config, model = CordaConfig(mode="kpm", r=4, keep=30), tiny.build("llama")
+    model = get_corda_model(model, config, answered_batches(CONTEXT, 0), progress=False)
+    assert KeepCallback(model).keep == 30
+    assert KeepCallback(model, keep=3.0).keep == 3
+    assert KeepCallback(adapted("lora", recipe()), statistics).keep == 10
 
 
 @pytest.mark.parametrize("options", [{"max_drift": 0.0}, {"max_drift": float("nan")}, {"points": 0}, {"keep": "5"}])

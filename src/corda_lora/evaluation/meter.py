@@ -19,7 +19,7 @@ from ..data.samples import Sample, digest_of, load_samples
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, check_samples, collect_statistics
-from ..training.keeping import Keeper, PredictedDrift, check_whole_base
+from ..training.keeping import Keeper, PredictedDrift, check_predictable, trained_beside
 from .evaluate import loss_and_drift
 
 MEASURED = 64  # samples that the meter measures the drift on
@@ -178,17 +178,20 @@ def make_keepers(
     Args:
         encoded: what `encode_kept` found.
 
-    Raises CordaError as `unseen_samples` and `check_whole_base` do.
+    Raises CordaError as `unseen_samples` and `check_predictable` do.
     """
     keepers, lines = [], list[str]()
     if contexts:
-        check_whole_base(peft_model)  # before the context is run
+        check_predictable(peft_model)  # before the context is run
     for context, shown in zip(contexts, encoded):
         keeper, said = _make_keeper(peft_model, tokenizer, config, context, shown)
         keepers += [keeper] if keeper else []
         lines += said
-    if contexts and peft_model.peft_config["default"].modules_to_save:
-        lines.append("the price does not see modules_to_save, which are trained whole; the measured drift does")
+    if contexts and (others := trained_beside(peft_model)):
+        lines.append(
+            f"the price does not see {others[0]}, which is trained, too (one of {len(others)} such parameters); the "
+            "measured drift does"
+        )
     return keepers, lines
 
 
@@ -225,7 +228,7 @@ def _make_keeper(
 def generic_penalty(peft_model: PeftModel, tokenizer: Any, price: float) -> Callable[[], Tensor]:
     """`price` times the drift that is predicted on texts that the model draws without its adapter, which stand for the
     abilities that nobody named."""
-    check_whole_base(peft_model)  # before the model draws
+    check_predictable(peft_model)  # before the model draws
     predicted = PredictedDrift(peft_model, _collected(peft_model, tokenizer, own_text(peft_model, tokenizer)))
     return lambda: price * predicted()
 

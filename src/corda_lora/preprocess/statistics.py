@@ -91,7 +91,7 @@ class Statistics:
             return cls(sides, **counts, digests=dict(about["digests"]))
         except FileNotFoundError as error:
             raise CordaError(f"{path} is missing: it holds the statistics of the context to keep") from error
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CordaError(f"{path} is damaged, or holds no statistics of a context") from error
 
 

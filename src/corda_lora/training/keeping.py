@@ -8,6 +8,8 @@ and shows the prediction multiplied by what the last measurement said.
 """
 
 import math
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,8 +26,8 @@ from ..adapters.lora import lora_layers
 from ..algebra.second_order import Low, predicted_drift, quadratic
 from ..config import CordaError
 from ..config.train import KEEP
-from ..config.values import Count, NonNegative, Positive, check_value
-from ..models.weights import layer_digest
+from ..config.values import Count, Positive, Weight, check_value
+from ..models.weights import layer_digest, weight_shape
 from ..preprocess.statistics import Statistics
 
 STATE = "Keeper"
@@ -48,11 +50,26 @@ class _Layers(NamedTuple):
     weight: Tensor
 
 
-def check_whole_base(peft_model: PeftModel, adapter: str = "default") -> None:
-    """Raises CordaError if the base is none without the adapter, so that no drift from it can be predicted."""
+def check_predictable(peft_model: PeftModel, adapter: str = "default") -> None:
+    """Raises CordaError if no drift can be predicted of an adapter: the base is none without it, or its update is no
+    s·B A."""
     marks = (peft_model.peft_config[adapter].auto_mapping or {}).get("corda", {})
     if marks.get("split") == "residual":
         raise CordaError("a part of the model is in the adapter, so its drift cannot be predicted: leave keep out")
+    layers = {name: layer for name, layer in lora_layers(peft_model).items() if adapter in layer.r}
+    if not layers:
+        kind = type(peft_model.peft_config[adapter]).__name__.removesuffix("Config")
+        raise CordaError(f"the adapter is of the kind {kind}, and drift is predicted of LoRA alone: leave keep out")
+    for name, layer in layers.items():  # of DoRA and its like PEFT keeps what they do beside B A
+        if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
+            raise CordaError(
+                f"the adapter changes {name} by more than B A, so its drift cannot be predicted: leave keep out"
+            )
+
+
+def trained_beside(peft_model: nn.Module) -> list[str]:
+    """The parameters that train beside the factors of LoRA layers: what they do is not predicted."""
+    return [n for n, p in peft_model.named_parameters() if p.requires_grad and not re.search(r"\.lora_[AB]\.", n)]
 
 
 class PredictedDrift:
@@ -64,13 +81,13 @@ class PredictedDrift:
     Args:
         statistics: of the context, from the model without the adapter.
 
-    Raises CordaError as `check_statistics` and `check_whole_base` do, or if the adapter is not active.
+    Raises CordaError as `check_statistics` and `check_predictable` do, or if the adapter is not active.
     """
 
     def __init__(self, peft_model: PeftModel, statistics: Statistics, adapter: str = "default"):
         if adapter not in getattr(peft_model, "active_adapters", ()):
             raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
-        check_whole_base(peft_model, adapter)
+        check_predictable(peft_model, adapter)
         self.model, self.statistics, self.adapter = peft_model, statistics, adapter
         check_statistics(statistics, {n: layer.get_base_layer() for n, layer in lora_layers(peft_model).items()})
         self.prepare()
@@ -143,12 +160,19 @@ def whole_factor(module: nn.Module) -> Tensor:
 
 
 def check_statistics(statistics: Statistics, layers: Mapping[str, nn.Module]) -> None:
-    """Raises CordaError if the statistics were not collected of `layers`, by name, with these very weights."""
+    """Raises CordaError if the statistics were not collected of `layers`, by name, with these very weights, or do not
+    fit them."""
     for name, module in layers.items():
         if name not in statistics.digests:
             raise CordaError(f"the statistics of the context lack the layer {name}, which the adapter changes")
         if layer_digest(module) != statistics.digests[name]:
             raise CordaError(f"the statistics of the context are of another model: {name} has other weights")
+        if name in statistics.layers:
+            C, D = (len(M.diagonal) for M in statistics.layers[name])
+            if weight_shape(module) != (D, C):
+                raise CordaError(
+                    f"the statistics of the context are damaged: {name} is no layer of {C} inputs and {D} outputs"
+                )
 
 
 class Keeper(TrainerCallback):
@@ -157,6 +181,7 @@ class Keeper(TrainerCallback):
 
     Attributes:
         keep: λ, the price of a nat of predicted drift per answer token, in nats of the training loss per answer token.
+        steered: whether λ changes while training. Only then does a resumed training take it from the checkpoint.
         history: [step, predicted drift, measured drift, λ] at the beginning, at `points` steps and at the end. Without
             `measure` the measured drift is None.
 
@@ -181,11 +206,12 @@ class Keeper(TrainerCallback):
         points: int = 5,
         name: str = "",
     ):
-        check_value("keep", keep, NonNegative)
+        check_value("keep", keep, Weight)
         check_value("max_drift", max_drift, Positive | None)
         check_value("points", points, Count)
         self.predicted, self.keep, self.max_drift = predicted, keep, max_drift
         self.measure, self.points, self.name = measure, points, name
+        self.steered = max_drift is not None
         self.ratio = 1.0  # measured / predicted, at the last measurement
         self.history: list[list[float | None]] = []
         self.last = 0.0
@@ -202,8 +228,11 @@ class Keeper(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.predicted.prepare()  # the trainer may have moved the model since
         if saved := state.stateful_callbacks.get(f"{STATE} {self.name}".strip()):
+            price = self.keep
             for name, value in saved["attributes"].items():
                 setattr(self, name, value)
+            if not self.steered:  # a fixed price is the one that is asked for now
+                self.keep = price
             return
         self.look(state.global_step, measures=True)
         if self.max_drift is not None and self.estimate > self.max_drift:
@@ -261,6 +290,8 @@ class Keepers(TrainerCallback):
 
     def __init__(self, keepers: Sequence[Keeper], even: bool = False, rate: float = 0.1):
         self.keepers, self.even, self.rate = keepers, even, rate
+        for keeper in keepers:
+            keeper.steered |= even
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for keeper in self.keepers:
@@ -302,7 +333,9 @@ class KeepCallback(Keeper):
 
     Args:
         statistics: Default: those that `get_corda_model` put on the model, if its configuration has `keep`.
-        keep, options: as of `Keeper`.
+        keep: λ. Default: that of the configuration which `get_corda_model` was given, else 10.
+        options: as of `Keeper`. Without `measure` the drift that is shown, and that `max_drift` bounds, is the
+            predicted one.
 
     `trainer.state.log_history` has `drift` beside each loss (see `Keeper.estimate`).
 
@@ -310,12 +343,24 @@ class KeepCallback(Keeper):
     are scaled (float16) and not clipped: the trainer then hands them over scaled.
     """
 
-    def __init__(self, peft_model: PeftModel, statistics: Statistics | None = None, keep: float = KEEP, **options: Any):
+    def __init__(
+        self, peft_model: PeftModel, statistics: Statistics | None = None, keep: float | None = None, **options: Any
+    ):
         peft_model = unwrapped(peft_model)
         statistics = statistics or getattr(peft_model, "statistics", None)
         if statistics is None:
-            raise CordaError("nothing says what to keep: give statistics, or get_corda_model a configuration with keep")
+            raise CordaError(
+                "nothing says what to keep: give get_corda_model a configuration with keep, or give the statistics of "
+                "the start: Statistics.load(Path('start/statistics.safetensors')), which corda init --keep writes"
+            )
+        if keep is None:
+            keep = getattr(peft_model, "keep", KEEP)
         super().__init__(PredictedDrift(peft_model, statistics), keep, **options)
+        if others := trained_beside(peft_model):
+            warnings.warn(
+                f"the price does not see {others[0]}, which is trained, too (one of {len(others)} such parameters)",
+                stacklevel=2,
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16 and not args.max_grad_norm:
