@@ -130,6 +130,10 @@ def test_prices_of_their_own():
             ["--context", "sums.jsonl", "--context", "sums.jsonl", "--context.ability", "adding"],
             "context names the same samples of sums.jsonl twice",
         ),
+        (
+            ["--context", "./sums.jsonl", "--context", "sums.jsonl", "--context.ability", "adding"],
+            "context names the same samples of ./sums.jsonl twice",
+        ),
         (["--context", "sums.jsonl", "--context.weight", -1, "--context", "words.jsonl"], "context.weight is -1"),
         (
             ["--context", "sums.jsonl", "--context.weight", 0, "--context", "words.jsonl", "--context.weight", 0],
@@ -171,10 +175,15 @@ def test_weights_may_be_written_with_an_exponent(folder, checkpoint):
     assert [a["weight"] for a in abilities] == [0.25, 0.75]
 
 
-def test_prices_that_sum_to_zero_have_nothing_to_share(folder, checkpoint, capsys):
-    free = [*BOTH[:2], "--context.price", 0, *BOTH[2:], "--context.price", 0]
-    said = refused(capsys, "train", checkpoint, *TRAINING, *free, "--weights", "validation", "--output", "out")
-    assert "the prices sum to zero" in said
+@pytest.mark.parametrize("weights", ["given", "validation"])
+def test_prices_that_are_all_zero_keep_nothing(weights, folder, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("corda_lora.tune.load_model", None)
+    free = [*BOTH[:2], "--context.price", 0, *BOTH[2:], "--context.price", 0, "--weights", weights, "--output", "out"]
+    said = refused(capsys, "train", checkpoint, *TRAINING, *free)
+    assert "the price of each context is 0, so nothing of them would be kept: give one a price" in said
+    said = refused(capsys, "train", checkpoint, *TRAINING, *free, "--keep", 10)
+    assert "keep is the price of contexts without their own, and each has one: leave keep out" in said
+    assert not (folder / "out").exists()
 
 
 def test_a_training_says_nothing_of_torchs(folder, checkpoint, capsys):

@@ -1,5 +1,6 @@
 """Which samples: of a context, of a task, of what is measured."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def named_contexts(given: Sequence[str | DataConfig]) -> Sequence[DataConfig]:
 
 def check_different(option: str, datas: Sequence[DataConfig]) -> None:
     """Raises CordaError if two data of an option are the same samples, whatever they are called."""
-    samples = [[getattr(data, f.name) for f in fields(DataConfig)] for data in datas]
+    samples = [[os.path.normpath(d.data), *(getattr(d, f.name) for f in fields(DataConfig)[1:])] for d in datas]
     if twice := [data.data for data, one in zip(datas, samples) if samples.count(one) > 1]:
         raise CordaError(f"{option} names the same samples of {twice[0]} twice: leave one of them out")
 

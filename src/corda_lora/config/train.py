@@ -105,6 +105,9 @@ class KeepConfig:
         if self.contexts:
             named: Any = self.contexts if len(self.contexts) > 1 else self.contexts[0]
             self.context = named
+        prices = [c.price for c in self.contexts if isinstance(c, ContextConfig)]
+        if self.keep is not None and prices and None not in prices:
+            raise CordaError("keep is the price of contexts without their own, and each has one: leave keep out")
         shares = {(c.weight, c.price) for c in self.contexts if isinstance(c, ContextConfig)}
         own = self.weights == "validation" or shares - {(ContextConfig.weight, ContextConfig.price)}
         if self.max_drift is not None and own:

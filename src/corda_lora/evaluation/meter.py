@@ -52,8 +52,8 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
     Args:
         record: corda.json of the start.
 
-    Raises CordaError if something is to be kept, and nothing says what; weights are to be found for one context; or as
-    `load_samples` does.
+    Raises CordaError if something is to be kept, and nothing says what, or at what price; weights are to be found for
+    one context; or as `load_samples` does.
     """
     if config.keep == 0:
         return []
@@ -87,8 +87,8 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
             if config.context is not None:
                 raise
             raise CordaError(f"{error}; {start} was made from it: give a --context, or --keep 0") from error
-    if config.weights == "validation" and not any(each.price for each in contexts):
-        raise CordaError("the prices sum to zero, and weights by validation shares their sum: give one a price")
+    if config.max_drift is None and not any(each.price for each in contexts):
+        raise CordaError("the price of each context is 0, so nothing of them would be kept: give one a price")
     return contexts
 
 
