@@ -108,6 +108,16 @@ def test_what_cannot_be_put_in_order_is_refused_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("split", ["anchored", "balanced"])
+def test_a_start_that_is_not_trained_has_nothing_to_put_in_order(split, lora, checkpoint, tmp_path, capsys):
+    main(["init", "--model", str(checkpoint), "--context", "rows.jsonl", "--r", "4", "--split", split,
+          "--output", "start"])  # fmt: skip
+    ordering = ["--model", checkpoint, "--adapter", "start", "--as", "ordered", "--data", "rows.jsonl"]
+    said = refused(capsys, *ordering, "--output", "out")
+    assert "the adapter in start changes nothing yet" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_on_the_output_head_has_no_order_and_is_cut_without(lora, checkpoint, tmp_path, capsys):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), config).save_pretrained(tmp_path / "head")

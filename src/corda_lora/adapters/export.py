@@ -88,7 +88,7 @@ def export_ordered(
     Returns:
         by layer the gain of each component (r,), in nats per answer token.
 
-    Raises CordaError as `export_lora` does, and what `collect_sides` refuses.
+    Raises CordaError as `export_lora` does, if the adapter was not trained, and what `collect_sides` refuses.
     """
     marks = read_marks(Path(directory))
     peft_model, scale, factors = _factors(model, directory)
@@ -98,6 +98,10 @@ def export_ordered(
     if unknown := unknown_layer(peft_model.get_base_model(), layers):
         raise CordaError(
             f"{unknown}, so its components have no order: --as lora --r R cuts each layer by its plain SVD"
+        )
+    if _changes_nothing(factors):
+        raise CordaError(
+            f"the adapter in {directory} changes nothing yet, so its components gain nothing: train it first"
         )
     batches, gains = answered_batches(encoded, pad_id, batch_tokens), {}
     tokens, answers = tokens_and_answers(batches)
@@ -120,6 +124,16 @@ def export_ordered(
     base = _only_base(peft_model, marks)
     _write_lora(peft_model, scale, factors, Path(directory), output, None, False, record, False, base, gains)
     return gains
+
+
+def _changes_nothing(factors: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    """Whether B A is zero in each layer, but for rounding where its halves cancel: an adapter's start."""
+    for A, B in factors.values():
+        A, B = (factor.to(double_device(factor.device)).double() for factor in (A, B))
+        square = float(((A @ A.T) * (B.T @ B)).sum())  # ‖B A‖²
+        if not square <= 1e-12 * float(A.square().sum() * B.square().sum()):
+            return False
+    return True
 
 
 def _only_base(peft_model: PeftModel, marks: Mapping[str, Any] | None) -> str | None:
