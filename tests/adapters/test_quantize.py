@@ -156,6 +156,22 @@ def test_plain_peft_on_plain_transformers(kind, dtype, source, rows, tmp_path):
     torch.testing.assert_close(training_logits(loaded), training_logits(adapted), rtol=0, atol=tolerance)
 
 
+def test_quantized_in_memory_both_are_saved_and_the_adapter_names_no_other_model(source, rows, tmp_path):
+    full = source(built()).model
+    model = AutoModelForCausalLM.from_pretrained(full)
+    adapted = get_corda_model(model, config_of(**PAPER), tiny.batches(), progress=False)
+    expected = training_logits(adapted)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    adapted.unload().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu")
+    loaded = load_adapter(base, tmp_path / "adapter")
+    torch.testing.assert_close(training_logits(loaded), expected, rtol=0, atol=1e-4)
+    with pytest.raises(OSError, match="without what this adapter holds"):  # as `pipeline` would load it
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(CordaError, match=r"its base was .* in 4 bits without what this adapter holds"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(full), tmp_path / "adapter")
+
+
 def test_another_dtype_is_computed_in(source, rows, tmp_path):
     model = built(torch.bfloat16)
     prepare(source(model), config_of(**PAPER), rows, tmp_path / "start", progress=False)
@@ -277,7 +293,7 @@ def test_an_adapter_on_another_residual(source, rows, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["paper", "folded", "anchored"])
-def test_exports(kind, source, rows, tmp_path):
+def test_exports(kind, source, rows, tmp_path, capsys, monkeypatch):
     original = source(built())
     prepare(original, config_of(**KINDS[kind]), rows, tmp_path / "start", progress=False)
 
@@ -298,7 +314,9 @@ def test_exports(kind, source, rows, tmp_path):
     same(tiny.logits(merged), expected)
     with pytest.raises(CordaError, match=r"there is (no residual|nothing) to export"):
         export_residual(base(), tmp_path / "tuned", tmp_path / "residual")
+    monkeypatch.setattr("corda_lora.progress.PATIENCE", 0.0)  # of large layers it takes a minute each
     _, differs = export_for_original(base(), original, tmp_path / "tuned", tmp_path / "onto")
+    assert "what is lost" in capsys.readouterr().err
     loaded = PeftModel.from_pretrained(load_model(original), str(tmp_path / "onto"))
     assert loaded.peft_config["default"].base_model_name_or_path == original.model
     quantized = dict(lora_layers(adapted))

@@ -23,6 +23,7 @@ from ..models.targets import tied_layers
 from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
 from ..preprocess.backward import unknown_layer
 from ..preprocess.statistics import answered_batches, collect_sides, tokens_and_answers
+from ..progress import track_if_slow
 from .card import write_card
 from .lora import BASE, load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks, write_all_checksums
 from .order import NAME as ORDER
@@ -171,7 +172,7 @@ def export_for_original(
     peft_model, scale, factors = _factors(model, directory)
     full, stored = open_model(original)
     differs: dict[str, float] = {}
-    for name, layer in lora_layers(peft_model).items():
+    for name, layer in track_if_slow(list(lora_layers(peft_model).items()), "what is lost"):
         A, B = factors[name]
         taken, put, differs[name] = _lacking(full, stored, name, weight_of(layer.get_base_layer()), len(A))
         factors[name] = torch.cat([A, taken.to(A)]), torch.cat([B, -put.to(B) / scale], dim=1)
@@ -228,7 +229,7 @@ def _write_lora(
             error, total = error + _square(A[k:], B[:, k:]), total + _square(A, B)
             factors[name] = (A[:k], B[:, :k]) if k else (A[:1], 0 * B[:, :1])  # PEFT knows no rank of zero
     elif r is not None or refactor:
-        for name, (A, B) in factors.items():
+        for name, (A, B) in track_if_slow(list(factors.items()), "factoring"):
             A, B, rest, whole = compress(A, B, min(r or len(A), len(A)))
             error, total = error + rest, total + whole
             factors[name] = (A, B)

@@ -99,6 +99,9 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     if split == "residual":
         name = getattr(model, "name_or_path", "")
         marks["original"] = {"model": name, "revision": None} if name else None
+        if start.config.quantization:  # over the model of that name the adapter would be wrong: nobody shall load it
+            whose = f"{name or 'a model'} in 4 bits without what this adapter holds"
+            peft_model.peft_config["default"].base_model_name_or_path = whose
     if split not in FREE:
         marks["held"] = describe_held(weights, split)
     peft_model.peft_config["default"].auto_mapping = {"corda": marks}
