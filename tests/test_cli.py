@@ -635,10 +635,16 @@ def test_the_same_command_again_finds_its_output_whole(checkpoint, data, capsys)
     said = capsys.readouterr().out.splitlines()
     assert said == [f"{name} is whole already: the same command made it" for name in ("start", "tuned")]
     assert {path: path.stat().st_mtime_ns for path in (data / "work").rglob("*")} == before
-    for more in (["--r", 5], ["--samples", 3], ["--batch_tokens", 100], ["--dtype", "float32"]):
-        assert "has something in it already" in refused(capsys, *more, call=lambda *a: init(checkpoint, data, *a))
-    other = ["--start", "start", "--max_steps", 3]
-    assert "has something in it already" in refused(capsys, *other, call=lambda *a: train(checkpoint, data, *a))
+    for more, why in (
+        (["--r", 5], "config.r was 4 there and is 5 here"),
+        (["--samples", 3], "data.samples was 1000 there and is 3 here"),
+        (["--batch_tokens", 100], "batch_tokens was 4096 there and is 100 here"),
+        (["--dtype", "float32"], "dtype was 'auto' there and is 'float32' here"),
+    ):
+        said = refused(capsys, *more, call=lambda *a: init(checkpoint, data, *a))
+        assert f"start has something in it already, made by another command ({why}): remove it" in said
+    said = refused(capsys, "--start", "start", "--max_steps", 3, call=lambda *a: train(checkpoint, data, *a))
+    assert "another command (recipe.train.max_steps was 2 there and is 3 here)" in said
 
 
 def test_the_output_of_an_earlier_version_is_whole_where_its_options_were_at_their_defaults(checkpoint, data, capsys):
@@ -656,7 +662,8 @@ def test_the_output_of_an_earlier_version_is_whole_where_its_options_were_at_the
     record["config"]["allocation"] = "drift"
     path.write_text(json.dumps(record))
     said = refused(capsys, call=lambda: init(checkpoint, data))
-    assert "start was made with allocation drift, an option that is gone" in said
+    why = "config.allocation was 'drift' there, an option that is gone"
+    assert f"has something in it already, made by another command ({why}): remove it, or choose another" in said
 
 
 def test_a_training_of_an_earlier_version_is_whole(checkpoint, data, capsys):

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from .config import CordaError
-from .config.recorded import gone, same_options
+from .config.recorded import difference
 from .config.values import short
 
 CHECKSUMS = "sha256.json"
@@ -210,11 +210,19 @@ def check_adapter(directory: Path) -> None:
         raise CordaError(f"{directory} is not an adapter directory: it has no {ADAPTER_CONFIG}")
 
 
-def check_output(directory: Path) -> None:
-    """Raises CordaError if an output directory cannot be written or holds something. For use before long work."""
+def check_output(directory: Path, record: str = "", recipe: Mapping[str, Any] | None = None) -> None:
+    """Raises CordaError if an output directory cannot be written or holds something. For use before long work.
+
+    Args:
+        record: the name of the file that holds the recipe of an output (see `is_made`).
+        recipe: of the output to make.
+    """
     check_name(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise CordaError(f"the output {directory} has something in it already: remove it, or choose another")
+        known = recipe is not None and (directory / record).is_file()
+        differs = _difference(directory / record, recipe or {}) if known else ""
+        made = f", made by another command ({differs})" if differs else ""
+        raise CordaError(f"the output {directory} has something in it already{made}: remove it, or choose another")
     check_writable(directory)
 
 
@@ -234,20 +242,14 @@ def check_result(path: Path) -> None:
 
 
 def is_made(record: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether an output is whole and was made by this recipe: `record` is its JSON file, which holds the recipe.
+    """Whether an output is whole and was made by this recipe: `record` is its JSON file, which holds the recipe."""
+    return record.is_file() and not _difference(record, recipe)
 
-    Raises CordaError if it was made with an option that has gone since: no command makes it any more."""
-    if not record.is_file():
-        return False
+
+def _difference(record: Path, recipe: Mapping[str, Any]) -> str:
     stored = read_json(record)
-    if not isinstance(stored, dict):
-        return False
-    made = {key: stored.get(key) for key in recipe}
-    for name, value in gone(made):
-        raise CordaError(
-            f"{record.parent} was made with {name} {value}, an option that is gone: remove it, or choose another output"
-        )
-    return all(same_options(made[key], value) for key, value in json.loads(json.dumps(recipe)).items())
+    made = {key: stored.get(key) for key in recipe} if isinstance(stored, dict) else {}
+    return difference(made, json.loads(json.dumps(recipe)))
 
 
 def _check_length(path: Path) -> None:

@@ -127,7 +127,7 @@ def is_tuned(tuning: Tuning, output: Path) -> bool:
 
 def check_tuning(tuning: Tuning, output: Path) -> None:
     """Raises CordaError if something is in the way of the output, or the trainer's options do not go together."""
-    check_output(output)
+    check_output(output, TRAINING, {"recipe": tuning.recipe})
     marks = read_marks(tuning.start) if isinstance(tuning.start, Path) else None
     keeps = bool(tuning.contexts or tuning.keep.keep_generic)
     check_engine(tuning.config, (marks or {}).get("split"), keeps)

@@ -94,7 +94,7 @@ def export(options: Namespace) -> dict[str, Any]:
         out.print(f"{options.output} is whole already: the same command made it")
         push(options, hub_repo(options))
         return {"output": str(options.output), "form": options.form}
-    check_output(options.output)
+    check_output(options.output, RECORD, recipe)
     if data is not None:  # before the model is loaded
         tokenizer = load_tokenizer(source)
         encoded = encode_all(tokenizer, samples, data.max_length, end=True)

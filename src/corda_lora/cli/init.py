@@ -12,7 +12,7 @@ from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelCo
 from ..config.data import CONTEXT_SAMPLES, named_contexts
 from ..config.values import Count
 from ..data.rows import check_file
-from ..files import ADAPTER_CONFIG, is_made, read_json, remove_work
+from ..files import ADAPTER_CONFIG, check_output, is_made, read_json, remove_work
 from ..processes import launched
 from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
 
@@ -79,6 +79,7 @@ def init(options: Namespace) -> dict[str, Any]:
         out.print(f"{options.output} is whole already: the same command made it")
         push(options, hub_repo(options))
         return _made(options.output, config)
+    check_output(options.output, "corda.json", recipe)
     from ..adapters.prepare import prepare
     from ..report.terminal import start_cost, start_table
 

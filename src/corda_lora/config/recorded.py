@@ -1,7 +1,7 @@
 """The options that an output was made with, as an earlier version wrote them down, beside those of this one."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
 
@@ -12,17 +12,23 @@ from .init import CordaConfig
 from .lora import LoraStart
 from .model import ModelConfig
 from .train import KeepConfig, TrainConfig
+from .values import short
 
 KINDS = [ModelConfig, CordaConfig, LoraStart, TrainConfig, KeepConfig, ContextConfig, EvalConfig, JudgeConfig]
 GONE = {"allocation": "compactness"}  # options of earlier versions, and their defaults
 
 
-def gone(recorded: Any) -> Iterator[tuple[str, Any]]:
-    """The options among those recorded that have gone since, and were not at their defaults."""
-    for value in recorded if isinstance(recorded, list) else recorded.values() if isinstance(recorded, dict) else ():
-        yield from gone(value)
-    if isinstance(recorded, dict):
-        yield from ((name, recorded[name]) for name in GONE if recorded.get(name, GONE[name]) != GONE[name])
+def difference(old: Any, new: Any, name: str = "") -> str:
+    """The first option in which two records differ, in words; "" if they do not (see `differing_options`)."""
+    if same_options(old, new):
+        return ""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return f"{name} was {short(old)} there and is {short(new)} here"
+    option = differing_options(old, new)[0]
+    whole = f"{name}.{option}".strip(".")
+    if option not in new:
+        return f"{whole} was {short(old[option])} there{', an option that is gone' * (option in GONE)}"
+    return difference(old.get(option), new[option], whole)
 
 
 def differing_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -45,11 +51,11 @@ def same_options(one: Any, other: Any) -> bool:
 
 
 def _defaults(name: str) -> list[Any]:
-    """The default of an option, as JSON has it, in each configuration that has, or had, one of this name."""
+    """None, and the default of an option, as JSON has it, in each configuration that has, or had, one of this name."""
     options = [option for kind in [*KINDS, CompareConfig] for option in fields(kind) if option.name == name]
     defaults = [f.default if f.default_factory is MISSING else f.default_factory() for f in options]
     as_json = [json.loads(json.dumps(value, default=_plain)) for value in defaults if value is not MISSING]
-    return as_json + [value for gone, value in GONE.items() if gone == name]
+    return [None, *as_json] + [value for option, value in GONE.items() if option == name]
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..algebra.second_order import Low
 from ..config import CordaError
-from ..config.recorded import differing_options, same_options
+from ..config.recorded import difference
 from ..files import is_partial, remove_folder, sha256_of, whole_file, work_folder, write_text
 from ..models.weights import Quantized
 from ..processes import Processes
@@ -77,7 +77,7 @@ def _open(folder: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -
     text = json.dumps(run, indent=1, default=str)
     if path.is_file() and begun(folder):
         try:
-            differs = _difference(json.loads(path.read_text()), json.loads(text))
+            differs = difference(json.loads(path.read_text()), json.loads(text))
         except ValueError:
             differs = "its run.json is damaged"
         if differs:
@@ -86,16 +86,6 @@ def _open(folder: Path, run: Mapping[str, Any], begun: Callable[[Path], bool]) -
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-
-
-def _difference(old: Any, new: Any, name: str = "") -> str:
-    """The first setting in which two runs differ; "" if they do not (see `differing_options`)."""
-    if same_options(old, new):
-        return ""
-    if isinstance(old, dict) and isinstance(new, dict):
-        key = differing_options(old, new)[0]
-        return _difference(old.get(key), new.get(key), f"{name}.{key}".strip("."))
-    return f"{name} was {old!r} there and is {new!r} here"
 
 
 class LayerStore:
