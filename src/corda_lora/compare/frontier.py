@@ -268,6 +268,11 @@ def ratio_at(ours: Sequence[Point], theirs: Sequence[Point], loss: float) -> Est
 
 def around(hull: Sequence[Point], loss: float) -> list[tuple[Point, float]]:
     """The points of a hull between which a task loss lies, with their weights; none outside the losses reached."""
+    return [(point, weight) for point, weight in _segment(hull, loss) if weight > 0]
+
+
+def _segment(hull: Sequence[Point], loss: float) -> list[tuple[Point, float]]:
+    """The same with both ends of the line, also where the loss is that of one of them."""
     if not hull or not hull[0].loss <= loss <= hull[-1].loss:
         return []
     if len(hull) == 1:
@@ -275,18 +280,17 @@ def around(hull: Sequence[Point], loss: float) -> list[tuple[Point, float]]:
     right = min(bisect_right([p.loss for p in hull], loss), len(hull) - 1)
     a, b = hull[right - 1], hull[right]
     w = (loss - a.loss) / (b.loss - a.loss)
-    return [(p, weight) for p, weight in ((a, 1 - w), (b, w)) if weight > 0]
+    return [(a, 1 - w), (b, w)]
 
 
 def _on_hull(hull: Sequence[Point], loss: float) -> tuple[float, dict[int, float]] | None:
     """Log drift at a task loss, and each seed's deviation from it: see `drift_at`."""
-    ends = around(hull, loss)
-    if not ends:
+    segment, ends = _segment(hull, loss), around(hull, loss)
+    if not segment:
         return None
     slope = 0.0
-    if len(hull) > 1:
-        right = min(bisect_right([p.loss for p in hull], loss), len(hull) - 1)
-        a, b = hull[right - 1], hull[right]
+    if len(segment) == 2:
+        (a, _), (b, _) = segment
         slope = (b.log_drift - a.log_drift) / (b.loss - a.loss)
     value = sum(weight * p.log_drift for p, weight in ends)
     shared = set.intersection(*(set(p.seeds) for p, _ in ends))
@@ -399,11 +403,7 @@ def reach(comparison: dict[str, Any], method: str, setting: Setting, loss: float
 def milestones(comparison: dict[str, Any]) -> list[float]:
     """The held-out task losses of the reference method's mean learning curve, at its best rate, after a quarter, half,
     three quarters and all of its steps."""
-    reference = reference_method(comparison)
-    best = best_setting(comparison, reference) if reference else None
-    if not reference or not best:
-        return []
-    curve = mean_curve([learning_curve(comparison, run) for run in done_runs(comparison, reference, best.setting)])
+    curve = mean_curve([learning_curve(comparison, run) for run in reference_runs(comparison)])
     if not curve:
         return []
     steps, losses = [point.step for point in curve], [point.loss for point in curve]
@@ -423,6 +423,13 @@ def reference_method(comparison: dict[str, Any]) -> str | None:
     return next((m for m in reference_order(comparison["methods"]) if done_runs(comparison, m)), None)
 
 
+def reference_runs(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of the reference method that count, at its best rate; none if no run is done."""
+    reference = reference_method(comparison)
+    best = best_setting(comparison, reference) if reference else None
+    return done_runs(comparison, reference, best.setting) if reference and best else []
+
+
 def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each method, in display order. Values that a method does not have are None.
 
@@ -432,13 +439,11 @@ def summary(comparison: dict[str, Any]) -> list[dict[str, Any]]:
     drift: {ability: `Estimate` at the best rate};
     equal_loss: the reference's lowest task loss; equal: {ability: `Estimate` of the method's drift at that loss};
     reach: `Reach`, at the best rate, of the loss where the reference's mean learning curve ends at its own best rate;
-    predicted: the predicted drift on the context, of runs with that penalty;
-    predicted, seconds, prepare_seconds, peak_bytes, steps, adapter, trainable: means over the seeds at the best rate;
+    predicted (drift on the context, of runs with that penalty), seconds, prepare_seconds, peak_bytes, steps, adapter,
+    trainable: means over the seeds at the best rate;
     scores: {(kind, data, measure's name): `Estimate` at the best rate}, for the measures with a title.
     """
-    reference = reference_method(comparison)
-    at = best_setting(comparison, reference) if reference else None
-    lowest = done_runs(comparison, reference, at.setting) if reference and at else []
+    lowest = reference_runs(comparison)
     curve = mean_curve([learning_curve(comparison, run) for run in lowest])
     final = curve[-1].loss if curve else None
     return [_row(comparison, method, lowest, final) for method in comparison["methods"]]

@@ -119,9 +119,9 @@ def train(
     """Train the trainable parameters of `model` in place. The model may carry an adapter.
 
     The loss covers only the response and the end-of-text token; a classifier's is that of the label (see
-    `training.classify`). With the same seed, every model sees the same samples
-    in the same order. Processes that torchrun or accelerate started share each step's samples. (Of a classifier
-    an epoch's last step, if it is not full, is filled up with samples of the epoch's beginning until each has as many.)
+    `training.classify`). With the same seed, every model sees the same samples in the same order. Processes that
+    torchrun or accelerate started share each step's samples. (Of a classifier an epoch's last step, if it is not full,
+    is filled up with samples of the epoch's beginning until each has as many.)
 
     Args:
         work: folder for checkpoints, which all processes see. If it holds checkpoints already, training resumes from
@@ -342,10 +342,8 @@ class _Terms(Trainer):
 
         TRL computes the loss from log-probabilities: whatever a model or a hook adds to `outputs.loss` is ignored."""
         loss = super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
-        if not self.model.training:
+        if not self.model.training or is_sharded():  # where FSDP shards, `training_step` adds the penalties
             return loss
-        if is_sharded():
-            return loss  # see `training_step`
         parts = self.current_gradient_accumulation_steps
         # Where the loss counts the tokens of the whole step, transformers adds up the micro-batches; else it averages.
         adds_up = self.model_accepts_loss_kwargs and num_items_in_batch is not None
