@@ -135,5 +135,11 @@ def weights_of(weights: Mapping[str, float]) -> Mapping[str, float]:
     return weights
 
 
+def prices_of(contexts: Sequence[ContextConfig], keep: float) -> list[float]:
+    """The price of each of several contexts: its own, or `keep` times its weight over the mean weight."""
+    total = sum(context.weight for context in contexts)
+    return [keep * len(contexts) * c.weight / total if c.price is None else c.price for c in contexts]
+
+
 def _with_weight(given: str | DataConfig) -> ContextConfig:
     return ContextConfig(given) if isinstance(given, str) else ContextConfig(**asdict(given))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adapters.card import TRAINING
 from ..adapters.lora import lora_layers, on_residual
 from ..config import ContextConfig, CordaError, DataConfig, KeepConfig
-from ..config.data import CONTEXT_SAMPLES
+from ..config.data import CONTEXT_SAMPLES, prices_of
 from ..config.train import KEEP
 from ..data.batches import Encoded, encode_all
 from ..data.overview import unseen_samples
@@ -75,12 +75,9 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
         raise CordaError(f"weights are shared by several contexts, and there is {count}: leave weights out")
     if not datas or (price == 0 and config.max_drift is None):
         return []
-    total = sum(data.weight for data in datas if isinstance(data, ContextConfig))
-    contexts = []
-    for data in datas:
-        name, own = "", price or KEEP
-        if isinstance(data, ContextConfig):
-            name, own = data.ability, own * len(datas) * data.weight / total if data.price is None else data.price
+    named, contexts = [data for data in datas if isinstance(data, ContextConfig)], []
+    for data, own in zip(datas, prices_of(named, price or KEEP) if named else [price or KEEP]):
+        name = data.ability if isinstance(data, ContextConfig) else ""
         try:
             contexts.append(KeptContext(name, data, load_samples(data), own, path))
         except CordaError as error:

@@ -14,7 +14,7 @@ from ..algebra.compactness import compactness_term, extreme_eigenvalues, log_com
 from ..algebra.decomposition import regularize
 from ..algebra.second_order import Low, whole
 from ..config import ContextConfig, CordaError, DataConfig
-from ..config.data import named_contexts
+from ..config.data import named_contexts, prices_of
 from ..data.batches import Encoded, encode_all
 from ..data.overview import unseen_samples
 from ..data.samples import load_samples
@@ -77,12 +77,10 @@ def contexts_of(option: Sequence[Mapping[str, Any]], samples: int) -> Sequence[D
 
 
 def abilities_kept(model: nn.Module, setup: Setup, keep: float, contexts: Sequence[DataConfig]) -> list[KeptAbility]:
-    """The abilities of several contexts, at `keep` times their weight over the mean weight, or their own price. Their
-    statistics are cached in the method's folder, which all prices share."""
-    named = [context for context in contexts if isinstance(context, ContextConfig)]
-    total, kept = sum(context.weight for context in named), []
-    for context in named:
-        price = keep * len(named) * context.weight / total if context.price is None else context.price
+    """The abilities of several contexts (for their prices see `prices_of`). Their statistics are cached in the method's
+    folder, which all prices share."""
+    named, kept = [context for context in contexts if isinstance(context, ContextConfig)], []
+    for context, price in zip(named, prices_of(named, keep)):
         path, samples = setup.folder / f"{context.ability}.{NAME}", load_samples(context)
         if not path.is_file():
             encoded = encode_all(setup.tokenizer, samples, context.max_length)

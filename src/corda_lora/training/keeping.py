@@ -281,15 +281,13 @@ class Keepers(TrainerCallback):
     With `even` it steers their prices, whose sum stays: up for what drifts more than the others, down for what drifts
     less, by multiplicative weights on what their meters show. So the largest drift becomes as small as this sum allows,
     where no price comes to its least share.
-
-    Args:
-        rate: by which a price grows in a step where its drift is e times the geometric mean.
     """
 
     LEAST = 0.02  # share of the mean price
+    RATE = 0.1  # by which a price grows in a step where its drift is e times the geometric mean
 
-    def __init__(self, keepers: Sequence[Keeper], even: bool = False, rate: float = 0.1):
-        self.keepers, self.even, self.rate = keepers, even, rate
+    def __init__(self, keepers: Sequence[Keeper], even: bool = False):
+        self.keepers, self.even = keepers, even
         for keeper in keepers:
             keeper.steered |= even
 
@@ -302,7 +300,7 @@ class Keepers(TrainerCallback):
             keeper.on_step_end(args, state, control, **kwargs)
         if self.even:
             prices, drifts = zip(*((keeper.keep, keeper.estimate) for keeper in self.keepers))
-            for keeper, price in zip(self.keepers, even_prices(prices, drifts, self.rate, self.LEAST)):
+            for keeper, price in zip(self.keepers, even_prices(prices, drifts, self.RATE, self.LEAST)):
                 keeper.keep = price
                 keeper.keep_state(state)
 
