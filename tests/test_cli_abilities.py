@@ -146,6 +146,7 @@ def test_prices_of_their_own():
         ),
         (["--context", "sums.jsonl", "--context.price", "1.0e+300"], "context.price is 1e+300"),
         (["--context", "sums.jsonl", "--context.price", 3], "price is of one context among several"),
+        (["--context", "sums.jsonl", "--context.weight", 0], "the weights of sums.jsonl sum to zero"),
     ],
 )
 @pytest.mark.parametrize("verb", ["init", "train"])

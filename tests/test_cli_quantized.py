@@ -196,6 +196,18 @@ def test_the_original_is_no_quantized_model(model, here, capsys):
     assert not (here / "again").exists()
 
 
+def test_another_model_is_no_original(model, here, capsys, tokenizer, monkeypatch):
+    init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0)
+    tiny.build("llama_for_nf4", seed=5).save_pretrained(here / "other")
+    tokenizer.save_pretrained(here / "other")
+    monkeypatch.setattr("corda_lora.evaluation.evaluate.evaluate_beside", None)  # before the model runs
+    beside = ["--model", "start/base", "--original", "other"]
+    said = "the weights of the original other have nothing in common with these: it is another model"
+    assert said in refused(capsys, "eval", *beside, "--adapter", "start", "--keep", "keep.jsonl")
+    assert said in refused(capsys, "eval", *beside, "--keep", "keep.jsonl")
+    assert said in refused(capsys, "export", *beside, "--adapter", "start", "--output", "again")
+
+
 def test_an_adapter_on_another_residual_is_refused_before_the_full_model_runs(model, here, capsys, monkeypatch):
     for fold in (0, 1):
         init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", fold, output=f"start{fold}")
@@ -204,7 +216,7 @@ def test_an_adapter_on_another_residual_is_refused_before_the_full_model_runs(mo
     assert "the adapter in start0 was made for other weights" in refused(capsys, "eval", *arguments)
 
 
-@pytest.mark.parametrize("keep", [["--keep", 1, "--context", "keep.jsonl"], ["--keep_generic", 1]])
+@pytest.mark.parametrize("keep", [["--keep", 1], ["--context", "keep.jsonl"], ["--keep_generic", 1]])
 def test_no_drift_from_a_residual_is_asked_for(keep, model, here, capsys, monkeypatch):
     init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0)
     monkeypatch.setattr("corda_lora.evaluation.meter.collect_statistics", None)  # before the model runs

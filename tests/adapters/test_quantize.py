@@ -275,8 +275,12 @@ def test_what_a_4bit_copy_lost_is_folded_into_the_adapter(in_4bit, rows, tmp_pat
 
 def test_another_model_is_no_original(in_4bit, source, rows, tmp_path):
     other = source(built(intermediate_size=192), "other")
-    with pytest.raises(CordaError, match="gate_proj has another shape in the quantized model"):
+    with pytest.raises(CordaError, match=r"other has no .*gate_proj of shape .*: it is another model"):
         prepare(in_4bit[0], CordaConfig(), rows, tmp_path / "start", progress=False, original=other)
+    same_shapes = source(tiny.build("llama_for_nf4", seed=5), "seed 5")
+    with pytest.raises(CordaError, match="seed 5 have nothing in common with these: it is another model"):
+        prepare(in_4bit[0], CordaConfig(), rows, tmp_path / "start", progress=False, original=same_shapes)
+    assert not (tmp_path / "start").exists()
 
 
 def test_an_adapter_on_another_residual(source, rows, tmp_path):

@@ -17,10 +17,10 @@ from ..data.batches import Encoded
 from ..data.images import processor_of
 from ..devices import double_device
 from ..files import whole_folder, write_json
-from ..models.loading import check_original, open_model
+from ..models.loading import check_original, check_same_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import tied_layers
-from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
+from ..models.weights import fingerprint, layer_digest, weight_of
 from ..preprocess.backward import unknown_layer
 from ..preprocess.statistics import answered_batches, collect_sides, tokens_and_answers
 from ..progress import track_if_slow
@@ -166,11 +166,11 @@ def export_for_original(
         what `export_lora` returns, and by layer how far the weights, with their adapters, are apart, over ‖W‖.
 
     Raises:
-        CordaError: as `export_lora` does; the original has other layers, or is quantized itself.
+        CordaError: as `export_lora` does; the original is another model, or is quantized itself.
     """
     check_original(original)
+    full, stored = check_same_model(model, original)
     peft_model, scale, factors = _factors(model, directory)
-    full, stored = open_model(original)
     differs: dict[str, float] = {}
     for name, layer in track_if_slow(list(lora_layers(peft_model).items()), "what is lost"):
         A, B = factors[name]
@@ -262,13 +262,7 @@ def _square(A: Tensor, B: Tensor) -> float:
 
 def _lacking(full: nn.Module, stored: Stored, name: str, Q: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     """A (r, d_in) and B (d_out, r) with the best fit of W − Q of a layer, and what it misses as a share of ‖W‖."""
-    try:
-        module = full.get_submodule(name)
-        same = weight_shape(module) == tuple(Q.shape)
-    except AttributeError:
-        same = False
-    if not same:
-        raise CordaError(f"the original has no {name} of shape {tuple(Q.shape)}: it is another model")
+    module = full.get_submodule(name)
     with on_device(tensors_of(module), double_device(Q.device), stored):
         W = weight_of(module).double()
         lost = W - Q.to(W)

@@ -17,7 +17,7 @@ from ..data.overview import check_fit, overview, unseen_samples
 from ..data.samples import Sample, digest_of, load_rounds
 from ..devices import compute_device
 from ..files import check_output, remove_folder
-from ..models.loading import check_original, checkpoint_digest, load_model, load_tokenizer, open_model
+from ..models.loading import check_original, check_same_model, checkpoint_digest, load_model, load_tokenizer, open_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import choose_targets, modules_named
 from ..preprocess.context import Ability, Context, has_decoder, read_context, together
@@ -96,7 +96,7 @@ def prepare(
             if not getattr(base, "is_quantized", False):
                 raise CordaError(f"original is for a model that is quantized already, but {source.model} is not")
         torch.manual_seed(0)  # of a classifier's new head
-        model, stored = open_model(original or source)
+        model, stored = open_model(source) if base is None or original is None else check_same_model(base, original)
         tokenizer = load_tokenizer(source) if (datas or config.quantization) and tokenizer is None else tokenizer
     else:
         model, stored = source, {}

@@ -130,7 +130,7 @@ def _measured(
     from ..adapters.lora import check_base, load_adapter, with_labels_of
     from ..devices import accelerator
     from ..evaluation.evaluate import evaluate, evaluate_beside, read_measured
-    from ..models.loading import check_original, load_model, load_tokenizer
+    from ..models.loading import check_original, check_same_model, load_model, load_tokenizer
     from ..models.targets import has_new_head
 
     if options.adapter is not None:
@@ -152,10 +152,16 @@ def _measured(
     if original is None:
         return evaluate(load_tuned(), tokenizer, config, scores=scores, data=data)
     full = replace(source, **{"revision": None, **original})
-    if options.adapter is not None:  # before the full model runs
-        check_base(load_model(source), options.adapter)
     if not options.before:
         check_original(full)
+    if options.adapter is not None or not options.before:  # before the full model runs
+        quantized = load_model(source)
+        if options.adapter is not None:
+            check_base(quantized, options.adapter)
+        if not options.before:
+            check_same_model(quantized, full)
+        del quantized  # it is loaded again when the full one is gone
+    if not options.before:
         out.print(f"measured beside the full model, {full.model}", highlight=False)
     elif load_tokenizer(full).get_vocab() != tokenizer.get_vocab():
         raise CordaError(f"{options.after} has another vocabulary than {options.before}, so nothing is comparable")

@@ -104,6 +104,7 @@ def named_contexts(given: Sequence[str | DataConfig]) -> Sequence[DataConfig]:
     if len(contexts) == 1:
         if contexts[0].price is not None:
             raise CordaError("price is of one context among several: give the whole price, keep")
+        weights_of({contexts[0].data: contexts[0].weight})
         return [DataConfig(**{f.name: getattr(contexts[0], f.name) for f in fields(DataConfig)})]
     named = [replace(c, ability=c.ability or Path(c.data).stem or c.data) for c in contexts]
     check_names([c.ability for c in named])

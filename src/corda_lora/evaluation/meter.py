@@ -19,7 +19,7 @@ from ..data.samples import Sample, digest_of, load_samples
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, check_samples, collect_statistics
-from ..training.keeping import Keeper, PredictedDrift, check_predictable, trained_beside
+from ..training.keeping import HOLDS_A_PART, Keeper, PredictedDrift, check_predictable, trained_beside
 from .evaluate import loss_and_drift
 
 MEASURED = 64  # samples that the meter measures the drift on
@@ -62,9 +62,11 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
         unknown = record is not None and on_residual(record)  # nothing predicts the drift
     except (LookupError, TypeError, AttributeError) as error:
         raise CordaError(f"{start} has a damaged corda.json or {TRAINING}: {error!r}") from error
+    if unknown and (config.keep or config.max_drift or config.contexts):
+        raise CordaError(HOLDS_A_PART)
     if config.contexts:
         datas, price, path = [_with_samples(data) for data in config.contexts], None, None
-    elif unknown and not (config.keep or config.max_drift):
+    elif unknown:
         return []
     price = next((known for known in (config.keep, price) if known is not None), KEEP)
     if not datas and (config.keep or config.max_drift):

@@ -21,14 +21,17 @@ from transformers import modeling_gguf_pytorch_utils
 
 from ..config import CordaError, ModelConfig
 from ..config.values import short
+from .lockstep import Stored, on_device, tensors_of
 from .seeing import reads_images
-from .targets import NEW, is_of_head
-from .weights import compute_as_stored
+from .targets import NEW, is_linear, is_of_head
+from .weights import compute_as_stored, weight_of, weight_shape
 
 # Tables that older versions stored with the weights; models compute them now.
 TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
 ADAPTER = "adapter_config.json"  # PEFT's
 PAGES = 64  # of a file of weights, by which it is told from another
+FIRST_LAYERS = 8  # linear layers of a block, and one more
+ANOTHER = "it is another model"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -239,6 +242,31 @@ def check_original(config: ModelConfig) -> None:
     """Raises CordaError if a checkpoint that is to give the full weights is quantized."""
     if is_quantized(config):
         raise CordaError(f"the original {config.model} is quantized itself: give the full model")
+
+
+@torch.no_grad()
+def check_same_model(model: nn.Module, original: ModelConfig) -> tuple[nn.Module, Stored]:
+    """What `open_model` gives of the full model that a quantized one was made from.
+
+    Raises CordaError if it is another model: a layer is missing or has another shape, or the weights of the first
+    layers have nothing in common. (Rounded to 4 bits, weights have a cosine of 0.99 with what they were; less where an
+    adapter holds a part of them. Those of two models have 0.00.)
+    """
+    full, stored = open_model(original)
+    others, alike = dict(full.named_modules()), list[float]()
+    for name, layer in model.named_modules():
+        if not is_linear(layer):
+            continue
+        other = others.get(name)
+        if other is None or not is_linear(other) or weight_shape(other) != weight_shape(layer):
+            raise CordaError(f"the original {original.model} has no {name} of shape {weight_shape(layer)}: {ANOTHER}")
+        if len(alike) < FIRST_LAYERS:
+            with on_device(tensors_of(other), torch.device("cpu"), stored):
+                Q, W = (weight_of(each).float().cpu().flatten() for each in (layer, other))
+                alike.append(float(torch.cosine_similarity(Q, W, dim=0)))
+    if alike and max(alike) < 0.1:
+        raise CordaError(f"the weights of the original {original.model} have nothing in common with these: {ANOTHER}")
+    return full, stored
 
 
 def is_quantized(config: ModelConfig) -> bool:

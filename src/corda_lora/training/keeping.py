@@ -31,6 +31,7 @@ from ..models.weights import layer_digest, weight_shape
 from ..preprocess.statistics import Statistics
 
 STATE = "Keeper"
+HOLDS_A_PART = "a part of the model is in the adapter, so its drift cannot be predicted: leave keep out"
 
 
 class _Layers(NamedTuple):
@@ -55,7 +56,7 @@ def check_predictable(peft_model: PeftModel, adapter: str = "default") -> None:
     s·B A."""
     marks = (peft_model.peft_config[adapter].auto_mapping or {}).get("corda", {})
     if marks.get("split") == "residual":
-        raise CordaError("a part of the model is in the adapter, so its drift cannot be predicted: leave keep out")
+        raise CordaError(HOLDS_A_PART)
     layers = {name: layer for name, layer in lora_layers(peft_model).items() if adapter in layer.r}
     if not layers:
         kind = type(peft_model.peft_config[adapter]).__name__.removesuffix("Config")
