@@ -700,10 +700,14 @@ def test_the_same_command_on_other_data_is_not_the_same(checkpoint, data, capsys
     more = ["--start", "start", "--max_steps", 2]
     init(checkpoint, data)
     train(checkpoint, data, *more)
-    for name, again in (("keep", init), ("learn", lambda *a: train(*a, *more))):
+    for name, checked, again in (
+        ("keep", "samples_sha256", init),
+        ("learn", "recipe.sha256.data", lambda *a: train(*a, *more)),
+    ):
         text = (data / f"{name}.jsonl").read_text()
         (data / f"{name}.jsonl").write_text(text.replace("1", "2", 1))
-        assert "has something in it already" in refused(capsys, call=lambda f=again: f(checkpoint, data))
+        said = refused(capsys, call=lambda f=again: f(checkpoint, data))
+        assert f"has something in it already, made by another command ({checked} has another checksum)" in said
         (data / f"{name}.jsonl").write_text(text)
         again(checkpoint, data)
         assert "is whole already" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The options that an output was made with, as an earlier version wrote them down, beside those of this one."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any
@@ -23,6 +24,8 @@ def difference(old: Any, new: Any, name: str = "") -> str:
     if same_options(old, new):
         return ""
     if not isinstance(old, dict) or not isinstance(new, dict):
+        if re.fullmatch("[0-9a-f]{64}", f"{old}") and re.fullmatch("[0-9a-f]{64}", f"{new}"):
+            return f"{name} has another checksum"
         return f"{name} was {short(old)} there and is {short(new)} here"
     option = differing_options(old, new)[0]
     whole = f"{name}.{option}".strip(".")
