@@ -10,7 +10,6 @@ from helpers import literal_allocation, literal_selection
 from corda_lora.algebra.compactness import (
     allocate,
     allocation_scores,
-    compactness_term,
     extreme_eigenvalues,
     log_compactness,
     selection_score,
@@ -179,39 +178,3 @@ def test_a_large_models_allocation_is_one_sort():
     ranks = allocate(scores, [16384] * 560, budget, "kpm")
     assert budget - 16384 < sum(ranks) * 16384 <= budget
     assert ranks == sorted(ranks, reverse=True)  # the less compact (π) layers give less
-
-
-@pytest.mark.parametrize("r", [0, 3])
-@pytest.mark.parametrize("shape", [(8, 8), (12, 6), (6, 12)])
-def test_the_terms_gradient_is_that_of_finite_differences(shape, r):
-    torch.manual_seed(0)
-    W, C = torch.randn(shape, dtype=torch.float64, requires_grad=True), covariance(shape[1], 30, 0)
-    C.diagonal().add_(0.01 * C.diagonal().mean())
-    log_pi = log_compactness(shape[0], *extreme_eigenvalues(C))
-    assert torch.autograd.gradcheck(lambda W: compactness_term(W, C, log_pi, r), (W,), eps=1e-6, rtol=1e-5)
-    sigma = torch.linalg.svdvals(W.detach() @ C)
-    assert float(compactness_term(W, C, log_pi, r).detach()) == pytest.approx(
-        float(log_pi * sigma[r:].sum() / sigma[0])
-    )
-    assert float(compactness_term(W, C, log_pi).detach()) == pytest.approx(
-        selection_score(log_pi, float(sigma.sum()), float(sigma[0]))
-    )
-
-
-def test_the_term_has_a_kink_where_a_component_of_the_tail_dies():
-    """From either side the slope is another one, as of |x| at 0."""
-    C, step = torch.eye(4, dtype=torch.float64), 1e-6
-    W = torch.diag(torch.tensor([4.0, 2, 1, 0], dtype=torch.float64))
-    up, down = W.clone(), W.clone()
-    up[3, 3], down[3, 3] = step, -step
-    middle = compactness_term(W, C, 1.0, 1)
-    slopes = [float(compactness_term(moved, C, 1.0, 1) - middle) / step for moved in (up, down)]
-    assert slopes == pytest.approx([0.25, 0.25], rel=1e-3)  # uphill both ways
-
-
-def test_a_step_down_the_term_makes_a_weight_more_compact():
-    torch.manual_seed(0)
-    W, C = torch.randn(10, 10, dtype=torch.float64, requires_grad=True), torch.eye(10, dtype=torch.float64)
-    before = compactness_term(W, C, 1.0, 3)
-    before.backward()
-    assert float(compactness_term(W.detach() - 0.1 * W.grad, C, 1.0, 3)) < float(before.detach())

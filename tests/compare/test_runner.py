@@ -326,7 +326,7 @@ def test_bad_input_before_anything_runs(refused):
     assert "something else in it" in refused(TWO)
 
 
-@pytest.mark.parametrize("price", ["options: {keep: 10}", "sweep: {keep: [0, 10]}", "options: {compactness: 1}"])
+@pytest.mark.parametrize("price", ["options: {keep: 10}", "sweep: {keep: [0, 10]}"])
 def test_a_price_on_too_few_samples_before_anything_runs(price, recipe, capsys):
     with open(recipe({"lora": "[1.0e-3, 1.0e-2]"}), "a") as more:
         more.write(f"  ours: {{method: corda-kpm-anchored, {price}}}\n")

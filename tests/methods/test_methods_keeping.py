@@ -5,14 +5,10 @@ import json
 import pytest
 import torch
 
-from corda_lora.adapters.lora import lora_layers
-from corda_lora.algebra.compactness import compactness_term, extreme_eigenvalues, log_compactness
-from corda_lora.algebra.decomposition import regularize
-from corda_lora.algebra.second_order import whole
 from corda_lora.compare.job import train_prepared
 from corda_lora.config import CordaError, TrainConfig
 from corda_lora.evaluation.evaluate import loss_and_drift
-from corda_lora.methods.keeping import context_statistics, contexts_of
+from corda_lora.methods.keeping import contexts_of
 from corda_lora.preprocess.own_text import own_text
 from corda_lora.training.keeping import keepers_of
 
@@ -35,26 +31,6 @@ def test_a_price_on_the_models_own_texts_lowers_the_drift_on_others_of_them(name
     both, penalties = drift(keep_generic=30.0, keep=30.0)
     assert both < 0.7 * free
     assert penalties.keys() == {"generic", "drift"}
-
-
-def test_the_compactness_in_the_loss_is_the_mean_of_the_layers_terms(prepare, monkeypatch):
-    prepared, setup, base = prepare("corda-kpm-anchored", options={"compactness": 0.5})
-    for layer in lora_layers(prepared.model).values():
-        torch.nn.init.normal_(layer.lora_B["default"].weight)
-    statistics = context_statistics(base, setup, "keep")
-    terms = {}
-    for name, layer in lora_layers(prepared.model).items():
-        C = regularize(whole(statistics.layers[name].C))
-        W = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
-        term = compactness_term(W, C, log_compactness(len(W), *extreme_eigenvalues(C)), setup.r)
-        terms[name] = 0.5 * float(term.detach())
-    penalty = prepared.penalties["compactness"]
-    monkeypatch.setattr("corda_lora.methods.keeping.DRAWN", len(terms))
-    assert float(penalty().detach()) == pytest.approx(sum(terms.values()) / len(terms), rel=1e-5)
-    monkeypatch.setattr("corda_lora.methods.keeping.DRAWN", 1)
-    drawn = {float(penalty().detach()) for _ in range(200)}
-    assert len(drawn) == len(terms)
-    assert sorted(drawn) == pytest.approx(sorted(terms.values()), rel=1e-5)
 
 
 def mixture(files, *weights):

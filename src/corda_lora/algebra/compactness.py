@@ -75,34 +75,6 @@ def selection_score(log_pi: float, total: float, first: float) -> float:
     return log_pi * total / first if first > 0 else 0.0
 
 
-def compactness_term(W: Tensor, C: Tensor, log_pi: float, r: int = 0) -> Tensor:
-    """log π(C) · Σ_{i>r} σ_i/σ₁ of W C_λ, with σ descending: a scalar with a gradient, in the dtype of W.
-
-    With r = 0 it is the score of `selection_score`. As a penalty while training it asks a weight to hold the context in
-    its first r components. The gradient is that of
-
-        ∂σ_i/∂W = u_i v_iᵀ C_λ
-
-    The singular values are those of a Gram matrix in float64, which is many times faster on a GPU than an SVD: those
-    below 1e-8·σ₁ count as zero.
-
-    The term is not differentiable where a singular value of the tail is zero (Σσ has a kink, as |x| has), where
-    σ_r = σ_{r+1} (which one belongs to the tail?), and where σ₁ = σ₂. There autograd gives the gradient of one of the
-    sides, and of a σ that is zero none. It is not defined for W C_λ = 0.
-
-    Args:
-        W: (m, n).
-        C: C_λ (n, n), regularized, in the dtype of W.
-        log_pi: see `log_compactness`.
-        r: the number of components that are free of charge.
-    """
-    M = (W @ C).double()
-    squares = torch.linalg.eigvalsh(M @ M.T if M.shape[0] <= M.shape[1] else M.T @ M).flip(0)  # σ², descending
-    floor = EPS * squares.detach()[0]
-    sigma = torch.where(squares > floor, squares.clamp(min=floor).sqrt(), 0.0)
-    return (log_pi * sigma[r:].sum() / sigma[0]).to(W.dtype)
-
-
 def allocation_scores(log_pi: float, sigma: Tensor) -> Tensor:
     """The cost (Eq. 9) of filtering the r-th component from the tail, for r = 1 ... R: (R,), float64, ascending.
 

@@ -165,10 +165,8 @@ def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | Non
 
 def _prices_it(entry: MethodConfig) -> bool:
     """Whether an entry pays for what it changes on the comparison's context, and not on samples of its own."""
-    priced, own = ("keep", "compactness"), ("context", "contexts")
-    prices = [entry.options.get(price) for price in priced]
-    prices += entry.swept_values if entry.swept_option in priced else []
-    return any(prices) and not any(entry.options.get(option) for option in own)
+    prices = entry.swept_values if entry.swept_option == "keep" else [entry.options.get("keep")]
+    return any(prices) and not any(entry.options.get(own) for own in ("context", "contexts"))
 
 
 # --- the processes ---------------------------------------------------------------------------------------------------

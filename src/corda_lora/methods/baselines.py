@@ -72,15 +72,14 @@ def lora(
     keep: NonNegative = 0.0,
     samples: int | None = None,
     keep_generic: NonNegative = 0.0,
-    compactness: NonNegative = 0.0,
 ) -> Prepared:
     """
     Args:
         keep: weight λ of the predicted drift in the loss (see `training.keeping`).
         samples: how many samples of the ability to keep it is predicted from. Default: the comparison's number.
-        keep_generic, compactness: as in `corda`.
+        keep_generic: as in `corda`.
     """
-    kept = what_is_kept(model, setup, keep, samples, keep_generic, compactness)
+    kept = what_is_kept(model, setup, keep, samples, keep_generic)
     return with_penalties(Prepared(peft.get_peft_model(model, setup.lora())), setup, kept)
 
 

@@ -27,7 +27,6 @@ def corda(
     steer: bool = False,
     keep: NonNegative = 0.0,
     keep_generic: NonNegative = 0.0,
-    compactness: NonNegative = 0.0,
     **options: Any,
 ) -> Prepared:
     """The adapter's start is cached as an adapter directory.
@@ -41,7 +40,6 @@ def corda(
         steer: steer their prices, at the same sum, so that the largest drift is smallest.
         keep: weight λ of the predicted drift in the loss (see `training.keeping`).
         keep_generic: the same on texts that the model itself draws.
-        compactness: weight of the compactness term of CorDA++ in the loss (see `compactness_penalty`).
         options: any options of `CordaConfig`.
     """
     folder = setup.folder / "start"
@@ -62,7 +60,7 @@ def corda(
         setup = replace(setup, targets={name: model.get_submodule(name) for name in setup.targets})
     if context and options.get("mode") == "kpm":
         setup = replace(setup, keep=DataConfig(context))
-    kept = what_is_kept(model, setup, 0.0 if contexts else keep, samples, keep_generic, compactness)
+    kept = what_is_kept(model, setup, 0.0 if contexts else keep, samples, keep_generic)
     if contexts and keep:
         abilities = abilities_kept(model, setup, keep, contexts_of(contexts, samples or setup.samples))
         kept = kept._replace(abilities=abilities, steer=steer)

@@ -1,18 +1,13 @@
 """What a training keeps, for methods whose adapter is a LoRA: terms of the loss that are known from the weights."""
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..adapters.lora import lora_layers
-from ..algebra.compactness import compactness_term, extreme_eigenvalues, log_compactness
-from ..algebra.decomposition import regularize
-from ..algebra.second_order import Low, whole
 from ..config import ContextConfig, CordaError, DataConfig
 from ..config.data import named_contexts, prices_of
 from ..data.batches import Encoded, encode_all
@@ -20,14 +15,12 @@ from ..data.overview import unseen_samples
 from ..data.samples import load_samples
 from ..evaluation.evaluate import loss_and_drift
 from ..evaluation.meter import MEASURED
-from ..models.weights import weight_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import NAME, Statistics, collect_statistics
 from ..training.keeping import Keeper, Keepers, PredictedDrift
 from .registry import Prepared, Setup
 
-AFTER = ("keep", "keep_generic", "compactness")  # options of methods that change the training alone
-DRAWN = 8  # layers whose compactness a step looks at: an eigendecomposition each
+AFTER = ("keep", "keep_generic")  # options of methods that change the training alone
 
 
 class KeptAbility(NamedTuple):
@@ -50,7 +43,6 @@ class Kept(NamedTuple):
     Attributes:
         keep, keep_generic: the weights of the drift that is predicted on the ability to keep, and on the model's own
             texts, in nats of loss for a nat per answer token.
-        compactness: the weight of the layers' mean compactness term.
         context, generic: the statistics of both; None where nothing needs them.
         abilities: in place of one context.
         steer: whether their prices are steered, so that the largest drift is smallest (see `Keepers`).
@@ -58,7 +50,6 @@ class Kept(NamedTuple):
 
     keep: float
     keep_generic: float
-    compactness: float
     context: Statistics | None
     generic: Statistics | None
     abilities: Sequence[KeptAbility] = ()
@@ -99,15 +90,14 @@ def what_is_kept(
     keep: float,
     samples: int | None = None,
     keep_generic: float = 0.0,
-    compactness: float = 0.0,
 ) -> Kept:
     """
     Args:
         samples: how many samples of the ability to keep are looked at. Default: the comparison's number.
     """
-    context = context_statistics(model, setup, "keep", samples) if keep or compactness else None
+    context = context_statistics(model, setup, "keep", samples) if keep else None
     generic = context_statistics(model, setup, "generic") if keep_generic else None
-    return Kept(keep, keep_generic, compactness, context, generic)
+    return Kept(keep, keep_generic, context, generic)
 
 
 def context_statistics(model: nn.Module, setup: Setup, kind: str, samples: int | None = None) -> Statistics:
@@ -133,7 +123,7 @@ def context_statistics(model: nn.Module, setup: Setup, kind: str, samples: int |
 def with_penalties(prepared: Prepared, setup: Setup, kept: Kept) -> Prepared:
     """Add what is kept to the loss that a prepared model is trained with."""
     callbacks, penalties = list(prepared.callbacks), dict(prepared.penalties)
-    if kept.keep and kept.context:
+    if kept.context:
         keeper = Keeper(PredictedDrift(prepared.model, kept.context), kept.keep)
         callbacks.append(keeper)
         penalties["drift"] = keeper.penalty
@@ -146,39 +136,9 @@ def with_penalties(prepared: Prepared, setup: Setup, kept: Kept) -> Prepared:
     if kept.generic:
         generic = PredictedDrift(prepared.model, kept.generic)
         penalties["generic"] = lambda: kept.keep_generic * generic()
-    if kept.compactness and kept.context:
-        penalties["compactness"] = compactness_penalty(prepared.model, kept.context, setup, kept.compactness)
     return prepared._replace(callbacks=callbacks, penalties=penalties)
 
 
 def _drift(model: nn.Module, setup: Setup, encoded: Sequence[Encoded]) -> float:
     with torch.compiler.set_stance("force_eager"):  # compiled blocks are for training
         return loss_and_drift(model.eval(), setup.tokenizer, encoded)["tuned"]["drift"]
-
-
-def compactness_penalty(
-    model: nn.Module, statistics: Statistics, setup: Setup, weight: float, damping: float = 0.01
-) -> Callable[[], Tensor]:
-    """`weight` · the mean over layers of log π(C) · Σ_{i>r} σ_i/σ₁ of (W + ΔW) C_λ (see `compactness_term`), with r of
-    the comparison, estimated by `DRAWN` layers that are drawn at each call, without bias."""
-    layers, rng = {n: x for n, x in lora_layers(model).items() if n in statistics.layers}, random.Random(0)
-    known: dict[int, tuple[float, float]] = {}  # extreme eigenvalues of each C: layers with the same input share it
-
-    def C_of(name: str) -> Tensor:
-        device = weight_of(layers[name].get_base_layer()).device
-        return regularize(whole(Low(*(part.to(device) for part in statistics.layers[name].C))), damping)
-
-    def term(name: str) -> Tensor:
-        layer, C, shared = layers[name], C_of(name), id(statistics.layers[name].C.factor)
-        if shared not in known:
-            known[shared] = extreme_eigenvalues(C)
-        A, B = (factor["default"].weight.double() for factor in (layer.lora_A, layer.lora_B))
-        W = weight_of(layer.get_base_layer()).double() + layer.scaling["default"] * B @ A
-        return compactness_term(W, C, log_compactness(len(W), *known[shared]), setup.r)
-
-    def penalty() -> Tensor:
-        drawn = rng.sample(list(layers), min(DRAWN, len(layers)))
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            return weight * torch.stack([term(name) for name in drawn]).mean().float()
-
-    return penalty
