@@ -234,6 +234,26 @@ def test_the_callback_refuses_scaled_gradients(statistics, tmp_path):
         callback.on_train_begin(arguments, None, None)
 
 
+def test_the_callback_refuses_engines_whose_step_it_would_not_reach(statistics, tmp_path):
+    arguments, model = TrainingArguments(str(tmp_path)), adapted("lora", recipe())
+    callback = KeepCallback(model, statistics, 1.0)
+    arguments.deepspeed_plugin = object()
+    with pytest.raises(CordaError, match="DeepSpeed shows no gradients between two steps"):
+        callback.on_train_begin(arguments, TrainerState(), None)
+    arguments.deepspeed_plugin = None
+    factor = next(iter(lora_layers(model).values())).lora_B["default"]
+    factor.weight = torch.nn.Parameter(torch.empty(0))  # of a shard of FSDP 1 or ZeRO-3
+    with pytest.raises(CordaError, match="show no whole factor"):
+        callback.on_train_begin(arguments, TrainerState(), None)
+
+
+def test_callbacks_of_several_abilities_log_a_drift_each(statistics):
+    model, state = adapted("lora", recipe()), TrainerState(log_history=[{}])
+    for name in ("facts", "sums"):
+        KeepCallback(model, statistics, 1.0, name=name).on_log(None, state, None)
+    assert state.log_history == [{"drift facts": 0.0, "drift sums": 0.0}]
+
+
 def test_the_prediction_follows_what_trains_and_where_it_is(statistics):
     model = adapted("anchored", recipe())
     callback = KeepCallback(model, statistics)

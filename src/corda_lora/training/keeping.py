@@ -31,6 +31,7 @@ from ..models.weights import layer_digest, weight_shape
 from ..preprocess.statistics import Statistics
 
 STATE = "Keeper"
+NOT_HERE = "between two steps, so the drift cannot be predicted: use DDP or FSDP 2, or leave keep out"
 HOLDS_A_PART = "a part of the model is in the adapter, so its drift cannot be predicted: leave keep out"
 
 
@@ -149,8 +150,12 @@ class PredictedDrift:
 
 def whole_factor(module: nn.Module) -> Tensor:
     """The weight of a factor, gathered where FSDP shards it: then its gradient goes to the shards of what trains. (The
-    optimizer drops the gradient of a held half, but not that of a shard.)"""
+    optimizer drops the gradient of a held half, but not that of a shard.)
+
+    Raises CordaError if it cannot be gathered."""
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.ndim != 2 or not weight.numel():
+        raise CordaError(f"FSDP 1 and DeepSpeed's ZeRO-3 show no whole factor {NOT_HERE}")
     if not isinstance(weight, DTensor):
         return weight
     weight = weight.full_tensor()
@@ -336,10 +341,11 @@ class KeepCallback(Keeper):
         options: as of `Keeper`. Without `measure` the drift that is shown, and that `max_drift` bounds, is the
             predicted one.
 
-    `trainer.state.log_history` has `drift` beside each loss (see `Keeper.estimate`).
+    `trainer.state.log_history` has `drift` beside each loss (see `Keeper.estimate`). Of several callbacks each needs a
+    `name`, which follows that word.
 
     Raises CordaError as `Keeper` and `PredictedDrift` do; without statistics; and before the first step where gradients
-    are scaled (float16) and not clipped: the trainer then hands them over scaled.
+    are scaled (float16) and not clipped, as the trainer then hands them over scaled, or where DeepSpeed trains.
     """
 
     def __init__(
@@ -364,6 +370,8 @@ class KeepCallback(Keeper):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16 and not args.max_grad_norm:
             raise CordaError("in float16 the penalty needs clipped gradients: set max_grad_norm, such as to 1.0")
+        if getattr(args, "deepspeed_plugin", None) is not None:  # its backward also makes the step
+            raise CordaError(f"DeepSpeed shows no gradients {NOT_HERE}")
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -372,4 +380,4 @@ class KeepCallback(Keeper):
                 self.penalty().backward()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.log_history[-1]["drift"] = self.estimate
+        state.log_history[-1][f"drift {self.name}".strip()] = self.estimate
