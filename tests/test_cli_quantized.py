@@ -183,6 +183,9 @@ def test_before_and_after_quantization(model, here, capsys):
     assert losses[0] != changes["start"]["keep.jsonl"]["before"]
     said = refused(capsys, "eval", "--before", "start/base", "--after", "start", "--keep", "keep.jsonl")
     assert said == f"corda eval: the adapter in start is on weights in 4 bits: give --before {model}"
+    (here / "start").rename(here / "moved")
+    said = refused(capsys, "eval", "--before", model, "--after", "moved", "--keep", "keep.jsonl")
+    assert said.endswith(f"start/base: give --model BASE --adapter moved --original {model}")
 
 
 def test_the_original_is_no_quantized_model(model, here, capsys):

@@ -205,6 +205,11 @@ def _name_models(options: Namespace) -> None:
         if original["model"] != before:
             raise CordaError(f"the adapter in {after} is on weights in 4 bits: give --before {original['model']}")
         options.model = read_json(options.adapter / CONFIG)["base_model_name_or_path"]
+        if not Path(options.model).exists() and Path(before).exists():
+            raise CordaError(
+                f"the quantized base of the adapter in {after} is not in {options.model}: give --model BASE --adapter "
+                f"{after} --original {before}"
+            )
 
 
 def _drift_in_training(adapter: Path) -> str | None:
