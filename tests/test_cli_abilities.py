@@ -109,7 +109,7 @@ def test_what_is_steered_to_a_bound_has_no_price_of_its_own(own, folder, checkpo
 def test_prices_of_their_own():
     contexts = [ContextConfig("sums.jsonl", price=2.0), ContextConfig("words.jsonl", weight=3.0)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("corda_lora.evaluation.meter.load_samples", lambda data: [])
+        patch.setattr("corda_lora.evaluation.meter.load_rounds", lambda data, rounds: [[]])
         kept = load_contexts(KeepConfig(keep=10.0, context=contexts), None, None)
         assert {each.name: each.price for each in kept} == {"sums": 2.0, "words": 15.0}
         assert load_contexts(KeepConfig(keep=10.0, context=contexts[1]), None, None)[0].price == 10.0

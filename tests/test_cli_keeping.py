@@ -189,7 +189,30 @@ def test_another_context_or_price_is_not_the_same_command(checkpoint, context, c
     rows = [{**row, "a": row["a"] + "!"} for row in ROWS]
     (context / "keep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     explicit = partial(train, output="dear")
-    assert "has something in it already" in refused(capsys, checkpoint, context, *again, call=explicit)
+    assert "has something in it already" not in refused(capsys, checkpoint, context, *again, call=explicit)
+
+
+def test_samples_that_changed_since_the_start_are_refused(checkpoint, context, capsys):
+    given = ["--context", context / "keep.jsonl", "--context.prompt", "{q}", "--context.response", " {a}"]
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, "--keep", 30)
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, output="without")
+    train(checkpoint, context, *given, "--context.samples", 40, "--max_steps", 2, output="lora")
+    other = [{"q": f"{i} + {i} =", "a": f"{i + i}"} for i in range(100)]
+    (context / "keep.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    for start in ("start", "without", "lora"):
+        said = refused(capsys, checkpoint, context, "--start", start, "--max_steps", 2, call=train)
+        assert f"keep.jsonl has other samples now than when {start} was made: give a --context, or --keep 0" in said
+    train(checkpoint, context, "--start", "start", *given, "--max_steps", 2)
+
+
+def test_the_meters_samples_are_in_none_of_the_starts_rounds(checkpoint, context, monkeypatch):
+    init(checkpoint, context, *TEMPLATES, "--samples", 20, "--keep", 30, "--preset", "corda++")
+    drawn = []
+    monkeypatch.setattr("corda_lora.evaluation.meter.unseen_samples", lambda *given: drawn.extend(given[3]) or [])
+    train(checkpoint, context, "--start", "start", "--max_steps", 1)
+    assert (
+        len(drawn) == json.loads((context / "work" / "start" / "corda.json").read_text())["context"]["samples"] == 100
+    )
 
 
 def test_what_init_was_told_to_keep_is_kept_in_either_mode(checkpoint, context):

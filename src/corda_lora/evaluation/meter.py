@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from ..config.data import CONTEXT_SAMPLES, prices_of
 from ..config.train import KEEP
 from ..data.batches import Encoded, encode_all
 from ..data.overview import unseen_samples
-from ..data.samples import Sample, digest_of, load_samples
+from ..data.samples import Sample, digest_of, load_rounds
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, check_samples, collect_statistics
@@ -31,7 +32,8 @@ class KeptContext(NamedTuple):
     Attributes:
         name: of one among several; else empty.
         data: where its samples are from.
-        samples: those that are shown.
+        samples: those that its statistics are, or are to be, collected from.
+        shown: those that must not be measured on: the same, and what the start drew in further rounds.
         price: λ, at which it is kept, or which is steered from there.
         statistics: the file with those of the samples, if there is one already.
     """
@@ -39,6 +41,7 @@ class KeptContext(NamedTuple):
     name: str
     data: DataConfig
     samples: list[Sample]
+    shown: list[Sample]
     price: float
     statistics: Path | None
 
@@ -53,12 +56,12 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
         record: corda.json of the start.
 
     Raises CordaError if something is to be kept, and nothing says what, or at what price; weights are to be found for
-    one context; or as `load_samples` does.
+    one context; the samples that the start was made from have changed since; or as `load_rounds` does.
     """
     if config.keep == 0:
         return []
     try:
-        datas, price, path = _kept_before(start, record)
+        datas, price, path, rounds, digests = _kept_before(start, record)
         unknown = record is not None and on_residual(record)  # nothing predicts the drift
     except (LookupError, TypeError, AttributeError) as error:
         raise CordaError(f"{start} has a damaged corda.json or {TRAINING}: {error!r}") from error
@@ -66,6 +69,7 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
         raise CordaError(HOLDS_A_PART)
     if config.contexts:
         datas, price, path = [_with_samples(data) for data in config.contexts], None, None
+        rounds, digests = 1, []
     elif unknown:
         return []
     price = next((known for known in (config.keep, price) if known is not None), KEEP)
@@ -81,11 +85,16 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
     for data, own in zip(datas, prices_of(named, price or KEEP) if named else [price or KEEP]):
         name = data.ability if isinstance(data, ContextConfig) else ""
         try:
-            contexts.append(KeptContext(name, data, load_samples(data), own, path))
+            drawn = load_rounds(data, rounds)
+            contexts.append(KeptContext(name, data, drawn[0], [*chain(*drawn)], own, path))
         except CordaError as error:
             if config.context is not None:
                 raise
             raise CordaError(f"{error}; {start} was made from it: give a --context, or --keep 0") from error
+    now = [digest_of(each.samples) for each in contexts]
+    if digests not in ([], now, [digest_of(chain(*(each.shown for each in contexts)))]):
+        names = ", ".join(each.data.data for each in contexts)
+        raise CordaError(f"{names} has other samples now than when {start} was made: give a --context, or --keep 0")
     if config.max_drift is None and not any(each.price for each in contexts):
         raise CordaError("the price of each context is 0, so nothing of them would be kept: give one a price")
     return contexts
@@ -93,9 +102,10 @@ def load_contexts(config: KeepConfig, start: Path | None, record: dict[str, Any]
 
 def _kept_before(
     start: Path | None, record: dict[str, Any] | None
-) -> tuple[list[DataConfig], float | None, Path | None]:
+) -> tuple[list[DataConfig], float | None, Path | None, int, list[str]]:
     """The samples that the training kept that an adapter is from, or that its start was made from (mode kpm); the price
-    that either names; and the file of statistics beside the start."""
+    that either names; the file of statistics beside the start; in how many rounds the samples were drawn; and their
+    digests, of each data, or of all together."""
     trained = read_json(start / TRAINING) if start and (start / TRAINING).is_file() else {"recipe": {}}
     before = trained["recipe"].get("keep") or {}
     price = before.get("keep")
@@ -103,14 +113,19 @@ def _kept_before(
     if isinstance(steered, list) and steered:
         price = steered[-1][-1]
     if before.get("context"):
-        return [_with_samples(data) for data in _datas(before["context"], steered)], price, None
+        kept = str(trained["recipe"].get("sha256", {}).get("kept") or "")  # as `kept_digest` joins them
+        datas = [_with_samples(data) for data in _datas(before["context"], steered)]
+        return datas, price, None, 1, kept.split(" ")[::3] if kept else []
     if record and (record.get("data") or record.get("contexts")):
         of_start = record["config"].get("keep") or None
         if record["config"]["mode"] == "kpm" or of_start:
             path = Path(start or "") / NAME
             price = of_start if price is None else price
-            return _datas(record.get("contexts") or record["data"], steered), price, path if path.is_file() else None
-    return [], price, None
+            datas = _datas(record.get("contexts") or record["data"], steered)
+            rounds = record["config"].get("rounds") or 1
+            digests = [record["samples_sha256"]] if record.get("samples_sha256") else []
+            return datas, price, path if path.is_file() else None, rounds, digests
+    return [], price, None, 1, []
 
 
 def _datas(recorded: Any, steered: Any) -> list[DataConfig]:
@@ -145,7 +160,7 @@ def encode_kept(tokenizer: Any, config: KeepConfig, contexts: Sequence[KeptConte
     asked = config.keep is not None or config.max_drift is not None or config.context is not None
     asked, remedy = (True, "") if asked else (len(contexts) > 1, "; the start names it: give --context, or --keep 0")
     found = []
-    for name, data, samples, _, path in contexts:
+    for name, data, samples, _, _, path in contexts:
         found.append(encode_all(tokenizer, samples, data.max_length))
         if path is not None or not asked:
             continue
@@ -197,8 +212,8 @@ def make_keepers(
 def _make_keeper(
     peft_model: PeftModel, tokenizer: Any, config: KeepConfig, context: KeptContext, shown: list[Encoded]
 ) -> tuple[Keeper | None, list[str]]:
-    name, data, samples, keep, path = context
-    others = encode_all(tokenizer, unseen_samples(peft_model, tokenizer, data, samples, MEASURED), data.max_length)
+    name, data, _, drawn, keep, path = context
+    others = encode_all(tokenizer, unseen_samples(peft_model, tokenizer, data, drawn, MEASURED), data.max_length)
     answered, of = _answered(shown), f" of {name}" if name else ""
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:
         return None, [
