@@ -515,7 +515,7 @@ def test_sigterm_in_the_middle_of_a_forward(verb, checkpoint, data, monkeypatch,
         (["--context", "someone/nothing"], "cannot load data 'someone/nothing'"),
         (["--model", "./nowhere"], "there is no model in ./nowhere: it has no config.json"),
         (["--model", "nowhere/"], "there is no model in nowhere/: it has no config.json"),
-        (["--model", "someone/nothing"], "cannot load the model 'someone/nothing'"),
+        (["--model", "someone/nothing"], "cannot load the model 'someone/nothing' (and there is no directory"),
         (["--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
     ],
 )

@@ -59,7 +59,7 @@ def load_model(config: ModelConfig) -> nn.Module:
         options["use_safetensors"] = True
         if Path(name).is_dir():
             check_shards(Path(name))
-    with _loading(f"the model {config.model!r}"), _gguf_read_once(options):
+    with _loading("the model", config.model), _gguf_read_once(options):
         # A shape that differs is reported by name, instead of in a table.
         model, report = kind.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -162,7 +162,7 @@ def _folder(config: ModelConfig) -> Path:
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.safetensors", "*.safetensors.index.json"]
-    with _loading(f"the model {config.model!r}"):
+    with _loading("the model", config.model):
         return Path(snapshot_download(name, revision=config.revision, allow_patterns=patterns))
 
 
@@ -190,7 +190,7 @@ def read_settings(config: ModelConfig) -> Any:
     name, options = _source(config)
     if "gguf_file" in options:
         raise CordaError(f"{config.model} has no config.json: name the model it came from")
-    with _loading(f"the model {config.model!r}"):
+    with _loading("the model", config.model):
         settings = transformers.AutoConfig.from_pretrained(name, **options)
         settings_and_parts = [settings, *(getattr(settings, part, None) for part in settings.sub_configs)]
     for part in settings_and_parts:
@@ -358,12 +358,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
     tokenizer, why = None, ""
     if "gguf_file" not in options and reads_images(read_settings(config)):
         try:
-            with _loading(f"the processor of {config.model!r}"):
+            with _loading("the processor of", config.model):
                 tokenizer = with_processor(transformers.AutoProcessor.from_pretrained(name, **options))
         except CordaError as error:
             why = str(error)
     if tokenizer is None:
-        with _loading(f"the tokenizer of {config.model!r}"), _gguf_read_once(options):
+        with _loading("the tokenizer of", config.model), _gguf_read_once(options):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
             if "gguf_file" in options:
                 _set_special_tokens(tokenizer, Path(config.model))
@@ -466,11 +466,11 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 
 @contextmanager
-def _loading(thing: str) -> Iterator[None]:
+def _loading(what: str, name: str) -> Iterator[None]:
     """Turn any error of transformers into one sentence, and silence its tables.
 
     A damaged file makes it raise errors of many types."""
-    verbosity = transformers.logging.get_verbosity()
+    thing, verbosity = f"{what} {name!r}", transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
         yield
@@ -479,7 +479,8 @@ def _loading(thing: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise CordaError(f"to load {thing}, the package {error.name} is needed: pip install {error.name}") from error
     except Exception as error:
-        raise CordaError(f"cannot load {thing}: {_first_line(error)}") from error
+        here = "" if Path(name).exists() else " (and there is no directory of this name here)"
+        raise CordaError(f"cannot load {thing}{here}: {_first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
 
