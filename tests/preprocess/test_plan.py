@@ -33,6 +33,7 @@ from corda_lora.preprocess.layer import (
     keep_components,
     output_factor,
     quantize_layer,
+    start_layer,
 )
 from corda_lora.preprocess.machine import H100, described_machine
 from corda_lora.preprocess.pipeline import preprocess
@@ -227,6 +228,22 @@ def test_memory_of_quantizing_is_what_is_allocated(shape, options):
 
     most, _ = allocated(lambda: quantize_layer(W, kept, 8, config, store, C, D))
     assert 0.95 < 8 * quantizing(Layer("", m, n, ""), True, config)[1] / most < 1.3
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
+@pytest.mark.parametrize("split", ["anchored", "balanced", "paper", "folded"])
+def test_a_start_takes_a_float64_copy_of_its_components_and_of_its_factors(shape, split):
+    torch.manual_seed(0)
+    (m, n), r = shape, 64
+    config = CordaConfig(mode="ipm", r=r, split="paper" if split == "folded" else split)
+    W, C = torch.randn(m, n), torch.eye(n)
+    kept = keep_components(W, C, *decompose_layer(W, C, config), r, config, LayerRecord())
+    if split == "folded":
+        kept = replace(kept, folded=(torch.randn(r, n), torch.randn(m, r)))
+    most, start = allocated(lambda: start_layer(kept, r, config))
+    components = 0 if split == "folded" else 8 * sum(x.numel() for x in (kept.rows, kept.U) if x is not None)
+    factors = 8 * (start.A.numel() + (start.B.numel() if start.B.any() else 0))  # zeros are float32 from the beginning
+    assert most <= components + factors + start.A.nbytes + start.B.nbytes + 64 * r
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])

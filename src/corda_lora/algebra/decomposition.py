@@ -142,7 +142,7 @@ def split_components(U: Tensor, sigma: Tensor, rows: Tensor, split: str, scale: 
         raise ValueError(f"unknown split {split!r}")
     A = rows / root
     B = U * torch.where(torch.isinf(root), 0.0, root).T
-    return B / scale**0.5, A / scale**0.5
+    return B.div_(scale**0.5), A.div_(scale**0.5)
 
 
 def energies(rows: Tensor, C: Tensor) -> Tensor:

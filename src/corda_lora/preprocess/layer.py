@@ -261,29 +261,30 @@ def _output_energy(W: Tensor, C: Tensor) -> float:
 
 def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
     """Split r of the kept components into the factors A and B."""
-    chosen = select(config.mode, len(layer.rows), r)
-    rows, sigma = layer.rows[chosen].double(), layer.sigma[select(config.mode, len(layer.sigma), r)]
-    assert layer.record.shape is not None
-    m = layer.record.shape[0]
-    # Where B starts from zero, any U will do.
-    U = rows.new_zeros(m, r) if layer.U is None else layer.U[:, chosen].double()
-    assert config.split is not None
-    B, A = split_components(U, sigma, rows, config.split, config.scale)
+    chosen, sigma = select(config.mode, len(layer.rows), r), layer.sigma[select(config.mode, len(layer.sigma), r)]
+    record = layer.record
     if layer.folded is not None:
         A, B = (factor.double() for factor in layer.folded)
+    else:
+        assert record.shape is not None
+        assert config.split is not None
+        rows = layer.rows[chosen].double()
+        # Where B starts from zero, any U will do: this one takes no memory, and gives a B of zeros in float32.
+        U = torch.zeros(1).expand(record.shape[0], r) if layer.U is None else layer.U[:, chosen].double()
+        B, A = split_components(U, sigma, rows, config.split, config.scale)
+        if layer.energy is not None:
+            energy, output_energy = layer.energy[chosen], record.output_energy
+            stretch = (A.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-300)) ** 2  # A_i is a_i, longer or shorter
+            share = float(energy.sum()) / output_energy if output_energy else 0.0
+            record = replace(record, energy_share=share, leak=float((stretch * energy).sum()))
     record = replace(
-        layer.record,
+        record,
         r=r,
         sigma_first=float(sigma[0]),
         sigma_last=float(sigma[-1]),
         norm_A=float(A.norm()),
         norm_B=float(B.norm()),
     )
-    if layer.energy is not None and layer.folded is None:
-        energy, output_energy = layer.energy[chosen], layer.record.output_energy
-        stretch = (A.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-300)) ** 2  # A_i is a_i, longer or shorter
-        share = float(energy.sum()) / output_energy if output_energy else 0.0
-        record = replace(record, energy_share=share, leak=float((stretch * energy).sum()))
     spectrum = layer.sigma.clone()  # not a view of the file that it was read from
     return LayerStart(A.float(), B.float(), spectrum, record)
 
