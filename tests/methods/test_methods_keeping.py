@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from corda_lora.compare.job import train_prepared
-from corda_lora.config import CordaError, TrainConfig
+from corda_lora.compare.runner import check_methods
+from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig, TrainConfig
 from corda_lora.evaluation.evaluate import loss_and_drift
 from corda_lora.methods.keeping import contexts_of
 from corda_lora.preprocess.own_text import own_text
@@ -76,3 +77,43 @@ def test_each_ability_of_a_mixture_is_kept_as_much_as_its_weight_says(prepare, f
 def test_contexts_of_an_entry_are_checked_before_any_run(contexts, said):
     with pytest.raises(CordaError, match=said):
         contexts_of(contexts, 16)
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer than.*is wide")
+def test_contexts_with_prices_are_kept_without_keep_and_one_alone_at_keep(prepare, files):
+    def kept(contexts, **options):
+        folder = files / f"cache{len(list(files.iterdir()))}"
+        options |= {"contexts": contexts}
+        prepared, _, _ = prepare("corda-kpm-anchored", options=options, train=RECIPE, folder=folder)
+        return {each.name: each.keep for each in keepers_of(prepared.callbacks)}, set(prepared.penalties)
+
+    facts, spelling = mixture(files, 1, 1)
+    own = [facts | {"price": 3.0}, spelling | {"price": 5.0}]
+    assert kept(own) == ({"facts": 3.0, "spelling": 5.0}, {"drift facts", "drift spelling"})
+    assert kept([own[0], spelling])[0] == {"facts": 3.0, "spelling": 0.0}
+    assert kept([facts], keep=7.0) == ({"keep": 7.0}, {"drift keep"})
+    assert kept([facts, spelling]) == kept([facts]) == ({}, set())
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"options": {"contexts": [{"data": "a", "price": 1.0}, {"data": "b", "price": 2.0}], "keep": 10.0}}, "own"),
+        ({"options": {"contexts": [{"data": "a", "price": 1.0}, {"data": "b", "price": 2.0}]},
+          "sweep": {"keep": [1.0, 2.0]}}, "own"),
+        ({"options": {"contexts": [{"data": "a"}, {"data": "b"}], "steer": True}}, "steer shares"),
+        ({"options": {"contexts": [{"data": "a"}], "steer": True, "keep": 1.0}}, "steer shares"),
+        ({"options": {"steer": True, "keep": 1.0}}, "steer shares"),
+        ({"method": "lora", "options": {"keep": 1.0}}, "give samples of it as `context`"),
+    ],
+)  # fmt: skip
+def test_prices_that_would_be_ignored_are_refused_before_any_run(entry, said):
+    entry = MethodConfig(**{"method": "corda-kpm-anchored"} | entry)
+    with pytest.raises(CordaError, match=said):
+        check_methods(CompareConfig({"mine": entry}, "learn", EvalConfig(learn=["learn"])))
+
+
+def test_prices_of_contexts_may_be_steered():
+    contexts = [{"data": "a", "price": 1.0}, {"data": "b", "price": 2.0}]
+    entry = MethodConfig("corda-kpm-anchored", options={"contexts": contexts, "steer": True})
+    check_methods(CompareConfig({"mine": entry}, "learn", EvalConfig(learn=["learn"])))

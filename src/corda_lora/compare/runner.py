@@ -35,7 +35,7 @@ from ..evaluation.evaluate import measured_samples
 from ..evaluation.measures import KINDS
 from ..evaluation.tasks.registry import TASKS, named_tasks
 from ..files import write_json
-from ..methods.keeping import contexts_of
+from ..methods.keeping import check_contexts
 from ..methods.registry import METHODS, check_options
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.targets import check_saved_modules, find_targets, require_causal
@@ -98,15 +98,20 @@ def compare(
 
 
 def check_methods(recipe: CompareConfig) -> None:
-    """Raises CordaError if an entry's method, or an option of it, does not exist, or lacks a context."""
+    """Raises CordaError if an entry's method, or an option of it, does not exist, or lacks a context, or its contexts
+    have prices that do not go together."""
     for name, entry in recipe.entries.items():
         if entry.method not in METHODS:
             raise CordaError(f"there is no method {entry.method!r}: there are {', '.join(METHODS)}")
         for value in entry.swept_values or [None]:
             check_options(entry.method, entry.options | ({entry.swept_option: value} if entry.sweep else {}))
-        if contexts := entry.options.get("contexts"):
-            contexts_of(contexts, recipe.context_samples)
-        elif METHODS[entry.method].prepares_from == "keep" and recipe.context is None:
+        try:
+            check_contexts(entry, recipe.context_samples)
+        except CordaError as error:
+            raise CordaError(f"{name}: {error}") from error
+        if entry.options.get("contexts"):
+            continue
+        if (METHODS[entry.method].prepares_from == "keep" or _prices_it(entry)) and recipe.context is None:
             raise CordaError(f"{name} analyses the ability to keep before it trains: give samples of it as `context`")
 
 

@@ -36,9 +36,11 @@ def corda(
         samples: how many samples of the context are analysed. Default: the comparison's number.
         context: DATA that is analysed (in kpm also kept) instead of the comparison's.
         contexts: several abilities in place of it: mappings of a context's options (see `ContextConfig`), such as
-            {data: facts.jsonl, weight: 2}. Each has `samples` samples, and in the loss a price of its own.
+            {data: facts.jsonl, weight: 2}. Each has `samples` samples, and in the loss a price: its own, or its share
+            of `keep`.
         steer: steer their prices, at the same sum, so that the largest drift is smallest.
-        keep: weight λ of the predicted drift in the loss (see `training.keeping`).
+        keep: weight λ of the predicted drift in the loss (see `training.keeping`). Contexts with a price of their own
+            do without.
         keep_generic: the same on texts that the model itself draws.
         options: any options of `CordaConfig`.
     """
@@ -61,7 +63,7 @@ def corda(
     if context and options.get("mode") == "kpm":
         setup = replace(setup, keep=DataConfig(context))
     kept = what_is_kept(model, setup, 0.0 if contexts else keep, samples, keep_generic)
-    if contexts and keep:
+    if contexts:
         abilities = abilities_kept(model, setup, keep, contexts_of(contexts, samples or setup.samples))
         kept = kept._replace(abilities=abilities, steer=steer)
     peft_model = load_adapter(model, folder, trainable=True, lora_dropout=setup.train.lora_dropout)

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..config import ContextConfig, CordaError, DataConfig
+from ..config import ContextConfig, CordaError, DataConfig, MethodConfig
 from ..config.data import named_contexts, prices_of
 from ..data.batches import Encoded, encode_all
 from ..data.overview import unseen_samples
@@ -68,11 +69,12 @@ def contexts_of(option: Sequence[Mapping[str, Any]], samples: int) -> Sequence[D
 
 
 def abilities_kept(model: nn.Module, setup: Setup, keep: float, contexts: Sequence[DataConfig]) -> list[KeptAbility]:
-    """The abilities of several contexts (for their prices see `prices_of`). Their statistics are cached in the method's
-    folder, which all prices share."""
-    named, kept = [context for context in contexts if isinstance(context, ContextConfig)], []
-    for context, price in zip(named, prices_of(named, keep)):
-        path, samples = setup.folder / f"{context.ability}.{NAME}", load_samples(context)
+    """The abilities of an entry's contexts, each at its price (see `prices`); none if all prices are zero. Their
+    statistics are cached in the method's folder, which all prices share."""
+    kept, priced = [], prices(contexts, keep)
+    for context, price in zip(contexts, priced) if any(priced) else ():
+        name = context.ability if isinstance(context, ContextConfig) else Path(context.data).stem
+        path, samples = setup.folder / f"{name}.{NAME}", load_samples(context)
         if not path.is_file():
             encoded = encode_all(setup.tokenizer, samples, context.max_length)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +82,28 @@ def abilities_kept(model: nn.Module, setup: Setup, keep: float, contexts: Sequen
             collect_statistics(model, setup.targets, encoded, pad_id, progress=False).save(path)
         others = unseen_samples(model, setup.tokenizer, context, samples, MEASURED)
         measured = encode_all(setup.tokenizer, others, context.max_length)
-        kept.append(KeptAbility(context.ability, price, Statistics.load(path), measured))
+        kept.append(KeptAbility(name, price, Statistics.load(path), measured))
     return kept
+
+
+def prices(contexts: Sequence[DataConfig], keep: float) -> list[float]:
+    """The price of each context of an entry: `keep` for one alone, and for several see `prices_of`."""
+    named = [context for context in contexts if isinstance(context, ContextConfig)]
+    return prices_of(named, keep) if named else [keep] * len(contexts)
+
+
+def check_contexts(entry: MethodConfig, samples: int) -> None:
+    """Raises CordaError if an entry's contexts, their prices, `keep` and `steer` do not go together; as `contexts_of`
+    does."""
+    given = entry.options.get("contexts")
+    contexts = contexts_of(given, samples) if given else []
+    own = [context.price for context in contexts if isinstance(context, ContextConfig)]
+    if own and None not in own and (entry.swept_option == "keep" or "keep" in entry.options):
+        raise CordaError("keep is the price of contexts without their own, and each has one: leave keep out")
+    keeps = entry.swept_values if entry.swept_option == "keep" else [entry.options.get("keep") or 0.0]
+    steers = entry.options.get("steer") or entry.swept_option == "steer"
+    if steers and (len(contexts) < 2 or not any(any(prices(contexts, keep)) for keep in keeps)):
+        raise CordaError("steer shares out the prices of several contexts: give two or more, and keep or prices")
 
 
 def what_is_kept(
