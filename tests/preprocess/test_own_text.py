@@ -1,5 +1,7 @@
 """Texts that a model draws from its own distribution."""
 
+from contextlib import contextmanager
+
 import pytest
 import tiny
 import torch
@@ -51,3 +53,20 @@ def test_a_tokenizer_without_a_first_token():
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(CordaError, match="no token that begins or ends a text"):
         own_text(tiny.build("llama"), tokenizer)
+
+
+def test_the_bar_moves_with_every_token(monkeypatch):
+    """64 texts are drawn at a time, which may take a minute."""
+    shown = []
+
+    @contextmanager
+    def bar(label, total, show):
+        assert (label, total, show) == ("own texts", 70, True)
+        yield lambda steps, completed: shown.append(completed)
+
+    monkeypatch.setattr("corda_lora.preprocess.own_text.progress_bar", bar)
+    model, tokenizer = tiny.build("llama"), tiny.character_tokenizer()
+    own_text(model, tokenizer, texts=70, length=20)
+    assert shown == sorted(shown)
+    assert shown[-1] == 70
+    assert len([x for x in shown if x < 64]) >= 18

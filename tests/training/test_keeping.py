@@ -19,6 +19,7 @@ from corda_lora.algebra.second_order import Low
 from corda_lora.config import CordaConfig, CordaError, LoraStart, TrainConfig
 from corda_lora.data.samples import Sample
 from corda_lora.evaluation.evaluate import loss_and_drift
+from corda_lora.evaluation.meter import generic_penalty
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess.pipeline import preprocess
 from corda_lora.preprocess.statistics import Sides, Statistics, answered_batches, collect_statistics
@@ -302,3 +303,27 @@ def test_statistics_that_cannot_be_are_damaged(name, value, statistics, tmp_path
     save_file(broken, tmp_path / "s.safetensors", {"corda": json.dumps(about)})
     with pytest.raises(CordaError, match="is damaged"):
         Statistics.load(tmp_path / "s.safetensors")
+
+
+def test_two_adapters_that_are_active_together_are_refused(tokenizer, statistics):
+    """Both change the model, and one would be counted."""
+    model = plain_lora(tiny.build("llama"), LoraStart(r=4), recipe())
+    keeper = KeepCallback(model, statistics)
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules="all-linear"))
+    PredictedDrift(model, statistics)  # it is not active
+    model.base_model.set_adapter(["default", "other"])
+    said = "the adapter 'other' is active beside 'default', and drift is predicted of one alone"
+    with pytest.raises(CordaError, match=said):
+        PredictedDrift(model, statistics)
+    with pytest.raises(CordaError, match=said):
+        generic_penalty(model, tokenizer, 1.0)
+    with pytest.raises(CordaError, match=said):  # it was made active in between
+        train(model, tokenizer, TASK, recipe(), callbacks=[keeper])
+
+
+def test_rehearsals_are_refused_where_fsdp_shards(tokenizer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model = plain_lora(tiny.build("llama"), LoraStart(r=4), recipe())
+    with pytest.raises(CordaError, match=r"FSDP trains on no further samples \(distillation\): use DDP"):
+        train(model, tokenizer, TASK, recipe(), rehearsals={"distillation": lambda: torch.zeros(())})

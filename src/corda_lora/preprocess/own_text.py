@@ -4,11 +4,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import CordaError
 from ..data.batches import Encoded
-from ..progress import track
+from ..progress import progress_bar
 
 TEXTS, LENGTH, BATCH = 256, 128, 64
 
@@ -32,10 +32,17 @@ def own_text(
     with (
         getattr(model, "disable_adapter", nullcontext)(),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
+        progress_bar("own texts", texts, progress) as advance,
     ):
         torch.manual_seed(seed)
-        for begin in track(range(0, texts, BATCH), "own texts", progress):
-            ids = torch.full((min(BATCH, texts - begin), 1), first, device=device)
+        while (done := len(rows)) < texts:
+            ids = torch.full((min(BATCH, texts - done), 1), first, device=device)
+
+            def show(so_far: Tensor, _: Any, done: int = done, **__: Any) -> Tensor:
+                """A criterion that stops no row, (rows, tokens) -> (rows,)."""
+                advance(0, completed=done + len(so_far) * so_far.shape[1] / length)
+                return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)
+
             rows += model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -48,7 +55,9 @@ def own_text(
                 repetition_penalty=1.0,
                 eos_token_id=end,
                 pad_token_id=end if end is not None else first,
+                stopping_criteria=[show],
             ).tolist()
+            advance(0, completed=len(rows))
     model.train(training)
     return [Encoded(ids, [False] + [True] * (len(ids) - 1)) for ids in (_up_to(row, end) for row in rows)]
 

@@ -53,8 +53,16 @@ class _Layers(NamedTuple):
 
 
 def check_predictable(peft_model: PeftModel, adapter: str = "default") -> None:
-    """Raises CordaError if no drift can be predicted of an adapter: the base is none without it, or its update is no
-    s·B A."""
+    """Raises CordaError if no drift can be predicted of an adapter: it is not active, or not alone; the base is none
+    without it; or its update is no s·B A."""
+    active = getattr(peft_model, "active_adapters", ())
+    if adapter not in active:
+        raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
+    if others := [name for name in active if name != adapter]:
+        raise CordaError(
+            f"the adapter {others[0]!r} is active beside {adapter!r}, and drift is predicted of one alone: make the other "
+            "inactive, or merge it into the model before the statistics are collected"
+        )
     marks = (peft_model.peft_config[adapter].auto_mapping or {}).get("corda", {})
     if marks.get("split") == "residual":
         raise CordaError(HOLDS_A_PART)
@@ -83,12 +91,10 @@ class PredictedDrift:
     Args:
         statistics: of the context, from the model without the adapter.
 
-    Raises CordaError as `check_statistics` and `check_predictable` do, or if the adapter is not active.
+    Raises CordaError as `check_statistics` and `check_predictable` do.
     """
 
     def __init__(self, peft_model: PeftModel, statistics: Statistics, adapter: str = "default"):
-        if adapter not in getattr(peft_model, "active_adapters", ()):
-            raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
         check_predictable(peft_model, adapter)
         self.model, self.statistics, self.adapter = peft_model, statistics, adapter
         check_statistics(statistics, {n: layer.get_base_layer() for n, layer in lora_layers(peft_model).items()})
@@ -96,7 +102,8 @@ class PredictedDrift:
 
     def prepare(self) -> None:
         """Compute what stays as it is, on the device of the adapter: to be called again if the adapter has moved, or
-        other factors train."""
+        other factors train. Raises CordaError as `check_predictable` does."""
+        check_predictable(self.model, self.adapter)
         layers, statistics = lora_layers(self.model), self.statistics
         groups: dict[Any, list[str]] = defaultdict(list)
         for name in (name for name in layers if name in statistics.layers):

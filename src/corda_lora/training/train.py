@@ -131,7 +131,7 @@ def train(
         penalties: terms of the loss by name, of the weights alone. Each function gives its weighted term, a scalar. It
             is called once in a step, whatever the micro-batches.
         rehearsals: terms of the loss over further samples, by name. Each is called in every micro-batch, and the mean
-            of its values over a step's micro-batches is added once.
+            of its values over a step's micro-batches is added once. Not where FSDP shards the model.
         held_out: samples whose loss is measured at each checkpoint, and at the end.
 
     Returns:
@@ -141,10 +141,12 @@ def train(
 
     Raises:
         CordaError: the model is neither a causal language model nor a classifier, its output head carries an adapter or
-            is more than a matrix, no sample has a response, the learning rate is not given and not known, or packed
-            samples would mix; and as `trainer_arguments` does.
+            is more than a matrix, no sample has a response, the learning rate is not given and not known, packed
+            samples would mix, or there are rehearsals under FSDP; and as `trainer_arguments` does.
         DivergedError: the loss of a step, or a trained parameter at the end, is NaN or infinite.
     """
+    if rehearsals and is_sharded():  # its `compute_loss` adds nothing to the loss
+        raise CordaError(f"FSDP trains on no further samples ({', '.join(rehearsals)}): use DDP, or one process")
     labelled = is_classifier(model)
     if not labelled:
         require_causal(model)
