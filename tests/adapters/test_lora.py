@@ -371,9 +371,9 @@ def test_dropout_is_for_training_and_the_start_is_still_exact(tmp_path):
 def test_an_adapter_for_other_weights_is_refused(tmp_path):
     _, found, adapted, _ = tuned()
     folder = saved(adapted, found, tmp_path / "adapter")
-    for other in (tiny.build("llama", seed=1), tiny.build("bert")):
+    for other, why in ((tiny.build("llama", seed=1), "made for other weights"), (tiny.build("bert"), "another model")):
         weights = tiny.snapshot(other)
-        with pytest.raises(CordaError, match=r"made for other weights than these .its base was not recorded"):
+        with pytest.raises(CordaError, match=rf"{why}.* .its base was not recorded"):
             load_adapter(other, folder)
         assert all(torch.equal(weights[n], t) for n, t in other.state_dict().items())
     load_adapter(tiny.build("llama", torch.bfloat16), folder)  # the same weights, rounded
@@ -385,6 +385,38 @@ def test_a_plain_lora_directory_is_loaded_as_peft_does(tmp_path):
     lora = peft.get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     lora.save_pretrained(tmp_path)
     assert torch.equal(tiny.logits(load_adapter(tiny.build("llama"), tmp_path)), tiny.logits(lora))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("what", ["corda", "plain"])
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"num_hidden_layers": 1}, r"this one has no model\.layers\.1\."),
+        ({"num_hidden_layers": 3}, r"it has nothing for model\.layers\.2\."),
+        ({"hidden_size": 128}, r"has the shape \(\d+, \d+\) here, and \(\d+, \d+\) there"),
+        ("gpt2_conv1d", r"this one has no model\.layers\.0\."),
+    ],
+)
+def test_an_adapter_of_another_model_is_not_said_to_be_damaged(other, why, what, targets, tmp_path):
+    """With more blocks than its own a model may take a plain LoRA, but not if that was for all blocks."""
+    model = tiny.build("llama_for_nf4")
+    if what == "plain":
+        lora = LoraConfig(r=4, target_modules=targets, base_model_name_or_path="theirs")
+        peft.get_peft_model(model, lora).save_pretrained(tmp_path)
+    else:
+        config = CordaConfig(r=4, target_modules=targets)
+        adapted = install(model, preprocess(model, config, tiny.batches(), progress=False))
+        adapted.save_pretrained(tmp_path)
+    other = tiny.build(other) if isinstance(other, str) else tiny.build("llama_for_nf4", **other)
+    before = tiny.snapshot(other)
+    if "nothing for" in why and what == "plain" and targets == "all-linear":  # PEFT names each layer in that case
+        load_adapter(other, tmp_path).unload()
+    else:
+        why = "made for other weights" if "nothing for" in why and what == "corda" else f"of another model: .*{why}"
+        with pytest.raises(CordaError, match=f"the adapter in .* {why}"):
+            load_adapter(other, tmp_path)
+    assert all(torch.equal(before[n], t) for n, t in other.state_dict().items())
 
 
 def edit(path, change):

@@ -23,7 +23,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -39,6 +39,7 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..config import CordaError, ModelConfig
 from ..files import (
@@ -53,7 +54,7 @@ from ..files import (
     write_json,
 )
 from ..models.targets import check_bare, known_labels, lora_config, new_modules
-from ..models.weights import fingerprint, layer_digest
+from ..models.weights import fingerprint, layer_digest, weight_shape
 from ..preprocess.pipeline import Start
 from ..preprocess.statistics import NAME as STATISTICS
 from ..preprocess.statistics import Statistics
@@ -343,7 +344,8 @@ def _check_checksums(directory: Path) -> None:
 
 
 def check_base(model: nn.Module, directory: Path, config: peft.PeftConfig | None = None) -> None:
-    """Raises CordaError if the adapter in a directory was made for other weights than the model's, or is damaged.
+    """Raises CordaError if the adapter in a directory is of another model, or was made for other weights than the
+    model's, or is damaged.
 
     Args:
         config: PEFT's, of the adapter. Default: it is read.
@@ -352,12 +354,45 @@ def check_base(model: nn.Module, directory: Path, config: peft.PeftConfig | None
     if config is None:
         with _fitting(directory / CONFIG):
             config = peft.PeftConfig.from_pretrained(str(directory))
+    shapes = _shapes_in(directory / WEIGHTS)
+    _check_layers(model, shapes, directory, config)
     made_for = marks["fingerprint"] if marks is not None else (config.auto_mapping or {}).get(BASE)
-    if made_for and _fingerprint_of(model, _shapes_in(directory / WEIGHTS)) != made_for:
+    if made_for and (missing := _layers_in(shapes) - {name for name, _ in model.named_modules()}):
+        raise _of_another_model(directory, f"this one has no {min(missing)}", config)
+    if made_for and _fingerprint_of(model, shapes) != made_for:
         raise CordaError(
             f"the adapter in {directory} was made for other weights than these "
             f"(its base was {config.base_model_name_or_path or 'not recorded'})"
         )
+
+
+def _check_layers(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]], directory: Path, config: peft.PeftConfig
+) -> None:
+    """Raises CordaError if a model has fewer blocks than an adapter with tensors of these shapes, which PEFT takes
+    without a word, or a layer of another shape. (Names of which it has no like may be older ones, which PEFT knows.)"""
+    modules = dict(model.named_modules())
+    like = {_any_block(name) for name in modules}
+    for name in sorted(_layers_in(shapes)):
+        layer = modules.get(name)
+        if layer is None and _any_block(name) in like:
+            raise _of_another_model(directory, f"this one has no {name}", config)
+        sides = [shapes.get(f"base_model.model.{name}.lora_{side}.weight") for side in "BA"]
+        if isinstance(layer, (nn.Linear, Conv1D)) and all(sides):
+            made_for = tuple(each[axis] for axis, each in enumerate(sides) if each)
+            if made_for != weight_shape(layer):
+                what = f"{name} has the shape {weight_shape(layer)} here, and {made_for} there"
+                raise _of_another_model(directory, what, config)
+
+
+def _any_block(name: str) -> str:
+    """A layer's name without the numbers of blocks in it."""
+    return re.sub(r"\.\d+", "", name)
+
+
+def _of_another_model(directory: Path, why: str, config: peft.PeftConfig) -> CordaError:
+    base = config.base_model_name_or_path or "not recorded"
+    return CordaError(f"the adapter in {directory} is of another model: {why} (its base was {base})")
 
 
 def load_adapter(
@@ -371,7 +406,7 @@ def load_adapter(
         lora_dropout: while training. Default: as it was saved.
 
     Raises:
-        CordaError: no adapter there, a damaged one, or one that was made for other weights.
+        CordaError: no adapter there, a damaged one, or one of another model or that was made for other weights.
     """
     check_bare(model)
     directory = Path(directory)
@@ -381,17 +416,27 @@ def load_adapter(
     check_base(model, directory, config)
     if trainable and lora_dropout is not None:
         config.lora_dropout = lora_dropout
-    with _fitting(directory / WEIGHTS), warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
+    adapted, has = _layers_in(_shapes_in(directory / WEIGHTS)), {name for name, _ in model.named_modules()}
+    try:
+        with _fitting(directory / WEIGHTS), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            peft_model = PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
+    except CordaError as error:
+        if not adapted or adapted & has:
+            raise
+        raise _of_another_model(directory, f"this one has no {min(adapted)}", config) from error
     for warning in said:
         if missing := re.search(r"missing adapter keys.*?\['([^']*)'", str(warning.message)):  # PEFT left it random
             peft_model.unload()
-            raise CordaError(f"{directory / WEIGHTS} is damaged: it has no {missing[1].replace('.default.', '.')}")
+            tensor = missing[1].replace(".default.", ".")
+            whose = _layers_in([tensor])
+            if whose and not whose & adapted:
+                raise _of_another_model(directory, f"it has nothing for {min(whose)}", config)
+            raise CordaError(f"{directory / WEIGHTS} is damaged: it has no {tensor}")
         if not str(warning.message).startswith(HINT_AT_TIES):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     layers, modules = lora_layers(peft_model), dict(peft_model.get_base_model().named_modules())
-    if unread := sorted(n for n in _layers_in(_shapes_in(directory / WEIGHTS)) - layers.keys() if n in modules):
+    if unread := sorted(n for n in adapted - layers.keys() if n in modules):
         peft_model.unload()
         raise CordaError(f"{directory / CONFIG} is damaged: target_modules lacks {unread[0]}, which is adapted")
     if marks is not None:
@@ -425,9 +470,6 @@ def _layers_in(weights: Iterable[str]) -> set[str]:
     return {n.removeprefix("base_model.model.").partition(".lora_A.")[0] for n in weights if ".lora_A." in n}
 
 
-def _fingerprint_of(model: nn.Module, weights: Iterable[str]) -> str | None:
-    """The fingerprint of the layers that an adapter with these tensors adapts; None if the model lacks one of them."""
-    try:
-        return fingerprint({name: layer_digest(model.get_submodule(name)) for name in _layers_in(weights)})
-    except AttributeError:
-        return None
+def _fingerprint_of(model: nn.Module, weights: Iterable[str]) -> str:
+    """The fingerprint of the layers that an adapter with these tensors adapts."""
+    return fingerprint({name: layer_digest(model.get_submodule(name)) for name in _layers_in(weights)})

@@ -60,8 +60,8 @@ def check_predictable(peft_model: PeftModel, adapter: str = "default") -> None:
         raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
     if others := [name for name in active if name != adapter]:
         raise CordaError(
-            f"the adapter {others[0]!r} is active beside {adapter!r}, and drift is predicted of one alone: make the other "
-            "inactive, or merge it into the model before the statistics are collected"
+            f"the adapter {others[0]!r} is active beside {adapter!r}, and drift is predicted of one alone: make the "
+            "other inactive, or merge it into the model before the statistics are collected"
         )
     marks = (peft_model.peft_config[adapter].auto_mapping or {}).get("corda", {})
     if marks.get("split") == "residual":
