@@ -63,6 +63,7 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: false
   fsdp_offload_params: false
 """
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # of `corda train`, by the dtype of the model
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="default: the size's")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=[*PRECISIONS], help="of the part train")
     parser.add_argument("--work", type=Path, help="folder for the model and the adapters; else a temporary one")
     options = parser.parse_args()
     if torch.cuda.is_available() and torch.cuda.device_count() < options.gpus:
@@ -147,8 +149,8 @@ def init(part: str, work: Path, options: Any, say: Callable[..., None]) -> None:
 
 def train(part: str, work: Path, options: Any, say: Callable[..., None]) -> None:
     model = ["--model", str(work / "model")]
-    for dtype, precision in (("float32", "fp32"), ("bfloat16", "bf16")):
-        start = work / f"start-{dtype}"
+    for dtype in options.dtypes:
+        precision, start = PRECISIONS[dtype], work / f"start-{dtype}"
         context = ["--context", str(work / "known.jsonl"), "--dtype", dtype]
         took = ran(["init", *model, *context, *START.split()], start, options.gpus, torchrun)
         say(f"- the start in {dtype}, with D, on {options.gpus} GPUs: {took:.1f} s")

@@ -25,6 +25,7 @@ from ..preprocess.held_out import enough_samples, held_out_leaks, times_as_much
 from ..preprocess.pipeline import Start, preprocess
 from ..preprocess.plan import check_room, init_plan
 from ..preprocess.walk import Place
+from ..preprocess.warm import warming
 from ..preprocess.work import MANIFEST, open_work
 from ..processes import Processes
 from ..progress import console
@@ -87,34 +88,35 @@ def prepare(
     datas = [data] if isinstance(data, DataConfig) else list(data or ())
     if len(datas) > 1 and config.rounds > 1:
         raise CordaError(f"{config.rounds} rounds are of one context, but there are {len(datas)}")
-    shown = [load_rounds(each, config.rounds) for each in datas]
-    base: nn.Module | None = None
-    if isinstance(source, ModelConfig):
-        if original is not None:
-            check_original(original)
-            base = load_model(source)
-            if not getattr(base, "is_quantized", False):
-                raise CordaError(f"original is for a model that is quantized already, but {source.model} is not")
-        torch.manual_seed(0)  # of a classifier's new head
-        model, stored = open_model(source) if base is None or original is None else check_same_model(base, original)
-        tokenizer = load_tokenizer(source) if (datas or config.quantization) and tokenizer is None else tokenizer
-    else:
-        model, stored = source, {}
-    contexts = []
-    for each, rounds in zip(datas, shown):
-        if tokenizer is None:
-            raise CordaError("give the tokenizer of the loaded model, which the context is encoded by")
-        if progress:
-            name = each.ability if isinstance(each, ContextConfig) else each.data
-            encoded = encode_all(tokenizer, rounds[0], each.max_length)
-            console.print(overview(name, tokenizer, rounds[0], encoded, each.max_length, learned=False))
-        context = read_context(tokenizer, rounds, each.max_length, batch_tokens, has_decoder(model))
-        check_fit(model, (ids for batch in context.batches for ids in batch["input_ids"].tolist()))
-        contexts.append(context)
-    context = contexts[0] if contexts else Context()
-    if len(contexts) > 1:
-        abilities = [Ability(each.ability, each.weight) for each in datas if isinstance(each, ContextConfig)]
-        context = together(contexts, abilities)
+    with warming(config):
+        shown = [load_rounds(each, config.rounds) for each in datas]
+        base: nn.Module | None = None
+        if isinstance(source, ModelConfig):
+            if original is not None:
+                check_original(original)
+                base = load_model(source)
+                if not getattr(base, "is_quantized", False):
+                    raise CordaError(f"original is for a model that is quantized already, but {source.model} is not")
+            torch.manual_seed(0)  # of a classifier's new head
+            model, stored = open_model(source) if base is None or original is None else check_same_model(base, original)
+            tokenizer = load_tokenizer(source) if (datas or config.quantization) and tokenizer is None else tokenizer
+        else:
+            model, stored = source, {}
+        contexts = []
+        for each, rounds in zip(datas, shown):
+            if tokenizer is None:
+                raise CordaError("give the tokenizer of the loaded model, which the context is encoded by")
+            if progress:
+                name = each.ability if isinstance(each, ContextConfig) else each.data
+                encoded = encode_all(tokenizer, rounds[0], each.max_length)
+                console.print(overview(name, tokenizer, rounds[0], encoded, each.max_length, learned=False))
+            context = read_context(tokenizer, rounds, each.max_length, batch_tokens, has_decoder(model))
+            check_fit(model, (ids for batch in context.batches for ids in batch["input_ids"].tolist()))
+            contexts.append(context)
+        context = contexts[0] if contexts else Context()
+        if len(contexts) > 1:
+            abilities = [Ability(each.ability, each.weight) for each in datas if isinstance(each, ContextConfig)]
+            context = together(contexts, abilities)
     check_room(init_plan(model, config, context.batches, park), output)
 
     record = data_record(datas)

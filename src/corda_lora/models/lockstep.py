@@ -277,14 +277,16 @@ def visits(
         for block in blocks:
             readers |= shared_out([x for x in tensors_of(block) if x in stored], processes.size)
 
+    own: dict[Tensor, Tensor] = {}  # what this process has read of a block, on the device
+
     def handed_on(x: Tensor) -> Tensor:
         assert processes is not None
-        is_reader = readers[x] == processes.rank
-        values = (
-            here[x]().to(device, non_blocking=True) if is_reader else torch.empty(x.shape, dtype=x.dtype, device=device)
-        )
+        values = own.pop(x) if x in own else torch.empty(x.shape, dtype=x.dtype, device=device)
         processes.hand_on(values, readers[x])
         return values
+
+    def is_own(x: Tensor) -> bool:
+        return processes is not None and readers.get(x) == processes.rank
 
     def pinned(tensor: Tensor, home: Tensor) -> Tensor:
         return (stored[tensor]() if stored and tensor in stored else home).pin_memory()
@@ -301,6 +303,8 @@ def visits(
 
     @contextmanager
     def visit(block: nn.Module) -> Iterator[None]:
+        # All before the first is handed on: so the processes copy at the same time, not one after the other.
+        own.update({x: here[x]().to(device, non_blocking=True) for x in tensors_of(block) if is_own(x)})
         with on_device(tensors_of(block), device, ChainMap(together, here)):
             read_after(block)
             yield

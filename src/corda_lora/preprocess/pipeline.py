@@ -5,8 +5,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,8 @@ from .share import Share, SharedCollector, SharedGradients
 from .statistics import DIRECTIONS, LEAST_SAMPLES, Sides, Statistics, check_samples
 from .walk import Place, choose_parking, walk
 from .work import LayerStore, saving
+
+READERS = 4  # threads that read finished blocks back: what they wait for is memory, which is new to the process
 
 
 @dataclass
@@ -475,12 +479,18 @@ def _start(
     store: LayerStore, targets: Iterable[str], ranks: Ranks, config: CordaConfig
 ) -> tuple[dict[str, LayerStart], dict[str, Sides], dict[str, Any]]:
     """The factors of every layer and, where they are known, its sides, in the model's order; and totals."""
-    by_name, in_stored_order, both = ranks.of_seen(), dict[str, LayerStart](), dict[str, Sides]()
-    for name, layer in store.load():
-        in_stored_order[name] = start_layer(layer, by_name[name], config)
-        if layer.sides is not None:
-            both[name] = layer.sides
-    layers = {name: in_stored_order[name] for name in targets}
+    by_name, made, both = ranks.of_seen(), dict[str, LayerStart](), dict[str, Sides]()
+
+    def started(file: str) -> list[tuple[str, LayerStart, Sides | None]]:
+        layers = store.load_block(file)
+        return [(name, start_layer(layer, by_name[name], config), layer.sides) for name, layer in layers]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for name, start, sides_of_layer in chain.from_iterable(pool.map(started, store.files)):
+            made[name] = start
+            if sides_of_layer is not None:
+                both[name] = sides_of_layer
+    layers = {name: made[name] for name in targets}
     sides = {name: both[name] for name in targets if name in both}
     totals: dict[str, Any] = {
         "parameters": sum(layer.A.numel() + layer.B.numel() for layer in layers.values()),

@@ -142,21 +142,25 @@ class LayerStore:
     def load(self, spectra_only: bool = False) -> Iterator[tuple[str, Decomposed]]:
         """The layers, in the order they were saved, read one at a time. `spectra_only` leaves out the large tensors."""
         for file in self.files:
-            with safe_open(self.folder / file, framework="pt") as tensors:
-                names, inputs = set(tensors.keys()), dict[str, Low]()
-                for layer, fields in json.loads(tensors.metadata()["records"]).items():
-                    wanted = ("sigma",) if spectra_only else (*KEYS, *FOLDED)
-                    keys = [k for k in wanted if f"{layer}|{k}" in names]
-                    parts = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
-                    rows, record, sides = parts.get("rows", torch.empty(0, 0)), LayerRecord(**fields), None
-                    sigma, U, energy = parts["sigma"], parts.get("U"), parts.get("energy")
-                    if "C.factor" in parts:
-                        inputs[layer] = Low(parts["C.factor"], parts["C.diagonal"])
-                    if "D.factor" in parts:
-                        assert record.input is not None
-                        sides = Sides(inputs[record.input], Low(parts["D.factor"], parts["D.diagonal"]))
-                    folded = (parts[FOLDED[0]], parts[FOLDED[1]]) if FOLDED[0] in parts else None
-                    yield layer, Decomposed(rows, U, sigma, energy, record, sides, folded)
+            yield from self.load_block(file, spectra_only)
+
+    def load_block(self, file: str, spectra_only: bool = False) -> Iterator[tuple[str, Decomposed]]:
+        """`load` of the layers in one of the `files`."""
+        with safe_open(self.folder / file, framework="pt") as tensors:
+            names, inputs = set(tensors.keys()), dict[str, Low]()
+            for layer, fields in json.loads(tensors.metadata()["records"]).items():
+                wanted = ("sigma",) if spectra_only else (*KEYS, *FOLDED)
+                keys = [k for k in wanted if f"{layer}|{k}" in names]
+                parts = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
+                rows, record, sides = parts.get("rows", torch.empty(0, 0)), LayerRecord(**fields), None
+                sigma, U, energy = parts["sigma"], parts.get("U"), parts.get("energy")
+                if "C.factor" in parts:
+                    inputs[layer] = Low(parts["C.factor"], parts["C.diagonal"])
+                if "D.factor" in parts:
+                    assert record.input is not None
+                    sides = Sides(inputs[record.input], Low(parts["D.factor"], parts["D.diagonal"]))
+                folded = (parts[FOLDED[0]], parts[FOLDED[1]]) if FOLDED[0] in parts else None
+                yield layer, Decomposed(rows, U, sigma, energy, record, sides, folded)
 
     def quantized(self, layer: str) -> Quantized | None:
         """The quantized weight of a layer; None if it was not quantized with the decomposition."""

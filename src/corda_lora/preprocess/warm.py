@@ -1,0 +1,38 @@
+"""What a GPU must load before it can work, loaded while the model and the context are read."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch.nn import functional
+
+from ..algebra.covariance import add_gram, mirror
+from ..config import CordaConfig
+from ..devices import accelerator, to_this_gpu
+from .layer import decompose_layer
+
+N, HEAD = 1024, 128  # of the matrices here, and of a head of attention
+
+
+@contextmanager
+def warming(config: CordaConfig) -> Iterator[None]:
+    """For a `with` block a thread has the CUDA device, if there is one, do on small matrices what it will do in a
+    block: a process that does so for the first time waits some two seconds for libraries and kernels."""
+    with ThreadPoolExecutor(1, initializer=to_this_gpu()) as thread:
+        warmed = thread.submit(_warm, config)
+        yield
+        warmed.exception()  # of no interest: what fails here fails where it is needed, with a sentence
+
+
+def _warm(config: CordaConfig) -> None:
+    device = accelerator() if config.device is None else torch.device(config.device)
+    if device.type != "cuda":
+        return
+    W = torch.arange(N * N, device=device).sin().view(N, N)
+    x = W.bfloat16()
+    heads = x.view(1, N, -1, HEAD).transpose(1, 2)
+    functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    functional.silu(functional.embedding(torch.arange(N, device=device), x) @ x)
+    C = mirror(add_gram(None, x))
+    decompose_layer(W, C, CordaConfig(mode=config.mode, r=8), fell_back=lambda: None)
