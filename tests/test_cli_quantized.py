@@ -228,6 +228,57 @@ def test_no_drift_from_a_residual_is_asked_for(keep, model, here, capsys, monkey
     assert "a part of the model is in the adapter" in refused(capsys, "train", *recipe)
 
 
+def test_a_residual_alone_is_no_model_to_train_or_start_from(model, here, capsys):
+    """It is one no more when an adapter is merged in."""
+    init(model, "--mode", "ipm", "--split", "paper", "--r", 16)
+    init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0, "--r", 16, output="start4")
+    init(model, "--mode", "kpm", "--quantization", "nf4", output="whole4")  # anchored: all of the model is in its base
+    capsys.readouterr()
+    run("export", "--model", model, "--adapter", "start", "--as", "residual", "--output", "left")
+    run("export", "--model", "start4/base", "--adapter", "start4", "--as", "merged", "--output", "merged")
+    recipe = ["--data", "learn.jsonl", "--max_steps", 1, "--precision", "fp32", "--output", "tuned"]
+    context = ["--context", "keep.jsonl", "--r", 4, "--output", "again"]
+    for residual in ("start4/base", "left"):
+        said = f"{residual} is a residual, a model without the part that its adapter holds:"
+        assert said in refused(capsys, "train", "--model", residual, *recipe)
+        assert said in refused(capsys, "train", "--model", residual, *recipe, "--context", "keep.jsonl", "--keep", 10)
+        assert said in refused(capsys, "init", "--model", residual, *context)
+    beside = ["init", "--model", "start4/base", "--original", model, *context, "--mode", "ipm"]
+    assert "is a residual" in refused(capsys, *beside)
+    run(*beside, "--fold", 1)  # puts what the residual lacks into the adapter
+    kept = ["--keep", 1, "--context", "keep.jsonl"]
+    run("export", "--model", "start4/base", "--adapter", "start4", "--output", "plain")  # for the residual alone
+    of_plain = ["train", "--model", "start4/base", "--start", "plain", *recipe, *kept]
+    assert "a part of the model is in the adapter" in refused(capsys, *of_plain)
+    assert not (here / "tuned").exists()
+    for whole in ("merged", "whole4/base"):
+        run("train", "--model", whole, *recipe[:-1], f"on {whole[:5]}")
+
+
+def test_a_start_that_holds_a_part_of_the_model_is_not_put_in_order_untrained(model, here, capsys):
+    init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0)
+    order = ["export", "--model", "start/base", "--as", "ordered", "--data", "keep.jsonl", "--output", "ordered"]
+    said = refused(capsys, *order, "--adapter", "start")
+    assert "the adapter in start holds a part of the model and is not trained yet" in said
+    assert not (here / "ordered").exists()
+    train("start/base", "start", "--precision", "fp32", "--learning_rate", 1e-5, "--max_steps", 1)
+    run(*order, "--adapter", "tuned")
+
+
+def test_an_original_is_of_a_quantized_model(model, here, capsys, monkeypatch):
+    init(model, "--mode", "ipm", "--split", "paper")
+    run("export", "--model", model, "--adapter", "start", "--as", "residual", "--output", "left")
+    beside = ["--original", model, "--output", "onto"]
+    run("export", "--model", "left", "--adapter", "left/adapter", *beside)  # which lacks a part of the model, too
+    monkeypatch.setattr("corda_lora.models.loading.load_model", None)
+    monkeypatch.setattr("corda_lora.adapters.prepare.load_model", None)
+    said = refused(capsys, "export", "--model", model, "--adapter", "start", *beside[:-1], "no")
+    assert f"full model that a quantized MODEL was made from, and {model} is not quantized" in said
+    said = refused(capsys, "init", "--model", model, "--context", "keep.jsonl", "--r", 4, *beside[:-1], "no")
+    assert "original is for a model that is quantized already" in said
+    assert not (here / "no").exists()
+
+
 def test_two_half_precisions_are_refused(model, here, capsys):
     init(model, "--mode", "ipm", "--quantization", "nf4", "--fold", 0, "--dtype", "float16")
     recipe = ["--model", "start/base", "--start", "start", "--data", "learn.jsonl", "--max_steps", 1, "--output"]

@@ -9,6 +9,10 @@ import tiny
 pytest.importorskip("bitsandbytes")
 
 from corda_lora.cli import main
+from corda_lora.compare.comparison import Comparison
+from corda_lora.compare.job import do_job
+from corda_lora.compare.schedule import Job
+from corda_lora.config import CompareConfig, CordaError, EvalConfig, ModelConfig
 
 
 def test_starts_over_nf4_from_end_to_end(recipe, tokenizer):
@@ -35,3 +39,14 @@ def test_starts_over_nf4_from_end_to_end(recipe, tokenizer):
         assert run["results"]["keep"]["keep"]["drift"] > 0
         assert run["curve"][-1][2] < run["curve"][0][2]
         assert run["parameters"]["adapter"] == runs[0]["parameters"]["adapter"]
+
+
+def test_a_residual_is_no_model_to_compare_on(folder, tokenizer):
+    tiny.build("llama_for_nf4").save_pretrained("wide")
+    tokenizer.save_pretrained("wide")
+    start = ["--mode", "ipm", "--quantization", "nf4", "--fold", "0", "--r", "16", "--output", "start"]
+    main(["init", "--model", "wide", "--context", "keep.jsonl", *start])
+    recipe = CompareConfig(["lora"], "learn.jsonl", EvalConfig(learn="learn.jsonl"))
+    comparison = Comparison(ModelConfig("start/base"), recipe, Path("out"))
+    with pytest.raises(CordaError, match=r"start/base is a residual, .*: give the full model"):
+        do_job(comparison, Job(), lambda steps: None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..algebra.folding import best_fit
@@ -19,13 +19,24 @@ from ..devices import double_device
 from ..files import whole_folder, write_json
 from ..models.loading import check_original, check_same_model
 from ..models.lockstep import Stored, on_device, tensors_of
+from ..models.residual import MARK, mark_residual
 from ..models.targets import tied_layers
 from ..models.weights import fingerprint, layer_digest, weight_of
 from ..preprocess.backward import unknown_layer
 from ..preprocess.statistics import answered_batches, collect_sides, tokens_and_answers
 from ..progress import track_if_slow
 from .card import write_card
-from .lora import BASE, load_adapter, lora_layers, read_marks, read_records, save_plain, set_ranks, write_all_checksums
+from .lora import (
+    BASE,
+    digest_of_factors,
+    load_adapter,
+    lora_layers,
+    read_marks,
+    read_records,
+    save_plain,
+    set_ranks,
+    write_all_checksums,
+)
 from .order import NAME as ORDER
 from .order import read_order, save_order
 from .quantize import dequantize_in_place
@@ -103,6 +114,12 @@ def export_ordered(
     if _changes_nothing(factors):
         raise CordaError(
             f"the adapter in {directory} changes nothing yet, so its components gain nothing: train it first"
+        )
+    tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    if marks is not None and marks.get("start") == digest_of_factors(tensors):
+        raise CordaError(
+            f"the adapter in {directory} holds a part of the model and is not trained yet, so its components would be "
+            "in the order of what the model itself gains by them: train it first"
         )
     batches, gains = answered_batches(encoded, pad_id, batch_tokens), {}
     tokens, answers = tokens_and_answers(batches)
@@ -303,6 +320,7 @@ def export_merged(
         dequantize_in_place(peft_model.unload())
         peft_model = PeftModel.from_pretrained(model, str(directory))
     _untie(peft_model)
+    vars(peft_model.get_base_model().config).pop(MARK, None)  # it will be whole
     error = _rounding(peft_model)
     with whole_folder(output) as folder:
         write_card(peft_model, folder, read_records(Path(directory)), merged=True)
@@ -361,7 +379,9 @@ def export_residual(
     config = peft_model.peft_config["default"]
     set_ranks(config, {name: layer.r["default"] for name, layer in layers.items()}, marks["scale"])
     config.base_model_name_or_path, config.revision = str(output.absolute()), None
-    config.auto_mapping = {BASE: fingerprint({n: layer_digest(layer.get_base_layer()) for n, layer in layers.items()})}
+    digests = {n: layer_digest(layer.get_base_layer()) for n, layer in layers.items()}
+    config.auto_mapping = {BASE: fingerprint(digests)}
+    mark_residual(peft_model.get_base_model().config, *next(iter(digests.items())))
     with whole_folder(output) as folder:
         (folder / "adapter").mkdir()
         note = f"It belongs to the residual model in `{output.name}`, and is wrong on any other."

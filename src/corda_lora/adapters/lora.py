@@ -98,6 +98,7 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     marks = {"mode": start.config.mode, "split": split, "scale": start.config.scale}
     marks["fingerprint"] = start.record.get("fingerprint")
     if split == "residual":
+        marks["start"] = digest_of_factors(weights)
         name = getattr(model, "name_or_path", "")
         marks["original"] = {"model": name, "revision": None} if name else None
         if start.config.quantization:  # over the model of that name the adapter would be wrong: nobody shall load it
@@ -108,6 +109,14 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     peft_model.peft_config["default"].auto_mapping = {"corda": marks}
     freeze(peft_model, split)
     return peft_model
+
+
+def digest_of_factors(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over the factors among an adapter's tensors, as bfloat16: the same in whatever dtype they were saved."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in weights if ".lora_" in name):
+        digest.update(weights[name].detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def set_ranks(config: LoraConfig, ranks: Mapping[str, int], scale: float) -> None:

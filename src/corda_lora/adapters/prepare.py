@@ -17,7 +17,15 @@ from ..data.overview import check_fit, overview, unseen_samples
 from ..data.samples import Sample, digest_of, load_rounds
 from ..devices import compute_device
 from ..files import check_output, remove_folder
-from ..models.loading import check_original, check_same_model, checkpoint_digest, load_model, load_tokenizer, open_model
+from ..models.loading import (
+    check_original,
+    check_same_model,
+    checkpoint_digest,
+    is_quantized,
+    load_model,
+    load_tokenizer,
+    open_model,
+)
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.targets import choose_targets, modules_named
 from ..preprocess.context import Ability, Context, has_decoder, read_context, together
@@ -94,9 +102,9 @@ def prepare(
         if isinstance(source, ModelConfig):
             if original is not None:
                 check_original(original)
-                base = load_model(source)
-                if not getattr(base, "is_quantized", False):
+                if not is_quantized(source):
                     raise CordaError(f"original is for a model that is quantized already, but {source.model} is not")
+                base = load_model(source)
             torch.manual_seed(0)  # of a classifier's new head
             model, stored = open_model(source) if base is None or original is None else check_same_model(base, original)
             tokenizer = load_tokenizer(source) if (datas or config.quantization) and tokenizer is None else tokenizer

@@ -19,9 +19,12 @@ from ..data.images import processor_of
 from ..devices import compute_device
 from ..files import whole_file, write_json
 from ..models.lockstep import Stored, find_blocks, on_device, tensors_of
+from ..models.residual import mark_residual
 from ..models.weights import (
     Quantized,
+    digest_of,
     is_4bit,
+    layer_digest,
     quantization_config,
     quantize,
     quantized_layer,
@@ -102,6 +105,11 @@ def _describe(model: nn.Module, start: Start, left: Iterable[str]) -> Any:
     dtype = next(model.parameters()).dtype
     config.dtype = dtype
     config.quantization_config = quantization_config(dtype, start.config.double_quantization, list(left))
+    if start.config.has_residual:
+        assert start.quantized is not None
+        name = next(iter(start.layers))
+        shape = weight_shape(model.get_submodule(name))
+        mark_residual(config, name, digest_of(shape, start.quantized(name)["weight"]))
     return config
 
 
@@ -120,6 +128,9 @@ def quantize_in_place(model: Any, start: Start) -> None:
     config = quantization_config(dtype, start.config.double_quantization, left)
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.hf_quantizer.postprocess_model(model)
+    if start.config.has_residual:
+        name = next(iter(start.layers))
+        mark_residual(model.config, name, layer_digest(model.get_submodule(name)))
 
 
 @torch.no_grad()

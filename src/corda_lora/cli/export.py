@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from ..config import CordaError, DataConfig, ModelConfig
 from ..config.data import CONTEXT_SAMPLES
 from ..config.values import Count
-from ..files import check_output, is_made, sha256_of
+from ..files import check_output, is_made, read_json, sha256_of
 from .shared import AddVerb, add_push, hub_repo, out, push, take
 
 
@@ -66,20 +66,27 @@ def export(options: Namespace) -> dict[str, Any]:
         export_ordered,
         export_residual,
     )
-    from ..adapters.lora import WEIGHTS, read_marks, with_labels_of
+    from ..adapters.lora import BASE, CONFIG, WEIGHTS, read_marks, with_labels_of
     from ..adapters.order import NAME as ORDER
     from ..adapters.order import read_order
     from ..data.batches import encode_all
     from ..data.overview import overview
     from ..data.samples import digest_of, load_samples
     from ..devices import compute_device
-    from ..models.loading import load_model, load_tokenizer
+    from ..models.loading import is_quantized, load_model, load_tokenizer
     from ..preprocess.statistics import check_samples
     from ..report.terminal import order_table
     from ..report.verdicts import another_function
 
     read_marks(options.adapter)
     source = with_labels_of(source, options.adapter)
+    # Of a GGUF file the numbers are expanded; an exported residual lacks a part of the model, too.
+    lacks = source.model.endswith(".gguf") or BASE in (read_json(options.adapter / CONFIG).get("auto_mapping") or {})
+    if options.original is not None and not lacks and not is_quantized(source):
+        raise CordaError(
+            f"--original is the full model that a quantized MODEL was made from, and {source.model} is not quantized: "
+            "leave --original out"
+        )
     recipe = {"model": asdict(source), "as": options.form, "r": options.r, "uniform": options.uniform}
     recipe |= {"original": options.original}
     original = None if options.original is None else replace(source, model=options.original, revision=None)

@@ -22,6 +22,7 @@ from ..evaluation.base_outputs import BaseOutputs
 from ..evaluation.evaluate import BothSides, evaluate, loss_and_drift
 from ..methods.registry import METHODS, Prepared, Setup, count_parameters
 from ..models.loading import load_model, load_tokenizer
+from ..models.residual import check_whole
 from ..models.targets import find_targets, is_classifier, new_modules, task_type, trains_head
 from ..training.keeping import keepers_of
 from ..training.train import train
@@ -42,6 +43,7 @@ def do_job(comparison: Comparison, job: Job, advance: Advance) -> dict[str, Any]
     began = time.perf_counter()
     torch.manual_seed(job.seed)  # of a classifier's new head
     model, tokenizer = load_model(comparison.source).to(accelerator()), load_tokenizer(comparison.source)
+    check_whole(model)
     if not job.entry:
         return _measure_base(comparison, job, model, tokenizer, began)
     entry = comparison.recipe.entries[job.entry]

@@ -31,6 +31,7 @@ from ..devices import (
     synchronize,
 )
 from ..models.lockstep import Stored, find_blocks, parking
+from ..models.residual import check_whole
 from ..models.targets import choose_targets, left_out, require_causal, tied_layers
 from ..models.weights import (
     ALREADY,
@@ -124,15 +125,18 @@ def preprocess(
             same; `work` is a folder that all see.
 
     Raises:
-        CordaError: a target that matches nothing, a rank above a layer's, a budget that cannot be met, an empty or
-            all-padding context, more rounds than batches, what `walk_back` and `check_quantization` refuse, work that
-            is damaged or was done on other weights, NaN or Inf in the activations. All but the last two before any long
-            work. More processes than layers or batches; ProcessEndedError where another process has ended.
+        CordaError: the model is a residual (see `models.residual`), a target that matches nothing, a rank above a
+            layer's, a budget that cannot be met, an empty or all-padding context, more rounds than batches, what
+            `walk_back` and `check_quantization` refuse, work that is damaged or was done on other weights, NaN or Inf
+            in the activations. All but the last two before any long work. More processes than layers or batches;
+            ProcessEndedError where another process has ended.
     """
     began = time.perf_counter()
     targets = choose_targets(model, config)
     device = compute_device(model, config.device)
     check_quantization(model, targets, config, device, base)
+    if base is None or not config.fold:  # folding puts what a residual lacks into the adapter
+        check_whole(model if base is None else base, stored)
     record: dict[str, Any] = {"config": asdict(config)}
     if omitted := left_out(model, targets, config):
         record["left_out"] = [name for names in omitted.values() for name in names]

@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ..adapters.held import HalvedLinear, unwrapped
-from ..adapters.lora import lora_layers
+from ..adapters.lora import BASE, lora_layers
 from ..algebra.second_order import Low, predicted_drift, quadratic
 from ..config import CordaError
 from ..config.train import KEEP
 from ..config.values import Count, Positive, Weight, check_value
+from ..models.residual import check_whole
 from ..models.weights import layer_digest, weight_shape
 from ..preprocess.statistics import Statistics
 
@@ -53,19 +54,13 @@ class _Layers(NamedTuple):
 
 
 def check_predictable(peft_model: PeftModel, adapter: str = "default") -> None:
-    """Raises CordaError if no drift can be predicted of an adapter: it is not active, or not alone; the base is none
-    without it; or its update is no s·B A."""
-    active = getattr(peft_model, "active_adapters", ())
-    if adapter not in active:
-        raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
-    if others := [name for name in active if name != adapter]:
-        raise CordaError(
-            f"the adapter {others[0]!r} is active beside {adapter!r}, and drift is predicted of one alone: make the "
-            "other inactive, or merge it into the model before the statistics are collected"
-        )
-    marks = (peft_model.peft_config[adapter].auto_mapping or {}).get("corda", {})
-    if marks.get("split") == "residual":
+    """Raises CordaError as `check_alone` does, and if no drift can be predicted of an adapter: the base is none without
+    it, or its update is no s·B A."""
+    check_alone(peft_model, adapter)
+    marks = peft_model.peft_config[adapter].auto_mapping or {}
+    if BASE in marks or marks.get("corda", {}).get("split") == "residual":
         raise CordaError(HOLDS_A_PART)
+    check_whole(peft_model.get_base_model(), remedy="no drift from it can be predicted, so leave keep out")
     layers = {name: layer for name, layer in lora_layers(peft_model).items() if adapter in layer.r}
     if not layers:
         kind = type(peft_model.peft_config[adapter]).__name__.removesuffix("Config")
@@ -75,6 +70,18 @@ def check_predictable(peft_model: PeftModel, adapter: str = "default") -> None:
             raise CordaError(
                 f"the adapter changes {name} by more than B A, so its drift cannot be predicted: leave keep out"
             )
+
+
+def check_alone(peft_model: PeftModel, adapter: str) -> None:
+    """Raises CordaError if an adapter is not active, or another one is, too."""
+    active = getattr(peft_model, "active_adapters", ())
+    if adapter not in active:
+        raise CordaError(f"the model has no active adapter {adapter!r} whose drift could be predicted")
+    if others := [name for name in active if name != adapter]:
+        raise CordaError(
+            f"the adapter {others[0]!r} is active beside {adapter!r}, and drift is predicted of one alone: make the "
+            "other inactive, or merge it into the model before the statistics are collected"
+        )
 
 
 def trained_beside(peft_model: nn.Module) -> list[str]:
@@ -102,8 +109,8 @@ class PredictedDrift:
 
     def prepare(self) -> None:
         """Compute what stays as it is, on the device of the adapter: to be called again if the adapter has moved, or
-        other factors train. Raises CordaError as `check_predictable` does."""
-        check_predictable(self.model, self.adapter)
+        other factors train. Raises CordaError as `check_alone` does."""
+        check_alone(self.model, self.adapter)
         layers, statistics = lora_layers(self.model), self.statistics
         groups: dict[Any, list[str]] = defaultdict(list)
         for name in (name for name in layers if name in statistics.layers):

@@ -31,6 +31,7 @@ from ..data.overview import check_fit
 from ..data.samples import Sample
 from ..devices import has_bfloat16
 from ..files import CHECKSUMS, check_checksums, write_checksums
+from ..models.residual import check_whole
 from ..models.targets import (
     check_saved_modules,
     find_targets,
@@ -58,7 +59,9 @@ class DivergedError(RuntimeError):
 
 
 def plain_lora(model: nn.Module, start: LoraStart, config: TrainConfig) -> PeftModel:
-    """The model with a LoRA initialized as in PEFT: A random, B zero."""
+    """The model with a LoRA initialized as in PEFT: A random, B zero. Raises CordaError if the model is a residual (see
+    `models.residual`), or has no such layers."""
+    check_whole(model, remedy="train that adapter, or give the full model")
     targets = find_targets(model, start.target_modules, 1, start.exclude_modules, start.layers_to_transform)
     check_saved_modules(model, targets, start.modules_to_save)
     torch.manual_seed(config.seed)
