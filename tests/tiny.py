@@ -15,7 +15,7 @@ from corda_lora.preprocess.layer import (
     LayerStart,
     decompose_layer,
     keep_components,
-    output_factor,
+    seen_from,
     start_layer,
 )
 from corda_lora.preprocess.walk import Place, Step, walk
@@ -221,10 +221,9 @@ def logits(model: nn.Module, family: str = "llama") -> Tensor:
 
 def start_of(W: Tensor, C: Tensor | None, config: CordaConfig, D: Tensor | None = None) -> LayerStart:
     """One weight (m, n), its covariance (n, n) and D (m, m) of its outputs, all the way to the adapter's start."""
-    L = output_factor(D, config)
-    W = W if L is None else L.T @ W.double()
-    U, sigma = decompose_layer(W, C, config)
-    return start_layer(keep_components(W, C, U, sigma, config.r, config, LayerRecord(), L), config.r, config)
+    seen = seen_from(W, D, config)
+    U, sigma = decompose_layer(seen.Z if seen else W, C, config)
+    return start_layer(keep_components(W, C, U, sigma, config.r, config, LayerRecord(), seen), config.r, config)
 
 
 def steps(model: nn.Module, targets: dict[str, nn.Module], batches: list[dict], **context) -> Iterator[Step]:

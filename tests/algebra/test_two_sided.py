@@ -4,7 +4,11 @@ import pytest
 import torch
 from tiny import start_of
 
+from corda_lora.algebra import solvers
+from corda_lora.algebra.decomposition import regularize, times_lower
+from corda_lora.algebra.solvers import seen_by_outputs
 from corda_lora.config import CordaConfig, CordaError
+from corda_lora.preprocess.layer import decompose_layer, seen_from
 
 SHAPES = {"square": (40, 40), "tall": (56, 24), "wide": (24, 56)}
 
@@ -117,6 +121,58 @@ def test_balanced_components_are_as_long_in_a_as_in_b():
     W, C, D = case("wide")
     layer = start_of(W, C, CordaConfig(r=6, split="balanced", orientation="two_sided"), D)
     torch.testing.assert_close(layer.A.norm(dim=1), layer.B.norm(dim=0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("solver", ["svd", "gram", "subspace"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_covariances_in_float32_are_not_rounded_again(shape, solver):
+    """What a component is hangs on D, in float64, to 1e-8."""
+    W, C, D = case(shape)
+    C, D = C.float(), D.float()
+    config = CordaConfig(r=7, orientation="two_sided", split="balanced", solver=solver)
+    seen = seen_from(W, D, config)
+    U, _ = decompose_layer(seen.Z, C, config)
+    R = min(W.shape)
+    U = U[:, -7:]
+    expected, _ = definition(W, C.double(), D.double(), slice(R - 7, R))
+    assert (seen.columns(U) @ (U.T @ seen.Z) - expected).norm() < 1e-8 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_the_outputs_see_has_the_products_of_the_weight(shape):
+    W, _, D = case(shape)
+    given = D.clone()
+    Z, columns = seen_by_outputs(W, D)
+    assert torch.equal(D, given)
+    expected = W.T @ regularize(D / D.diagonal().mean()) @ W
+    torch.testing.assert_close(Z.T @ Z, expected, rtol=1e-12, atol=1e-12 * float(expected.max()))
+    torch.testing.assert_close(columns(Z), W, rtol=1e-10, atol=1e-10)
+
+
+def test_d_of_a_tall_weight_is_multiplied_by_and_not_factored(monkeypatch):
+    W, _, D = case("tall")
+    monkeypatch.setattr(solvers, "factor", None)
+    assert seen_by_outputs(W, D).Z.shape == (24, 24)
+    with pytest.raises(TypeError):
+        seen_by_outputs(W, D, by_gram=False)
+
+
+@pytest.mark.parametrize("why", ["a weight over six decades", "outputs that cancel"])
+def test_a_tall_weight_whose_products_would_be_rounded_away(why):
+    W, _, D = case("tall", "badly conditioned" if why.startswith("a weight") else "regular")
+    damping = 0.01
+    if why == "outputs that cancel":  # nearly all that D sees is at right angles to W
+        v = torch.linalg.qr(torch.cat([W, torch.randn(56, 1, dtype=torch.float64)], dim=1)).Q[:, -1:]
+        D, damping = v @ v.T, 1e-9
+    Z, columns = seen_by_outputs(W, D, damping)
+    assert Z.shape == W.shape
+    torch.testing.assert_close(columns(Z), W, rtol=1e-9, atol=1e-9)
+
+
+def test_a_product_with_a_triangle():
+    X, L = torch.randn(5, 40, dtype=torch.float64), torch.randn(40, 40, dtype=torch.float64).tril()
+    torch.testing.assert_close(times_lower(X, L), X @ L)
+    torch.testing.assert_close(times_lower(L.T, L), L.T @ L)
 
 
 def test_outputs_on_which_nothing_hangs_are_not_looked_at():

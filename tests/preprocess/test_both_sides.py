@@ -8,6 +8,7 @@ import torch
 from tiny import start_of
 
 from corda_lora import CordaConfig, CordaError, get_corda_model
+from corda_lora.algebra.decomposition import factor
 from corda_lora.cli import main
 from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import weight_of
@@ -41,6 +42,16 @@ def test_a_two_sided_start_is_cut_out_of_each_layer(family, split):
         assert torch.equal(start.layers[name].B, expected.B)
         plain = start_of(weight_of(model.get_submodule(name)), C, CordaConfig(r=4, split=split))
         assert not torch.allclose(start.layers[name].A, plain.A, atol=0.1)
+
+
+def test_layers_that_share_their_input_share_the_factor_of_its_covariance(monkeypatch):
+    factored = []
+    monkeypatch.setattr(
+        "corda_lora.preprocess.layer.factor", lambda C, damping: factored.append(C) or factor(C, damping)
+    )
+    start = preprocess(tiny.build("llama"), CordaConfig(r=4, orientation="two_sided"), batches(), progress=False)
+    assert len(start.layers) == 14
+    assert len(factored) == 8  # of q, k and v; o; gate and up; down
 
 
 def test_ranks_and_rounds_go_with_two_sides():

@@ -30,9 +30,10 @@ from corda_lora.preprocess.layer import (
     choose_covariance,
     decompose_layer,
     extremes_of,
+    input_factors,
     keep_components,
-    output_factor,
     quantize_layer,
+    seen_from,
     start_layer,
 )
 from corda_lora.preprocess.machine import H100, described_machine
@@ -247,7 +248,9 @@ def test_a_start_takes_a_float64_copy_of_its_components_and_of_its_factors(shape
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
-@pytest.mark.parametrize(("mode", "solver"), [("kpm", "gram"), ("kpm", "subspace"), ("ipm", "subspace")])
+@pytest.mark.parametrize(
+    ("mode", "solver"), [("kpm", "gram"), ("kpm", "subspace"), ("ipm", "subspace"), ("kpm", "svd")]
+)
 def test_memory_of_a_two_sided_decomposition_is_what_is_allocated(shape, mode, solver):
     torch.manual_seed(0)
     m, n = shape
@@ -256,30 +259,46 @@ def test_memory_of_a_two_sided_decomposition_is_what_is_allocated(shape, mode, s
     C, D = X.T @ X, G.T @ G
 
     def decompose():
-        L = output_factor(D, config)
-        V = L.T @ W.double()
-        U, sigma = decompose_layer(V, C, config)
-        return keep_components(V, C, U, sigma, 8, config, LayerRecord(), L)
+        seen = seen_from(W, D, config)
+        factors = input_factors([C], config, W.device)
+        U, sigma = decompose_layer(seen.Z, C, config, T=factors(0))
+        return keep_components(W, C, U, sigma, 8, config, LayerRecord(), seen)
 
     planned = decomposing(Layer("", m, n, ""), 8, True, config, on_cpu=True)
-    assert 0.95 < 8 * planned[1] / allocated(decompose)[0] < 1.5
+    assert 0.95 < 8 * planned[1] / allocated(decompose)[0] < 1.2
 
 
+@pytest.mark.parametrize("orientation", ["covariance", "two_sided"])
 @pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
-def test_memory_of_a_selection_is_what_is_allocated(shape, on_cpu, monkeypatch):
+def test_memory_of_a_selection_is_what_is_allocated(shape, on_cpu, orientation, monkeypatch):
     torch.manual_seed(0)
     m, n = shape
-    config, W, X = CordaConfig(preset="corda++", r=8, rounds=3), torch.randn(m, n), torch.randn(2 * n, n)
+    config = CordaConfig(preset="corda++", r=8, rounds=3, orientation=orientation)
+    W, X, D = torch.randn(m, n), torch.randn(2 * n, n), torch.eye(m)
     Cs = [X.T @ X] * 3
     monkeypatch.setattr("corda_lora.preprocess.layer.factors_slowly", lambda device: not on_cpu)
 
     def select():
-        extremes = extremes_of(Cs, config, W.device)
-        return [choose_covariance(W, Cs, extremes, config) for _ in range(2)]
+        extremes, factors = extremes_of(Cs, config, W.device), input_factors(Cs, config, W.device)
+        seen = seen_from(W, D, config)
+        first = choose_covariance(W, Cs, extremes, config, seen)
+        factors(first.round)
+        return choose_covariance(W, Cs, extremes, config, seen)
 
     most, _ = allocated(select)
     assert 0.95 < 8 * selecting([Layer("", m, n, "")] * 2, config, on_cpu)[1] / most < 1.4
+
+
+def test_layers_that_share_their_input_share_the_factor_of_its_covariance():
+    """... of one round: of several, each layer may be oriented by another."""
+
+    def factoring(leader, **options):
+        layer, config = Layer("up", 192, 512, leader), CordaConfig(r=8, orientation="two_sided", **options)
+        return decomposing(layer, 8, True, config, on_cpu=True)[0]["factor"]
+
+    assert factoring("up") - factoring("gate") == 512**3 // 3
+    assert factoring("up", preset="corda++") == factoring("gate", preset="corda++")
 
 
 # --- what depends on what --------------------------------------------------------------------------------------------

@@ -29,15 +29,20 @@ set S of them is
 
 Any factors L Lᵀ = D_λ and T Tᵀ = C_λ may take the roots' place: Lᵀ W T has the same Σ, and the product of its
 components is the same. So Cholesky factors do (`factor`). This is the decomposition of LᵀW instead of W, whose rows
-u_iᵀLᵀW again need no inverse; the columns L⁻ᵀu_i need a triangular one.
+u_iᵀLᵀW again need no inverse; the columns L⁻ᵀu_i need a triangular one. Nor does it need L: any Z with ZᵀZ = WᵀD_λW
+may take the place of LᵀW, see `solvers.seen_by_outputs`.
 
 **Splitting a component.** Component i is the outer product u_i a_i with the row a_i = u_iᵀW, of shape (1, n). The
 product B A does not determine how the length of a component is shared between A and B, but training depends on it:
 see `split_components`.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+from .covariance import BLOCKS
 
 COLUMNS = 2048  # so many columns of a covariance are converted to float64 at a time
 
@@ -57,7 +62,15 @@ def factor(M: Tensor, damping: float = 0.01) -> Tensor:
     return torch.linalg.cholesky(regularize(M, damping))
 
 
-def orient(W: Tensor, C: Tensor | None, orientation: str, damping: float = 0.01) -> Tensor:
+def times_lower(X: Tensor, L: Tensor) -> Tensor:
+    """X L (k, n) of X (k, n) and a lower triangular L (n, n), at little more than half the operations of a product."""
+    product = torch.empty_like(X, memory_format=torch.contiguous_format)
+    for low, high in pairwise(len(L) * i // BLOCKS for i in range(BLOCKS + 1)):
+        torch.mm(X[:, low:], L[low:, low:high], out=product[:, low:high])
+    return product
+
+
+def orient(W: Tensor, C: Tensor | None, orientation: str, damping: float = 0.01, T: Tensor | None = None) -> Tensor:
     """The oriented weight (m, n), in float64, of W (m, n) and C (n, n).
 
     Args:
@@ -65,12 +78,13 @@ def orient(W: Tensor, C: Tensor | None, orientation: str, damping: float = 0.01)
             by its root mean square (ASVD, arXiv 2312.05821, scales by the mean absolute value). `identity` gives W
             itself (PiSSA, MiLoRA), and so does any orientation without a C. `two_sided` gives W T with T Tᵀ = C_λ; the
             side of the outputs is in W already.
+        T: the `factor` of C, where it is known.
     """
     W = W.double()
     if C is None or orientation == "identity":
         return W
     if orientation == "two_sided":
-        return W @ factor(C, damping)
+        return times_lower(W, factor(C, damping) if T is None else T)
     d = C.diagonal().double()  # (n,)
     ridge = damping * d.mean()
     return W * (d + ridge).sqrt() if orientation == "diagonal" else product(W, C).add_(W * ridge)

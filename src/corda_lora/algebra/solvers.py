@@ -24,13 +24,14 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..devices import factors_slowly
 from .covariance import BLOCKS, add_gram, mirror
-from .decomposition import select
+from .decomposition import factor, select, times_lower
 
 Orient = Callable[[Tensor], Tensor]
 
@@ -115,6 +116,59 @@ def _tall_factor(W: Tensor) -> Tensor | None:
     L, failed = torch.linalg.cholesky_ex(add_gram(None, W))
     d = L.diagonal()
     return None if failed or d.min() < 1e-4 * d.max() else L
+
+
+class Seen(NamedTuple):
+    """A weight W (m, n) as D (m, m) at its outputs sees it.
+
+    Attributes:
+        Z: (k, n), float64, with ZᵀZ = WᵀD_λW: it has the singular values of D_λ^½W, and Z T those of D_λ^½W T. So Z is
+            decomposed in its place, and the rows of a component are u_iᵀZ.
+        columns: maps U (k, r) of Z T to the columns (m, r) that belong to these rows.
+    """
+
+    Z: Tensor
+    columns: Callable[[Tensor], Tensor]
+
+
+def seen_by_outputs(W: Tensor, D: Tensor, damping: float = 0.01, by_gram: bool = True) -> Seen:
+    """W (m, n) as D (m, m) sees it, scaled to a mean diagonal of 1.
+
+    Z is the triangle Kᵀ (n, n) of a tall W, with K Kᵀ = WᵀD_λW. Then the columns are W K⁻ᵀU. D, the largest matrix, is
+    only multiplied by. Of another W, or where WᵀD_λW is too badly conditioned, Z is LᵀW, with L Lᵀ = D_λ.
+
+    Args:
+        by_gram: False: LᵀW in any case.
+
+    Raises torch.linalg.LinAlgError where L is needed, and D_λ is singular to float64.
+    """
+    m, n = W.shape
+    K = _output_triangle(W.double(), D, damping) if by_gram and m > n else None
+    if K is not None:
+        return Seen(K.T, lambda U: W.double() @ torch.linalg.solve_triangular(K.T, U, upper=True))
+    L = factor(D, damping).div_(D.diagonal().double().mean().sqrt())
+    return Seen(times_lower(W.double().T, L).T, lambda U: torch.linalg.solve_triangular(L.T, U, upper=True))
+
+
+def _output_triangle(W: Tensor, D: Tensor, damping: float) -> Tensor | None:
+    """The lower triangular K (n, n) with K Kᵀ = WᵀD_λW of a tall W (m, n), float64, and of D (m, m) scaled to a mean
+    diagonal of 1; None where it is too badly conditioned, as in `_tall_factor`.
+
+    Of the symmetric D_λ = E + Eᵀ only the triangle E is multiplied by: WᵀD_λW = P + Pᵀ with P = WᵀE W.
+    """
+    n, mean = W.shape[1], D.diagonal().double().mean()
+    P, squares = W.new_zeros(n, n), W.new_zeros(n)
+    for low, high in pairwise(len(D) * i // BLOCKS for i in range(BLOCKS + 1)):
+        E = D[low:high, :high].to(torch.float64, copy=True).tril_(low)
+        E.diagonal(low).add_(damping * mean).mul_(0.5)
+        EW = E @ W[:high]  # (high - low, n)
+        P.addmm_(W[low:high].T, EW)
+        squares += EW.norm(dim=0).square()
+        del E, EW  # before the next are made
+    # What is rounded are numbers of this size, though they may cancel in the sum.
+    size = (2 * squares.sqrt() * W.norm(dim=0) / mean).max().sqrt()
+    K, failed = torch.linalg.cholesky_ex((P + P.T).div_(mean))
+    return None if failed or not K.diagonal().min() >= 1e-4 * size else K
 
 
 def singular_values(M: Tensor) -> Tensor:
@@ -334,8 +388,8 @@ def _filter(factors: tuple[Tensor, ...], X: Tensor, below: float, degree: int) -
     of H in [0, below]. H (R, R) is the product of the `factors`."""
 
     def step(Y: Tensor) -> Tensor:
-        for factor in factors:
-            Y = Y @ factor
+        for side in factors:
+            Y = Y @ side
         return Y
 
     before, now = X, torch.sub(step(X).mul_(2 / below), X)

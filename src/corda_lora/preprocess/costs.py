@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..algebra.compactness import DENSE
+from ..algebra.covariance import BLOCKS
 from ..algebra.decomposition import COLUMNS
 from ..algebra.solvers import block_width, iterates
 from ..config import CordaConfig
@@ -22,6 +23,7 @@ EIGVALSH = 4  # symmetric, without eigenvectors
 GRAM = 15  # both that `gram` takes: the second is of the part that the first did not resolve
 SVD = 54  # in terms of its time
 STEPS = 12  # iterations of `norms`
+TRIANGLE = (1 + 1 / BLOCKS) / 2  # of a product's operations, where one factor is triangular
 
 
 class Layer(NamedTuple):
@@ -66,7 +68,8 @@ def selecting(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tup
     """FLOP of `extremes_of` and `choose_covariance` for layers that share their input, and the float64 numbers that are
     held at once."""
     rounds, n, work, numbers = config.rounds or 1, layers[0].n, Counter[str](), 0
-    square = n * n if config.orientation in ("covariance", "two_sided") else 0  # numbers of C
+    two_sided = config.orientation == "two_sided"
+    square = n * n if two_sided or config.orientation == "covariance" else 0  # numbers of C
     if square:
         numbers = 2 * square  # C_λ and C
         if n <= DENSE:
@@ -75,9 +78,11 @@ def selecting(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tup
             work.update(factor=rounds * n**3, vector=rounds * LANCZOS * 2 * square)
             numbers = 5 * square + 400 * n  # the Cholesky factor, its inverse and parts of it; the Krylov basis
     for _, m, n, _ in layers if rounds > 1 else ():
-        R, tall = min(m, n), m > n
-        work.update(double=2 * tall * m * n * n + rounds * (2 * R * square + 2 * R * R * n))
-        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, bool(square)))
+        R, tall = min(m, n), m > n and not two_sided  # two-sided, a tall weight is a triangle already
+        orienting = TRIANGLE if two_sided else 1
+        work.update(double=2 * tall * m * n * n + rounds * int(2 * R * square * orienting + 2 * R * R * n))
+        work.update(factor=rounds * two_sided * n**3 // 3)
+        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, config.orientation))
         # The triangle (R, n) is kept for all rounds. Beside it are M and the memory of `eigvalsh` or `norms`.
         if on_cpu:
             work.update(eigen=rounds * EIGVALSH * R**3)
@@ -87,25 +92,31 @@ def selecting(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tup
             work.update(multiply=rounds * STEPS * 4 * R * R * (3 * n + R), double=rounds * 4 * R * R * n)
             work.update(vector=rounds * LANCZOS * 2 * R * n)
             numbers = max(numbers, 6 * R * n + R * R, 5 * R * n + 3 * R * R)
-    return work, numbers
+    # Two-sided, what the layer before was oriented by is held, and W beside what is seen of it.
+    return work, numbers + two_sided * (rounds > 1) * (n * n + max(min(m, n) * n for _, m, n, _ in layers))
 
 
-def _oriented(m: int, n: int, by_covariance: bool) -> int:
-    """Float64 numbers that `orient` holds at once: W, W C, and some columns of C and of their product."""
-    return 2 * m * n + by_covariance * (m + n) * min(n, COLUMNS)
+def _oriented(m: int, n: int, orientation: str) -> int:
+    """Float64 numbers that `orient` holds at once: W and W C, and some columns of C and of their product; or W and W T,
+    and T with its C_λ."""
+    beside = {"covariance": (m + n) * min(n, COLUMNS), "two_sided": 2 * n * n}
+    return 2 * m * n + beside.get(orientation, 0)
 
 
 def decomposing(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu: bool) -> tuple[dict[str, int], int]:
-    """FLOP of `decompose_layer` and `keep_components`, and the float64 numbers that are held at once.
+    """FLOP of `seen_from`, `decompose_layer` and `keep_components`, and the float64 numbers that are held at once.
 
     Args:
         k: components to keep.
         seen: whether the layer has a covariance.
     """
-    _, m, n, _ = layer
-    R, W, rows = min(m, n), m * n, k * n
+    name, m, n, leader = layer
     two_sided = seen and config.orientation == "two_sided"
-    by_covariance = two_sided or (seen and config.orientation == "covariance")
+    if two_sided:
+        seeing, making, beside_Z = _seeing(m, n, config)
+        m = min(m, n) if config.solver != "svd" else m  # Z is decomposed in place of W
+    R, W, rows = min(m, n), m * n, k * n
+    by_covariance = seen and config.orientation == "covariance"
     iterated = not keeps_all(config) and iterates(R, k, config.solver)
     # A tall W = Q Lᵀ is reduced to its triangle L, which is oriented instead (not for svd, nor for the head on a GPU).
     # Then W and L are held beside the oriented M, else W alone.
@@ -113,9 +124,11 @@ def decomposing(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu: b
     M, beside = (n * n, W + n * n) if tall else (W, W)
     work = Counter(double=2 * M * n * by_covariance + 2 * tall * W * n + 2 * k * (W + n * n * seen))
     work.update(single=2 * W * n * seen)
-    if two_sided:  # both Cholesky factors, and LᵀW
-        work.update(factor=(m**3 + n**3) // 3, double=2 * m * W)
-    numbers = beside + M + 2 * n * n if two_sided else _oriented(R if tall else m, n, by_covariance) + beside - M
+    numbers = _oriented(R if tall else m, n, "covariance" if by_covariance else "") + beside - M
+    if two_sided:  # T of the first layer serves all that share its input, where all have the same covariance
+        work.update(seeing)
+        work.update(double=int(2 * M * n * TRIANGLE))
+        work.update(factor=n**3 // 3 * (leader == name or (config.rounds or 1) > 1))
     if config.solver == "svd":
         work["eigen"] += SVD * R**3
         numbers = max(numbers, 4 * W + 2 * R * R)
@@ -130,9 +143,18 @@ def decomposing(layer: Layer, k: int, seen: bool, config: CordaConfig, on_cpu: b
         numbers = max(numbers, beside + M + (inverse if config.mode == "kpm" else iteration))
     # U is held beside W in another dtype and its products, or beside C.
     numbers = max(numbers, m * R + max(W + rows, (n * n + 3 * rows) * seen, (3 * W // 2 + rows) * seen))
-    if two_sided:  # L throughout; in the beginning also D_λ and D, or W
-        numbers = m * m + max(numbers, 2 * W, 2 * m * m)
+    if two_sided:  # T throughout, which is made beside Z and C_λ
+        numbers = max(making, beside_Z + n * n + max(numbers, W + n * n))
     return work, numbers
+
+
+def _seeing(m: int, n: int, config: CordaConfig) -> tuple[dict[str, int], int, int]:
+    """FLOP of `seen_by_outputs`; the float64 numbers that are held at once, and those that stay beside Z."""
+    W = m * n
+    if m > n and config.solver != "svd":  # a part of D's triangle and its product with W, both with WᵀD_λW; its factor
+        work = {"double": int(2 * m * W * TRIANGLE) + 2 * n * W, "factor": n**3 // 3}
+        return work, W + max(n * n + (m + n) * m // BLOCKS, 3 * n * n), 0
+    return {"double": int(2 * m * W * TRIANGLE), "factor": m**3 // 3}, max(2 * m * m, m * m + 2 * W), m * m
 
 
 def quantizing(layer: Layer, seen: bool, config: CordaConfig) -> tuple[dict[str, int], int]:

@@ -7,6 +7,7 @@ Ranks may be known only when every layer has been seen. So the work has two halv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,15 @@ from ..algebra.covariance import float32_products
 from ..algebra.decomposition import energies, factor, orient, regularize, select, split_components
 from ..algebra.folding import best_fit, fold, metric_norm
 from ..algebra.norms import norms
-from ..algebra.solvers import chosen_components, components, say_fallback, singular_values, triangle
+from ..algebra.solvers import (
+    Seen,
+    chosen_components,
+    components,
+    say_fallback,
+    seen_by_outputs,
+    singular_values,
+    triangle,
+)
 from ..config import CordaConfig, CordaError
 from ..devices import factors_slowly
 from ..models.weights import Quantized, values_of
@@ -47,7 +56,7 @@ class LayerRecord:
         shape: (d_out, d_in).
         round, scores, log_pi: see `Choice`.
         input_energy: tr(C) / d_in, what a random direction sees of the inputs.
-        output_energy: tr(W C Wᵀ); two-sided, tr(L Lᵀ W C Wᵀ), see `output_factor`.
+        output_energy: tr(W C Wᵀ); two-sided, tr(Z C Zᵀ), see `seen_from`.
         sigma_first, sigma_last: largest and smallest singular value of the adapter's components.
         norm_A, norm_B: Frobenius norms of the factors.
         energy_share: share of the output energy in the adapter's components, if it holds components.
@@ -90,8 +99,9 @@ class Decomposed:
     in kpm, the head in ipm.
 
     Attributes:
-        rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU; two-sided, u_iᵀLᵀW.
-        U: (d_out, k) float32 on the CPU; two-sided, L⁻ᵀU. None where the split needs none (B from zero).
+        rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU; two-sided, u_iᵀZ, see `solvers.Seen`.
+        U: (d_out, k) float32 on the CPU; two-sided, the columns that belong to the rows. None where the split needs
+            none (B from zero).
         sigma: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or with a fixed rank
             those of the adapter, (r,).
         energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
@@ -130,6 +140,9 @@ class LayerStart:
     record: LayerRecord = field(default_factory=LayerRecord)
 
 
+SINGULAR = "a covariance is singular to float64"
+
+
 @contextmanager
 def _said_if_singular(what: str) -> Iterator[None]:
     try:
@@ -159,17 +172,22 @@ def extremes_of(covariances: Sequence[Tensor], config: CordaConfig, device: torc
 
 
 def choose_covariance(
-    W: Tensor, covariances: Sequence[Tensor], extremes: Sequence[tuple[float, float]], config: CordaConfig
+    W: Tensor,
+    covariances: Sequence[Tensor],
+    extremes: Sequence[tuple[float, float]],
+    config: CordaConfig,
+    seen: Seen | None = None,
 ) -> Choice:
     """Dynamic covariance selection (CorDA++, Alg. 1): which round's C (n, n) orients W (m, n).
 
     Args:
         extremes: eigenvalues of the covariances, see `extremes_of`.
+        seen: see `seen_from`.
     """
     log_pis = [log_compactness(W.shape[0], *pair) for pair in extremes]
     if len(covariances) == 1:
         return Choice(log_pi=log_pis[0])
-    T = triangle(W.double())[0]
+    T = triangle(seen.Z if seen else W.double())[0]
     scores = []
     for C, log_pi in zip(covariances, log_pis):
         M = orient(T, C.to(W.device), config.orientation, config.damping)
@@ -195,32 +213,57 @@ def decompose_layer(
     C: Tensor | None,
     config: CordaConfig,
     fell_back: Callable[[], None] = say_fallback,
+    T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """U and σ, float64, of a weight W (m, n) oriented by C (n, n), or not oriented where C is None. All components,
-    (m, R) and (R,), or those of the adapter, (m, r) and (r,). `fell_back`: see `chosen_components`.
+    (m, R) and (R,), or those of the adapter, (m, r) and (r,).
+
+    Args:
+        fell_back: see `chosen_components`.
+        T: of `input_factors`, where it is known.
 
     Raises CordaError if the decomposition is two-sided and C_λ is singular.
     """
 
     def oriented(W: Tensor) -> Tensor:
-        with _said_if_singular("a covariance is singular to float64"):
-            return orient(W, C, config.orientation, config.damping)
+        with _said_if_singular(SINGULAR):
+            return orient(W, C, config.orientation, config.damping, T)
 
     if keeps_all(config):
         return components(W, oriented, config.solver)
     return chosen_components(W, oriented, config.mode, config.r, config.solver, fell_back)
 
 
-def output_factor(D: Tensor | None, config: CordaConfig) -> Tensor | None:
-    """L (m, m), float64, with L Lᵀ = D_λ, of D (m, m) at a layer's outputs, scaled to a mean diagonal of 1. LᵀW is
-    decomposed in place of W. None where the outputs are not looked at, or no answer hangs on them.
+def input_factors(
+    covariances: Sequence[Tensor], config: CordaConfig, device: torch.device
+) -> Callable[[int], Tensor | None]:
+    """Gives T (n, n) on `device`, with T Tᵀ = C_λ of the covariance (n, n) of a round. None where none is needed.
+
+    The T asked for last is kept: layers that share their input share it, too.
+
+    Raises CordaError if C_λ is singular.
+    """
+
+    @lru_cache(maxsize=1)
+    def of(round: int) -> Tensor | None:
+        if config.orientation != "two_sided" or not covariances:
+            return None
+        with _said_if_singular(SINGULAR):
+            return factor(covariances[round].to(device), config.damping)
+
+    return of
+
+
+def seen_from(W: Tensor, D: Tensor | None, config: CordaConfig) -> Seen | None:
+    """W (m, n) as D (m, m) at its outputs sees it. None where the outputs are not looked at, or no answer hangs on
+    them.
 
     Raises CordaError if D_λ is singular.
     """
     if config.orientation != "two_sided" or D is None or float(D.diagonal().sum()) == 0:
         return None
     with _said_if_singular("a covariance of gradients is singular to float64"):
-        return factor(D / D.diagonal().mean(), config.damping)
+        return seen_by_outputs(W, D, config.damping, by_gram=config.solver != "svd")
 
 
 def keep_components(
@@ -231,25 +274,23 @@ def keep_components(
     k: int,
     config: CordaConfig,
     record: LayerRecord,
-    L: Tensor | None = None,
+    seen: Seen | None = None,
 ) -> Decomposed:
     """The part of a decomposition to keep, where at most k components of the layer will be chosen.
 
     Args:
         record: to be completed.
-        L: see `output_factor`; then W is LᵀW.
+        seen: see `seen_from`; then U and σ are of `seen.Z`.
     """
     chosen = select(config.mode, len(sigma), k)
-    U = U[:, chosen]
+    U, record = U[:, chosen], replace(record, shape=list(W.shape))
+    W = seen.Z if seen else W
     rows = U.T @ W.double()  # (k, n)
-    record = replace(record, shape=list(W.shape))
     energy = None
     if C is not None:
         energy = energies(rows, C).cpu()
         record = replace(record, input_energy=float(C.diagonal().mean()), output_energy=_output_energy(W, C))
-    if L is not None:
-        U = torch.linalg.solve_triangular(L.T, U, upper=True)
-    kept_U = None if config.from_zero else U.float().cpu()
+    kept_U = None if config.from_zero else (seen.columns(U) if seen else U).float().cpu()
     return Decomposed(rows.float().cpu(), kept_U, sigma.cpu(), energy, record)
 
 
@@ -313,7 +354,7 @@ def quantize_layer(
     """
     start, s = start_layer(layer, r, config), config.scale
     W, A, B, stored, folded = W.float(), start.A.to(W.device), start.B.to(W.device), None, None
-    with _said_if_singular("a covariance is singular to float64"):
+    with _said_if_singular(SINGULAR):
         if config.fold and values is None:
             stored, A, B = fold(W, store, A, s * B, C, D, config.fold, config.damping)
             values = values_of(stored).to(W.device)

@@ -59,9 +59,10 @@ from .layer import (
     choose_covariance,
     decompose_layer,
     extremes_of,
+    input_factors,
     keep_components,
-    output_factor,
     quantize_layer,
+    seen_from,
     start_layer,
 )
 from .ranks import Ranks
@@ -441,32 +442,31 @@ def _decompose(
         covariances = []  # only zeros came in: nothing to orient by
     choose = bool(covariances) and (config.rounds != 1 or config.allocates)
     extremes = extremes_of(covariances, config, solving) if choose else []
+    factors = input_factors(covariances, config, solving)
     for name in members:
         W = weight_of(targets[name])
         if not bool(W.isfinite().all()):
             raise CordaError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
         W, D = W.to(solving), gradients.pop(name, None)
-        L = output_factor(None if D is None else D.to(solving), config)
-        W = W if L is None else L.T @ W.double()
-        choice = choose_covariance(W, covariances, extremes, config) if choose else Choice()
+        seen = seen_from(W, None if D is None else D.to(solving), config)
+        choice = choose_covariance(W, covariances, extremes, config, seen) if choose else Choice()
         clock.lap("selection")
-        C = covariances[choice.round or 0].to(W.device) if covariances else None
-        U, sigma = decompose_layer(W, C, config, partial(fallbacks.append, name))
+        C, T = (covariances[choice.round or 0].to(W.device) if covariances else None), factors(choice.round or 0)
+        U, sigma = decompose_layer(seen.Z if seen else W, C, config, partial(fallbacks.append, name), T)
         ranks.see(name, choice.log_pi, sigma)
         record = LayerRecord(**choice._asdict(), digest=layer_digest(targets[name]), input=members[0])
         r = ranks.of_seen()[name]
-        decomposed = keep_components(W, C, U, sigma, r, config, record, L)
-        del U
+        decomposed = keep_components(W, C, U, sigma, r, config, record, seen)
+        del U, T
         if config.quantization or base is not None:
-            W = weight_of(targets[name]).to(solving)  # not LᵀW
             values = None if base is None else weight_of(base.get_submodule(name)).to(solving).float()
-            outputs = None if L is None or D is None else D.to(solving)
+            outputs = None if seen is None or D is None else D.to(solving)
             decomposed = quantize_layer(W, decomposed, r, config, store, C, outputs, values)
             del values, outputs
         if input_side is not None:
             D = torch.zeros(len(W), len(W)) if D is None else D
             decomposed.sides = Sides(input_side, _small([D], clock.device))
-        del W, C, L, D
+        del W, C, seen, D
         clock.lap("decomposition")
         yield name, decomposed
 
