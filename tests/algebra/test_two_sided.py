@@ -123,10 +123,10 @@ def test_balanced_components_are_as_long_in_a_as_in_b():
     torch.testing.assert_close(layer.A.norm(dim=1), layer.B.norm(dim=0), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("solver", ["svd", "gram", "subspace"])
+@pytest.mark.parametrize("solver", ["svd", "gram"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_covariances_in_float32_are_not_rounded_again(shape, solver):
-    """What a component is hangs on D, in float64, to 1e-8."""
+    """D is scaled in float64: in float32 that moves these components by 1e-8."""
     W, C, D = case(shape)
     C, D = C.float(), D.float()
     config = CordaConfig(r=7, orientation="two_sided", split="balanced", solver=solver)
@@ -135,7 +135,7 @@ def test_covariances_in_float32_are_not_rounded_again(shape, solver):
     R = min(W.shape)
     U = U[:, -7:]
     expected, _ = definition(W, C.double(), D.double(), slice(R - 7, R))
-    assert (seen.columns(U) @ (U.T @ seen.Z) - expected).norm() < 1e-8 * expected.norm()
+    assert (seen.columns(U) @ (U.T @ seen.Z) - expected).norm() < 1e-10 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
