@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from jsonargparse import Namespace
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
@@ -22,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from corda_lora.cli import main
 from corda_lora.cli.arguments import with_data
+from corda_lora.cli.shared import begin_imports
 from corda_lora.config import CordaError, DataConfig, ModelConfig
 from corda_lora.files import output_lock
 from corda_lora.models.loading import load_model
@@ -255,6 +257,45 @@ def test_help_and_exit_codes_of_the_command():
     assert missing.stderr == "corda eval: there is no file nowhere.jsonl\n"
     code = "import sys, corda_lora.cli.parser as p; p.build_parser(); sys.exit('torch' in sys.modules)"
     assert command().returncode == 0  # help is quick: the parser needs no torch
+
+
+REFUSED = [
+    ("train --model nowhere/ --data good.jsonl", "there is no model in nowhere/"),
+    ("train --model model --data good.jsonl --prompt {x}", "no column 'x' for the template '{x}'"),
+    ("init --model ./nowhere --context good.jsonl --r 2", "there is no model in ./nowhere"),
+    ("init --model nowhere.gguf --context good.jsonl --r 2", "there is no file nowhere.gguf"),
+    ("init --model model --context good.jsonl --r 2 --prompt {x}", "no column 'x' for the template '{x}'"),
+    ("eval --before /nowhere --after model --keep good.jsonl", "there is no model in /nowhere"),
+    ("eval --model model --original ./nowhere --keep good.jsonl", "there is no model in ./nowhere"),
+    ("inspect --model ./nowhere --context good.jsonl", "there is no model in ./nowhere"),
+]
+
+
+def test_bad_input_is_refused_before_the_long_imports(tmp_path):
+    """They take 10 s of a processor and more."""
+    (tmp_path / "good.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    code = (
+        "import contextlib, json, sys; from corda_lora.cli import main\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    with contextlib.suppress(SystemExit): main([*command.split(), '--output', 'out'])\n"
+        "sys.exit(bool({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
+    )
+    commands = json.dumps([command for command, _ in REFUSED])
+    ended = subprocess.run([sys.executable, "-c", code, commands], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0
+    lines = ended.stderr.splitlines()
+    assert len(lines) == len(REFUSED)
+    assert all(said in line for (_, said), line in zip(REFUSED, lines))
+
+
+def test_the_long_imports_are_said_when_they_begin(monkeypatch, capsys):
+    begin_imports(Namespace())
+    assert capsys.readouterr().err == ""  # they are done
+    monkeypatch.delitem(sys.modules, "torch")
+    begin_imports(Namespace())
+    assert capsys.readouterr().err == "loading PyTorch and Transformers\n"
 
 
 @pytest.mark.parametrize(
@@ -870,7 +911,7 @@ def test_the_bar_of_a_gguf_files_weights_is_one_that_quiet_ends(tmp_path, capfd)
 
 def test_a_gguf_file_without_the_package_that_reads_it(tmp_path, capsys, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"")
-    monkeypatch.setattr("corda_lora.models.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("corda_lora.files.find_spec", lambda name: None)
     (tmp_path / "c.jsonl").write_text('{"text": "a b c"}')
     with pytest.raises(SystemExit) as stopped:
         main(f"init --model {tmp_path}/model.gguf --context {tmp_path}/c.jsonl --output {tmp_path}/a".split())

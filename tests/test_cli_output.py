@@ -150,7 +150,8 @@ def test_no_warnings_of_libraries(folder):
     code = f"from corda_lora.cli import main; main({INIT.replace('model model', 'model copy').split()!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("keep.jsonl: 16 samples of ")
+    assert lines[0] == "loading PyTorch and Transformers"
+    assert lines[1].startswith("keep.jsonl: 16 samples of ")
     assert not any("transformers" in line or "Loading" in line for line in lines)
 
 

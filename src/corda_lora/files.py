@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,23 @@ def check_adapter(directory: Path) -> None:
     """Raises CordaError if there is no adapter in the directory. For use before long imports."""
     if not (directory / ADAPTER_CONFIG).is_file():
         raise CordaError(f"{directory} is not an adapter directory: it has no {ADAPTER_CONFIG}")
+
+
+def check_model(name: str) -> None:
+    """Raises CordaError if a model's name can only be that of a place here, and there is no model. For use before long
+    imports."""
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise CordaError(f"there is no file {name}")
+        if find_spec("gguf") is None:
+            raise CordaError(f"to read {name}, the package gguf is needed: pip install gguf")
+        return
+    local = path.exists() or name.startswith((".", "/")) or name.count("/") > 1 or name.endswith("/")
+    if local and not (path / "config.json").is_file():
+        is_adapter = (path / ADAPTER_CONFIG).is_file()
+        what = "it is an adapter, which goes with its model" if is_adapter else "it has no config.json"
+        raise CordaError(f"there is no model in {name}: {what}")
 
 
 def check_output(directory: Path, record: str = "", recipe: Mapping[str, Any] | None = None) -> None:

@@ -67,6 +67,7 @@ def read_tuning(
     start: Path | LoraStart | None = None,
     held_out: DataConfig | float = 0.0,
     keep: KeepConfig | None = None,
+    samples: list[Sample] | None = None,
 ) -> Tuning:
     """Read the samples that a training needs, before any long work.
 
@@ -75,6 +76,7 @@ def read_tuning(
         start: an adapter's directory, from `prepare` or from an earlier training; or a plain LoRA, the default.
         held_out: samples to measure the loss of, or the share of `data` that is held out for it.
         keep: what is kept of the model. Default: see `KeepConfig`.
+        samples: those of the task, where they have been read already.
 
     Raises CordaError: samples that cannot be read; a start that is damaged; nothing says what to keep; labels that the
     start's head does not have.
@@ -87,7 +89,7 @@ def read_tuning(
         weights, record = folder / "adapter_model.safetensors", read_record(folder)
         source = with_labels_of(source, folder)
     source = with_labels(source, data)
-    samples = load_samples(data)
+    samples = load_samples(data) if samples is None else samples
     evaluated = load_samples(held_out) if isinstance(held_out, DataConfig) else []
     check_labels(data.data, samples, source.labels)
     check_labels(held_out.data if isinstance(held_out, DataConfig) else "", evaluated, source.labels)

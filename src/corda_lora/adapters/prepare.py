@@ -56,6 +56,7 @@ def prepare(
     progress: bool = True,
     original: ModelConfig | None = None,
     processes: Processes | None = None,
+    shown: Sequence[Sequence[Sequence[Sample]]] | None = None,
 ) -> Start:
     """Cut an adapter's start out of a model, and write it as an adapter directory that plain PEFT loads on that model.
 
@@ -81,6 +82,7 @@ def prepare(
             them, and the components are theirs. Default: the values that the quantized weights stand for.
         processes: those that share the work (see `preprocess.share`), each of which calls this with the same arguments.
             The first one writes the output.
+        shown: what `load_rounds` gives for each of the data, where they have been read already.
 
     Raises:
         CordaError: see `preprocess`, `load_rounds` and `open_model`; something is in the way of the output, or its disk
@@ -97,7 +99,7 @@ def prepare(
     if len(datas) > 1 and config.rounds > 1:
         raise CordaError(f"{config.rounds} rounds are of one context, but there are {len(datas)}")
     with warming(config):
-        shown = [load_rounds(each, config.rounds) for each in datas]
+        shown = [load_rounds(each, config.rounds) for each in datas] if shown is None else shown
         base: nn.Module | None = None
         if isinstance(source, ModelConfig):
             if original is not None:

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 
 from ..config import CompareConfig, CordaError, ModelConfig
 from ..config.values import CountOrZero
-from .shared import AddVerb, out, take
+from .shared import AddVerb, begin_imports, out, take
 
 
 def add_compare(verb: AddVerb) -> None:
@@ -42,6 +42,7 @@ def compare(options: Namespace) -> None:
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         multiprocessing.get_context("forkserver").set_forkserver_preload(["corda_lora.compare.preload"])
         forkserver.ensure_running()
+    begin_imports(options)
     from ..compare.runner import compare as run_comparison
     from ..report.report import write_report
 

@@ -12,7 +12,7 @@ from ..data.rows import check_file
 from ..evaluation.measures import KINDS
 from ..evaluation.tasks.registry import TASKS, checked_tasks
 from ..files import check_output, check_result, read_json, whole_folder, write_json
-from .shared import AddVerb, out, take
+from .shared import AddVerb, begin_imports, out, take
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import BothSides
@@ -58,10 +58,12 @@ def evaluate(options: Namespace) -> dict[str, Any]:
     """Measure the base model and the tuned one in one run: loss, drift (mean KL(base‖tuned) per answer token),
     perplexity, multiple-choice accuracy, exact match, benchmarks. Results are printed, and written to --output if it is
     given. With --before and --after it also says what was gained and lost, with intervals."""
-    _name_models(options)
-    source, config = take(ModelConfig, options), take(EvalConfig, options)
+    config = take(EvalConfig, options)
     for data in (data for kind in KINDS for data in config.data(kind)):
         check_file(data)
+    _name_models(options)
+    source = take(ModelConfig, options)
+    begin_imports(options)
     from ..models.loading import is_quantized
     from ..report.before_after import write_evaluation
     from ..report.terminal import results_table
@@ -195,6 +197,7 @@ def _name_models(options: Namespace) -> None:
         raise CordaError("give both --before and --after: the model as it was, and as it is now")
     if options.model or options.adapter or options.original:
         raise CordaError("--before and --after name the models: leave --model, --adapter and --original out")
+    begin_imports(options)
     from ..adapters.lora import CONFIG, read_marks
 
     if not (Path(after) / CONFIG).is_file():

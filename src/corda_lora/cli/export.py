@@ -10,7 +10,7 @@ from ..config import CordaError, DataConfig, ModelConfig
 from ..config.data import CONTEXT_SAMPLES
 from ..config.values import Count
 from ..files import check_output, is_made, read_json, sha256_of
-from .shared import AddVerb, add_push, hub_repo, out, push, take
+from .shared import AddVerb, add_push, begin_imports, hub_repo, out, push, take
 
 
 def add_export(verb: AddVerb) -> None:
@@ -58,6 +58,7 @@ def export(options: Namespace) -> dict[str, Any]:
         raise CordaError("--original goes with --as lora only: the others are of MODEL itself")
     if (options.form == "ordered") != (options.data is not None):
         raise CordaError("--as ordered goes with --data, samples of the task that the adapter was trained for")
+    begin_imports(options)
     from ..adapters.export import (
         RECORD,
         export_for_original,

@@ -12,9 +12,10 @@ from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelCo
 from ..config.data import CONTEXT_SAMPLES, named_contexts
 from ..config.values import Count
 from ..data.rows import check_file
+from ..data.samples import digest_of, load_rounds
 from ..files import ADAPTER_CONFIG, check_output, is_made, read_json, remove_work
 from ..processes import launched
-from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
+from .shared import AddVerb, add_push, begin_imports, follows, hub_repo, out, push, take
 
 
 def add_init(verb: AddVerb) -> None:
@@ -80,6 +81,10 @@ def init(options: Namespace) -> dict[str, Any]:
         push(options, hub_repo(options))
         return _made(options.output, config)
     check_output(options.output, "corda.json", recipe)
+    assert config.rounds is not None
+    # What is wrong with the samples is said before the long imports.
+    shown = [load_rounds(each, config.rounds) for each in datas]
+    begin_imports(options)
     from ..adapters.prepare import prepare
     from ..report.terminal import start_cost, start_table
 
@@ -94,6 +99,7 @@ def init(options: Namespace) -> dict[str, Any]:
         keep_work=options.keep_work,
         original=original,
         processes=options.processes,
+        shown=shown,
     )
     if follows(options):
         return {}
@@ -122,8 +128,6 @@ def _recipe(options: Namespace, config: CordaConfig, source: ModelConfig, datas:
     recipe |= {"data": asdict(datas[0]) if len(datas) == 1 else None}
     recipe |= {"contexts": [asdict(each) for each in datas]} if len(datas) > 1 else {}
     if datas and (options.output / "corda.json").is_file():
-        from ..data.samples import digest_of, load_rounds
-
         assert config.rounds is not None
         shown = [load_rounds(each, config.rounds) for each in datas]
         recipe |= {"samples_sha256": digest_of(chain(*chain(*shown)))}

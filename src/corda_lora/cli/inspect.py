@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 
 from ..config import CordaError, InspectConfig, ModelConfig
 from ..files import check_output, scratch_folder, whole_folder
-from .shared import AddVerb, out, take
+from .shared import AddVerb, begin_imports, out, take
 
 
 def add_inspect(verb: AddVerb) -> None:
@@ -41,6 +41,7 @@ def look(options: Namespace) -> None:
         raise CordaError("levels and layers are of a model, and not of an adapter: leave them or --adapter out")
     source = take(ModelConfig, options) if options.model else None
     check_output(options.output)
+    begin_imports(options)
     from ..inspection.adapter import inspect_adapter, read_adapter
     from ..inspection.contexts import inspect_model
     from ..models.loading import load_tokenizer, open_model

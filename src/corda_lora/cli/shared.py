@@ -1,5 +1,6 @@
 """What the verbs share."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from ..files import check_model
 from ..processes import Processes
 from ..progress import console
 
@@ -36,6 +38,16 @@ def follows(options: Namespace) -> bool:
     """Whether another process of the same run prints, and writes the output."""
     processes: Processes | None = options.get("processes")
     return processes is not None and not processes.first
+
+
+def begin_imports(options: Namespace) -> None:
+    """Say that the long imports begin: on a busy machine they take half a minute. Raises CordaError first if a model
+    that is to be here is not."""
+    for name in ("model", "original", "before"):
+        if options.get(name):
+            check_model(options[name])
+    if "torch" not in sys.modules:
+        console.print("loading PyTorch and Transformers")
 
 
 def take(kind: type[T], options: Namespace, **set_here: Any) -> T:

@@ -10,8 +10,9 @@ from jsonargparse import Namespace
 from ..config import CordaError, DataConfig, KeepConfig, LoraStart, ModelConfig, TrainConfig
 from ..config.values import Seed, Share
 from ..data.rows import check_file
+from ..data.samples import load_samples
 from ..files import read_json
-from .shared import AddVerb, add_push, follows, hub_repo, out, push, take
+from .shared import AddVerb, add_push, begin_imports, follows, hub_repo, out, push, take
 
 
 def add_train(verb: AddVerb) -> None:
@@ -83,9 +84,11 @@ def _tuning(options: Namespace) -> Any:
     for each in (data, held_out):
         if isinstance(each, DataConfig):
             check_file(each)
+    samples = load_samples(data)  # what is wrong with them is said before the long imports
+    begin_imports(options)
     from ..tune import read_tuning
 
-    return read_tuning(source, data, config, options.start or lora, held_out, keep)
+    return read_tuning(source, data, config, options.start or lora, held_out, keep, samples)
 
 
 def _say(result: dict[str, Any], max_drift: float | None) -> None:

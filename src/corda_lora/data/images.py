@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import CordaError
 from ..config.values import short
 from .templates import is_missing
+
+if TYPE_CHECKING:  # torch is imported where pixels are: samples are read before long imports
+    from torch import Tensor
 
 COLUMNS = ("image", "images")
 PLACE = re.compile(r"\n?<image>\n?")  # the place of an image in a text, as LLaVA's files write it
@@ -320,7 +320,7 @@ def image_tokens(processor: Any) -> list[int]:
 OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
-def image_inputs(shown: Sequence[Shown | None], ids: Tensor) -> dict[str, Tensor]:
+def image_inputs(shown: Sequence[Shown | None], ids: "Tensor") -> dict[str, "Tensor"]:
     """What a model's forward takes beside the ids (b, s) of a batch: pixels, sizes, and which tokens are of images.
     Nothing if no sample has an image.
 
@@ -329,6 +329,8 @@ def image_inputs(shown: Sequence[Shown | None], ids: Tensor) -> dict[str, Tensor
     seen = [s for s in shown if s is not None]
     if not seen:
         return {}
+    import torch
+
     processor = seen[0].processor
     images = [[picture.open() for picture in s.pictures] for s in seen]
     inputs = {k: v for k, v in processor(images=images, padding=True, return_tensors="pt").items() if k not in OF_TEXT}

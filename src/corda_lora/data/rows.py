@@ -54,10 +54,10 @@ def check_file(config: DataConfig) -> Path:
 
 def _slice(rows: list[Row], config: DataConfig) -> list[Row]:
     """Rows of a file, which is all "train", by a slice such as "train[:10%]"."""
-    import datasets
-
     if config.rows == "train":
         return rows
+    import datasets
+
     try:
         parts = datasets.ReadInstruction.from_spec(config.rows).to_absolute({"train": len(rows)})
     except Exception as error:  # ValueError, AssertionError, ...

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import modeling_gguf_pytorch_utils
 
 from ..config import CordaError, ModelConfig
 from ..config.values import short
+from ..files import check_model
 from .lockstep import Stored, on_device, tensors_of
 from .seeing import reads_images
 from .targets import NEW, is_linear, is_of_head
@@ -28,7 +28,6 @@ from .weights import compute_as_stored, weight_of, weight_shape
 
 # Tables that older versions stored with the weights; models compute them now.
 TABLES = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias)$")
-ADAPTER = "adapter_config.json"  # PEFT's
 PAGES = 64  # of a file of weights, by which it is told from another
 FIRST_LAYERS = 8  # linear layers of a block, and one more
 ANOTHER = "it is another model"
@@ -447,18 +446,10 @@ def _gguf_read_once(options: dict[str, Any]) -> Iterator[None]:
 
 def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """The arguments of `from_pretrained`: the name, and keyword arguments."""
-    path = Path(config.model)
-    local = path.exists() or config.model.startswith((".", "/")) or config.model.count("/") > 1
-    local = local or config.model.endswith("/")
+    check_model(config.model)
     if config.model.endswith(".gguf"):
-        if not path.is_file():
-            raise CordaError(f"there is no file {config.model}")
-        if find_spec("gguf") is None:
-            raise CordaError(f"to read {config.model}, the package gguf is needed: pip install gguf")
+        path = Path(config.model)
         return str(path.parent), {"gguf_file": path.name}
-    if local and not (path / "config.json").is_file():
-        what = "it is an adapter, which goes with its model" if (path / ADAPTER).is_file() else "it has no config.json"
-        raise CordaError(f"there is no model in {config.model}: {what}")
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision is not None:
         options["revision"] = config.revision
