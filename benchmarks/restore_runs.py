@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from corda_lora.compare.frontier import setting_of
 from corda_lora.compare.schedule import Job
@@ -22,10 +23,21 @@ def main(source: Path, output: Path) -> None:
     (output / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
 
-def restore_runs(source: Path, output: Path, without: Collection[str] = ()) -> None:
-    """Write the results of the runs that are done, but for those of the commits `without`."""
+def restore_runs(
+    source: Path, output: Path, without: Collection[str] = (), entries: dict[str, Any] | None = None
+) -> None:
+    """Write the results of the runs that are done, but for those of the commits `without`.
+
+    Args:
+        entries: of the recipe that goes on, as recipe.json has them: runs of an entry that is another there are left
+            out, as of one whose defaults have changed.
+    """
     comparison = json.loads(source.read_text())
+    was = comparison["recipe"]["methods"]
+    changed = {name for name in was.keys() & (entries or {}).keys() if was[name] != (entries or {})[name]}
     for run in comparison["runs"]:
+        if run["method"] in changed:
+            continue
         if run["status"] in ("done", "diverged") and run.get("commit", comparison["commit"]) not in without:
             setting = setting_of(run)
             folder = output / Job(run["method"], setting.rate, run["seed"], setting.swept).folder

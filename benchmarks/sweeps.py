@@ -14,6 +14,7 @@ memory left can end all the others on its GPU: leave a tenth free, and let nothi
 """
 
 import argparse
+import json
 import os
 import queue
 import shutil
@@ -75,7 +76,8 @@ def compare(recipe: Path, output: Path, gpu: str, jobs: str, environment: dict[s
         if done and not output.exists():
             # The recipe is written by the command, as its form may be newer than that of the runs.
             subprocess.run([*command, "--jobs", "0"], env=environment, stdout=log, stderr=subprocess.STDOUT)
-            restore_runs.restore_runs(done[-1], output, without)
+            entries = json.loads((output / "recipe.json").read_text())["entries"]
+            restore_runs.restore_runs(done[-1], output, without, entries)
         print(f"{time.strftime('%X')} {recipe.stem} begins on GPU {gpu}, {jobs} at a time", flush=True)
         status = subprocess.run([*command, "--jobs", jobs], env=environment, stdout=log, stderr=subprocess.STDOUT)
     print(f"{time.strftime('%X')} {recipe.stem} ends with exit code {status.returncode}", flush=True)

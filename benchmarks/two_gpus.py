@@ -43,7 +43,7 @@ PARTS = {
     "ipm": "--mode ipm --r 128 --samples 256 --max_length 512 --batch_tokens 16384",
     "kpm": "--mode kpm --r 128 --samples 256 --max_length 512 --batch_tokens 16384",
 }
-START = "--mode kpm --r 32 --keep 10 --samples 64 --max_length 256"
+START = "--mode kpm --r 32 --keep 10 --orientation covariance --samples 64 --max_length 256"  # as in the results
 BATCH = 8
 TRAIN = (
     f"--learning_rate 1e-3 --batch_size {BATCH} --max_length 256 --checkpoints 0"  # small steps: rounding stays small

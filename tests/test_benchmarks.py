@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from corda_lora.cli.command import instantiate
 from corda_lora.cli.parser import build_parser
+from corda_lora.cli.shared import take
+from corda_lora.compare.comparison import Comparison
+from corda_lora.compare.runner import check_methods
+from corda_lora.config import CompareConfig, ModelConfig
 from corda_lora.methods.registry import METHODS
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -88,12 +93,14 @@ def test_runs_of_several_calls_are_put_together(load):
 
 
 def test_sweeps_run_each_recipe_once_and_none_that_is_done(load, tmp_path, monkeypatch):
-    """Two slots; what is committed of a recipe is restored when the command has made the folder, but for one commit."""
+    """Two slots; what is committed of a recipe is restored when the command has made the folder, but for one commit and
+    for an entry that is another now."""
     sweeps = load("sweeps")
     monkeypatch.setattr(sweeps, "HERE", tmp_path)
     monkeypatch.setattr("shutil.which", lambda name: None)  # no MPS
     (tmp_path / "results" / "b_2026-11-29_cpu").mkdir(parents=True)
-    done = comparison(lora=[[1e-3, "done", 1.0], [2e-3, "failed", None]], pissa=[[1e-3, "done", 1.2]])
+    runs = {"lora": [[1e-3, "done", 1.0], [2e-3, "failed", None]], "corda": [[1e-2, "done", 1.1]]}
+    done = comparison(**runs, pissa=[[1e-3, "done", 1.2]])
     (tmp_path / "results" / "b_2026-11-29_cpu" / "comparison.json").write_text(json.dumps(done))
     ran = []
 
@@ -103,6 +110,10 @@ def test_sweeps_run_each_recipe_once_and_none_that_is_done(load, tmp_path, monke
         assert (gpu, env["OMP_NUM_THREADS"]) in (("0", "1"), ("1", "1"))
         if jobs == "0":
             Path(output).mkdir()
+            entries = done["recipe"]["methods"] | {
+                "corda": {"method": "corda", "options": {"orientation": "two_sided"}}
+            }
+            (Path(output) / "recipe.json").write_text(json.dumps({"entries": entries}))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr("subprocess.run", run)
@@ -114,10 +125,32 @@ def test_sweeps_run_each_recipe_once_and_none_that_is_done(load, tmp_path, monke
     assert restored == [Path("b/runs/lora/lr0.001_s0")]
 
 
-@pytest.mark.parametrize("recipe", sorted(FOLDER.glob("recipes/*.yaml")), ids=lambda path: path.stem)
-def test_a_recipe_is_one_of_corda_compare(recipe, tmp_path):
+RECIPES = sorted(FOLDER.glob("recipes/*.yaml"))
+
+
+def comparison_of(recipe, output):
+    """A recipe as `corda compare` reads it."""
     parser, _ = build_parser()
-    options = parser.parse_args(["compare", "--config", str(recipe), "--output", str(tmp_path)])
-    methods = parser.instantiate(options).compare.methods
-    for name, entry in methods.items() if isinstance(methods, dict) else dict.fromkeys(methods).items():
-        assert (entry.method if entry and entry.method else name) in METHODS
+    options = parser.parse_args(["compare", "--config", str(recipe), "--output", str(output)])
+    options = instantiate(parser, options)["compare"]
+    return Comparison(take(ModelConfig, options), take(CompareConfig, options), output)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_one_of_corda_compare(recipe, tmp_path):
+    compared = comparison_of(recipe, tmp_path)
+    assert {entry.method for entry in compared.recipe.entries.values()} <= METHODS.keys()
+    check_methods(compared.recipe)
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "demo"], ids=lambda path: path.stem)
+def test_committed_results_are_of_the_entries_of_their_recipe(recipe, load, tmp_path):
+    """So the recipe goes on from them, and nobody reads results of one start for another's: the default of orientation
+    has changed. (The demo has the new one.)"""
+    for result in FOLDER.glob(f"results/{recipe.stem}_20*/comparison.json"):
+        output = tmp_path / result.parent.name
+        output.mkdir()
+        load("restore_runs").main(result, output)
+        were, keys = json.loads((output / "recipe.json").read_text())["entries"], comparison_of(recipe, output).keys()
+        same = were.keys() & keys.keys()
+        assert {name: json.loads(json.dumps(keys[name])) for name in same} == {name: were[name] for name in same}

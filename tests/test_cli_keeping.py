@@ -121,6 +121,24 @@ def test_statistics_of_the_start_are_used(checkpoint, context):
     assert [row[1] for row in once] == pytest.approx([row[1] for row in again], rel=0.2)  # another draw of y
 
 
+def test_a_start_that_is_to_be_kept_is_two_sided(checkpoint, context, capsys):
+    """Where nothing else is asked for. A start of a version whose default was another is another start."""
+    price = [*TEMPLATES, "--samples", 40, "--keep", 10]
+    oriented = {}
+    for name, options in (("ours", []), ("published", ["--split", "paper"]), ("chosen", ["--orientation", "diagonal"])):
+        init(checkpoint, context, *price, *options, output=name)
+        oriented[name] = json.loads((context / "work" / name / "corda.json").read_text())["config"]["orientation"]
+    assert oriented == {"ours": "two_sided", "published": "covariance", "chosen": "diagonal"}
+    init(checkpoint, context, *price, "--orientation", "covariance", output="older")
+    capsys.readouterr()
+    init(checkpoint, context, *price, "--orientation", "covariance", output="older")
+    assert "older is whole already" in " ".join(capsys.readouterr().out.split())
+    said = refused(capsys, checkpoint, context, *price, call=partial(init, output="older"))
+    assert "config.orientation was 'covariance' there and is 'two_sided' here" in said
+    train(checkpoint, context, "--start", "older", "--max_steps", 2, output="tuned_older")
+    assert trained(context, "tuned_older")["drift"][-1][3] == 10
+
+
 def test_a_plain_lora_keeps_a_context_that_is_given(checkpoint, context, capsys):
     given = ["--context", context / "keep.jsonl", "--context.prompt", "{q}", "--context.response", " {a}"]
     given += ["--context.samples", 40]

@@ -96,6 +96,32 @@ def test_defaults_are_in_range():
 
 
 @pytest.mark.parametrize(
+    ("orientation", "options"),
+    [
+        ("two_sided", {"keep": 10}),
+        ("two_sided", {"keep": 10, "split": "seeded"}),
+        ("two_sided", {"keep": 10, "quantization": "nf4"}),
+        ("covariance", {}),
+        ("covariance", {"mode": "ipm"}),
+        ("covariance", {"mode": "ipm", "keep": 10}),
+        ("covariance", {"keep": 10, "split": "paper"}),  # as published
+        ("covariance", {"keep": 10, "split": "balanced"}),
+        ("covariance", {"keep": 10, "preset": "corda+"}),
+        ("covariance", {"keep": 10, "preset": "corda++"}),
+        ("covariance", {"keep": 10, "preset": "corda++", "rounds": 1}),
+        ("covariance", {"keep": 10, "rounds": 2}),
+        ("identity", {"keep": 10, "orientation": "identity"}),
+        ("covariance", {"keep": 10, "orientation": "covariance"}),
+    ],
+)
+def test_the_orientation_by_default(orientation, options):
+    """Two-sided where the context runs backward in any case, and nothing asks for what is published."""
+    config = CordaConfig(**options)
+    assert config.orientation == orientation
+    assert dataclasses.replace(config) == config
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("r: 1\nr: 2\n", "the key 'r' is given twice"),

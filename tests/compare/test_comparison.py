@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from corda_lora.compare.comparison import Comparison
 from corda_lora.compare.schedule import Job
-from corda_lora.config import CompareConfig, CordaError, DataConfig, EvalConfig, ModelConfig
+from corda_lora.config import CompareConfig, CordaError, DataConfig, EvalConfig, MethodConfig, ModelConfig
 
 
 @pytest.fixture
@@ -44,6 +44,28 @@ def test_json_that_is_cut_short_or_of_something_else(file, content, comparison):
     (comparison.output / file).write_text(content)
     with pytest.raises(CordaError, match=f"{file} is damaged"):
         comparison.open()
+
+
+def test_runs_of_an_earlier_version_whose_start_was_another(tmp_path):
+    """Without an orientation in recipe.json the start was of the covariance, whatever the price."""
+    names = ("kept", "swept")
+    kept = {"method": "corda-kpm-anchored", "options": {"keep": 10}}
+    swept = {"method": "corda-kpm-anchored", "options": {}, "sweep": {"keep": [0, 3]}}
+
+    def opened(**options):
+        entries = [MethodConfig(**each | {"options": each["options"] | options}) for each in (kept, swept)]
+        recipe = CompareConfig(dict(zip(names, entries)), "learn.jsonl", EvalConfig(learn="l.jsonl"), "keep.jsonl")
+        comparison = Comparison(ModelConfig("m"), recipe, tmp_path / "out")
+        comparison.open()
+        return json.loads((tmp_path / "out" / "recipe.json").read_text())["entries"]
+
+    before = dict(zip(names, ({"method": each["method"], "options": each["options"]} for each in (kept, swept))))
+    assert opened(orientation="covariance") == before
+    with pytest.raises(CordaError, match=r"holds runs of another recipe \(it differs in kept, swept\)"):
+        opened()
+    (tmp_path / "out" / "recipe.json").unlink()
+    assert opened() == opened(orientation="two_sided")
+    assert [entry["options"]["orientation"] for entry in opened().values()] == ["two_sided", "two_sided"]
 
 
 def test_runs_of_an_earlier_version_that_had_fewer_options(tmp_path):

@@ -135,10 +135,11 @@ def test_folding_brings_the_predictions_nearer(prepare, files):
     assert divergence["qcorda-folded"] < 0.5 * divergence["qlora"]
 
 
-def test_anchored_rows_are_those_of_the_full_model(prepare, files):
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"keep": 1.0, "orientation": "covariance"}])
+def test_anchored_rows_are_those_of_the_full_model(options, prepare, files):
     (files / "full").mkdir()
-    quantized, _, _ = prepare("qcorda-kpm-anchored", family=FAMILY, options={"keep": 1.0})
-    full, _, _ = prepare("corda-kpm-anchored", family=FAMILY, folder=files / "full")
+    quantized, _, _ = prepare("qcorda-kpm-anchored", family=FAMILY, options=options)
+    full, _, _ = prepare("corda-kpm-anchored", family=FAMILY, folder=files / "full", options=options)
     layers = lora_layers(full.model)
     for name, layer in lora_layers(quantized.model).items():
         assert torch.equal(layer.lora_A["default"].weight, layers[name].lora_A["default"].weight)

@@ -12,7 +12,7 @@ from corda_lora.adapters.lora import lora_layers
 from corda_lora.compare.job import train_prepared
 from corda_lora.config import CordaError
 from corda_lora.methods.baselines import labelled_batches
-from corda_lora.methods.registry import METHODS, check_options, count_parameters
+from corda_lora.methods.registry import METHODS, check_options, corda_config, count_parameters, recorded_options
 
 QUANTIZED = ("qlora", "loftq", "qpissa", "qera", "cloq", "qcorda", "qcorda-folded", "qcorda-kpm-anchored")
 CHANGES_THE_START = {"kasa", *QUANTIZED}  # it discards components of W; NF4 rounds
@@ -105,6 +105,55 @@ def test_options_are_checked_before_anything_runs():
         check_options("corda-ipm-balanced", {"rank": 4})
     with pytest.raises(CordaError, match="min_rank"):
         check_options("corda-kpm-anchored", {"min_rank": 4})
+
+    with pytest.raises(CordaError, match="orientation is 'identity', but must be one of covariance, two_sided"):
+        check_options("qcorda-kpm-anchored", {"orientation": "identity"})
+    with pytest.raises(CordaError, match="keep predicts the drift from W, but the base is quantized without a part"):
+        check_options("corda-kpm-balanced", {"quantization": "nf4", "keep": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "orientation", "recorded"),
+    [
+        ("corda-kpm-anchored", {"keep": 10, "samples": 9}, "two_sided", {"orientation": "two_sided"}),
+        ("corda-kpm-anchored", {"keep": 10, "orientation": "two_sided"}, "two_sided", {"orientation": "two_sided"}),
+        ("corda-kpm-anchored", {"keep": 10, "orientation": "covariance"}, "covariance", {}),
+        ("corda-kpm-anchored", {"keep": 10, "orientation": "diagonal"}, "diagonal", {"orientation": "diagonal"}),
+        ("corda-kpm-anchored", {"samples": 9}, "covariance", {}),
+        ("corda-kpm-anchored", {"keep_generic": 10}, "covariance", {}),
+        ("corda-kpm-anchored", {"keep": 10, "contexts": [{"data": "a"}, {"data": "b"}]}, "covariance", {}),
+        ("corda-kpm-paper", {"keep": 10}, "covariance", {}),
+        ("corda++-kpm-anchored", {"keep": 10}, "covariance", {}),
+        ("corda-ipm-seeded", {"keep": 10}, "covariance", {}),
+        ("qcorda-kpm-anchored", {"keep": 10}, "two_sided", {"orientation": "two_sided"}),
+        ("qcorda-kpm-anchored", {"keep": 10, "orientation": "covariance"}, "covariance", {}),
+        ("milora", {"keep": 10}, "identity", {}),
+    ],
+)
+def test_a_price_says_which_orientation_is_the_default(name, options, orientation, recorded):
+    """As in `corda init --keep`. A record without an orientation, as of an earlier version, is of what a method had
+    then."""
+    config = corda_config(name, options)
+    assert (config.orientation, config.keep) == (orientation, 0.0)
+    others = {key: value for key, value in options.items() if key != "orientation"}
+    assert recorded_options(name, options) == others | recorded
+
+
+def test_others_have_no_start_of_ours():
+    assert corda_config("lora", {"keep": 10}) is None
+    assert recorded_options("lora", {"keep": 10}) == {"keep": 10}
+
+
+def test_a_start_that_is_to_be_kept_is_two_sided(prepare, files):
+    def rows(folder, **options):
+        (files / folder).mkdir()
+        prepared, _, _ = prepare("corda-kpm-anchored", folder=files / folder, options=options)
+        return torch.cat([layer.lora_A["default"].weight.flatten() for layer in lora_layers(prepared.model).values()])
+
+    kept, free = rows("kept", keep=1.0), rows("free")
+    assert torch.equal(kept, rows("two_sided", keep=1.0, orientation="two_sided"))
+    assert torch.equal(free, rows("covariance", keep=1.0, orientation="covariance"))
+    assert not torch.equal(kept, free)
 
 
 def test_parameters_are_counted(prepare):

@@ -22,7 +22,7 @@ from ..data.batches import encode_all
 from ..data.samples import load_samples
 from ..evaluation.measures import KINDS
 from ..files import check_checksums, check_writable, is_partial, read_json, write_checksums, write_json
-from ..methods.registry import METHODS
+from ..methods.registry import METHODS, recorded_options
 from ..models.loading import load_tokenizer
 from ..training.train import training_steps
 from .frontier import as_options
@@ -92,6 +92,14 @@ class Comparison:
         swept = self.entries[job.entry].swept
         return self.recipe.entries[job.entry].options | as_options(job.swept or (swept[-1] if swept else ()))
 
+    def keys(self) -> dict[str, dict[str, Any]]:
+        """What tells the results of each entry from those of another, whatever their rates and swept values."""
+        keys = {}
+        for name, entry in self.recipe.entries.items():
+            whole = recorded_options(entry.method, self.options(Job(name)))
+            keys[name] = {"method": entry.method, "options": {k: v for k, v in whole.items() if k not in entry.sweep}}
+        return keys
+
     def result(self, job: Job) -> dict[str, Any] | None:
         """What a job has written, or None if it is not done. Raises CordaError if it is damaged."""
         path = self.folder(job) / RESULT
@@ -130,7 +138,7 @@ class Comparison:
         others = [p for p in self.output.iterdir() if not is_partial(p)] if self.output.is_dir() else []
         if self.output.is_file() or (others and not path.is_file()):
             raise CordaError(f"the output {self.output} has something else in it already: remove it, or choose another")
-        entries = {name: entry.key() for name, entry in self.recipe.entries.items()}
+        entries = self.keys()
         if path.is_file():
             before = read_json(path)
             if not isinstance(before, dict) or not {"shared", "entries"} <= before.keys():
@@ -168,12 +176,11 @@ def gather(comparison: Comparison, results: Results, command: str) -> dict[str, 
             result = results.get(job, missing)
             swept = {"swept": as_options(job.swept)} if job.swept else {}
             runs.append({"method": job.entry, "learning_rate": job.rate, "seed": job.seed, **swept, **result})
-    methods = {}
+    entries, methods = comparison.keys(), {}
     for name, entry in comparison.recipe.entries.items():
         method = METHODS[entry.method]
         title = method.title if name == entry.method else name
-        methods[name] = {"title": title, "source": method.source, "options": entry.options}
-    entries = {name: entry.key() for name, entry in comparison.recipe.entries.items()}
+        methods[name] = {"title": title, "source": method.source, "options": entries[name]["options"]}
     return {
         "name": comparison.output.name,
         "command": command,

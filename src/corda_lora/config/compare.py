@@ -45,10 +45,6 @@ class MethodConfig:
         """Its values in ascending order, each once."""
         return sorted({value for values in self.sweep.values() for value in values})
 
-    def key(self) -> dict[str, Any]:
-        """What makes the results of two entries the same, whatever their rates and swept values."""
-        return {"method": self.method, "options": self.options}
-
 
 def _check_sweep(name: str, entry: MethodConfig) -> None:
     """Raises CordaError if an entry's sweep is none of one option over several values."""

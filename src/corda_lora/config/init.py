@@ -35,7 +35,9 @@ class CordaConfig:
         orientation: the matrix that the weight is multiplied by before the SVD: the context's `covariance` (CorDA), the
             root of its `diagonal` (ASVD), or the `identity` (plain SVD, which needs no context). `two_sided`: from the
             right by the root of the covariance, and from the left by that of the gradients at the layer's outputs. Then
-            the context also runs backward, so only a causal language model will do.
+            the context also runs backward, so only a causal language model will do. Default: `two_sided` in kpm with
+            `keep` above 0, where nothing asks for a published method (preset corda+ or corda++, rounds, split paper or
+            balanced); else `covariance`.
         solver: `gram` decomposes small Gram matrices in float64. `subspace` iterates to find the adapter's components
             alone, for preset corda. `svd` is the float64 SVD, the reference. `auto` takes subspace where it can be used
             and r is small beside the layer, else gram.
@@ -80,7 +82,7 @@ class CordaConfig:
     max_rank: Count | None = None
     budget: Positive | None = None
     split: Literal["anchored", "seeded", "balanced", "paper"] | None = None
-    orientation: Literal["covariance", "diagonal", "identity", "two_sided"] = "covariance"
+    orientation: Literal["covariance", "diagonal", "identity", "two_sided"] | None = None
     solver: Literal["auto", "gram", "subspace", "svd"] = "auto"
     damping: Positive = 0.01
     weights: Literal["given", "compactness"] = "given"
@@ -108,6 +110,8 @@ class CordaConfig:
             self.rounds = 5 if self.preset == "corda++" else 1
         if self.fold is None:
             self.fold = 5 if self.quantization and not self.from_zero else 0
+        if self.orientation is None:
+            self.orientation = "two_sided" if self._keeps_by_default else "covariance"
         check_fields(self)
         check_lora(self)
         assert self.rounds is not None
@@ -137,6 +141,14 @@ class CordaConfig:
             )
         if self.max_rank is not None and self.max_rank < self.min_rank:
             raise CordaError(f"min_rank {self.min_rank} and max_rank {self.max_rank} leave no rank to allocate")
+
+    @property
+    def _keeps_by_default(self) -> bool:
+        """Whether the start is ours for keeping, whose context runs backward in any case. CorDA as published, and the
+        choices of CorDA++, which are defined by C alone, stay what they are."""
+        ours = self.from_zero and not self.allocates and self.rounds == 1
+        # A price that is no number is refused with the other fields.
+        return self.mode == "kpm" and ours and isinstance(self.keep, (int, float)) and self.keep > 0
 
     @property
     def from_zero(self) -> bool:

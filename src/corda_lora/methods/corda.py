@@ -9,12 +9,12 @@ from torch import nn
 
 from ..adapters.lora import BASE_FOLDER, load_adapter, renew_heads
 from ..adapters.prepare import prepare
-from ..config import CordaConfig, DataConfig, ModelConfig
+from ..config import DataConfig, ModelConfig
 from ..config.values import NonNegative
 from ..models.loading import load_model
 from .baselines import adamw_with_ratio
 from .keeping import AFTER, abilities_kept, contexts_of, what_is_kept, with_penalties
-from .registry import RATES, SLOW_RATES, Prepared, Setup, method
+from .registry import RATES, SLOW_RATES, Prepared, Setup, method, start_config
 
 
 def corda(
@@ -40,7 +40,7 @@ def corda(
             of `keep`.
         steer: steer their prices, at the same sum, so that the largest drift is smallest.
         keep: weight λ of the predicted drift in the loss (see `training.keeping`). Contexts with a price of their own
-            do without.
+            do without. Of one context in kpm it also decides which orientation is the default, as in `CordaConfig`.
         keep_generic: the same on texts that the model itself draws.
         options: any options of `CordaConfig`.
     """
@@ -48,7 +48,7 @@ def corda(
     if not folder.exists():
         common: dict[str, Any] = {"r": setup.r, "lora_alpha": setup.lora_alpha, "target_modules": list(setup.targets)}
         common["modules_to_save"] = list(setup.modules_to_save) or None
-        config = CordaConfig(**(common | options))
+        config = start_config(bool(contexts), keep, **(common | options))
         data: Any = None
         if contexts:
             data = contexts_of(contexts, samples or setup.samples)

@@ -17,7 +17,7 @@ C and D are of the task (see `algebra.folding`).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import peft
 import torch
@@ -252,12 +252,18 @@ def qcorda_folded(
     "keep",
     after=("keep",),
 )
-def qcorda_kpm(model: nn.Module, setup: Setup, keep: NonNegative = 0.0, samples: Count | None = None) -> Prepared:
+def qcorda_kpm(
+    model: nn.Module,
+    setup: Setup,
+    keep: NonNegative = 0.0,
+    samples: Count | None = None,
+    orientation: Literal["covariance", "two_sided"] | None = None,
+) -> Prepared:
     """As corda-kpm-anchored, whose start and penalty are of the full model, over NF4.
 
     Args:
-        keep, samples: as of `corda`.
+        keep, samples, orientation: as of `corda`.
     """
     names = _checked_names(model, setup)
-    prepared = corda(model, setup, samples=samples, keep=keep, mode="kpm", split="anchored")
+    prepared = corda(model, setup, samples=samples, keep=keep, mode="kpm", split="anchored", orientation=orientation)
     return prepared._replace(model=in_nf4(prepared.model, names))

@@ -184,12 +184,38 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def corda_config(name: str, options: Mapping[str, Any], **common: Any) -> CordaConfig | None:
-    """The start that a method of ours makes, without its own options; None of another's method."""
-    prepare, own = METHODS[name].prepare, _own_options(name)
-    if "options" not in inspect.signature(prepare).parameters:
+    """The start that a method of ours makes with these options; None of another's method."""
+    prepare = METHODS[name].prepare
+    if not {"options", "orientation"} & inspect.signature(prepare).parameters.keys():
         return None
-    given = dict(getattr(prepare, "keywords", {})) | dict(options)
-    return CordaConfig(**common, **{key: value for key, value in given.items() if key not in own})
+    given = _fixed(name) | dict(options)
+    start = {key: value for key, value in given.items() if key in {f.name for f in fields(CordaConfig)}}
+    return start_config(bool(given.get("contexts")), **common, **start)
+
+
+def start_config(several: bool, keep: float = 0.0, **options: Any) -> CordaConfig:
+    """The start of a method of ours. Its price is paid in the training alone, with statistics beside the start. To the
+    start it says which orientation is the default.
+
+    Args:
+        several: whether there are several contexts, whose prices `corda init` does not know either.
+    """
+    return replace(CordaConfig(keep=0.0 if several else keep, **options), keep=0.0)
+
+
+def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's options, as what tells its starts from others. The orientation is written out where it is not the one
+    that was the default in every version: a record without one is of that."""
+    config, first = corda_config(name, options), _fixed(name).get("orientation", "covariance")
+    others = {key: value for key, value in options.items() if key != "orientation"}
+    if config is None or config.orientation == first:
+        return others
+    return others | {"orientation": config.orientation}
+
+
+def _fixed(name: str) -> dict[str, Any]:
+    """The options that a method sets itself."""
+    return dict(getattr(METHODS[name].prepare, "keywords", {}))
 
 
 def _own_options(name: str) -> set[str]:
@@ -198,7 +224,7 @@ def _own_options(name: str) -> set[str]:
     prepare = METHODS[name].prepare
     parameters = inspect.signature(prepare).parameters
     defaults = {key for key, p in parameters.items() if p.default is not p.empty}
-    return defaults - set(getattr(prepare, "keywords", {}))
+    return defaults - _fixed(name).keys()
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

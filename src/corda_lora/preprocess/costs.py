@@ -82,7 +82,7 @@ def selecting(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tup
         orienting = TRIANGLE if two_sided else 1
         work.update(double=2 * tall * m * n * n + rounds * int(2 * R * square * orienting + 2 * R * R * n))
         work.update(factor=rounds * two_sided * n**3 // 3)
-        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, config.orientation))
+        numbers = max(numbers, tall * (m * n + 2 * n * n), _oriented(R, n, str(config.orientation)))
         # The triangle (R, n) is kept for all rounds. Beside it are M and the memory of `eigvalsh` or `norms`.
         if on_cpu:
             work.update(eigen=rounds * EIGVALSH * R**3)

@@ -151,6 +151,11 @@ def _said_if_singular(what: str) -> Iterator[None]:
         raise CordaError(f"{what}: raise --damping") from error
 
 
+def _oriented(W: Tensor, C: Tensor | None, config: CordaConfig, T: Tensor | None = None) -> Tensor:
+    assert config.orientation is not None
+    return orient(W, C, config.orientation, config.damping, T)
+
+
 def extremes_of(covariances: Sequence[Tensor], config: CordaConfig, device: torch.device) -> list[tuple[float, float]]:
     """Smallest and largest eigenvalue of the matrix that each round orients by: C (n, n), regularized, its root, or the
     root of its diagonal. Computed on `device`.
@@ -166,7 +171,7 @@ def extremes_of(covariances: Sequence[Tensor], config: CordaConfig, device: torc
             power = 0.5 if config.orientation == "two_sided" else 1
             extremes.append((lowest**power, highest**power))
         else:
-            d = orient(C.new_ones(1, len(C)), C, config.orientation, config.damping)
+            d = _oriented(C.new_ones(1, len(C)), C, config)
             extremes.append((float(d.min()), float(d.max())))
     return extremes
 
@@ -190,7 +195,7 @@ def choose_covariance(
     T = triangle(seen.Z if seen else W.double())[0]
     scores = []
     for C, log_pi in zip(covariances, log_pis):
-        M = orient(T, C.to(W.device), config.orientation, config.damping)
+        M = _oriented(T, C.to(W.device), config)
         scores.append(selection_score(log_pi, *(norms(M) if factors_slowly(M.device) else _norms_by_spectrum(M))))
         del M
     best = scores.index(min(scores))  # the first of equals
@@ -227,7 +232,7 @@ def decompose_layer(
 
     def oriented(W: Tensor) -> Tensor:
         with _said_if_singular(SINGULAR):
-            return orient(W, C, config.orientation, config.damping, T)
+            return _oriented(W, C, config, T)
 
     if keeps_all(config):
         return components(W, oriented, config.solver)
