@@ -112,7 +112,7 @@ def test_the_drift_is_shown_beside_the_progress(checkpoint, context, capsys):
 
 def test_statistics_of_the_start_are_used(checkpoint, context):
     init(checkpoint, context, *TEMPLATES, "--samples", 40, "--keep", 30, output="with")
-    init(checkpoint, context, *TEMPLATES, "--samples", 40, output="without")
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, "--orientation", "two_sided", output="without")
     assert (context / "work" / "with" / "statistics.safetensors").is_file()
     train(checkpoint, context, "--start", "with", output="tuned_with")
     train(checkpoint, context, "--start", "without", "--keep", 30, output="tuned_without")
