@@ -68,6 +68,44 @@ def test_runs_of_an_earlier_version_whose_start_was_another(tmp_path):
     assert [entry["options"]["orientation"] for entry in opened().values()] == ["two_sided", "two_sided"]
 
 
+@pytest.mark.parametrize(("method", "orientation"), [("corda-kpm-anchored", "covariance"), ("milora", "identity")])
+def test_runs_of_an_earlier_version_whose_orientation_was_written_out(method, orientation, tmp_path):
+    """It wrote what was given, at its default or not."""
+    entry = MethodConfig(method, options={"orientation": orientation})
+    recipe = CompareConfig({"ours": entry}, "learn.jsonl", EvalConfig(learn="l.jsonl"), "keep.jsonl")
+    comparison, path = Comparison(ModelConfig("m"), recipe, tmp_path / "out"), tmp_path / "out" / "recipe.json"
+    comparison.open()
+    first = json.loads(path.read_text())
+
+    def opened(**key):
+        path.write_text(json.dumps(first | {"entries": {"ours": key}}))
+        comparison.open()
+        return json.loads(path.read_text())
+
+    assert opened(method=method, options={"orientation": orientation}) == first
+    for other in ({"options": {"orientation": "diagonal"}}, {"method": "gone"}):
+        with pytest.raises(CordaError, match="differs in ours"):
+            opened(**{"method": method, "options": {}} | other)
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "orientations"),
+    [
+        ("split", ["paper", "anchored"], ["two_sided", "covariance"]),
+        ("rounds", [1, 2], ["two_sided", "covariance"]),
+        ("keep", [0, 3], "two_sided"),  # all prices share a start
+        ("damping", [0.01, 0.1], "two_sided"),
+        ("orientation", ["two_sided", "covariance"], None),
+    ],
+)
+def test_each_start_of_a_sweep_has_its_orientation_recorded(option, values, orientations, tmp_path):
+    """Of an earlier version all were of the covariance."""
+    entry = MethodConfig("corda-kpm-anchored", options={"keep": 3} if option != "keep" else {}, sweep={option: values})
+    recipe = CompareConfig({"swept": entry}, "learn.jsonl", EvalConfig(learn="l.jsonl"), "keep.jsonl")
+    key = Comparison(ModelConfig("m"), recipe, tmp_path / "out").keys()["swept"]
+    assert key["options"].get("orientation") == orientations
+
+
 def test_runs_of_an_earlier_version_that_had_fewer_options(tmp_path):
     """What is not in recipe.json came later. The runs go on if it is as it was then: at its default."""
     eval_config = EvalConfig(learn="learn.jsonl", keep=[DataConfig("keep.jsonl", samples=7)])

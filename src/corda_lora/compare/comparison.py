@@ -22,7 +22,7 @@ from ..data.batches import encode_all
 from ..data.samples import load_samples
 from ..evaluation.measures import KINDS
 from ..files import check_checksums, check_writable, is_partial, read_json, write_checksums, write_json
-from ..methods.registry import METHODS, recorded_options
+from ..methods.registry import METHODS, recorded_options, without_default
 from ..models.loading import load_tokenizer
 from ..training.train import training_steps
 from .frontier import as_options
@@ -96,7 +96,12 @@ class Comparison:
         """What tells the results of each entry from those of another, whatever their rates and swept values."""
         keys = {}
         for name, entry in self.recipe.entries.items():
-            whole = recorded_options(entry.method, self.options(Job(name)))
+            plan = self.entries[name]
+            jobs = dict.fromkeys(start_of(plan, Job(name, swept=value)) for value in plan.swept or [()])
+            starts = [recorded_options(entry.method, self.options(job)) for job in jobs]
+            whole, orientations = starts[-1], [start.get("orientation", "covariance") for start in starts]
+            if len(set(orientations)) > 1:  # the swept option decides about it
+                whole["orientation"] = orientations
             keys[name] = {"method": entry.method, "options": {k: v for k, v in whole.items() if k not in entry.sweep}}
         return keys
 
@@ -144,7 +149,7 @@ class Comparison:
             if not isinstance(before, dict) or not {"shared", "entries"} <= before.keys():
                 raise CordaError(f"{path} is damaged: remove {self.output}, or choose another output")
             differing = differing_options(before["shared"], shared)
-            differing += [name for name, key in entries.items() if before["entries"].get(name, key) != key]
+            differing += [name for name, key in entries.items() if _recorded(before["entries"].get(name, key)) != key]
             changed = [data for data, was in zip(digests, before.get("data", digests)) if list(data) != was]
             differing += [f"the samples of {name}" for name, _ in changed]
             if differing:
@@ -158,6 +163,12 @@ class Comparison:
                     check_checksums(self.folder(job), f"remove {self.folder(job)}, to have it made again")
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(path, {"shared": shared, "entries": entries, "data": digests})
+
+
+def _recorded(key: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What tells the results of an entry, as this version writes it: earlier ones wrote whatever was given."""
+    known = key["method"] in METHODS  # one of an earlier version may be gone
+    return {**key, "options": without_default(key["method"], key["options"])} if known else key
 
 
 def _data(data: str | DataConfig) -> DataConfig:

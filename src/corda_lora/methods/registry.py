@@ -206,11 +206,14 @@ def start_config(several: bool, keep: float = 0.0, **options: Any) -> CordaConfi
 def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """A method's options, as what tells its starts from others. The orientation is written out where it is not the one
     that was the default in every version: a record without one is of that."""
-    config, first = corda_config(name, options), _fixed(name).get("orientation", "covariance")
-    others = {key: value for key, value in options.items() if key != "orientation"}
-    if config is None or config.orientation == first:
-        return others
-    return others | {"orientation": config.orientation}
+    config = corda_config(name, options)
+    return without_default(name, options if config is None else {**options, "orientation": config.orientation})
+
+
+def without_default(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's options without the orientation that was the default in every version."""
+    default = _fixed(name).get("orientation", "covariance")
+    return {key: value for key, value in options.items() if (key, value) != ("orientation", default)}
 
 
 def _fixed(name: str) -> dict[str, Any]:
