@@ -98,7 +98,7 @@ def prepare(
     datas = [data] if isinstance(data, DataConfig) else list(data or ())
     if len(datas) > 1 and config.rounds > 1:
         raise CordaError(f"{config.rounds} rounds are of one context, but there are {len(datas)}")
-    with warming(config):
+    with warming(config, source if isinstance(source, nn.Module) else None):
         shown = [load_rounds(each, config.rounds) for each in datas] if shown is None else shown
         base: nn.Module | None = None
         if isinstance(source, ModelConfig):

@@ -5,28 +5,36 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from ..algebra.covariance import add_gram, mirror
 from ..config import CordaConfig
-from ..devices import accelerator, to_this_gpu
+from ..devices import accelerator, compute_device, to_this_gpu
 from .layer import decompose_layer
 
 N, HEAD = 1024, 128  # of the matrices here, and of a head of attention
 
 
 @contextmanager
-def warming(config: CordaConfig) -> Iterator[None]:
+def warming(config: CordaConfig, model: nn.Module | None = None) -> Iterator[None]:
     """For a `with` block a thread has the CUDA device, if there is one, do on small matrices what it will do in a
-    block: a process that does so for the first time waits some two seconds for libraries and kernels."""
+    block: a process that does so for the first time waits some two seconds for libraries and kernels.
+
+    Args:
+        model: where it is loaded already: then the device is the one that it runs on.
+    """
     with ThreadPoolExecutor(1, initializer=to_this_gpu()) as thread:
-        warmed = thread.submit(_warm, config)
+        warmed = thread.submit(_warm, config, model)
         yield
         warmed.exception()  # of no interest: what fails here fails where it is needed, with a sentence
 
 
-def _warm(config: CordaConfig) -> None:
-    device = accelerator() if config.device is None else torch.device(config.device)
+def _warm(config: CordaConfig, model: nn.Module | None) -> None:
+    if model is not None:
+        device = compute_device(model, config.device)
+    else:
+        device = accelerator() if config.device is None else torch.device(config.device)
     if device.type != "cuda":
         return
     W = torch.arange(N * N, device=device).sin().view(N, N)

@@ -1,0 +1,30 @@
+"""The device that is made warm."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from corda_lora.config import CordaConfig
+from corda_lora.preprocess import warm
+
+
+@pytest.mark.parametrize("chosen", [None, "cuda:2"])
+def test_the_device_that_a_loaded_model_runs_on(chosen, monkeypatch):
+    """Another GPU is somebody else's: nothing is put there."""
+    touched = []
+    monkeypatch.setattr(warm, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch, "arange", lambda *_, device: touched.append(str(device)))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))  # a device that there is
+    with FakeTensorMode():
+        model = nn.ParameterList([nn.Parameter(torch.empty(1, device="cuda:1"))])
+    with warm.warming(CordaConfig(device=chosen), model):
+        pass
+    assert touched == [chosen or "cuda:1"]
+
+
+def test_what_is_wrong_with_the_device_is_said_where_it_is_needed():
+    with warm.warming(CordaConfig(device="nowhere")):
+        pass
+    with pytest.raises(KeyboardInterrupt), warm.warming(CordaConfig(device="nowhere")):
+        raise KeyboardInterrupt
