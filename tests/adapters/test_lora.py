@@ -18,6 +18,7 @@ from corda_lora import CordaConfig, CordaError, files, load_adapter
 from corda_lora.adapters.export import compress, export_lora, export_merged, export_residual
 from corda_lora.adapters.held import held_size
 from corda_lora.adapters.lora import install, lora_layers, save_adapter
+from corda_lora.models.residual import is_residual
 from corda_lora.preprocess.pipeline import preprocess
 
 # GPT-2's layers are Conv1D. PEFT wants `fan_in_fan_out` for them, and the reverse for the others.
@@ -670,6 +671,19 @@ def test_a_residuals_adapter_belongs_to_the_residual(tmp_path, monkeypatch):
         same(tiny.logits(load_adapter(AutoModelForCausalLM.from_pretrained("residual"), folder)), moved)
         with pytest.raises(CordaError, match=rf"{folder} was made for other weights .* \(its base was .*/residual\)"):
             load_adapter(copy.deepcopy(model), folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_residual_is_told_whatever_dtype_it_is_loaded_in(dtype, tmp_path):
+    model, found, adapted, _ = tuned()
+    export_residual(model, saved(adapted, found, tmp_path / "a"), tmp_path / "residual")
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "residual", dtype=dtype)
+    assert is_residual(residual)
+    residual.save_pretrained(tmp_path / "again")
+    assert is_residual(AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32))
+    loaded = PeftModel.from_pretrained(residual, tmp_path / "residual" / "adapter")
+    assert is_residual(loaded.get_base_model())
+    assert not is_residual(loaded.merge_and_unload())
 
 
 def test_an_anchored_adapter_has_no_residual(tmp_path):

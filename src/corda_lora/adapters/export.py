@@ -21,7 +21,7 @@ from ..models.loading import check_original, check_same_model
 from ..models.lockstep import Stored, on_device, tensors_of
 from ..models.residual import MARK, mark_residual
 from ..models.targets import tied_layers
-from ..models.weights import fingerprint, layer_digest, weight_of
+from ..models.weights import digest_of, fingerprint, layer_digest, weight_of, weight_shape
 from ..preprocess.backward import unknown_layer
 from ..preprocess.statistics import answered_batches, collect_sides, tokens_and_answers
 from ..progress import track_if_slow
@@ -381,7 +381,10 @@ def export_residual(
     config.base_model_name_or_path, config.revision = str(output.absolute()), None
     digests = {n: layer_digest(layer.get_base_layer()) for n, layer in layers.items()}
     config.auto_mapping = {BASE: fingerprint(digests)}
-    mark_residual(peft_model.get_base_model().config, *next(iter(digests.items())))
+    name, first = next((name, layer.get_base_layer()) for name, layer in layers.items())
+    # Loaded as float16 the numbers of a residual in float32 are rounded twice on their way to its digest.
+    in_half = digest_of(weight_shape(first), weight_of(first).half())
+    mark_residual(peft_model.get_base_model().config, name, digests[name], in_half)
     with whole_folder(output) as folder:
         (folder / "adapter").mkdir()
         note = f"It belongs to the residual model in `{output.name}`, and is wrong on any other."

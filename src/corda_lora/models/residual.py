@@ -16,9 +16,10 @@ from .weights import layer_digest
 MARK = "corda_residual"  # in config.json
 
 
-def mark_residual(settings: Any, name: str, digest: str) -> None:
-    """Write into a model's configuration that it is a residual with such a layer (see `layer_digest`)."""
-    setattr(settings, MARK, {name: digest})
+def mark_residual(settings: Any, name: str, *digests: str) -> None:
+    """Write into a model's configuration that it is a residual with such a layer (see `layer_digest`): one digest for
+    each way in which its numbers may come to be rounded."""
+    setattr(settings, MARK, {name: digests})
 
 
 def is_residual(model: nn.Module, stored: Stored | None = None) -> bool:
@@ -28,11 +29,11 @@ def is_residual(model: nn.Module, stored: Stored | None = None) -> bool:
         stored: parameters whose values are in a checkpoint (see `open_model`).
     """
     mark, modules = getattr(getattr(model, "config", None), MARK, None) or {}, dict(model.named_modules())
-    for name, digest in mark.items():
+    for name, digests in mark.items():
         layer = modules.get(f"{name}.base_layer", modules.get(name))
         if layer is not None:
             with on_device([t for t in tensors_of(layer) if stored and t in stored], torch.device("cpu"), stored):
-                return layer_digest(layer) == digest
+                return layer_digest(layer) in digests
     return False
 
 
