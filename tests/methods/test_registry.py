@@ -110,6 +110,13 @@ def test_options_are_checked_before_anything_runs():
         check_options("qcorda-kpm-anchored", {"orientation": "identity"})
     with pytest.raises(CordaError, match="keep predicts the drift from W, but the base is quantized without a part"):
         check_options("corda-kpm-balanced", {"quantization": "nf4", "keep": 1})
+    with pytest.raises(CordaError, match="5 rounds are of one context, but there are 2"):
+        check_options("corda++-kpm-anchored", {"contexts": [{"data": "a"}, {"data": "b"}]})
+    for options in ({}, {"contexts": [{"data": "a"}]}):
+        with pytest.raises(CordaError, match="weights by compactness are of several contexts: give two or more"):
+            check_options("corda-kpm-anchored", {"weights": "compactness"} | options)
+    with pytest.raises(CordaError, match="contexts is 'a', but must be a list, each item a mapping, or null"):
+        check_options("corda-kpm-anchored", {"contexts": "a"})
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,7 @@ def test_options_are_checked_before_anything_runs():
         ("corda-kpm-anchored", {"samples": 9}, "covariance", {}),
         ("corda-kpm-anchored", {"keep_generic": 10}, "covariance", {}),
         ("corda-kpm-anchored", {"keep": 10, "contexts": [{"data": "a"}, {"data": "b"}]}, "covariance", {}),
+        ("corda-kpm-anchored", {"keep": 10, "contexts": [{"data": "a"}]}, "two_sided", {"orientation": "two_sided"}),
         ("corda-kpm-paper", {"keep": 10}, "covariance", {}),
         ("corda++-kpm-anchored", {"keep": 10}, "covariance", {}),
         ("corda-ipm-seeded", {"keep": 10}, "covariance", {}),

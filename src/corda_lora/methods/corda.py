@@ -23,7 +23,7 @@ def corda(
     ratio: float = 1.0,
     samples: int | None = None,
     context: str = "",
-    contexts: list[Any] | None = None,
+    contexts: list[dict[str, Any]] | None = None,
     steer: bool = False,
     keep: NonNegative = 0.0,
     keep_generic: NonNegative = 0.0,
@@ -48,7 +48,7 @@ def corda(
     if not folder.exists():
         common: dict[str, Any] = {"r": setup.r, "lora_alpha": setup.lora_alpha, "target_modules": list(setup.targets)}
         common["modules_to_save"] = list(setup.modules_to_save) or None
-        config = start_config(bool(contexts), keep, **(common | options))
+        config = start_config(len(contexts or ()), keep, **(common | options))
         data: Any = None
         if contexts:
             data = contexts_of(contexts, samples or setup.samples)

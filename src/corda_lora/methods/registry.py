@@ -180,7 +180,11 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     hints = get_type_hints(getattr(prepare, "func", prepare), include_extras=True)
     for key in options.keys() & own:
         check_value(key, options[key], hints[key])
-    corda_config(name, options)
+    config, contexts = corda_config(name, options), len(options.get("contexts") or ())
+    if config is not None and contexts > 1 and config.rounds != 1:
+        raise CordaError(f"{config.rounds} rounds are of one context, but there are {contexts}")
+    if config is not None and contexts < 2 and config.weights != "given":
+        raise CordaError(f"weights by {config.weights} are of several contexts: give two or more as contexts")
 
 
 def corda_config(name: str, options: Mapping[str, Any], **common: Any) -> CordaConfig | None:
@@ -190,17 +194,17 @@ def corda_config(name: str, options: Mapping[str, Any], **common: Any) -> CordaC
         return None
     given = _fixed(name) | dict(options)
     start = {key: value for key, value in given.items() if key in {f.name for f in fields(CordaConfig)}}
-    return start_config(bool(given.get("contexts")), **common, **start)
+    return start_config(len(given.get("contexts") or ()), **common, **start)
 
 
-def start_config(several: bool, keep: float = 0.0, **options: Any) -> CordaConfig:
+def start_config(contexts: int, keep: float = 0.0, **options: Any) -> CordaConfig:
     """The start of a method of ours. Its price is paid in the training alone, with statistics beside the start. To the
     start it says which orientation is the default.
 
     Args:
-        several: whether there are several contexts, whose prices `corda init` does not know either.
+        contexts: how many are given as such. The prices of several `corda init` does not know either.
     """
-    return replace(CordaConfig(keep=0.0 if several else keep, **options), keep=0.0)
+    return replace(CordaConfig(keep=0.0 if contexts > 1 else keep, **options), keep=0.0)
 
 
 def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
