@@ -34,6 +34,8 @@ def patched(self, *args, fsdp_plugin=None, **options):
     init(self, *args, fsdp_plugin=fsdp_plugin, **options)
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if self.mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
 state.AcceleratorState.__init__ = patched
 """
 FSDP = {
@@ -44,6 +46,8 @@ FSDP = {
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FIRST": ON_CPU,
 }
+MIXED = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+BFLOAT16 = ["--dtype", "bfloat16", "--precision", "bf16"]
 
 ZERO_3 = """
 compute_environment: LOCAL_MACHINE
@@ -59,7 +63,7 @@ deepspeed_config:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, tokenizer):
-    """A model, data, and the starts anchored, paper and seeded."""
+    """A model, data, and the starts anchored, paper and seeded; anchored and paper of the model in bfloat16, too."""
     folder = tmp_path_factory.mktemp("given")
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.SIZE)).save_pretrained(folder / "model")
@@ -67,8 +71,10 @@ def given(tmp_path_factory, tokenizer):
     for name, rows in (("known", KNOWN), ("new", NEW)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     context = ["--context", folder / "known.jsonl", "--samples", 40, "--r", 2]
-    for split in ("anchored", "paper", "seeded"):
-        options = ["--split", split, "--output", folder / split]
+    starts = [(split, "float32") for split in ("anchored", "paper", "seeded")]
+    for split, dtype in [*starts, ("anchored", "bfloat16"), ("paper", "bfloat16")]:
+        output = folder / (split if dtype == "float32" else f"{split}-{dtype}")
+        options = ["--split", split, "--dtype", dtype, "--output", output]
         ran(run_together(1, ["init", "--model", folder / "model", *context, *options], folder / "log"))
     return folder
 
@@ -112,11 +118,12 @@ def same_end(one, many):
     [
         (2, "anchored", [], {}),  # with the price on drift
         (3, "paper", ["--micro_batch_size", 2], {}),
-        (2, None, ["--trainer", "{packing: true}", "--max_length", 64], {}),
+        (2, None, ["--trainer", "{packing: true}", "--max_length", 64], MIXED),  # --precision says it, not accelerate
         (2, "seeded", ["--keep", 0, "--eval_share", 0.28, "--early_stopping", 2], {}),
         (2, "anchored", [], FSDP),
         (3, "paper", ["--micro_batch_size", 2], FSDP),
         (2, "seeded", ["--keep", 0, "--weight_decay", 0.1], FSDP),
+        (2, "anchored", [], FSDP | MIXED),
     ],
 )
 def test_the_adapter_of_one_process(given, command, tmp_path, size, start, options, environment):
@@ -129,6 +136,39 @@ def test_the_adapter_of_one_process(given, command, tmp_path, size, start, optio
     assert "written to" in ended.out[0]
     assert ended.out[1:] == [""] * (size - 1)
     assert not (tmp_path / "many.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "start", "options", "more"),
+    [
+        (2, "anchored", ["--keep", 1e4], {}),
+        (2, "anchored", ["--keep", 1e4], {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
+        (3, "paper", ["--keep", 1e4, "--micro_batch_size", 2], {}),
+    ],
+)
+def test_the_adapter_of_one_process_in_bfloat16(given, command, tmp_path, size, start, options, more):
+    start = f"{start}-bfloat16"
+    one, free, many = (tmp_path / name for name in ("one", "free", "many"))
+    ran(run_together(1, command("one", *BFLOAT16, *options, start=start), tmp_path / "log"))
+    ran(run_together(1, command("free", *BFLOAT16, "--keep", 0, start=start), tmp_path / "log"))
+    environment = FSDP | MIXED | more
+    ran(run_together(size, command("many", *BFLOAT16, *options, start=start), tmp_path / "log", **environment))
+
+    def apart(first, second):
+        ends = [load_file(folder / "adapter_model.safetensors") for folder in (first, second)]
+        return sum(float(torch.dist(*(end[name] for end in ends))) ** 2 for name in ends[0]) ** 0.5
+
+    way = apart(given / start, one)
+    assert apart(one, many) < 0.02 * way
+    assert apart(one, free) > 0.03 * way  # the price on drift tells
+    weights = load_file(many / "adapter_model.safetensors")
+    assert all(torch.dist(w, w.bfloat16().float()) > 0 for name, w in weights.items() if ".lora_B." in name)
+    first, second = (json.loads((folder / "training.json").read_text()) for folder in (one, many))
+    assert first["recipe"] == second["recipe"]
+    # Log-probabilities that are rounded to bfloat16 change the loss by a part in 300.
+    assert torch.allclose(torch.tensor(first["loss"]), torch.tensor(second["loss"]), rtol=5e-4)
+    predicted = [[row[1] for row in made["drift"]] for made in (first, second)]
+    assert torch.allclose(*map(torch.tensor, predicted), rtol=0.02, atol=0)
 
 
 def test_the_engine_of_the_page_is_the_one_tested_here(tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 """Log-probabilities of the answers' tokens, under the base model and the tuned one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,8 +32,21 @@ def sides(model: nn.Module) -> Sides:
                 f"the adapter trained biases of the base model (bias {bias}), which stay when it is taken off, so it "
                 "cannot be compared with the base model: measure its merged model"
             )
-        return TUNED if has_new_head(model) else {"base": model.disable_adapter, "tuned": nullcontext}
+        return TUNED if has_new_head(model) else {"base": partial(_without_adapter, model), "tuned": nullcontext}
     return {"base": nullcontext}
+
+
+@contextmanager
+def _without_adapter(model: PeftModel) -> Iterator[None]:
+    """PEFT's `disable_adapter`, in which what trains is still marked so.
+
+    FSDP 2 reads off these marks, at the model's first forward, which dtype the gradients are to have. A measurement
+    before the first step is that forward: without marks the gradients of float32 factors would come in bfloat16."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
 
 
 @dataclass(frozen=True)

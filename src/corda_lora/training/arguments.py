@@ -18,6 +18,8 @@ from ..config import CordaError, TrainConfig
 from ..config.values import short
 from ..processes import number_of_processes
 
+_MIXED = "ACCELERATE_MIXED_PRECISION"  # `accelerate launch` sets it, from its configuration
+
 # What cannot be passed through, and why.
 _DATA = "the samples come prepared: see --prompt, --response and --max_length"
 _DEVICE = "accelerate's own configuration says it: start with `accelerate launch`"
@@ -111,6 +113,8 @@ def trainer_arguments(
         saves, each = options["eval_strategy"], options["eval_steps"]
     if options.get("packing_strategy", "bfd") == "wrapped":
         raise CordaError("trainer.packing_strategy wrapped cuts samples in two and mixes them: bfd keeps them whole")
+    if _MIXED in os.environ:  # where neither bf16 nor fp16 is asked for, transformers would do as it says
+        os.environ[_MIXED] = "no" if config.precision == "fp32" else config.precision
     try:
         arguments = SFTConfig(
             **options,

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import unset_hf_deepspeed_config
@@ -341,6 +343,14 @@ class _Terms(Trainer):
     penalties: Mapping[str, Callable[[], Tensor]] = {}
     rehearsals: Mapping[str, Callable[[], Tensor]] = {}
     has_blank = False  # whether the last row is none of the samples, and carries no loss
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if isinstance(policy, MixedPrecisionPolicy):  # FSDP 2's
+            # As in one process: gradients are added up in float32, and log-probabilities in float32 are not rounded.
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
     def compute_loss(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
         """The loss of a micro-batch, with its share of the rehearsals; that of a step's last one has the penalties.
