@@ -177,7 +177,7 @@ def test_every_output_has_a_filled_in_card_and_is_sent(checkpoint, work, hub, ca
     for name, card in cards.items():
         rows = cells(card)
         assert rows["base model"] == f"`{checkpoint.name}`"
-        assert rows["method"] == "corda, mode kpm, split anchored"
+        assert rows["method"] == "corda, mode kpm, split anchored, orientation covariance"
         context = start["context"]
         assert rows["context (what is to be kept)"] == f"`rows.jsonl`, 8 samples, {context['tokens']} tokens"
         assert rows["rank of the adapter"] == ("2" if name == "small" else "4")
@@ -218,7 +218,7 @@ def test_a_base_on_the_hub_is_in_the_cards_metadata_also_after_pefts_save(tmp_pa
         assert card.data.base_model == "org/base"
         assert {"base_model:adapter:org/base", "lora"} <= set(card.data.tags)
         assert 'AutoModelForCausalLM.from_pretrained("org/base")' in card.text
-        assert cells(card)["method"] == "corda, mode kpm, split anchored"
+        assert cells(card)["method"] == "corda, mode kpm, split anchored, orientation covariance"
         assert card.text.count("- PEFT ") == 1
         adapted.save_pretrained(tmp_path / "a")
 

@@ -128,6 +128,8 @@ def test_a_start_that_is_to_be_kept_is_two_sided(checkpoint, context, capsys):
     for name, options in (("ours", []), ("published", ["--split", "paper"]), ("chosen", ["--orientation", "diagonal"])):
         init(checkpoint, context, *price, *options, output=name)
         oriented[name] = json.loads((context / "work" / name / "corda.json").read_text())["config"]["orientation"]
+        assert f", {oriented[name]}, " in capsys.readouterr().out  # the title of the table
+        assert f", orientation {oriented[name]} |" in (context / "work" / name / "README.md").read_text()
     assert oriented == {"ours": "two_sided", "published": "covariance", "chosen": "diagonal"}
     init(checkpoint, context, *price, "--orientation", "covariance", output="older")
     capsys.readouterr()

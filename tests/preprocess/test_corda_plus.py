@@ -160,7 +160,7 @@ def test_the_record_and_the_summary_tell_what_was_chosen(checkpoint, tmp_path, c
     where = ["--model", str(checkpoint), "--context", str(tmp_path / "context.jsonl"), "--output", str(tmp_path / "s")]
     main(["init", *where, "--preset", "corda++", "--rounds", "2", "--samples", "20", "--r", "4"])
     out = capsys.readouterr().out
-    assert "corda++, kpm, anchored" in out
+    assert "corda++, kpm, anchored, covariance, " in out
     for word in ("rounds", "rank", "energy", "leak", "q_proj", "down_proj"):
         assert word in out
     record = json.loads((tmp_path / "s" / "corda.json").read_text())

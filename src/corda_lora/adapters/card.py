@@ -105,7 +105,8 @@ def _what_it_is(
 ) -> Iterator[tuple[str, str]]:
     yield "base model", shown(base_name(peft_model))
     if config := start.get("config"):
-        yield "method", f"{config['preset']}, mode {config['mode']}, split {config['split']}"
+        chosen = (f"{key} {config[key]}" for key in ("mode", "split", "orientation"))
+        yield "method", ", ".join([config["preset"], *chosen])
     if (data := start.get("data")) and (context := start.get("context")):
         what = "kept" if start["config"]["mode"] == "kpm" else "learned"
         yield f"context (what is to be {what})", f"{shown(data['data'])}, {_counted(context)}"

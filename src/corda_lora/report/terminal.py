@@ -35,8 +35,9 @@ def start_table(start: Any) -> Table:
         energy = "share of the context's output energy tr(W C Wᵀ) in the components"
         holds = {"energy": energy, "leak": "tr(A C Aᵀ) / tr(W C Wᵀ)"}
     rounds = {"rounds": "layers that chose each"} if config.rounds > 1 else {}
+    choices = f"{config.preset}, {config.mode}, {config.split}, {config.orientation}"
     table = Table(
-        title=f"{config.preset}, {config.mode}, {config.split}, {totals['parameters']:,} parameters",
+        title=f"{choices}, {totals['parameters']:,} parameters",
         caption="; ".join(f"{column}: {meaning}" for column, meaning in (holds | rounds).items()),
     )
     for column in ("layers", "kind", "shape", "rank", *rounds, *holds, "‖A‖", "‖B‖"):
