@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from corda_lora import CordaConfig, CordaError, files, load_adapter
+from corda_lora import CordaConfig, CordaError, files, get_corda_model, load_adapter
 from corda_lora.adapters.export import compress, export_lora, export_merged, export_residual
 from corda_lora.adapters.held import held_size
 from corda_lora.adapters.lora import install, lora_layers, save_adapter
@@ -684,6 +684,21 @@ def test_a_residual_is_told_whatever_dtype_it_is_loaded_in(dtype, tmp_path):
     loaded = PeftModel.from_pretrained(residual, tmp_path / "residual" / "adapter")
     assert is_residual(loaded.get_base_model())
     assert not is_residual(loaded.merge_and_unload())
+
+
+def test_a_residual_is_told_by_a_layer_that_has_lost_something(tmp_path):
+    """The tail of a weight of low rank is zero: without it the layer is as before, and so it is when it is merged."""
+    model = tiny.build("llama")
+    first = model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        first.copy_(first[:, :4] @ first[:4])
+    context = [{"input_ids": torch.randint(3, tiny.VOCABULARY, (8, 12))}]
+    config = CordaConfig(r=4, split="balanced", device="cpu")
+    get_corda_model(copy.deepcopy(model), config, context).save_pretrained(tmp_path / "a")
+    export_residual(model, tmp_path / "a", tmp_path / "residual")
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "residual")
+    assert is_residual(residual)
+    assert not is_residual(PeftModel.from_pretrained(residual, tmp_path / "residual" / "adapter").merge_and_unload())
 
 
 def test_an_anchored_adapter_has_no_residual(tmp_path):

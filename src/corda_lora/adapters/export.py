@@ -366,6 +366,7 @@ def export_residual(
     peft_model = load_adapter(model, directory)
     _untie(peft_model)
     layers = lora_layers(peft_model)
+    whole = {name: layer_digest(layer.get_base_layer()) for name, layer in layers.items()}
     for layer in layers.values():
         A, A0 = layer.lora_A["default"].weight.chunk(2, dim=0)
         B, minus_B0 = layer.lora_B["default"].weight.chunk(2, dim=1)
@@ -381,10 +382,12 @@ def export_residual(
     config.base_model_name_or_path, config.revision = str(output.absolute()), None
     digests = {n: layer_digest(layer.get_base_layer()) for n, layer in layers.items()}
     config.auto_mapping = {BASE: fingerprint(digests)}
-    name, first = next((name, layer.get_base_layer()) for name, layer in layers.items())
-    # Loaded as float16 the numbers of a residual in float32 are rounded twice on their way to its digest.
-    in_half = digest_of(weight_shape(first), weight_of(first).half())
-    mark_residual(peft_model.get_base_model().config, name, digests[name], in_half)
+    # Only a layer that has changed tells one from the whole model: of a weight of low rank the tail is zero.
+    if name := next((name for name in layers if digests[name] != whole[name]), ""):
+        layer = layers[name].get_base_layer()
+        # Loaded as float16 the numbers of a residual in float32 are rounded twice on their way to its digest.
+        in_half = digest_of(weight_shape(layer), weight_of(layer).half())
+        mark_residual(peft_model.get_base_model().config, name, digests[name], in_half)
     with whole_folder(output) as folder:
         (folder / "adapter").mkdir()
         note = f"It belongs to the residual model in `{output.name}`, and is wrong on any other."
