@@ -94,8 +94,8 @@ def test_statistics_of_several_rounds_are_those_of_all():
 @pytest.mark.parametrize(
     ("options", "family", "message"),
     [
-        ({"keep": 1}, "bert", "BertForSequenceClassification is no causal language model"),
-        ({"orientation": "two_sided"}, "t5", "T5ForConditionalGeneration is no causal language model"),
+        ({"keep": 1}, "bert", r"no causal language model: a price on drift \(keep\) is for"),
+        ({"orientation": "two_sided"}, "t5", "no causal language model: the orientation two_sided is for"),
         ({"keep": 1}, "llama", "the context has 9 samples with a response, but what it costs .* from 16 on"),
     ],
 )

@@ -83,13 +83,11 @@ def trains_head(model: nn.Module) -> bool:
     return any(parameter.requires_grad and parameter.ndim > 1 for name, parameter in parameters if is_of_head(name))
 
 
-def require_causal(model: nn.Module) -> None:
-    """Raises CordaError if a model (adapted or not) is not a causal language model."""
+def require_causal(model: nn.Module, why: str = "only these can be trained and measured on responses") -> None:
+    """Raises CordaError if a model (adapted or not) is not a causal language model, and says why it has to be one."""
     base = base_of(model)
     if task_type(base) is not TaskType.CAUSAL_LM:
-        raise CordaError(
-            f"{type(base).__name__} is no causal language model: only these can be trained and measured on responses"
-        )
+        raise CordaError(f"{type(base).__name__} is no causal language model: {why}")
 
 
 def choose_targets(model: nn.Module, config: CordaConfig) -> dict[str, nn.Module]:

@@ -163,7 +163,8 @@ def preprocess(
         record["context"] = check_context(model, context, targets)
     blocks = 0  # through which the context goes a second time
     if config.runs_back:
-        require_causal(model)
+        asked = "a price on drift (keep) is" if config.keep else "the orientation two_sided is"
+        require_causal(model, f"{asked} for these alone, so leave it out")
         answers = [answer_mask(batch) for batch in context.batches]
         record["context"]["answers"] = sum(int(answer.sum()) for answer in answers)
         if config.keep:
