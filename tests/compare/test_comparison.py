@@ -1,6 +1,7 @@
 """Damage in a comparison's directory is refused by the file's name before anything runs."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -61,11 +62,21 @@ def test_runs_of_an_earlier_version_whose_start_was_another(tmp_path):
 
     before = dict(zip(names, ({"method": each["method"], "options": each["options"]} for each in (kept, swept))))
     assert opened(orientation="covariance") == before
-    with pytest.raises(CordaError, match=r"holds runs of another recipe \(it differs in kept, swept\)"):
+    differ = [f"{name}.options.orientation was 'covariance' there and is 'two_sided' here" for name in names]
+    said = (
+        f"another recipe ({'; '.join(differ)}): give kept, swept the option `orientation: covariance` to go on with it"
+    )
+    with pytest.raises(CordaError, match=re.escape(f"{said}, or remove it")):
         opened()
+    with pytest.raises(CordaError, match=r"swept.options.damping was not set there and is 0.1 here\): remove it, or"):
+        opened(damping=0.1)  # with the orientation alone it would be another recipe even so
     (tmp_path / "out" / "recipe.json").unlink()
     assert opened() == opened(orientation="two_sided")
     assert [entry["options"]["orientation"] for entry in opened().values()] == ["two_sided", "two_sided"]
+    with pytest.raises(
+        CordaError, match=r"'two_sided' there and is 'covariance' here\): give .* `orientation: two_sided`"
+    ):
+        opened(orientation="covariance")
 
 
 @pytest.mark.parametrize(("method", "orientation"), [("corda-kpm-anchored", "covariance"), ("milora", "identity")])
@@ -83,8 +94,14 @@ def test_runs_of_an_earlier_version_whose_orientation_was_written_out(method, or
         return json.loads(path.read_text())
 
     assert opened(method=method, options={"orientation": orientation}) == first
-    for other in ({"options": {"orientation": "diagonal"}}, {"method": "gone"}):
-        with pytest.raises(CordaError, match="differs in ours"):
+    for other, said in (
+        (
+            {"options": {"orientation": "diagonal"}},
+            f"options.orientation was 'diagonal' there and is '{orientation}' here",
+        ),
+        ({"method": "gone"}, f"method was 'gone' there and is '{method}' here"),
+    ):
+        with pytest.raises(CordaError, match=f"another recipe \\(ours.{said}"):
             opened(**{"method": method, "options": {}} | other)
 
 
@@ -104,6 +121,27 @@ def test_each_start_of_a_sweep_has_its_orientation_recorded(option, values, orie
     recipe = CompareConfig({"swept": entry}, "learn.jsonl", EvalConfig(learn="l.jsonl"), "keep.jsonl")
     key = Comparison(ModelConfig("m"), recipe, tmp_path / "out").keys()["swept"]
     assert key["options"].get("orientation") == orientations
+
+
+def test_an_orientation_that_no_option_gives_back(tmp_path):
+    """A swept option decided about it, or it is swept itself: the sentence offers no option that would not help."""
+    path = tmp_path / "out" / "recipe.json"
+
+    def opened(**entry):
+        ours = MethodConfig("corda-kpm-anchored", **entry)
+        recipe = CompareConfig({"ours": ours}, "learn.jsonl", EvalConfig(learn="l.jsonl"), "keep.jsonl")
+        Comparison(ModelConfig("m"), recipe, tmp_path / "out").open()
+
+    swept = {"options": {"keep": 3}, "sweep": {"rounds": [1, 2]}}
+    opened(**swept)
+    with pytest.raises(
+        CordaError, match=r"was \['two_sided', 'covariance'\] there and is 'covariance' here\): remove it"
+    ):
+        opened(options={"keep": 3, "orientation": "covariance"}, sweep=swept["sweep"])
+    path.unlink()
+    opened(options={"keep": 3})
+    with pytest.raises(CordaError, match=r"orientation was 'two_sided' there and is not set here\): remove it"):
+        opened(options={"keep": 3}, sweep={"orientation": ["two_sided", "covariance"]})
 
 
 def test_runs_of_an_earlier_version_that_had_fewer_options(tmp_path):
@@ -126,9 +164,9 @@ def test_runs_of_an_earlier_version_that_had_fewer_options(tmp_path):
     path.write_text(json.dumps(made))
     Comparison(ModelConfig("m"), recipe, tmp_path / "out").open()
     path.write_text(json.dumps(made))
-    with pytest.raises(CordaError, match=r"another recipe \(it differs in curve_samples\)"):
+    with pytest.raises(CordaError, match=r"another recipe \(curve_samples was None there and is 3 here\)"):
         Comparison(ModelConfig("m"), replace(recipe, curve_samples=3), tmp_path / "out").open()
     made["shared"]["base"] = "merged"  # an option that has gone since
     path.write_text(json.dumps(made))
-    with pytest.raises(CordaError, match=r"another recipe \(it differs in base\)"):
+    with pytest.raises(CordaError, match=r"another recipe \(base was 'merged' there\): remove it"):
         Comparison(ModelConfig("m"), recipe, tmp_path / "out").open()

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CompareConfig, CordaError, DataConfig, ModelConfig
-from ..config.recorded import differing_options
+from ..config.recorded import difference, differences
+from ..config.values import short
 from ..data.batches import encode_all
 from ..data.samples import load_samples
 from ..evaluation.measures import KINDS
 from ..files import check_checksums, check_writable, is_partial, read_json, write_checksums, write_json
-from ..methods.registry import METHODS, recorded_options, without_default
+from ..methods.registry import METHODS, default_orientation, recorded_options, without_default
 from ..models.loading import load_tokenizer
 from ..training.train import training_steps
 from .frontier import as_options
@@ -148,14 +149,23 @@ class Comparison:
             before = read_json(path)
             if not isinstance(before, dict) or not {"shared", "entries"} <= before.keys():
                 raise CordaError(f"{path} is damaged: remove {self.output}, or choose another output")
-            differing = differing_options(before["shared"], shared)
-            differing += [name for name, key in entries.items() if _recorded(before["entries"].get(name, key)) != key]
+            differing, remedies = differences(before["shared"], shared), dict[str, list[str]]()
+            for name, key in entries.items():
+                was = _recorded(before["entries"].get(name, key))
+                found, orientation = _differences(name, was, key, self.recipe.entries[name].sweep)
+                differing += found
+                if orientation:
+                    remedies.setdefault(orientation, []).append(name)
             changed = [data for data, was in zip(digests, before.get("data", digests)) if list(data) != was]
-            differing += [f"the samples of {name}" for name, _ in changed]
+            differing += [f"the samples of {name} have changed" for name, _ in changed]
             if differing:
+                remedy = ""
+                if len(differing) == sum(map(len, remedies.values())):  # else it is another recipe even so
+                    given = [f"{', '.join(names)} the option `orientation: {o}`" for o, names in remedies.items()]
+                    remedy = f"give {' and '.join(given)} to go on with it, or "
                 raise CordaError(
-                    f"{self.output} holds runs of another recipe (it differs in {', '.join(differing)}): remove it, "
-                    "or choose another output"
+                    f"{self.output} holds runs of another recipe ({'; '.join(differing)}): {remedy}remove it, or "
+                    "choose another output"
                 )
             entries = before["entries"] | entries
             for job in self.results():
@@ -169,6 +179,28 @@ def _recorded(key: Mapping[str, Any]) -> Mapping[str, Any]:
     """What tells the results of an entry, as this version writes it: earlier ones wrote whatever was given."""
     known = key["method"] in METHODS  # one of an earlier version may be gone
     return {**key, "options": without_default(key["method"], key["options"])} if known else key
+
+
+def _differences(
+    name: str, was: Mapping[str, Any], key: Mapping[str, Any], sweep: Mapping[str, Any]
+) -> tuple[list[str], str]:
+    """What tells the recorded results of an entry from those of this recipe, in words; and, where this is the
+    orientation alone, the one of the record."""
+    if was["method"] != key["method"]:
+        return [difference(was["method"], key["method"], f"{name}.method")], ""
+    old, new = dict(was["options"]), dict(key["options"])
+    if "orientation" in {**old, **new} and "orientation" not in sweep:  # one of the two goes without saying
+        default = {"orientation": default_orientation(key["method"])}
+        old, new = default | old, default | new
+
+    def said(options: Mapping[str, Any], option: str) -> str:
+        return short(options[option]) if option in options else "not set"
+
+    differing = [o for o in {**old, **new} if (o in old) != (o in new) or old[o] != new[o]]
+    words = [f"{name}.options.{o} was {said(old, o)} there and is {said(new, o)} here" for o in differing]
+    # A list says that the values of a swept option had several orientations: no option asks for that.
+    alone = differing == ["orientation"] and "orientation" in new and isinstance(old["orientation"], str)
+    return words, old["orientation"] if alone else ""
 
 
 def _data(data: str | DataConfig) -> DataConfig:

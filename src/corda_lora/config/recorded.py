@@ -34,6 +34,15 @@ def difference(old: Any, new: Any, name: str = "") -> str:
     return difference(old.get(option), new[option], whole)
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The `difference` in each option in which two records differ."""
+    return [difference(_part(old, option), _part(new, option)) for option in differing_options(old, new)]
+
+
+def _part(record: Mapping[str, Any], option: str) -> dict[str, Any]:
+    return {option: record[option]} if option in record else {}
+
+
 def differing_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The options in which two records differ, as JSON has them. What only one of the two has came or went since: it
     counts as being at its default in the other."""

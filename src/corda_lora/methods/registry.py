@@ -216,8 +216,12 @@ def recorded_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_default(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """A method's options without the orientation that was the default in every version."""
-    default = _fixed(name).get("orientation", "covariance")
-    return {key: value for key, value in options.items() if (key, value) != ("orientation", default)}
+    return {key: value for key, value in options.items() if (key, value) != ("orientation", default_orientation(name))}
+
+
+def default_orientation(name: str) -> str:
+    """The orientation that was a method's default in every version: that of a record without one."""
+    return str(_fixed(name).get("orientation", "covariance"))
 
 
 def _fixed(name: str) -> dict[str, Any]:

@@ -330,4 +330,4 @@ def test_a_comparison_goes_on_with_the_same_samples_alone(checkpoint, data, tmp_
     command = ["compare", "recipe.yaml", "--output", "out", "--jobs", 0]
     assert "has no results of the base model yet" in refused(capsys, *command)
     write(data / "webqs" / "test.jsonl", rows_of("webqs", ["others"]))
-    assert "it differs in the samples of task webqs" in refused(capsys, *command)
+    assert "(the samples of task webqs have changed)" in refused(capsys, *command)
