@@ -186,6 +186,27 @@ def test_few_samples_are_said_and_not_trusted(checkpoint, context, capsys):
     assert "10 samples with a response" in said
 
 
+@pytest.mark.parametrize("more", [["--keep", 10], ["--orientation", "two_sided"]])
+def test_too_few_answers_within_max_length_name_it(more, checkpoint, context, capsys):
+    """Without --keep one answer is enough."""
+    given = ["--context", context / "keep.jsonl", *TEMPLATES, "--samples", 40, "--output", "start", *more]
+    said = refused(capsys, "init", "--model", checkpoint, *given, "--max_length", 4)
+    assert said.endswith("; 40 responses are cut away at --max_length 4")
+    without = [each for each in given if each not in TEMPLATES[2:]]
+    said = refused(capsys, "init", "--model", checkpoint, *without, "--max_length", 4)
+    assert "response" in said
+    assert "cut away" not in said  # there was none to cut
+
+
+def test_a_start_of_the_default_that_was_is_whole_by_its_orientation(checkpoint, context, capsys):
+    made = [*TEMPLATES, "--samples", 40, "--keep", 10]
+    init(checkpoint, context, *made, "--orientation", "covariance")
+    said = refused(capsys, checkpoint, context, *made, call=init)
+    assert "(config.orientation was 'covariance' there and is 'two_sided' here)" in said
+    init(checkpoint, context, *made, "--orientation", "covariance")
+    assert "start is whole already" in capsys.readouterr().out
+
+
 def test_early_stopping_tells_the_drift_of_the_adapter_that_is_kept(checkpoint, context):
     init(checkpoint, context, *TEMPLATES, "--samples", 40)
     stopping = ["--eval_share", 0.3, "--early_stopping", 1, "--learning_rate", 8.0, "--epochs", 4]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
-from ..data.batches import encode_all
+from ..data.batches import encode_all, lost_answers
 from ..data.overview import check_fit, overview, unseen_samples
 from ..data.samples import Sample, digest_of, load_rounds
 from ..devices import compute_device
@@ -32,6 +32,7 @@ from ..preprocess.context import Ability, Context, has_decoder, read_context, to
 from ..preprocess.held_out import enough_samples, held_out_leaks, times_as_much
 from ..preprocess.pipeline import Start, preprocess
 from ..preprocess.plan import check_room, init_plan
+from ..preprocess.statistics import FewAnswersError
 from ..preprocess.walk import Place
 from ..preprocess.warm import warming
 from ..preprocess.work import MANIFEST, open_work
@@ -151,9 +152,11 @@ def prepare(
     work = open_work(output, run, lambda folder: (folder / MANIFEST).is_file(), processes)
     try:
         start = preprocess(model, config, context, progress, stored, work, park, base, processes)
-    except CordaError:
+    except CordaError as error:
         if not (work / MANIFEST).is_file() and (processes is None or processes.first):  # nothing was finished
             remove_folder(work)
+        if isinstance(error, FewAnswersError):
+            raise CordaError(f"{error}{_cut_away(tokenizer, datas, shown)}") from error
         raise
     if len(datas) == 1 and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
         _add_held_out(start, model, stored, tokenizer, datas[0], shown[0][0], batch_tokens, processes, progress)
@@ -183,6 +186,16 @@ def data_record(datas: Sequence[DataConfig]) -> dict[str, Any]:
     if len(datas) > 1:
         return {"data": None, "contexts": [asdict(each) for each in datas]}
     return {"data": asdict(datas[0]) if datas else None}
+
+
+def _cut_away(tokenizer: Any, datas: Sequence[DataConfig], shown: Sequence[Sequence[Sequence[Sample]]]) -> str:
+    """How many answers the samples shown have lost by being cut; "" if they have lost none."""
+    said = ""
+    for data, rounds in zip(datas, shown):
+        samples = list(chain(*rounds))
+        if lost := lost_answers(samples, encode_all(tokenizer, samples, data.max_length)):
+            said += f"; {lost:,} responses are cut away at --max_length {data.max_length}"
+    return said
 
 
 def _add_held_out(

@@ -68,6 +68,11 @@ def encode_all(tokenizer: Any, samples: Iterable[Sample], max_length: int, end: 
     return encoded
 
 
+def lost_answers(samples: Iterable[Sample], encoded: Iterable[Encoded]) -> int:
+    """How many samples have a response of which `max_length` left nothing."""
+    return sum(bool(s.response.strip() and e.cut and not e.targets) for s, e in zip(samples, encoded))
+
+
 def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> Encoded:
     """Tokens of the prompt and the response, or of a chat, cut at `max_length`.
 

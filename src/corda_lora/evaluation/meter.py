@@ -14,12 +14,12 @@ from ..adapters.lora import lora_layers, on_residual
 from ..config import ContextConfig, CordaError, DataConfig, KeepConfig
 from ..config.data import CONTEXT_SAMPLES, prices_of
 from ..config.train import KEEP
-from ..data.batches import Encoded, encode_all
+from ..data.batches import Encoded, encode_all, lost_answers
 from ..data.overview import unseen_samples
 from ..data.samples import Sample, digest_of, load_rounds
 from ..files import read_json, sha256_of
 from ..preprocess.own_text import own_text
-from ..preprocess.statistics import LEAST_SAMPLES, NAME, Statistics, check_samples, collect_statistics
+from ..preprocess.statistics import LEAST_SAMPLES, NAME, FewAnswersError, Statistics, check_samples, collect_statistics
 from ..training.keeping import HOLDS_A_PART, Keeper, PredictedDrift, check_predictable, trained_beside
 from .evaluate import loss_and_drift
 
@@ -164,11 +164,10 @@ def encode_kept(tokenizer: Any, config: KeepConfig, contexts: Sequence[KeptConte
         found.append(encode_all(tokenizer, samples, data.max_length))
         if path is not None or not asked:
             continue
-        answered = _answered(found[-1])
         try:
-            check_samples(answered)
-        except CordaError as error:
-            lost = sum(bool(s.response.strip()) for s in samples) - answered
+            check_samples(_answered(found[-1]))
+        except FewAnswersError as error:
+            lost = lost_answers(samples, found[-1])
             cut = f"; {lost:,} responses are cut away at max_length {data.max_length}" if lost else ""
             raise CordaError(f"{name}: {error}{cut}{remedy}" if name else f"{error}{cut}") from error
     return found

@@ -67,7 +67,7 @@ from .layer import (
 )
 from .ranks import Ranks
 from .share import Share, SharedCollector, SharedGradients
-from .statistics import DIRECTIONS, LEAST_SAMPLES, Sides, Statistics, check_samples
+from .statistics import DIRECTIONS, LEAST_SAMPLES, FewAnswersError, Sides, Statistics, check_samples
 from .walk import Place, choose_parking, walk
 from .work import LayerStore, saving
 
@@ -170,7 +170,7 @@ def preprocess(
         if config.keep:
             check_samples(sum(int(answer.any(1).sum()) for answer in answers))
         if not record["context"]["answers"]:
-            raise CordaError(NO_ANSWER)
+            raise FewAnswersError(NO_ANSWER)
         blocks = len(find_blocks(model, list(targets)))
     restart_peak(device)
     with tempfile.TemporaryDirectory() as temporary, float32_products("highest"):

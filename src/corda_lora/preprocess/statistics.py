@@ -114,10 +114,14 @@ def _low(name: str, stored: Mapping[str, Tensor]) -> Low:
     return Low(*(stored[f"{name}.{part}"] for part in Low._fields))
 
 
+class FewAnswersError(CordaError):
+    """Too few samples of the context have an answer, as their tokens are."""
+
+
 def check_samples(answered: int) -> None:
-    """Raises CordaError if so few samples with an answer say too little of others."""
+    """Raises FewAnswersError if so few samples with an answer say too little of others."""
     if answered < LEAST_SAMPLES:
-        raise CordaError(
+        raise FewAnswersError(
             f"the context has {answered} samples with a response, but what it costs to change the model is only known "
             f"from {LEAST_SAMPLES} on, better some hundreds"
         )
