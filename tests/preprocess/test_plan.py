@@ -46,6 +46,7 @@ from corda_lora.preprocess.plan import (
     planned_model,
     shapes_of,
     shared_inputs,
+    size_text,
 )
 
 SAMPLES = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(12)]
@@ -333,6 +334,22 @@ def test_more_work_costs_more(llama7b):
     assert 2 * 6.4e9 * 131072 < one.flops < 5 * 6.4e9 * 131072
 
 
+def test_each_ability_of_a_mixture_has_sums_of_its_own(llama7b):
+    """... which wait until they are mixed: C of each, and D of each where the context runs backward."""
+
+    def plan(abilities, orientation="covariance", park="cpu"):
+        return init_plan(llama7b, CordaConfig(r=16, orientation=orientation), TOKENS, park, H100, abilities)
+
+    C = 4 * (3 * 4096**2 + 11008**2)  # of one block: what q, k and v, what o, what gate and up, what down is given
+    D = 4 * (5 * 4096**2 + 2 * 11008**2)
+    one, three = plan(1), plan(3)
+    assert three.parked_bytes - one.parked_bytes == 2 * C
+    assert three.peaks[1] - one.peaks[1] == pytest.approx(2 * C)
+    assert plan(3, "two_sided").parked_bytes - plan(1, "two_sided").parked_bytes == 2 * (C + D)
+    assert plan(3, park="device").peaks[0] > plan(1, park="device").peaks[0]
+    assert plan(3).disk_bytes == one.disk_bytes
+
+
 def test_tokens_are_counted_with_their_padding():
     assert count_tokens(tiny.batches()) == (3 * 12 + 2 * 10 + 4 * 8, 36, 3 * 144 + 2 * 100 + 4 * 64)
     assert count_tokens([]) == (0, 0, 0)
@@ -399,6 +416,58 @@ def test_the_verb_with_a_context_on_this_machine(checkpoint, tmp_path, capsys):
     assert 12 * 30 < tokens < 12 * 50
     assert "this machine (CPU" in shown
     assert "nan" not in shown
+
+
+def test_the_verb_counts_all_contexts_of_a_mixture(checkpoint, tmp_path, capsys):
+    rows = [json.dumps(row) + "\n" for row in SAMPLES]
+    (one := tmp_path / "one.jsonl").write_text("".join(rows))
+    (two := tmp_path / "two.jsonl").write_text("".join(rows[:5]))
+    flags = ["--model", checkpoint, "--r", 4, "--device", "cpu", "--samples", 10]
+
+    def tokens(*arguments):
+        shown = planned(capsys, *flags, *arguments)
+        assert "assumed, as no" not in shown
+        return int(re.search(r"context: ([\d,]+) tokens", shown)[1].replace(",", ""))
+
+    first, second = tokens("--context", one), tokens("--context", two)
+    assert first > second > 0
+    assert tokens("--context", one, "--context", two, "--context.weight", 3) == first + second
+    assert tokens("--context", one, "--context.samples", 5, "--context", two) < first + second
+    assert tokens("--context", one, "--context", two, "--gpu", "80GB", "--gpus", 1) == first + second
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"context:\n- {one}\n- {{data: {two}, weight: 3}}\n")
+    assert tokens("--config", recipe) == first + second
+
+
+def test_the_verb_refuses_several_contexts_where_init_does(checkpoint, tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SAMPLES))
+    both = ["--model", checkpoint, "--context", tmp_path / "one.jsonl", "--context", tmp_path / "two.jsonl", "--r", 4]
+    for gpus in ([], ["--gpu", "80GB", "--gpus", 2]):
+        said = refused(capsys, *both, *gpus, "--keep", 10)
+        assert said.startswith("corda plan: keep is the price of one context")
+        assert "5 rounds are of one context, but there are 2" in refused(capsys, *both, *gpus, "--preset", "corda++")
+    twice = [*both, "--context", tmp_path / "one.jsonl", "--context.ability", "again"]
+    assert "names the same samples" in refused(capsys, *twice)
+
+
+def test_the_verb_names_the_orientation(tmp_path, capsys):
+    flags = ["--model", configuration(tmp_path / "llama", **SEVEN), "--gpu", "80GB", "--samples", 256]
+    for several in ([], ["--gpus", 2]):
+        assert "start: corda, kpm, anchored, covariance\n" in planned(capsys, *flags, *several)
+        assert "start: corda, kpm, anchored, two_sided\n" in planned(capsys, *flags, *several, "--keep", 10)
+        assert "start: corda, ipm, seeded, covariance\n" in planned(capsys, *flags, *several, "--mode", "ipm")
+
+
+def test_the_verb_tells_the_output_from_what_is_on_the_disk_at_once(tmp_path, capsys):
+    model = configuration(tmp_path / "llama", **SEVEN)
+    shown = planned(capsys, "--model", model, "--gpu", "80GB", "--samples", 256, "--keep", 10)
+    config = CordaConfig(keep=10)
+    plan = init_plan(planned_model(ModelConfig(str(model))), config, TOKENS, machine=described_machine("80GB"))
+    output = plan.adapter_bytes + plan.statistics_bytes
+    assert plan.disk_bytes == output + plan.work_bytes
+    said = f"output: {size_text(output)}; on the disk at once, with OUTPUT.work: {size_text(plan.disk_bytes)}\n"
+    assert said in shown
 
 
 @pytest.mark.parametrize("size", ["24 bananas", "GB", "0GB", "-1GB"])

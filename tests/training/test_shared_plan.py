@@ -11,6 +11,7 @@ import torch
 
 from corda_lora.cli import main
 from corda_lora.config import CordaConfig
+from corda_lora.preprocess.costs import groups_of
 from corda_lora.preprocess.machine import H100
 from corda_lora.preprocess.plan import Tokens, init_plan, shapes_of
 from corda_lora.preprocess.share import Share
@@ -83,6 +84,18 @@ def test_what_is_sent(model):
     alone = CordaConfig(mode="ipm", orientation="identity", r=4)
     read = init_plan(shapes, alone, TOKENS, "auto", H100).read_bytes
     assert sum(stage.traffic for stage in shared_plan(shapes, alone, TOKENS, H100, 4).preparation) == read * 3 / 4
+
+
+def test_sums_of_each_ability_are_sent_and_wait(model):
+    config = CordaConfig(mode="kpm", r=4)
+    shapes = shapes_of(model, config)
+    one, three = (shared_plan(shapes, config, TOKENS, H100, 4, abilities=k).preparation[0] for k in (1, 3))
+    C = [4 * sum(g[0].n ** 2 for g in groups_of(layers).values()) for _, _, layers in shapes.blocks]
+    assert three.traffic - one.traffic == pytest.approx(2 * sum(C) * 3 / 4)
+    assert three.host - one.host == pytest.approx(
+        4 * max(C)
+    )  # each process collects two at most, and its block's third
+    assert three.accelerator > one.accelerator
 
 
 def test_memory_is_shared_under_fsdp_and_not_under_ddp(model):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
+from ..config.init import check_together
 from ..data.batches import encode_all, lost_answers
 from ..data.overview import check_fit, overview, unseen_samples
 from ..data.samples import Sample, digest_of, load_rounds
@@ -97,8 +98,7 @@ def prepare(
     check_output(output)
     assert config.rounds is not None
     datas = [data] if isinstance(data, DataConfig) else list(data or ())
-    if len(datas) > 1 and config.rounds > 1:
-        raise CordaError(f"{config.rounds} rounds are of one context, but there are {len(datas)}")
+    check_together(config, len(datas))
     with warming(config, source if isinstance(source, nn.Module) else None):
         shown = [load_rounds(each, config.rounds) for each in datas] if shown is None else shown
         base: nn.Module | None = None
@@ -128,7 +128,7 @@ def prepare(
         if len(contexts) > 1:
             abilities = [Ability(each.ability, each.weight) for each in datas if isinstance(each, ContextConfig)]
             context = together(contexts, abilities)
-    check_room(init_plan(model, config, context.batches, park), output)
+    check_room(init_plan(model, config, context.batches, park, abilities=max(1, len(contexts))), output)
 
     record = data_record(datas)
     if datas:

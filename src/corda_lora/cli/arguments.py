@@ -18,6 +18,7 @@ PLAN_RECIPE = "plan_recipe"  # `corda plan RECIPE` has the options of a comparis
 OF_DATA: dict[str, dict[str, type]] = {
     "eval": dict.fromkeys(KINDS, DataConfig),
     "init": {"context": ContextConfig},
+    "plan": {"context": ContextConfig},
     "train": {"context": ContextConfig},
     "inspect": {"context": NamedConfig, "text": DataConfig},
     "export": {"data": DataConfig},
@@ -37,14 +38,12 @@ def for_parser(given: Sequence[str]) -> list[str]:
         for recipe in filter(_is_of_a_comparison, _recipes(arguments)):
             other = "plan" if verb == "plan" else "compare"
             raise CordaError(f"{recipe} is a recipe of a comparison: type corda {other} {recipe}")
-    if verb in OF_DATA:
-        return with_data(arguments, OF_DATA[verb])
     if compares:
         if len(arguments) > 2 and all(re.search(r"\.ya?ml$", argument) for argument in arguments[1:3]):
             one, other = arguments[1:3]
             raise CordaError(f"one recipe at a time: type corda {verb} {one}, and then corda {verb} {other}")
         return [verb if verb == "compare" else PLAN_RECIPE, "--config", *arguments[1:]]
-    return arguments
+    return with_data(arguments, OF_DATA[verb]) if verb in OF_DATA else arguments
 
 
 def with_data(arguments: Sequence[str], kinds: Mapping[str, type]) -> list[str]:

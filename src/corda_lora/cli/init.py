@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
 from ..config.data import CONTEXT_SAMPLES, named_contexts
+from ..config.init import check_together
 from ..config.values import Count
 from ..data.rows import check_file
 from ..data.samples import digest_of, load_rounds
@@ -60,6 +61,7 @@ def init(options: Namespace) -> dict[str, Any]:
         raise CordaError("give a --context: samples of the ability to keep (kpm) or to learn (ipm)")
     labelled = next((data for data in datas if data.label), None)
     datas = datas if config.reads_context else []
+    check_together(config, len(datas))
     for each in datas:
         check_file(each)
     if labelled:

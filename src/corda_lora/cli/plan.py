@@ -5,11 +5,13 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from ..config import CompareConfig, CordaConfig, CordaError, DataConfig, ModelConfig
+from ..config import CompareConfig, ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
 from ..config.data import CONTEXT_SAMPLES
+from ..config.init import check_together
 from ..config.values import Count, Positive
 from ..evaluation.tasks.registry import named_tasks
 from .arguments import PLAN_RECIPE
+from .init import contexts_of
 from .shared import AddVerb, out, take
 
 
@@ -24,7 +26,11 @@ def add_plan(verb: AddVerb) -> None:
         skip={"data"},
     )
     parser.set_defaults({"samples": CONTEXT_SAMPLES})
-    parser.add_argument("--context", type=str | None, help="DATA to count tokens of; else all samples have max_length")
+    parser.add_argument(
+        "--context",
+        type=str | ContextConfig | list[str | ContextConfig] | None,
+        help="DATA to count tokens of, several times as of init; else all samples have max_length",
+    )
     parser.add_argument("--batch_tokens", type=Count, default=4096, help="tokens of the context a forward")
     parser.add_argument("--park", type=Literal["auto", "device", "cpu", "disk"], default="auto", help="as of init")
     _add_machine(parser)
@@ -48,7 +54,9 @@ def plan(options: Namespace) -> None:
     make it fit where it does not. With --gpus, what it takes when they share it, and a step of training after it. From
     config.json alone: the weights are not needed."""
     config, source = take(CordaConfig, options), take(ModelConfig, options)
-    data = take(DataConfig, options, data=options.context or "")
+    contexts = contexts_of(options)
+    datas = contexts if contexts and config.reads_context else [take(DataConfig, options, data="")]
+    check_together(config, len(datas))
     _check_card(options)
     if options.hosts > 1 and options.gpus is None:
         raise CordaError("--hosts share out --gpus: give their number, too")
@@ -59,11 +67,11 @@ def plan(options: Namespace) -> None:
     machine = _machine(options, model, config.device)
 
     def count(rounds: int, batch_tokens: int) -> Any:
-        return planned_tokens(source, data, rounds, batch_tokens, model.config.is_encoder_decoder)
+        return planned_tokens(source, datas, rounds, batch_tokens, model.config.is_encoder_decoder)
 
     assumed = (
-        f"assumed, as no --context is given: {data.samples or 1} samples of {data.max_length} tokens (--samples, "
-        "--max_length); shorter ones take less"
+        f"assumed, as no --context is given: {datas[0].samples or 1} samples of {datas[0].max_length} tokens "
+        "(--samples, --max_length); shorter ones take less"
     )
     if options.gpus:
         from ..preprocess.plan import shapes_of
@@ -71,20 +79,30 @@ def plan(options: Namespace) -> None:
         from ..training.plan import shared_plan
 
         sizes, tokens = shapes_of(model, config), count(config.rounds or 1, options.batch_tokens)
-        for line in shared_plan_lines(
-            shared_plan(sizes, config, tokens, machine, options.gpus, options.hosts, options.park, options.batch_tokens)
-        ):
+        shared = shared_plan(
+            sizes,
+            config,
+            tokens,
+            machine,
+            options.gpus,
+            options.hosts,
+            options.park,
+            options.batch_tokens,
+            len(datas),
+        )
+        for line in shared_plan_lines(shared, config):
             out.print(line, highlight=False)
-        if config.reads_context and not data.data:
+        if config.reads_context and not datas[0].data:
             out.print(assumed, highlight=False)
         return
-    planned = init_plan(model, config, count(config.rounds or 1, options.batch_tokens), options.park, machine)
-    for line in plan_lines(planned):
+    tokens = count(config.rounds or 1, options.batch_tokens)
+    planned = init_plan(model, config, tokens, options.park, machine, len(datas))
+    for line in plan_lines(planned, config):
         out.print(line, highlight=False)
-    if config.reads_context and not data.data:
+    if config.reads_context and not datas[0].data:
         out.print(assumed, highlight=False)
     if not planned.fits:
-        fitting = what_fits(model, config, count, options.batch_tokens, options.park, machine)
+        fitting = what_fits(model, config, count, options.batch_tokens, options.park, machine, len(datas))
         advice = (
             f"; fits with {fitting[0]}" if fitting else ", nor with smaller batches, fewer rounds or another --park"
         )

@@ -105,7 +105,7 @@ def plan_comparison(model: Any, source: ModelConfig, recipe: CompareConfig, mach
             shown = data if config.mode == "ipm" else comparison.keep or data
             shown = replace(shown, samples=entry.options.get("samples") or recipe.context_samples)
             known = shown if Path(shown.data).exists() else replace(shown, data="")
-            read = planned_tokens(source, known, config.rounds or 1, 4096, model.config.is_encoder_decoder)
+            read = planned_tokens(source, [known], config.rounds or 1, 4096, model.config.is_encoder_decoder)
             start = init_plan(model, config, read, "auto", machine)
         entries.append(
             EntryPlan(

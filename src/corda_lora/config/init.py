@@ -180,3 +180,15 @@ class CordaConfig:
         if self.lora_alpha is None:
             return 1.0
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+def check_together(config: CordaConfig, contexts: int) -> None:
+    """Raises CordaError if there are several contexts, where only one will do."""
+    if contexts < 2:
+        return
+    if config.keep:
+        raise CordaError(
+            "keep is the price of one context, and with several each has its own, in training: leave keep out here"
+        )
+    if config.rounds != 1:
+        raise CordaError(f"{config.rounds} rounds are of one context, but there are {contexts}")

@@ -20,6 +20,7 @@ from ..algebra.mixture import even_weights, mixed
 from ..algebra.second_order import Low, compact
 from ..algebra.solvers import warn_of_fallbacks
 from ..config import CordaConfig, CordaError
+from ..config.init import check_together
 from ..devices import (
     compute_device,
     device_name,
@@ -255,12 +256,7 @@ def _check_abilities(
 
     Raises CordaError if an ability has too few samples for its weight, and where only one context will do.
     """
-    if config.keep:
-        raise CordaError(
-            "keep is the price of one context, and with several each has its own, in training: leave keep out here"
-        )
-    if config.rounds != 1:
-        raise CordaError(f"{config.rounds} rounds are of one context, but there are {len(context.abilities)}")
+    check_together(config, len(context.abilities))
     total = sum(ability.weight for ability in context.abilities)
     found = []
     for number, ability in enumerate(context.abilities):

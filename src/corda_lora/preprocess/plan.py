@@ -225,9 +225,17 @@ def count_tokens(batches: Sequence[Mapping[str, Any]]) -> Tokens:
     return Tokens(sum(b * s for b, s in sizes), largest, sum(b * s * s for b, s in sizes))
 
 
-def planned_tokens(source: ModelConfig, data: DataConfig, rounds: int, batch_tokens: int, has_decoder: bool) -> Tokens:
-    """The tokens of the context that `corda init` would make of the data. If no data are named, all samples count as
-    max_length tokens long."""
+def planned_tokens(
+    source: ModelConfig, datas: Sequence[DataConfig], rounds: int, batch_tokens: int, has_decoder: bool
+) -> Tokens:
+    """The tokens of the contexts that `corda init` would make of the data, together. If no data are named, all samples
+    count as max_length tokens long."""
+    each = [_planned_tokens(source, data, rounds, batch_tokens, has_decoder) for data in datas]
+    most = max((tokens.batch for tokens in each), default=0)
+    return Tokens(sum(tokens.total for tokens in each), most, sum(tokens.pairs for tokens in each))
+
+
+def _planned_tokens(source: ModelConfig, data: DataConfig, rounds: int, batch_tokens: int, has_decoder: bool) -> Tokens:
     if data.data:
         samples_by_round = load_rounds(data, rounds)
         tokenizer = load_tokenizer(source)
@@ -247,6 +255,7 @@ def init_plan(
     batches: Sequence[Mapping[str, Any]] | Tokens,
     park: str = "auto",
     machine: Machine | None = None,
+    abilities: int = 1,
 ) -> Plan:
     """What `preprocess` and `save_adapter` take, where the weights are read block by block.
 
@@ -255,6 +264,7 @@ def init_plan(
         batches: the batches of the context, or their tokens.
         park: see `preprocess`.
         machine: Default: this machine, not measured, so that the plan has no times.
+        abilities: how many contexts the batches are of. Each has a C and a D of its own until they are mixed.
 
     Raises CordaError as `shapes_of` does.
     """
@@ -291,7 +301,7 @@ def init_plan(
         # Of weights that are quantized, the values of one layer's.
         unpacked = max([0, *(layer.m * layer.n for layer in layers)]) * item if shapes.loaded else 0
         held = always + weights * copied + unpacked
-        parked.append(rounds * sum(sums.values()) + sum(others.values()))
+        parked.append(max(rounds, abilities) * sum(sums.values()) + abilities * sum(others.values()))
         if tokens.total:
             times = 3 if config.runs_back else 1  # forward; forward again, and backward, which takes as long
             work["forward"][multiply] += times * (2 * parameters * tokens.total + 4 * shapes.hidden * tokens.pairs)
@@ -319,7 +329,7 @@ def init_plan(
             for stage, cost, numbers in costs:
                 work[stage].update(cost)
                 peak[stage] = max(peak[stage], beside + 8 * numbers)
-            undone -= rounds * sums.get(name, 0) + sum(other.values())
+            undone -= max(rounds, abilities) * sums.get(name, 0) + abilities * sum(other.values())
         # Rows, U unless B starts from zero, energies and spectrum (see `Decomposed`).
         columns = {layer.name: layer.n + (0 if config.from_zero else layer.m) for layer in layers}
         sigmas = {name: min(m, n) if keeps_all(config) else config.r for name, m, n, _ in layers}
@@ -427,11 +437,13 @@ def what_fits(
     batch_tokens: int,
     park: str,
     machine: Machine,
+    abilities: int = 1,
 ) -> tuple[str, Plan] | None:
     """The first and fewest options with which a run fits the machine, and its plan; None if there are none.
 
     Args:
         count: gives the tokens of the context for a number of rounds and for batch_tokens.
+        abilities: see `init_plan`.
     """
     shapes, rounds = shapes_of(model, config), config.rounds or 1
     options: list[tuple[str, Any]] = [("park", "cpu")] * (machine.accelerator is not None) + [("park", "disk")]
@@ -439,7 +451,8 @@ def what_fits(
     for chosen in itertools.chain(*(itertools.combinations(options, n) for n in (1, 2, 3))):
         setting: dict[str, Any] = {"park": park, "batch_tokens": batch_tokens, "rounds": rounds} | dict(chosen)
         tokens = count(setting["rounds"], setting["batch_tokens"])
-        plan = init_plan(shapes, replace(config, rounds=setting["rounds"]), tokens, setting["park"], machine)
+        at = replace(config, rounds=setting["rounds"])
+        plan = init_plan(shapes, at, tokens, setting["park"], machine, abilities)
         if plan.fits:
             return " ".join(f"--{option} {value}" for option, value in chosen), plan
     return None

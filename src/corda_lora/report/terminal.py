@@ -14,6 +14,7 @@ from ..preprocess.plan import Plan, size_text
 
 if TYPE_CHECKING:
     from ..compare.plan import ComparisonPlan
+    from ..config import CordaConfig
     from ..training.plan import SharedPlan
 
 
@@ -35,9 +36,8 @@ def start_table(start: Any) -> Table:
         energy = "share of the context's output energy tr(W C Wᵀ) in the components"
         holds = {"energy": energy, "leak": "tr(A C Aᵀ) / tr(W C Wᵀ)"}
     rounds = {"rounds": "layers that chose each"} if config.rounds > 1 else {}
-    choices = f"{config.preset}, {config.mode}, {config.split}, {config.orientation}"
     table = Table(
-        title=f"{choices}, {totals['parameters']:,} parameters",
+        title=f"{choices_of(config)}, {totals['parameters']:,} parameters",
         caption="; ".join(f"{column}: {meaning}" for column, meaning in (holds | rounds).items()),
     )
     for column in ("layers", "kind", "shape", "rank", *rounds, *holds, "‖A‖", "‖B‖"):
@@ -69,6 +69,11 @@ def start_table(start: Any) -> Table:
             f"{mean(r['norm_B'] for r in records):.3g}",
         )
     return table
+
+
+def choices_of(config: CordaConfig) -> str:
+    """Which start it is, in the words of the options that choose it."""
+    return f"{config.preset}, {config.mode}, {config.split}, {config.orientation}"
 
 
 def order_table(order: Any, gains: Mapping[str, Any]) -> Table:
@@ -106,8 +111,8 @@ def start_cost(start: Any) -> str:
     return stages + (f"; accelerator at most {peak / 2**30:.2f} GiB" if peak else "")
 
 
-def plan_lines(plan: Plan) -> list[Table | str]:
-    """A plan as lines and a table to print."""
+def plan_lines(plan: Plan, config: CordaConfig) -> list[Table | str]:
+    """The plan of a start as lines and a table to print."""
     on_cpu = plan.machine.accelerator is None
     table = Table()
     for column in ("stage", "time", *(() if on_cpu else ("accelerator",)), "CPU"):
@@ -118,20 +123,21 @@ def plan_lines(plan: Plan) -> list[Table | str]:
         )
     share = plan.adapter_parameters / plan.parameters
     waiting = "hidden states" if plan.park == "device" else "hidden states and covariances"
-    written = plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes + plan.base_bytes
+    finished = plan.adapter_bytes + plan.statistics_bytes + plan.base_bytes
     return [
         f"on {plan.machine.name}",
         table,
+        f"start: {choices_of(config)}",
         f"model: {plan.parameters:,} parameters",
         f"adapter: {plan.adapter_parameters:,} parameters ({share:.2%}), a file of {size_text(plan.adapter_bytes)}",
         f"context: {plan.tokens.total:,} tokens; {size_text(plan.parked_bytes)} of {waiting} wait (park {plan.park})",
         *([f"quantized base: {size_text(plan.base_bytes)}"] if plan.base_bytes else []),
-        f"written: {size_text(written)}; needed on the disk: {size_text(plan.disk_bytes)}",
+        f"output: {size_text(finished)}; on the disk at once, with OUTPUT.work: {size_text(plan.disk_bytes)}",
         f"time: about {time_text(plan.seconds)}, for {plan.flops:.2e} floating-point operations",
     ]
 
 
-def shared_plan_lines(plan: SharedPlan) -> list[Table | str]:
+def shared_plan_lines(plan: SharedPlan, config: CordaConfig) -> list[Table | str]:
     """The plan of several GPUs as lines and a table to print."""
     table = Table()
     for column in ("stage", "time", "a GPU", "a host", "sent by a GPU"):
@@ -145,6 +151,7 @@ def shared_plan_lines(plan: SharedPlan) -> list[Table | str]:
     return [
         f"on {a_host}, each as of {plan.machine.name}",
         table,
+        f"start: {choices_of(config)}",
         f"context: {plan.tokens.total:,} tokens; preparation: about {time_text(plan.seconds)}",
         f"a step: {plan.step_tokens:,} tokens on each GPU (--batch_tokens), with gradient checkpointing",
         f"assumed: a GPU sends {size_text(plan.link)} a second, and every host reads its part of the checkpoint",

@@ -76,8 +76,12 @@ def shared_plan(
     hosts: int = 1,
     park: str = "auto",
     step_tokens: int = 4096,
+    abilities: int = 1,
 ) -> SharedPlan:
     """What `corda init` and a step of `corda train` take on `gpus` GPUs of `hosts` hosts.
+
+    Args:
+        abilities: see `init_plan`.
 
     Raises CordaError if the machine has no accelerator, or the hosts have not the same number of GPUs.
     """
@@ -88,7 +92,7 @@ def shared_plan(
     if gpus % hosts:
         raise CordaError(f"{hosts} hosts cannot have {gpus} GPUs in all with as many each")
     link = NVLINK if hosts == 1 else NETWORK
-    preparation = _preparation(shapes, config, tokens, machine, gpus, hosts, park, link)
+    preparation = _preparation(shapes, config, tokens, machine, gpus, hosts, park, link, abilities)
     steps = _steps(shapes, machine, gpus, step_tokens, link)
     return SharedPlan(machine, gpus, hosts, tokens, preparation, steps, step_tokens, link)
 
@@ -105,14 +109,17 @@ def _preparation(
     hosts: int,
     park: str,
     link: float,
+    abilities: int,
 ) -> list[SharedStage]:
-    rounds, tokens = config.rounds or 1, tokens if config.reads_context else Tokens()
-    # The batches of a process follow one another: they are of few rounds.
+    rounds, tokens = max(config.rounds or 1, abilities), tokens if config.reads_context else Tokens()
+    # The batches of a process follow one another: they are of few rounds, or of few abilities.
     mine = min(rounds, -(-rounds // gpus) + 1) if gpus > 1 else rounds
     part = Tokens(-(-tokens.total // gpus), tokens.batch, -(-tokens.pairs // gpus))
-    collecting = _fitting(shapes, replace(config, rounds=mine) if config.rounds else config, part, machine, park)
-    deciding = _fitting(shapes, config, part, machine, park)
-    sums = [_sums(layers, config) if tokens.total else 0 for _, _, layers in shapes.blocks]  # bytes, of one round
+    few = replace(config, rounds=min(mine, config.rounds or 1))
+    collecting = _fitting(shapes, few, part, machine, park, min(mine, abilities))
+    deciding = _fitting(shapes, config, part, machine, park, abilities)
+    # Bytes, of one round or of one ability.
+    sums = [_sums(layers, config) if tokens.total else 0 for _, _, layers in shapes.blocks]
     sent = (rounds if gpus > 1 else 0) * sum(sums) * (gpus - 1) / gpus
     if not shapes.loaded:  # each process reads a part of the weights, which then pass through all of them
         sent += deciding.read_bytes * (gpus - 1) / gpus
@@ -140,11 +147,11 @@ def _preparation(
     ]
 
 
-def _fitting(shapes: Shapes, config: CordaConfig, tokens: Tokens, machine: Machine, park: str) -> Plan:
+def _fitting(shapes: Shapes, config: CordaConfig, tokens: Tokens, machine: Machine, park: str, abilities: int) -> Plan:
     """The plan of one process; hidden states and covariances wait in the CPU's memory where they do not fit the GPU."""
-    plan = init_plan(shapes, config, tokens, park, machine)
+    plan = init_plan(shapes, config, tokens, park, machine, abilities)
     if park == "auto" and plan.peaks[0] + CONTEXT > (machine.accelerator or math.inf):
-        return init_plan(shapes, config, tokens, "cpu", machine)
+        return init_plan(shapes, config, tokens, "cpu", machine, abilities)
     return plan
 
 
