@@ -84,7 +84,8 @@ def nothing_left(folder):
 def test_the_four_commands(mode, checkpoint, data, capsys):
     work = data / "work"
     init(checkpoint, data, "--mode", mode)
-    assert f"corda, {mode}, {'anchored' if mode == 'kpm' else 'seeded'}, 3,712 parameters" in capsys.readouterr().out
+    split = "anchored" if mode == "kpm" else "seeded"
+    assert f"corda, {mode}, {split}, covariance, 3,712 parameters" in capsys.readouterr().out
     record = json.loads((work / "start" / "corda.json").read_text())
     assert record["context"]["samples"] == 12
     assert record["data"]["data"] == str(data / "keep.jsonl")
