@@ -28,3 +28,8 @@ def test_what_is_wrong_with_the_device_is_said_where_it_is_needed():
         pass
     with pytest.raises(KeyboardInterrupt), warm.warming(CordaConfig(device="nowhere")):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_what_a_gpu_does_to_get_warm_runs_to_its_end(mode):
+    warm._work(mode, torch.device("cpu"))  # an error in the thread would be lost

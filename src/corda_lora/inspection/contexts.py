@@ -281,7 +281,7 @@ class _Walks:
             if way.draws and covariances:
                 C = covariances[self._chosen(name, W, way, covariances)].to(self.solving)
             if way.orientation == "two_sided":
-                D = whole(Low(*(part.to(W.device) for part in self.sides[way.draws[0]][name])))
+                D = whole(Low(*(part.to(W.device) for part in self.sides[way.draws[0]][name]))).double()
                 L = factor(D / D.diagonal().mean(), self.damping) if float(D.diagonal().sum()) else None
             W = W.double() if L is None else L.T @ W.double()
             U, sigma = components(W, partial(orient, C=C, orientation=way.orientation, damping=self.damping))

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.held import HalvedLinear, held_size
 from ..adapters.lora import lora_layers
 from ..config import CordaConfig, CordaError, DataConfig, TrainConfig
+from ..config.init import check_together
 from ..config.values import check_value
 from ..data.samples import Sample, load_samples
 from ..files import whole_file
@@ -181,9 +182,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for key in options.keys() & own:
         check_value(key, options[key], hints[key])
     config, contexts = corda_config(name, options), len(options.get("contexts") or ())
-    if config is not None and contexts > 1 and config.rounds != 1:
-        raise CordaError(f"{config.rounds} rounds are of one context, but there are {contexts}")
-    if config is not None and contexts < 2 and config.weights != "given":
+    if config is None:
+        return
+    check_together(config, contexts)
+    if contexts < 2 and config.weights != "given":
         raise CordaError(f"weights by {config.weights} are of several contexts: give two or more as contexts")
 
 

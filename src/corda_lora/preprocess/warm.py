@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -35,12 +36,16 @@ def _warm(config: CordaConfig, model: nn.Module | None) -> None:
         device = compute_device(model, config.device)
     else:
         device = accelerator() if config.device is None else torch.device(config.device)
-    if device.type != "cuda":
-        return
+    if device.type == "cuda":
+        _work(config.mode, device)
+
+
+def _work(mode: Literal["kpm", "ipm"], device: torch.device) -> None:
+    """What a block does: half-precision products and attention, a covariance, a decomposition in float64."""
     W = torch.arange(N * N, device=device).sin().view(N, N)
     x = W.bfloat16()
     heads = x.view(1, N, -1, HEAD).transpose(1, 2)
     functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     functional.silu(functional.embedding(torch.arange(N, device=device), x) @ x)
     C = mirror(add_gram(None, x))
-    decompose_layer(W, C, CordaConfig(mode=config.mode, r=8), fell_back=lambda: None)
+    decompose_layer(W, C, CordaConfig(mode=mode, r=8), fell_back=lambda: None)
