@@ -701,6 +701,29 @@ def test_a_residual_is_told_by_a_layer_that_has_lost_something(tmp_path):
     assert not is_residual(PeftModel.from_pretrained(residual, tmp_path / "residual" / "adapter").merge_and_unload())
 
 
+def test_a_residual_is_whole_with_its_own_adapter_alone(tmp_path):
+    """Merging another LoRA into it changes the layer by which it is told, but brings back nothing."""
+    model, found, adapted, moved = tuned()
+    export_residual(model, saved(adapted, found, tmp_path / "a"), tmp_path / "residual")
+
+    def merged_with(folder):
+        residual = AutoModelForCausalLM.from_pretrained(tmp_path / "residual")
+        export_merged(residual, folder, tmp_path / f"merged with {folder.name}")
+        return AutoModelForCausalLM.from_pretrained(tmp_path / f"merged with {folder.name}")
+
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "residual")
+    plain = peft.get_peft_model(residual, LoraConfig(r=2, init_lora_weights=False))
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.warns(UserWarning, match=r"another adapter than the one in .*plain: what is written lacks it, too"):
+        assert is_residual(merged_with(tmp_path / "plain"))
+    small = tmp_path / "small"
+    export_lora(plain.unload(), tmp_path / "residual" / "adapter", small, r=3)  # it is for the residual, too
+    assert not is_residual(merged_with(small))
+    whole = merged_with(tmp_path / "residual" / "adapter")
+    assert not is_residual(whole)
+    same(tiny.logits(whole), moved)
+
+
 def test_an_anchored_adapter_has_no_residual(tmp_path):
     model, found, adapted, _ = tuned(split="anchored")
     with pytest.raises(CordaError, match="no residual to export"):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from helpers import same
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corda_lora import CordaConfig, CordaError, get_corda_model, load_adapter
@@ -20,6 +20,7 @@ from corda_lora.adapters.quantize import dequantize_in_place, quantize_in_place,
 from corda_lora.config import DataConfig, ModelConfig
 from corda_lora.models.loading import load_model, open_model
 from corda_lora.models.lockstep import find_blocks
+from corda_lora.models.residual import is_residual
 from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import compute_as_stored, is_4bit, quantize, weight_of
 from corda_lora.preprocess.pipeline import preprocess
@@ -293,6 +294,19 @@ def test_an_adapter_on_another_residual(source, rows, tmp_path):
         load_adapter(load_model(model), tmp_path / "a")
 
 
+def test_a_residual_in_4_bits_is_told_by_a_layer_that_has_lost_something(source, rows, tmp_path):
+    """The tail of a weight of low rank is zero: without it the layer is as before, and so it is when it is merged."""
+    model = built()
+    first = model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        first.copy_(first[:, :4] @ first[:4])
+    prepare(source(model), config_of(**KINDS["kpm, paper"], fold=0), rows, tmp_path / "a", progress=False)
+    in_memory = get_corda_model(model, config_of(**KINDS["kpm, paper"], fold=0), tiny.batches(), progress=False)
+    for adapted in (plain(tmp_path / "a"), in_memory):
+        assert is_residual(adapted.get_base_model())
+        assert not is_residual(adapted.merge_and_unload())
+
+
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +344,18 @@ def test_exports(kind, source, rows, tmp_path, capsys, monkeypatch):
         there = weight_of(q.get_base_layer()) + q.get_delta_weight("default")
         assert differs[name] == pytest.approx(float((full - there).norm() / W.norm()), rel=1e-3)
         assert differs[name] < 0.12
+
+
+@pytest.mark.filterwarnings("ignore:the model is a residual")
+@pytest.mark.parametrize("whose", ["its own", "another"])
+def test_a_residual_in_4_bits_is_whole_with_its_own_adapter_alone(whose, source, rows, tmp_path):
+    prepare(source(built()), config_of(**PAPER), rows, tmp_path / "start", progress=False)
+    if whose == "another":
+        loras = get_peft_model(load_model(ModelConfig(str(tmp_path / "start" / "base"))), LoraConfig(r=2))
+        loras.save_pretrained(tmp_path / "lora")
+    folder = tmp_path / ("start" if whose == "its own" else "lora")
+    export_merged(load_model(ModelConfig(str(tmp_path / "start" / "base"))), folder, tmp_path / "merged")
+    assert is_residual(load_model(ModelConfig(str(tmp_path / "merged")))) == (whose == "another")
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

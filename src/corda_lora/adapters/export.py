@@ -19,9 +19,9 @@ from ..devices import double_device
 from ..files import whole_folder, write_json
 from ..models.loading import check_original, check_same_model
 from ..models.lockstep import Stored, on_device, tensors_of
-from ..models.residual import MARK, mark_residual
+from ..models.residual import digests_of, mark_residual, renew_mark, residual_mark
 from ..models.targets import tied_layers
-from ..models.weights import digest_of, fingerprint, layer_digest, weight_of, weight_shape
+from ..models.weights import fingerprint, layer_digest, weight_of
 from ..preprocess.backward import unknown_layer
 from ..preprocess.statistics import answered_batches, collect_sides, tokens_and_answers
 from ..progress import track_if_slow
@@ -31,6 +31,7 @@ from .lora import (
     digest_of_factors,
     load_adapter,
     lora_layers,
+    made_for,
     read_marks,
     read_records,
     save_plain,
@@ -306,7 +307,8 @@ def export_merged(
     record: Mapping[str, Any] | None = None,
 ) -> float:
     """The whole model with the adapter merged in, in the dtype it was loaded in. Of a quantized base, the weights are
-    what they stand for, in full.
+    what they stand for, in full. A residual is whole then if the adapter is the one that holds what it lacks; else it
+    stays marked as a residual.
 
     Returns:
         ‖round(W + s·BA) − (W + s·BA)‖ / ‖W + s·BA‖ over all adapted layers: what rounding to the model's dtype changes.
@@ -314,17 +316,26 @@ def export_merged(
     Raises CordaError if the base is quantized by anything but bitsandbytes' 4 bits.
     """
     peft_model = load_adapter(model, directory)
+    mark = residual_mark(model)  # before the layer that tells it is in other numbers
+    if mark and mark["adapter"] == made_for(read_marks(Path(directory)), peft_model.peft_config["default"]):
+        mark = None
+    if mark:
+        warnings.warn(
+            f"the model is a residual, and what it lacks is in another adapter than the one in {directory}: what is "
+            "written lacks it, too",
+            stacklevel=2,
+        )
     if getattr(model, "is_quantized", False):
         if not getattr(model, "is_loaded_in_4bit", False):
             raise CordaError("the base model is quantized, and only bitsandbytes' 4 bits can be merged into")
         dequantize_in_place(peft_model.unload())
         peft_model = PeftModel.from_pretrained(model, str(directory))
     _untie(peft_model)
-    vars(peft_model.get_base_model().config).pop(MARK, None)  # it will be whole
     error = _rounding(peft_model)
     with whole_folder(output) as folder:
         write_card(peft_model, folder, read_records(Path(directory)), merged=True)
         merged = peft_model.merge_and_unload()
+        renew_mark(merged, mark)
         _save_model(merged, tokenizer, folder)
         _write_record(folder, record)
     return error
@@ -382,12 +393,8 @@ def export_residual(
     config.base_model_name_or_path, config.revision = str(output.absolute()), None
     digests = {n: layer_digest(layer.get_base_layer()) for n, layer in layers.items()}
     config.auto_mapping = {BASE: fingerprint(digests)}
-    # Only a layer that has changed tells one from the whole model: of a weight of low rank the tail is zero.
-    if name := next((name for name in layers if digests[name] != whole[name]), ""):
-        layer = layers[name].get_base_layer()
-        # Loaded as float16 the numbers of a residual in float32 are rounded twice on their way to its digest.
-        in_half = digest_of(weight_shape(layer), weight_of(layer).half())
-        mark_residual(peft_model.get_base_model().config, name, digests[name], in_half)
+    lost = ((name, digests_of(layer.get_base_layer()), whole[name]) for name, layer in layers.items())
+    mark_residual(peft_model.get_base_model().config, fingerprint(digests), lost)
     with whole_folder(output) as folder:
         (folder / "adapter").mkdir()
         note = f"It belongs to the residual model in `{output.name}`, and is wrong on any other."

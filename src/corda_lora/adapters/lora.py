@@ -365,14 +365,20 @@ def check_base(model: nn.Module, directory: Path, config: peft.PeftConfig | None
             config = peft.PeftConfig.from_pretrained(str(directory))
     shapes = _shapes_in(directory / WEIGHTS)
     _check_layers(model, shapes, directory, config)
-    made_for = marks["fingerprint"] if marks is not None else (config.auto_mapping or {}).get(BASE)
-    if made_for and (missing := _layers_in(shapes) - {name for name, _ in model.named_modules()}):
+    given = made_for(marks, config)
+    if given and (missing := _layers_in(shapes) - {name for name, _ in model.named_modules()}):
         raise _of_another_model(directory, f"this one has no {min(missing)}", config)
-    if made_for and _fingerprint_of(model, shapes) != made_for:
+    if given and _fingerprint_of(model, shapes) != given:
         raise CordaError(
             f"the adapter in {directory} was made for other weights than these "
             f"(its base was {config.base_model_name_or_path or 'not recorded'})"
         )
+
+
+def made_for(marks: Mapping[str, Any] | None, config: peft.PeftConfig) -> str | None:
+    """The fingerprint of the weights that an adapter was made for, by its marks and PEFT's configuration; None where
+    these say nothing of them."""
+    return marks["fingerprint"] if marks is not None else (config.auto_mapping or {}).get(BASE)
 
 
 def _check_layers(

@@ -24,7 +24,6 @@ from ..models.weights import (
     Quantized,
     digest_of,
     is_4bit,
-    layer_digest,
     quantization_config,
     quantize,
     quantized_layer,
@@ -67,7 +66,9 @@ def write_base(model: nn.Module, start: Start, folder: Path, stored: Stored, tok
             weight_map |= dict.fromkeys(opened.keys(), file)
     total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _describe(model, start, left).save_pretrained(folder)
+    config = _describe(model, start, left)
+    _mark(config, model, start, device, stored)
+    config.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
@@ -92,10 +93,29 @@ def _quantized(model: nn.Module, start: Start, name: str, device: torch.device, 
     if name in start.layers:
         assert start.quantized is not None
         return start.quantized(name)
+    return _as_it_is(model, start, name, device, stored)
+
+
+def _as_it_is(model: nn.Module, start: Start, name: str, device: torch.device, stored: Stored) -> Quantized:
+    """The quantized weight of a layer, with nothing taken out."""
     layer = model.get_submodule(name)
     with on_device(tensors_of(layer), device, stored):
         W = weight_of(layer)
         return quantize(W, W.dtype, start.config.double_quantization)[0]
+
+
+def _mark(settings: Any, model: nn.Module, start: Start, device: torch.device, stored: Stored) -> None:
+    """Write into a configuration that the quantized model is a residual, if it is one. The model is still full."""
+    if not start.config.has_residual:
+        return
+
+    def compared() -> Iterator[tuple[str, list[str], str]]:
+        for name in start.layers:
+            assert start.quantized is not None
+            shape, whole = weight_shape(model.get_submodule(name)), _as_it_is(model, start, name, device, stored)
+            yield name, [digest_of(shape, start.quantized(name)["weight"])], digest_of(shape, whole["weight"])
+
+    mark_residual(settings, start.record["fingerprint"], compared())
 
 
 def _describe(model: nn.Module, start: Start, left: Iterable[str]) -> Any:
@@ -105,11 +125,6 @@ def _describe(model: nn.Module, start: Start, left: Iterable[str]) -> Any:
     dtype = next(model.parameters()).dtype
     config.dtype = dtype
     config.quantization_config = quantization_config(dtype, start.config.double_quantization, list(left))
-    if start.config.has_residual:
-        assert start.quantized is not None
-        name = next(iter(start.layers))
-        shape = weight_shape(model.get_submodule(name))
-        mark_residual(config, name, digest_of(shape, start.quantized(name)["weight"]))
     return config
 
 
@@ -120,6 +135,7 @@ def quantize_in_place(model: Any, start: Start) -> None:
 
     names, left = quantized_names(model, start.layers)
     dtype = next(model.parameters()).dtype
+    _mark(model.config, model, start, compute_device(model, start.config.device), {})
     for name in names:
         layer = model.get_submodule(name)
         stored = _quantized(model, start, name, layer.weight.device, {})
@@ -128,9 +144,6 @@ def quantize_in_place(model: Any, start: Start) -> None:
     config = quantization_config(dtype, start.config.double_quantization, left)
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.hf_quantizer.postprocess_model(model)
-    if start.config.has_residual:
-        name = next(iter(start.layers))
-        mark_residual(model.config, name, layer_digest(model.get_submodule(name)))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..adapters.card import TRAINING
-from ..adapters.lora import BASE, CONFIG, read_marks
+from ..adapters.lora import CONFIG, made_for, read_marks
 from ..algebra.covariance import float32_products
 from ..algebra.decomposition import product
 from ..config import CordaError, InspectConfig
@@ -108,10 +108,9 @@ def read_adapter(directory: Path) -> Adapter:
         layers[name] = Factors(A.float(), B.float(), alpha / (math.sqrt(r) if config.use_rslora else r))
     if not layers:
         raise CordaError(f"the adapter in {directory} changes no linear layer")
-    made_for = marks["fingerprint"] if marks else (config.auto_mapping or {}).get(BASE)
     left = sorted(name for name in weights if ".base_layer." not in name)  # PEFT's copies of the base's own
     residual = marks is not None and marks["split"] == "residual"
-    return Adapter(layers, left, config.base_model_name_or_path, made_for, _kept(directory), residual)
+    return Adapter(layers, left, config.base_model_name_or_path, made_for(marks, config), _kept(directory), residual)
 
 
 def _kept(directory: Path) -> dict[str, dict[str, float]]:
