@@ -233,19 +233,20 @@ def test_memory_of_quantizing_is_what_is_allocated(shape, options):
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
-@pytest.mark.parametrize("split", ["anchored", "balanced", "paper", "folded"])
-def test_a_start_takes_a_float64_copy_of_its_components_and_of_its_factors(shape, split):
+@pytest.mark.parametrize("split", ["anchored", "balanced", "paper"])
+def test_a_start_takes_its_factors_or_a_float64_copy_of_its_components_and_of_them(shape, split):
     torch.manual_seed(0)
     (m, n), r = shape, 64
-    config = CordaConfig(mode="ipm", r=r, split="paper" if split == "folded" else split)
     W, C = torch.randn(m, n), torch.eye(n)
-    kept = keep_components(W, C, *decompose_layer(W, C, config), r, config, LayerRecord())
-    if split == "folded":
-        kept = replace(kept, folded=(torch.randn(r, n), torch.randn(m, r)))
-    most, start = allocated(lambda: start_layer(kept, r, config))
-    components = 0 if split == "folded" else 8 * sum(x.numel() for x in (kept.rows, kept.U) if x is not None)
-    factors = 8 * (start.A.numel() + (start.B.numel() if start.B.any() else 0))  # zeros are float32 from the beginning
-    assert most <= components + factors + start.A.nbytes + start.B.nbytes + 64 * r
+    for preset in ("corda", "corda+"):
+        config = CordaConfig(mode="ipm", r=r, split=split, preset=preset)
+        kept = keep_components(W, C, *decompose_layer(W, C, config), r, config, LayerRecord())
+        most, start = allocated(lambda: start_layer(kept, r, config))  # noqa: B023
+        components = [x for x in (kept.rows, kept.U) if x is not None]
+        assert bool(components) == (preset == "corda+")
+        factors = start.A.numel() + start.B.numel() * (kept.U is not None)
+        doubles = 8 * (sum(x.numel() for x in components) + factors * bool(components))
+        assert most <= doubles + start.A.nbytes + start.B.nbytes + 8 * min(m, n) + 64 * r
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])

@@ -1,7 +1,8 @@
 """One layer, from its weight and its covariances to the start of its adapter.
 
-Ranks may be known only when every layer has been seen. So the work has two halves: `decompose_layer` with
-`keep_components`, whose result waits on disk, and `start_layer`.
+`decompose_layer` and `keep_components` come first, and their result waits on disk. A fixed rank lets them make the
+adapter's factors at once. A rank that is to be allocated is known only when every layer has been seen: until then they
+keep all components that could be chosen, and `start_layer` makes the factors.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -95,30 +96,29 @@ class LayerRecord:
 
 @dataclass
 class Decomposed:
-    """The k components of a layer that could still be chosen, out of R = min(d_out, d_in), in the order of σ: the tail
-    in kpm, the head in ipm.
+    """A layer that waits for the end, on the CPU: the factors of its adapter, or the k components that could still be
+    chosen for it, out of R = min(d_out, d_in), in the order of σ: the tail in kpm, the head in ipm.
 
     Attributes:
-        rows: a_i = u_iᵀW, (k, d_in) float32 on the CPU; two-sided, u_iᵀZ, see `solvers.Seen`.
-        U: (d_out, k) float32 on the CPU; two-sided, the columns that belong to the rows. None where the split needs
-            none (B from zero).
-        sigma: singular values of the oriented weight, descending, float64 on the CPU: all, (R,), or with a fixed rank
-            those of the adapter, (r,).
-        energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
+        sigma: singular values of the oriented weight, descending, float64: all, (R,), or with a fixed rank those of the
+            adapter, (r,).
         record: what is known of the layer by now.
+        A, B: see `LayerStart`. None where the rank is to be allocated; B is also None where it starts from zero.
+        rows: where the rank is to be allocated, a_i = u_iᵀW, (k, d_in) float32; two-sided, u_iᵀZ, see `solvers.Seen`.
+        U: (d_out, k) float32; two-sided, the columns that belong to the rows. None where B starts from zero.
+        energy: of each row on the context (see `energies`), (k,) float64; None without a covariance.
         sides: C and D in small, from which drift is predicted; None if nobody asks for it.
-        folded: A (r, d_in) and B (d_out, r), float32 on the CPU, where they are no components but what quantization
-            lost.
-        stored: the quantized weight, on the CPU, if it was quantized with the decomposition.
+        stored: the quantized weight, if it was quantized with the decomposition.
     """
 
-    rows: Tensor
-    U: Tensor | None
     sigma: Tensor
-    energy: Tensor | None
     record: LayerRecord
+    A: Tensor | None = None
+    B: Tensor | None = None
+    rows: Tensor | None = None
+    U: Tensor | None = None
+    energy: Tensor | None = None
     sides: Sides | None = None
-    folded: tuple[Tensor, Tensor] | None = None
     stored: Quantized | None = None
 
 
@@ -281,7 +281,8 @@ def keep_components(
     record: LayerRecord,
     seen: Seen | None = None,
 ) -> Decomposed:
-    """The part of a decomposition to keep, where at most k components of the layer will be chosen.
+    """What to keep of a decomposition: the factors of the adapter where its rank k is fixed; else the components, of
+    which at most k will be chosen.
 
     Args:
         record: to be completed.
@@ -293,10 +294,19 @@ def keep_components(
     rows = U.T @ W.double()  # (k, n)
     energy = None
     if C is not None:
-        energy = energies(rows, C).cpu()
+        energy = energies(rows, C)
         record = replace(record, input_energy=float(C.diagonal().mean()), output_energy=_output_energy(W, C))
-    kept_U = None if config.from_zero else (seen.columns(U) if seen else U).float().cpu()
-    return Decomposed(rows.float().cpu(), kept_U, sigma.cpu(), energy, record)
+    columns = None if config.from_zero else (seen.columns(U) if seen else U)
+    if config.allocates:
+        return Decomposed(
+            sigma.cpu(),
+            record,
+            rows=rows.float().cpu(),
+            U=None if columns is None else columns.float().cpu(),
+            energy=None if energy is None else energy.cpu(),
+        )
+    A, B, record = _split(rows, columns, sigma[chosen], energy, config, record)
+    return Decomposed(sigma.cpu(), record, A.float().cpu(), None if B is None else B.float().cpu())
 
 
 def _output_energy(W: Tensor, C: Tensor) -> float:
@@ -306,33 +316,44 @@ def _output_energy(W: Tensor, C: Tensor) -> float:
 
 
 def start_layer(layer: Decomposed, r: int, config: CordaConfig) -> LayerStart:
-    """Split r of the kept components into the factors A and B."""
-    chosen, sigma = select(config.mode, len(layer.rows), r), layer.sigma[select(config.mode, len(layer.sigma), r)]
-    record = layer.record
-    if layer.folded is not None:
-        A, B = (factor.double() for factor in layer.folded)
-    else:
-        assert record.shape is not None
-        assert config.split is not None
-        rows = layer.rows[chosen].double()
-        # Where B starts from zero, any U will do: this one takes no memory, and gives a B of zeros in float32.
-        U = torch.zeros(1).expand(record.shape[0], r) if layer.U is None else layer.U[:, chosen].double()
-        B, A = split_components(U, sigma, rows, config.split, config.scale)
-        if layer.energy is not None:
-            energy, output_energy = layer.energy[chosen], record.output_energy
-            stretch = (A.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-300)) ** 2  # A_i is a_i, longer or shorter
-            share = float(energy.sum()) / output_energy if output_energy else 0.0
-            record = replace(record, energy_share=share, leak=float((stretch * energy).sum()))
+    """The factors A and B of a layer: those that it has, or split from r of the kept components. No tensor is a view of
+    a file that the layer was read from."""
+    A, B, record = layer.A, layer.B, layer.record
+    if A is None:
+        assert layer.rows is not None
+        chosen, sigma = select(config.mode, len(layer.rows), r), layer.sigma[select(config.mode, len(layer.sigma), r)]
+        U = None if layer.U is None else layer.U[:, chosen].double()
+        energy = None if layer.energy is None else layer.energy[chosen]
+        A, B, record = _split(layer.rows[chosen].double(), U, sigma, energy, config, record)
+    assert record.shape is not None
+    B = torch.zeros(record.shape[0], r) if B is None else B.to(torch.float32, copy=True)
+    return LayerStart(A.to(torch.float32, copy=True), B, layer.sigma.clone(), record)
+
+
+def _split(
+    rows: Tensor, U: Tensor | None, sigma: Tensor, energy: Tensor | None, config: CordaConfig, record: LayerRecord
+) -> tuple[Tensor, Tensor | None, LayerRecord]:
+    """A (r, n) and B (m, r) of the components of an adapter, which are float64, and the completed record.
+
+    Args:
+        U: None where B starts from zero, as the result then is.
+    """
+    assert config.split is not None
+    # Where B starts from zero, any U will do: this one takes no memory.
+    B, A = split_components(rows.new_zeros(1, len(rows)) if U is None else U, sigma, rows, config.split, config.scale)
+    if energy is not None:
+        stretch = (A.norm(dim=1) / rows.norm(dim=1).clamp(min=1e-300)) ** 2  # A_i is a_i, longer or shorter
+        share = float(energy.sum()) / record.output_energy if record.output_energy else 0.0
+        record = replace(record, energy_share=share, leak=float((stretch * energy).sum()))
     record = replace(
         record,
-        r=r,
+        r=len(rows),
         sigma_first=float(sigma[0]),
         sigma_last=float(sigma[-1]),
         norm_A=float(A.norm()),
         norm_B=float(B.norm()),
     )
-    spectrum = layer.sigma.clone()  # not a view of the file that it was read from
-    return LayerStart(A.float(), B.float(), spectrum, record)
+    return A, None if U is None else B, record
 
 
 def quantize_layer(
@@ -349,7 +370,7 @@ def quantize_layer(
     `config.fold`, B A are fitted to what that lost.
 
     Args:
-        r: the rank. B and A are as `start_layer` gives them.
+        r: the rank.
         store: quantizes a float32 matrix, to the nearest levels or by a metric (n, n) (see `weights.quantize`): what is
             stored, and its values in float32.
         C, D: the metric of the fit and of the record's errors. Default: the identity.
@@ -358,7 +379,7 @@ def quantize_layer(
     Raises CordaError if the metric is singular.
     """
     start, s = start_layer(layer, r, config), config.scale
-    W, A, B, stored, folded = W.float(), start.A.to(W.device), start.B.to(W.device), None, None
+    W, A, B, stored = W.float(), start.A.to(W.device), start.B.to(W.device), None
     with _said_if_singular(SINGULAR):
         if config.fold and values is None:
             stored, A, B = fold(W, store, A, s * B, C, D, config.fold, config.damping)
@@ -367,11 +388,16 @@ def quantize_layer(
             stored, values = store(W - s * (B @ A), None)
         elif config.fold:
             A, B = best_fit(W - values, r, C, D, config.damping)
-        if config.fold:
+        if config.fold:  # the factors are no components of W any more
             A, B = (A / s**0.5).float(), (B / s**0.5).float()
-            folded = (A.cpu(), B.cpu())
-            if C is not None:
-                layer.record = replace(layer.record, leak=float(energies(A.double(), C).sum()))
+            record = replace(
+                layer.record,
+                energy_share=None,
+                leak=None if C is None else float(energies(A.double(), C).sum()),
+                norm_A=float(A.double().norm()),
+                norm_B=float(B.double().norm()),
+            )
+            layer = replace(layer, A=A.cpu(), B=B.cpu(), record=record)
         lost = W - values - s * (B @ A)
         record = replace(
             layer.record,
@@ -379,4 +405,4 @@ def quantize_layer(
             context_error=metric_norm(lost, C, D, config.damping) / (metric_norm(W, C, D, config.damping) or 1.0),
         )
     stored = stored and {name: tensor.cpu() for name, tensor in stored.items()}
-    return replace(layer, record=record, folded=folded, stored=stored)
+    return replace(layer, record=record, stored=stored)

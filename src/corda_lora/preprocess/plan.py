@@ -330,15 +330,15 @@ def init_plan(
                 work[stage].update(cost)
                 peak[stage] = max(peak[stage], beside + 8 * numbers)
             undone -= max(rounds, abilities) * sums.get(name, 0) + abilities * sum(other.values())
-        # Rows, U unless B starts from zero, energies and spectrum (see `Decomposed`).
+        # A and B, or rows, U and energies; no B or U where B starts from zero; and the spectrum (see `Decomposed`).
         columns = {layer.name: layer.n + (0 if config.from_zero else layer.m) for layer in layers}
         sigmas = {name: min(m, n) if keeps_all(config) else config.r for name, m, n, _ in layers}
         sides = sum(small(members[0].n) + sum(small(layer.m) for layer in members) for members in groups.values())
         statistics += 2 * sides * (config.keep > 0)  # in bfloat16
-        unfinished = sum(kept[name] * (4 * columns[name] + 8) + 8 * sigmas[name] for name in columns)
+        energies = 8 * config.allocates
+        unfinished = sum(kept[name] * (4 * columns[name] + energies) + 8 * sigmas[name] for name in columns)
         if config.quantization:
-            folded = {layer.name: 4 * config.r * (layer.m + layer.n) * bool(config.fold) for layer in layers}
-            unfinished += sum(stored_bytes(layer, config) + folded[layer.name] for layer in layers)
+            unfinished += sum(stored_bytes(layer, config) for layer in layers)
         stored.append(unfinished + 4 * sides * (config.keep > 0))
 
     if tokens.total:  # as if every token stood for a patch

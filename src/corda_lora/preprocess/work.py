@@ -29,8 +29,9 @@ MANIFEST = "finished.json"
 # What runs leave in a folder of work: settings, finished blocks, a quantized base, parked hidden states, checkpoints,
 # the trainer's page, a tracker's logs.
 OURS = re.compile(rf"run\.json|{re.escape(MANIFEST)}|\d{{4,}}\.safetensors|base|checkpoint-\d+|README\.md|tmp\w+|runs")
-FOLDED, STORED = ("folded.A", "folded.B"), "stored."
-KEYS = ("rows", "U", "sigma", "energy", "C.factor", "C.diagonal", "D.factor", "D.diagonal")
+STORED = "stored."
+KEYS = ("sigma", "A", "B", "rows", "U", "energy")
+SIDES = ("C.factor", "C.diagonal", "D.factor", "D.diagonal")
 
 
 def open_work(
@@ -149,18 +150,17 @@ class LayerStore:
         with safe_open(self.folder / file, framework="pt") as tensors:
             names, inputs = set(tensors.keys()), dict[str, Low]()
             for layer, fields in json.loads(tensors.metadata()["records"]).items():
-                wanted = ("sigma",) if spectra_only else (*KEYS, *FOLDED)
+                wanted = KEYS[:1] if spectra_only else (*KEYS, *SIDES)
                 keys = [k for k in wanted if f"{layer}|{k}" in names]
                 parts = {key: tensors.get_tensor(f"{layer}|{key}") for key in keys}
-                rows, record, sides = parts.get("rows", torch.empty(0, 0)), LayerRecord(**fields), None
-                sigma, U, energy = parts["sigma"], parts.get("U"), parts.get("energy")
+                record, sides = LayerRecord(**fields), None
                 if "C.factor" in parts:
                     inputs[layer] = Low(parts["C.factor"], parts["C.diagonal"])
                 if "D.factor" in parts:
                     assert record.input is not None
                     sides = Sides(inputs[record.input], Low(parts["D.factor"], parts["D.diagonal"]))
-                folded = (parts[FOLDED[0]], parts[FOLDED[1]]) if FOLDED[0] in parts else None
-                yield layer, Decomposed(rows, U, sigma, energy, record, sides, folded)
+                of_layer = {key: x for key, x in parts.items() if key in KEYS}
+                yield layer, Decomposed(record=record, sides=sides, **of_layer)
 
     def quantized(self, layer: str) -> Quantized | None:
         """The quantized weight of a layer; None if it was not quantized with the decomposition."""
@@ -173,11 +173,10 @@ class LayerStore:
 
 def _parts(name: str, layer: Decomposed) -> dict[str, Tensor]:
     """The tensors of a layer by their `KEYS`. C is only among those of the first layer that was given the input."""
-    parts = {key: getattr(layer, key) for key in KEYS if hasattr(layer, key)}
+    parts = {key: getattr(layer, key) for key in KEYS}
     for side, low in layer.sides._asdict().items() if layer.sides else ():
         if side == "D" or layer.record.input == name:
             parts |= {f"{side}.{key}": x for key, x in low._asdict().items()}
-    parts |= dict(zip(FOLDED, layer.folded or ()))
     parts |= {f"{STORED}{key}": x for key, x in (layer.stored or {}).items()}
     return {key: x.contiguous() for key, x in parts.items() if x is not None}
 
