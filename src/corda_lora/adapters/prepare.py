@@ -28,7 +28,7 @@ from ..models.loading import (
     open_model,
 )
 from ..models.lockstep import Stored, on_device, tensors_of
-from ..models.targets import choose_targets, modules_named
+from ..models.targets import modules_named
 from ..preprocess.context import Ability, Context, has_decoder, read_context, together
 from ..preprocess.held_out import enough_samples, held_out_leaks, times_as_much
 from ..preprocess.pipeline import Start, preprocess
@@ -218,7 +218,7 @@ def _add_held_out(
     context = read_context(tokenizer, [others], data.max_length, batch_tokens, has_decoder(model))
     place = Place(compute_device(model, config.device), stored, processes=processes)
     context = replace(context, skip_tokens=config.skip_tokens, tokens=config.tokens)
-    leaks = held_out_leaks(model, choose_targets(model, config), start, context, place, processes, progress)
+    leaks = held_out_leaks(model, start, context, place, processes, progress)
     for name, leak in leaks.items():
         record["layers"][name]["held_out_leak"] = leak
     leaked = {name: layer.record.leak for name, layer in start.layers.items() if layer.record.leak is not None}

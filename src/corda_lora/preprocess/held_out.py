@@ -19,7 +19,6 @@ from .walk import Place, walk
 @torch.no_grad()
 def held_out_leaks(
     model: nn.Module,
-    targets: Mapping[str, nn.Module],
     start: Start,
     context: Context,
     place: Place,
@@ -29,6 +28,7 @@ def held_out_leaks(
     """The leak tr(A C Aᵀ) of each layer of a start, with C of samples that its components were not chosen from. A layer
     that none of their tokens came to is missing. Several processes share the batches, if there are as many."""
     leaks: dict[str, float] = {}
+    targets = {name: model.get_submodule(name) for name in start.layers}
     collector = None
     if processes and len(context.batches) >= processes.size:
         share = Share(processes, model, targets, start.config, place.device)
