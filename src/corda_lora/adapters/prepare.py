@@ -99,7 +99,7 @@ def prepare(
     assert config.rounds is not None
     datas = [data] if isinstance(data, DataConfig) else list(data or ())
     check_together(config, len(datas))
-    with warming(config, source if isinstance(source, nn.Module) else None):
+    with warming(config, source if isinstance(source, nn.Module) else None) as warm:
         shown = [load_rounds(each, config.rounds) for each in datas] if shown is None else shown
         base: nn.Module | None = None
         if isinstance(source, ModelConfig):
@@ -110,6 +110,8 @@ def prepare(
                 base = load_model(source)
             torch.manual_seed(0)  # of a classifier's new head
             model, stored = open_model(source) if base is None or original is None else check_same_model(base, original)
+            if stored:
+                warm(model, batch_tokens)
             tokenizer = load_tokenizer(source) if (datas or config.quantization) and tokenizer is None else tokenizer
         else:
             model, stored = source, {}

@@ -1,6 +1,7 @@
 """What a GPU must load before it can work, loaded while the model and the context are read."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal
@@ -11,33 +12,48 @@ from torch.nn import functional
 
 from ..algebra.covariance import add_gram, mirror
 from ..config import CordaConfig
-from ..devices import accelerator, compute_device, to_this_gpu
+from ..devices import accelerator, compute_device, release_cache, to_this_gpu
+from ..models.lockstep import find_blocks
+from ..models.seeing import image_side
+from ..models.targets import is_linear
+from .context import Context
 from .layer import decompose_layer
+from .walk import Place, walk
 
 N, HEAD = 1024, 128  # of the matrices here, and of a head of attention
+LENGTH = 256  # tokens of a sample
 
 
 @contextmanager
-def warming(config: CordaConfig, model: nn.Module | None = None) -> Iterator[None]:
+def warming(config: CordaConfig, model: nn.Module | None = None) -> Iterator[Callable[[nn.Module, int], None]]:
     """For a `with` block a thread has the CUDA device, if there is one, do on small matrices what it will do in a
     block: a process that does so for the first time waits some two seconds for libraries and kernels.
+
+    Yields a function that has the thread also run batches of so many tokens through the first block of a model, which
+    is one without its weights (see `open_model`).
 
     Args:
         model: where it is loaded already: then the device is the one that it runs on.
     """
+
+    def device() -> torch.device:
+        if model is not None:
+            return compute_device(model, config.device)
+        return accelerator() if config.device is None else torch.device(config.device)
+
+    def work() -> None:
+        if device().type == "cuda":
+            _work(config.mode, device())
+
+    def first_block(empty: nn.Module, tokens: int) -> None:
+        if device().type == "cuda":
+            _run_first_block(empty, tokens, device())
+
     with ThreadPoolExecutor(1, initializer=to_this_gpu()) as thread:
-        warmed = thread.submit(_warm, config, model)
-        yield
-        warmed.exception()  # of no interest: what fails here fails where it is needed, with a sentence
-
-
-def _warm(config: CordaConfig, model: nn.Module | None) -> None:
-    if model is not None:
-        device = compute_device(model, config.device)
-    else:
-        device = accelerator() if config.device is None else torch.device(config.device)
-    if device.type == "cuda":
-        _work(config.mode, device)
+        begun = [thread.submit(work)]
+        yield lambda empty, tokens: begun.append(thread.submit(first_block, empty, tokens))
+        for job in begun:
+            job.exception()  # of no interest: what fails here fails where it is needed, with a sentence
 
 
 def _work(mode: Literal["kpm", "ipm"], device: torch.device) -> None:
@@ -49,3 +65,25 @@ def _work(mode: Literal["kpm", "ipm"], device: torch.device) -> None:
     functional.silu(functional.embedding(torch.arange(N, device=device), x) @ x)
     C = mirror(add_gram(None, x))
     decompose_layer(W, C, CordaConfig(mode=mode, r=8), fell_back=lambda: None)
+
+
+@torch.no_grad()
+def _run_first_block(empty: nn.Module, tokens: int, device: torch.device) -> None:
+    """Run a batch without padding and one with it through all that comes before the second block, and take the
+    covariances. The weights are zeros; those of `empty` are not touched."""
+    model = copy.deepcopy(empty)  # its parameters take no memory
+    for parameter in model.parameters():
+        parameter.data = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+    sees = image_side(model)
+    blocks = find_blocks(model, [name for name, m in model.named_modules() if is_linear(m) and not sees(name)])
+    for parent in {name.rpartition(".")[0] for name in blocks}:
+        del model.get_submodule(parent)[1:]  # type: ignore[operator]
+    name, block = next(iter(blocks.items()))
+    targets = {f"{name}.{n}": m for n, m in block.named_modules() if is_linear(m)}
+    ids = torch.zeros(max(1, tokens // LENGTH), min(tokens, LENGTH), dtype=torch.long)
+    padded = torch.ones_like(ids)
+    padded[:, -1] = 0
+    batches = [{"input_ids": ids, "attention_mask": mask} for mask in (torch.ones_like(ids), padded)]
+    for _, groups in walk(model, targets, Context(batches, rounds=[0, 0]), Place(device)):
+        del groups
+    release_cache(device)
