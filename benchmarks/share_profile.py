@@ -123,6 +123,9 @@ def main() -> None:
     watch(collect.Covariance, "mean", "mean", on_gpu=True)
     watch(pipeline, "synchronize", "lap: synchronize")
     watch(pipeline, "release_cache", "lap: release_cache")
+    watch(pipeline, "choose_targets", "in no stage: choose_targets")
+    watch(pipeline, "check_context", "in no stage: check_context")
+    watch(pipeline, "_digests", "in no stage: _digests")
     watch(pipeline, "_ranks_of_all", "factors: _ranks_of_all")
     watch(pipeline, "_start", "factors: _start")
     watch(torch.Tensor, "pin_memory", "thread: read and pin")
@@ -164,7 +167,9 @@ def profile(options: argparse.Namespace, processes: Processes | None) -> None:
 
 
 def say(title: str, seconds: dict[str, float]) -> None:
-    print(f"\n=== {title}; " + ", ".join(f"{stage} {took:.2f}" for stage, took in seconds.items()))
+    rest = seconds["all"] - sum(took for stage, took in seconds.items() if stage not in ("all", "waiting"))
+    spent = seconds | {"in no stage": rest}
+    print(f"\n=== {title}; " + ", ".join(f"{stage} {took:.2f}" for stage, took in spent.items()))
     for label, took in host.items():
         line = f"  {label}: {len(took)} x, {sum(took):.2f} s, first {took[0]:.3f}, max {max(took):.3f}"
         on_gpu = [first.elapsed_time(last) / 1e3 for first, last in device.get(label, [])]
