@@ -651,6 +651,18 @@ def test_an_adapter_for_other_weights(verb, checkpoint, data, tokenizer, capsys)
     assert [p.name for p in (data / "work").iterdir()] == ["start"]
 
 
+@pytest.mark.parametrize("verb", ["train", "inspect"])
+def test_an_adapter_for_the_same_weights_in_another_dtype(verb, checkpoint, data, capsys):
+    init(checkpoint, data)
+    arguments = {
+        "train": ["--start", "start", "--data", data / "learn.jsonl", "--output", "out"],
+        "inspect": ["--adapter", "start", "--context", data / "keep.jsonl", "--output", "out"],
+    }[verb]
+    said = refused(capsys, verb, "--model", checkpoint, *arguments, "--dtype", "float16")
+    assert f"was made for other weights than these (its base was {checkpoint}), or the same in float32: " in said
+    assert said.endswith("load the model in float32 (--dtype float32)")
+
+
 @pytest.mark.parametrize("verb", ["init", "train", "export"])
 def test_an_output_with_something_in_it(verb, checkpoint, data, capsys):
     init(checkpoint, data)

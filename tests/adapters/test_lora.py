@@ -374,10 +374,36 @@ def test_an_adapter_for_other_weights_is_refused(tmp_path):
     folder = saved(adapted, found, tmp_path / "adapter")
     for other, why in ((tiny.build("llama", seed=1), "made for other weights"), (tiny.build("bert"), "another model")):
         weights = tiny.snapshot(other)
-        with pytest.raises(CordaError, match=rf"{why}.* .its base was not recorded"):
+        with pytest.raises(CordaError, match=rf"{why}.* .its base was not recorded.$"):
             load_adapter(other, folder)
         assert all(torch.equal(weights[n], t) for n, t in other.state_dict().items())
     load_adapter(tiny.build("llama", torch.bfloat16), folder)  # the same weights, rounded
+
+
+@pytest.mark.parametrize(("made_in", "now"), [("float32", "float16"), ("bfloat16", "float16"), ("float16", "float32")])
+def test_weights_that_differ_by_a_cast_are_said_to(made_in, now, tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path / "model")
+
+    def loaded(dtype):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+
+    config = CordaConfig(r=4, orientation="identity")
+    get_corda_model(loaded(made_in), config, progress=False).save_pretrained(tmp_path / "a")
+    why = rf"other weights than these .its base was .*\), or the same in {made_in}: float16 rounds them otherwise, "
+    with pytest.raises(CordaError, match=rf"{why}so load the model in {made_in} \(--dtype {made_in}\)$"):
+        load_adapter(loaded(now), tmp_path / "a")
+    load_adapter(loaded(made_in), tmp_path / "a")
+    other = tiny.build("llama", getattr(torch, made_in), seed=1)
+    with pytest.raises(CordaError, match=r"made for other weights than these \(its base was .*/model\)$"):
+        load_adapter(other, tmp_path / "a")
+
+
+def test_a_residual_that_is_cast_is_said_to_be(tmp_path):
+    model, found, adapted, _ = tuned()
+    export_residual(model, saved(adapted, found, tmp_path / "a"), tmp_path / "residual")
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "residual", dtype=torch.float16)
+    with pytest.raises(CordaError, match=r"or the same in another dtype: .* in the dtype that it had then"):
+        load_adapter(residual, tmp_path / "residual" / "adapter")
 
 
 def test_a_plain_lora_directory_is_loaded_as_peft_does(tmp_path):

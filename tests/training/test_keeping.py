@@ -122,6 +122,8 @@ def test_statistics_of_another_model_are_refused(statistics):
         model.model.layers[0].mlp.up_proj.weight.add_(0.1)
     with pytest.raises(CordaError, match=r"of another model: model\.layers\.0\.mlp\.up_proj has other weights"):
         PredictedDrift(plain_lora(model, LoraStart(r=4), recipe()), statistics)
+    with pytest.raises(CordaError, match="has other weights, or the same in another dtype: float16 rounds them"):
+        PredictedDrift(plain_lora(tiny.build("llama", torch.float16), LoraStart(r=4), recipe()), statistics)
     model = tiny.build("llama")
     few = collect_statistics(model, find_targets(model, ["q_proj"]), CONTEXT, 0, progress=False)
     with pytest.raises(CordaError, match="lack the layer"):

@@ -54,7 +54,7 @@ from ..files import (
     write_json,
 )
 from ..models.targets import check_bare, known_labels, lora_config, new_modules
-from ..models.weights import fingerprint, layer_digest, weight_shape
+from ..models.weights import fingerprint, layer_digest, or_the_same, weight_shape
 from ..preprocess.pipeline import Start
 from ..preprocess.statistics import NAME as STATISTICS
 from ..preprocess.statistics import Statistics
@@ -97,6 +97,7 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     marks = {"mode": start.config.mode, "split": split, "scale": start.config.scale}
     marks["fingerprint"] = start.record.get("fingerprint")
+    marks["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if split == "residual":
         marks["start"] = digest_of_factors(weights)
         name = getattr(model, "name_or_path", "")
@@ -372,6 +373,7 @@ def check_base(model: nn.Module, directory: Path, config: peft.PeftConfig | None
         raise CordaError(
             f"the adapter in {directory} was made for other weights than these "
             f"(its base was {config.base_model_name_or_path or 'not recorded'})"
+            + or_the_same(model.get_submodule(min(_layers_in(shapes))), (marks or {}).get("dtype"))
         )
 
 

@@ -33,7 +33,7 @@ from ..devices import compute_device, release_cache
 from ..files import read_json
 from ..models.lockstep import Stored, find_blocks, on_device, parking, tensors_of
 from ..models.targets import task_type, tied_layers
-from ..models.weights import fingerprint, layer_digest, weight_of, weight_shape
+from ..models.weights import fingerprint, layer_digest, or_the_same, weight_of, weight_shape
 from ..preprocess.backward import StepBack, walk_back
 from ..preprocess.context import Context, answer_mask, check_context, has_decoder, read_context
 from ..preprocess.walk import Place, choose_parking, walk
@@ -60,6 +60,7 @@ class Adapter:
         left: what else it trains, by the names of the tensors: modules saved whole, embeddings.
         base: the name of its base model; None if it is not recorded.
         made_for: the fingerprint of the base's weights, if they are recorded.
+        made_in: their dtype, if it is recorded.
         kept: the predicted drift of each layer on each ability that was to be kept, in nats per answer token, as far as
             it is known. One ability is called "".
         residual: whether it holds a part of the model that its base lacks.
@@ -69,6 +70,7 @@ class Adapter:
     left: list[str]
     base: str | None
     made_for: str | None
+    made_in: str | None
     kept: dict[str, dict[str, float]]
     residual: bool
 
@@ -110,7 +112,9 @@ def read_adapter(directory: Path) -> Adapter:
         raise CordaError(f"the adapter in {directory} changes no linear layer")
     left = sorted(name for name in weights if ".base_layer." not in name)  # PEFT's copies of the base's own
     residual = marks is not None and marks["split"] == "residual"
-    return Adapter(layers, left, config.base_model_name_or_path, made_for(marks, config), _kept(directory), residual)
+    made_in = None if marks is None else marks.get("dtype")
+    name, kept = config.base_model_name_or_path, _kept(directory)
+    return Adapter(layers, left, name, made_for(marks, config), made_in, kept, residual)
 
 
 def _kept(directory: Path) -> dict[str, dict[str, float]]:
@@ -187,7 +191,8 @@ def inspect_adapter(
                 record["layers"][name] |= _of_model(module, layers[name])
             advance()
         if adapter.made_for and fingerprint(digests) != adapter.made_for:
-            raise CordaError(f"the adapter was made for other weights than these (its base was {adapter.base})")
+            same = or_the_same(next(iter(targets.values())), adapter.made_in)
+            raise CordaError(f"the adapter was made for other weights than these (its base was {adapter.base}){same}")
         record["tied"] = tied_layers(model, targets)
         for about, context, count in zip(record["contexts"], contexts, answers):
             share = about["tokens"] / count if count else 0.0

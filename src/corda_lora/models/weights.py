@@ -88,6 +88,22 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
+def or_the_same(layer: nn.Module, made_in: str | None) -> str:
+    """The end of a sentence that says by a layer's digest that its weight is another: where it may be the same, but for
+    its dtype. Only float16 makes the digest another: it is of bfloat16, to which float32 is rounded alike before a cast
+    to bfloat16 and after it.
+
+    Args:
+        made_in: the dtype that the layer had then, if it is known.
+    """
+    now = str(layer.weight.dtype).removeprefix("torch.")  # of 4 bits that of what is packed, which no cast changes
+    if now == made_in or "float16" not in (now, made_in) or is_4bit(layer):
+        return ""
+    there = made_in or "the dtype that it had then"
+    load = f"load the model in {there} (--dtype{f' {made_in}' if made_in else ''})"
+    return f", or the same in {made_in or 'another dtype'}: float16 rounds them otherwise, so {load}"
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 

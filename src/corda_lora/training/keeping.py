@@ -28,7 +28,7 @@ from ..config import CordaError
 from ..config.train import KEEP
 from ..config.values import Count, Positive, Weight, check_value
 from ..models.residual import check_whole
-from ..models.weights import layer_digest, weight_shape
+from ..models.weights import layer_digest, or_the_same, weight_shape
 from ..preprocess.statistics import Statistics
 
 STATE = "Keeper"
@@ -186,7 +186,8 @@ def check_statistics(statistics: Statistics, layers: Mapping[str, nn.Module]) ->
         if name not in statistics.digests:
             raise CordaError(f"the statistics of the context lack the layer {name}, which the adapter changes")
         if layer_digest(module) != statistics.digests[name]:
-            raise CordaError(f"the statistics of the context are of another model: {name} has other weights")
+            same = or_the_same(module, None)
+            raise CordaError(f"the statistics of the context are of another model: {name} has other weights{same}")
         if name in statistics.layers:
             C, D = (len(M.diagonal) for M in statistics.layers[name])
             if weight_shape(module) != (D, C):
