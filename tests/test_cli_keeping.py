@@ -256,8 +256,13 @@ def test_the_meters_samples_are_in_none_of_the_starts_rounds(checkpoint, context
     )
 
 
-def test_what_init_was_told_to_keep_is_kept_in_either_mode(checkpoint, context):
+def test_what_init_was_told_to_keep_is_kept_in_either_mode(checkpoint, context, capsys):
+    """In ipm it is the task itself, which is said."""
+    priced = "in mode ipm the context is the task to learn, so its price (keep) is on drift on the task itself"
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, "--keep", 30, output="kpm")
+    assert priced not in " ".join(capsys.readouterr().err.split())
     init(checkpoint, context, *TEMPLATES, "--samples", 40, "--keep", 30, "--mode", "ipm")
+    assert priced in " ".join(capsys.readouterr().err.split())
     train(checkpoint, context, "--start", "start", "--max_steps", 2)
     assert trained(context, "tuned")["drift"][-1][3] == 30
 

@@ -117,3 +117,12 @@ def test_prices_of_contexts_may_be_steered():
     contexts = [{"data": "a", "price": 1.0}, {"data": "b", "price": 2.0}]
     entry = MethodConfig("corda-kpm-anchored", options={"contexts": contexts, "steer": True})
     check_methods(CompareConfig({"mine": entry}, "learn", EvalConfig(learn=["learn"])))
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_a_price_on_the_task_is_said_before_any_run(mode, recwarn):
+    contexts = [{"data": "a", "price": 1.0}, {"data": "b"}]
+    entry = MethodConfig(f"corda-{mode}-seeded", options={"contexts": contexts})
+    check_methods(CompareConfig({"mine": entry}, "learn", EvalConfig(learn=["learn"])))
+    said = [str(warning.message) for warning in recwarn]
+    assert any("its price (keep) is on drift on the task itself" in each for each in said) == (mode == "ipm")

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from .lora import check_lora, without_pefts_others
 from .values import CordaError, Count, CountOrZero, Positive, Range, Share, check_fields
 
+PRICED_TASK = "in mode ipm the context is the task to learn, so its price (keep) is on drift on the task itself"
+
 
 @without_pefts_others
 @dataclass

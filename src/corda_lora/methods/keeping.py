@@ -1,5 +1,6 @@
 """What a training keeps, for methods whose adapter is a LoRA: terms of the loss that are known from the weights."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..config import ContextConfig, CordaError, DataConfig, MethodConfig
 from ..config.data import named_contexts, prices_of
+from ..config.init import PRICED_TASK
 from ..data.batches import Encoded, encode_all
 from ..data.overview import unseen_samples
 from ..data.samples import load_samples
@@ -19,7 +21,7 @@ from ..evaluation.meter import MEASURED
 from ..preprocess.own_text import own_text
 from ..preprocess.statistics import NAME, Statistics, collect_statistics
 from ..training.keeping import Keeper, Keepers, PredictedDrift
-from .registry import Prepared, Setup
+from .registry import Prepared, Setup, corda_config
 
 AFTER = ("keep", "keep_generic")  # options of methods that change the training alone
 
@@ -93,16 +95,20 @@ def prices(contexts: Sequence[DataConfig], keep: float) -> list[float]:
 
 
 def check_contexts(entry: MethodConfig, samples: int) -> None:
-    """Raises CordaError if an entry's contexts, their prices, `keep` and `steer` do not go together; as `contexts_of`
-    does."""
+    """Warns where an entry puts a price on the task that it is to learn. Raises CordaError if its contexts, their
+    prices, `keep` and `steer` do not go together; as `contexts_of` does."""
     given = entry.options.get("contexts")
     contexts = contexts_of(given, samples) if given else []
     own = [context.price for context in contexts if isinstance(context, ContextConfig)]
     if own and None not in own and (entry.swept_option == "keep" or "keep" in entry.options):
         raise CordaError("keep is the price of contexts without their own, and each has one: leave keep out")
     keeps = entry.swept_values if entry.swept_option == "keep" else [entry.options.get("keep") or 0.0]
+    priced = any(any(prices(contexts, keep)) for keep in keeps)
+    start = corda_config(entry.method, entry.options)
+    if priced and start is not None and start.mode == "ipm":
+        warnings.warn(f"{entry.method}: {PRICED_TASK}", stacklevel=2)
     steers = entry.options.get("steer") or entry.swept_option == "steer"
-    if steers and (len(contexts) < 2 or not any(any(prices(contexts, keep)) for keep in keeps)):
+    if steers and (len(contexts) < 2 or not priced):
         raise CordaError("steer shares out the prices of several contexts: give two or more, and keep or prices")
 
 

@@ -20,7 +20,7 @@ from ..algebra.mixture import even_weights, mixed
 from ..algebra.second_order import Low, compact
 from ..algebra.solvers import warn_of_fallbacks
 from ..config import CordaConfig, CordaError
-from ..config.init import check_together
+from ..config.init import PRICED_TASK, check_together
 from ..devices import (
     compute_device,
     device_name,
@@ -147,6 +147,12 @@ def preprocess(
         warnings.warn(
             f"{name} shares its weight with the embeddings, which PEFT's merge_and_unload would change, too: merge "
             "this adapter by `corda export --as merged`",
+            stacklevel=2,
+        )
+    if config.mode == "ipm" and config.keep:
+        warnings.warn(
+            f"{PRICED_TASK}: to keep another ability, leave keep out here, and give `corda train` its samples as "
+            "--context, with --keep (in Python see KeepCallback)",
             stacklevel=2,
         )
     context = _completed(context, config)
