@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from corda_lora import load_adapter
+from corda_lora import CordaConfig, get_corda_model, load_adapter
 from corda_lora.adapters.lora import install, lora_layers
 from corda_lora.cli import main
 
@@ -207,6 +208,21 @@ def test_a_plain_lora_has_a_card_too(checkpoint, work):
     assert rows["trained on"] == "`rows.jsonl`, 8 samples"
     assert "method" not in rows
     assert card.text.strip().startswith(f"# LoRA adapter for `{checkpoint.name}`")
+
+
+def test_what_python_made_and_peft_saved_names_its_settings(checkpoint, work):
+    """It has no corda.json: the marks in adapter_config.json travel with every save, and the cards are made of them."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    config = CordaConfig(r=4, orientation="diagonal", device="cpu")
+    get_corda_model(model, config, tiny.batches(), progress=False).save_pretrained("start")
+    marks = json.loads((work / "start" / "adapter_config.json").read_text())["auto_mapping"]["corda"]
+    assert [marks[key] for key in ("mode", "split", "orientation")] == ["kpm", "anchored", "diagonal"]
+    run("train", checkpoint, "--start", "start", "--data", "rows.jsonl", "--precision", "fp32", "--output", "tuned")
+    run("export", checkpoint, "--adapter", "tuned", "--as", "merged", "--output", "merged")
+    for name, ending in (("tuned", ""), ("merged", " merged in")):
+        card = ModelCard.load(work / name / "README.md")
+        assert cells(card)["method"] == "mode kpm, split anchored, orientation diagonal"
+        assert re.match(rf"# .*CorDA adapter.*{ending}\n", card.text.strip())
 
 
 def test_a_base_on_the_hub_is_in_the_cards_metadata_also_after_pefts_save(tmp_path):

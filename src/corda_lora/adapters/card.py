@@ -43,10 +43,11 @@ def write_card(peft_model: PeftModel, folder: Path, records: Records, note: str 
     """
     start, training = records.get("corda.json", {}), records.get(TRAINING, {})
     name = base_name(peft_model)
-    kind = "CorDA adapter" if "config" in start else "LoRA adapter"
+    ours = "config" in start or bool(_marks(peft_model))
+    kind = "CorDA adapter" if ours else "LoRA adapter"
     title = f"{shown(name)} with a {kind} merged in" if merged else f"{kind} for {shown(name)}"
     state = "trained" if training else "a start, to be trained" if "timing.json" in records else ""
-    made = f"Made with corda-lora {__version__}" + (f" ({PAPERS})" if "config" in start else "")
+    made = f"Made with corda-lora {__version__}" + (f" ({PAPERS})" if ours else "")
     made += f": {state}." if state else "."
     parts = [f"# {title}", made]
     parts += [note] if note else []
@@ -72,6 +73,11 @@ def finish_card(folder: Path, name: str) -> None:
         card.data.pop("base_model", None)
     card.data.tags = sorted(tags)
     card.save(folder / CARD)
+
+
+def _marks(peft_model: PeftModel) -> Mapping[str, Any]:
+    """What makes an adapter CorDA's in PEFT's configuration; empty for another's."""
+    return (peft_model.peft_config["default"].auto_mapping or {}).get("corda") or {}
 
 
 def base_name(peft_model: PeftModel) -> str:
@@ -104,9 +110,9 @@ def _what_it_is(
     peft_model: PeftModel, start: Mapping[str, Any], training: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     yield "base model", shown(base_name(peft_model))
-    if config := start.get("config"):
-        chosen = (f"{key} {config[key]}" for key in ("mode", "split", "orientation"))
-        yield "method", ", ".join([config["preset"], *chosen])
+    if config := start.get("config") or _marks(peft_model):  # a start that Python made and PEFT saved has no corda.json
+        chosen = [f"{key} {config[key]}" for key in ("mode", "split", "orientation") if key in config]
+        yield "method", ", ".join([config["preset"], *chosen] if "preset" in config else chosen)
     if (data := start.get("data")) and (context := start.get("context")):
         what = "kept" if start["config"]["mode"] == "kpm" else "learned"
         yield f"context (what is to be {what})", f"{shown(data['data'])}, {_counted(context)}"

@@ -13,9 +13,9 @@ directory loads in plain PEFT, and at the start the two halves cancel exactly in
 zero) and `seeded` (A trained, too) need no second half: rank r. Nor does an adapter on a quantized residual (`residual`
 in its marks), which is written once, as a model of its own: see `quantize`. How a part is held: see `held`.
 
-What makes the adapter CorDA's (split, scale, fingerprint of the base, a description of the held part) is under "corda"
-in `auto_mapping`, a free field of PEFT's configuration: whatever saves the adapter writes it to adapter_config.json,
-and plain PEFT loads and saves it again without a word.
+What makes the adapter CorDA's (mode, split, orientation, scale, fingerprint of the base, a description of the held
+part) is under "corda" in `auto_mapping`, a free field of PEFT's configuration: whatever saves the adapter writes it to
+adapter_config.json, and plain PEFT loads and saves it again without a word.
 """
 
 import hashlib
@@ -96,6 +96,7 @@ def install(model: nn.Module, start: Start) -> PeftModel:
     split = "residual" if start.config.has_residual else str(start.config.split)
     weights = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     marks = {"mode": start.config.mode, "split": split, "scale": start.config.scale}
+    marks["orientation"] = start.config.orientation
     marks["fingerprint"] = start.record.get("fingerprint")
     marks["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     if split == "residual":
