@@ -24,7 +24,7 @@ import torch
 from corda_lora.adapters.prepare import prepare
 from corda_lora.config import CordaConfig, DataConfig, ModelConfig
 from corda_lora.models import lockstep
-from corda_lora.preprocess import collect, pipeline, share, walk
+from corda_lora.preprocess import collect, pipeline, share, walk, warm
 from corda_lora.processes import Processes, joined, number_of_processes
 
 host: dict[str, list[float]] = defaultdict(list)
@@ -123,6 +123,8 @@ def main() -> None:
     watch(collect.Covariance, "mean", "mean", on_gpu=True)
     watch(pipeline, "synchronize", "lap: synchronize")
     watch(pipeline, "release_cache", "lap: release_cache")
+    watch(warm, "_work", "thread: make warm")
+    watch(warm, "_run_first_block", "thread: run the first block")
     watch(pipeline, "choose_targets", "in no stage: choose_targets")
     watch(pipeline, "check_context", "in no stage: check_context")
     watch(pipeline, "_digests", "in no stage: _digests")

@@ -10,9 +10,9 @@ already (random bfloat16 weights, see make_llama.py).
 - *corda++*, *ipm*, *kpm*: seconds from the command to the adapter, by torchrun where there are several processes; where
   they go, in the process that took longest; how near the adapters are. The stages and their sum, `all`, are those of
   `preprocess`; `waiting`, for the other processes, is in them.
-- *train*: `--steps` steps with the penalty, FSDP 2 by `accelerate launch` against one GPU, in float32 (how near the
-  adapters are, and, for a yardstick, those of one GPU that takes a step at once and in parts: rounding alone) and in
-  bfloat16 (how long the training takes, with what the meter measures).
+- *train*: `--steps` steps with the penalty, FSDP 2 by `accelerate launch` against one GPU, in float32 and in bfloat16:
+  how near the adapters are, and, for a yardstick, those of one GPU that takes a step at once and in parts (rounding
+  alone); how long the training takes, with what the meter measures.
 
 Without a GPU processes stand for GPUs, and DDP for FSDP: to try the script with `--size tiny`.
 """
@@ -170,12 +170,11 @@ def train(part: str, work: Path, options: Any, say: Callable[..., None]) -> None
         one, many = outputs.values()
         apart = distance(start, one, many)
         say(f"- the adapters in {dtype} are {apart:.1e} of their way from the start apart", **{f"apart {dtype}": apart})
-        if dtype == "float32":
-            halves = work / "tuned-halves"
-            half = max(1, BATCH // options.gpus)  # samples of a forward, as in each process above
-            ran(["train", *model, *flags, "--micro_batch_size", str(half)], halves, 1, torchrun)
-            apart = distance(start, one, halves)
-            say(f"- by rounding alone (1 GPU, {half} samples a forward): {apart:.1e}", **{"apart by rounding": apart})
+        halves = work / f"tuned-{dtype}-halves"
+        half = max(1, BATCH // options.gpus)  # samples of a forward, as in each process above
+        ran(["train", *model, *flags, "--micro_batch_size", str(half)], halves, 1, torchrun)
+        apart = distance(start, one, halves)
+        say(f"- by rounding alone (1 GPU, {half} samples a forward): {apart:.1e}", **{f"rounding {dtype}": apart})
 
 
 def distance(start: Path, one: Path, other: Path) -> float:

@@ -177,7 +177,8 @@ def test_parked_and_from_a_checkpoint_they_are_the_same(tmp_path, where):
 def test_on_a_gpu_they_are_the_same(where):
     model, targets = llama()
     found = both_sides(model, targets, batches(), Place(torch.device("cuda"), None, parking(where)))
-    same({name: [M.cpu() for M in both] for name, both in found.items()}, both_sides(model, targets, batches()), 1e-7)
+    # The rotary tables are float32 in this float64 model, too: a GPU's cosines differ from the CPU's in the last bit.
+    same({name: [M.cpu() for M in both] for name, both in found.items()}, both_sides(model, targets, batches()), 1e-6)
     assert next(model.parameters()).device.type == "cpu"
 
 

@@ -10,6 +10,8 @@ from corda_lora.config import CordaConfig, ModelConfig
 from corda_lora.models.loading import open_model
 from corda_lora.preprocess import warm
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
 
 @pytest.mark.parametrize("chosen", [None, "cuda:2"])
 def test_the_device_that_a_loaded_model_runs_on(chosen, monkeypatch):
@@ -33,16 +35,18 @@ def test_what_is_wrong_with_the_device_is_said_where_it_is_needed():
 
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
-def test_what_a_gpu_does_to_get_warm_runs_to_its_end(mode):
-    warm._work(mode, torch.device("cpu"))  # an error in the thread would be lost
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_what_a_gpu_does_to_get_warm_runs_to_its_end(device, mode):
+    warm._work(mode, torch.device(device))  # an error in the thread would be lost
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2_conv1d", "gemma3", "bert"])
-def test_a_pass_through_the_first_block_leaves_the_model_as_it_is(family, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_pass_through_the_first_block_leaves_the_model_as_it_is(device, family, tmp_path):
     tiny.build(family).save_pretrained(tmp_path)
     model, stored = open_model(ModelConfig(str(tmp_path)))
     assert stored
     before = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in model.state_dict().items()}
-    warm._run_first_block(model, 16, torch.device("cpu"))
+    warm._run_first_block(model, 16, torch.device(device))
     assert {name: (tensor.data_ptr(), tensor.shape) for name, tensor in model.state_dict().items()} == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

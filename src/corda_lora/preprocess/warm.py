@@ -71,14 +71,16 @@ def _work(mode: Literal["kpm", "ipm"], device: torch.device) -> None:
 def _run_first_block(empty: nn.Module, tokens: int, device: torch.device) -> None:
     """Run a batch without padding and one with it through all that comes before the second block, and take the
     covariances. The weights are zeros; those of `empty` are not touched."""
-    model = copy.deepcopy(empty)  # its parameters take no memory
-    for parameter in model.parameters():
+    model = copy.deepcopy(empty)
+    for parameter in model.parameters():  # takes no memory
         parameter.data = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
     sees = image_side(model)
     blocks = find_blocks(model, [name for name, m in model.named_modules() if is_linear(m) and not sees(name)])
     for parent in {name.rpartition(".")[0] for name in blocks}:
         del model.get_submodule(parent)[1:]  # type: ignore[operator]
     name, block = next(iter(blocks.items()))
+    for parameter in block.parameters():
+        parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
     targets = {f"{name}.{n}": m for n, m in block.named_modules() if is_linear(m)}
     ids = torch.zeros(max(1, tokens // LENGTH), min(tokens, LENGTH), dtype=torch.long)
     padded = torch.ones_like(ids)
