@@ -152,6 +152,22 @@ def test_the_mean_loss_counts_the_steps_before_a_resume(tokenizer, tmp_path, mon
     assert mean_loss([(2, 3.0), (3, 6.0)]) == 4.0
 
 
+@pytest.mark.parametrize("stopping", [None, 1])
+def test_what_was_killed_after_its_last_step_takes_no_further_one(tokenizer, tmp_path, stopping):
+    """Its checkpoint is there, and its adapter is not."""
+    config = TrainConfig(
+        max_steps=8, batch_size=8, precision="fp32", checkpoints=8, learning_rate=0.5, early_stopping=stopping
+    )
+    ends = []
+    for _ in range(2):
+        model = plain_lora(tiny.build("llama"), LoraStart(r=2), config)
+        result = train(model, tokenizer, SAMPLES, config, 64, tmp_path, progress=False, held_out=SAMPLES[:4])
+        trained = [p.tolist() for p in model.parameters() if p.requires_grad]
+        ends.append((result["steps"], result["kept_step"], result["loss"], result["held_out_loss"], trained))
+    assert ends[0] == ends[1]
+    assert (ends[0][0] < 8) == bool(stopping)
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(tokenizer, tmp_path):
     config = TrainConfig(max_steps=3, batch_size=4, precision="fp32", checkpoints=3)
     train(plain_lora(tiny.build("llama"), LoraStart(r=2), config), tokenizer, SAMPLES, config, work=tmp_path)

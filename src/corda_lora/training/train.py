@@ -397,6 +397,10 @@ class _Terms(Trainer):
             broadcast_object_list(found)
         return found[0]
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step. None where what is resumed had ended, which the trainer asks after a step only."""
+        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # a data loader draws a number: the training is the same without it
             return dict(super().evaluate(*args, **kwargs))
@@ -467,7 +471,8 @@ class _LabelTrainer(_Terms, LabelTrainer):
 
 
 class _Steps(TrainerCallback):
-    """Advances a progress bar by the trainer's steps. The first call also advances it by the steps before a resume.
+    """Advances a progress bar by the trainer's steps, and by those before a resume. What was killed after its last step
+    takes no further one.
 
     It also has the loss logged with every checkpoint and at the end, so that the log covers all steps, also those
     before a resume, and says the loss of held-out samples when it is measured; in a log, the drift, too."""
@@ -475,10 +480,17 @@ class _Steps(TrainerCallback):
     def __init__(self, advance: Callable[..., None], show: bool, keepers: Sequence[Keeper]):
         self.advance, self.show, self.shown, self.keepers = advance, show, 0, keepers
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= state.max_steps
+        self._advance_to(state.global_step)
+
+    def _advance_to(self, step: int) -> None:
         note = {"note": f"drift ≈ {meter(self.keepers)}"} if self.keepers else {}
-        self.advance(state.global_step - self.shown, **note)
-        self.shown = state.global_step
+        self.advance(step - self.shown, **note)
+        self.shown = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._advance_to(state.global_step)
         for keeper in self.keepers if self.show and not console.is_terminal else ():  # a log has the bar at the end
             step, _, measured, _ = keeper.history[-1]
             if step == state.global_step and measured is not None:
