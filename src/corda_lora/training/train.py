@@ -398,7 +398,7 @@ class _Terms(Trainer):
         return found[0]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of a step. None where what is resumed had ended, which the trainer asks after a step only."""
+        """Micro-batches of a step. None where what is resumed had ended: the trainer looks for that after a step."""
         return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
