@@ -203,11 +203,11 @@ def test_a_context_that_is_cut_to_nothing_is_named(folder, checkpoint, capsys, m
         cut = [*BOTH, "--context.max_length", 4, *price, "--output", "out"]
         said = refused(capsys, "train", checkpoint, *TRAINING, *cut)
         assert said.startswith("corda train: spelling: the context has 0 samples with a response")
-        assert "; 100 responses are cut away at max_length 4" in said
+        assert "; 100 responses are cut away at --max_length 4" in said
     run("init", checkpoint, "--r", 4, *BOTH, "--context.max_length", 4, "--output", "start")
     said = refused(capsys, "train", checkpoint, *TRAINING, "--start", "start", "--output", "out")
     assert said.startswith("corda train: spelling: the context has 0 samples with a response")
-    assert said.endswith("cut away at max_length 4; the start names it: give --context, or --keep 0")
+    assert said.endswith("cut away at --max_length 4; the start names it: give --context, or --keep 0")
     (folder / "asked.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(20)))
     for more in (["--context", "sums.jsonl"], []):
         said = refused(capsys, "train", checkpoint, *TRAINING, "--context", "asked.jsonl", *more, "--output", "out")

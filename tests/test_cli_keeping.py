@@ -179,11 +179,17 @@ def test_what_cannot_be_kept_is_refused_before_work(checkpoint, context, capsys)
 def test_few_samples_are_said_and_not_trusted(checkpoint, context, capsys):
     init(checkpoint, context, *TEMPLATES, "--samples", 10)
     train(checkpoint, context, "--start", "start")
-    assert "the context has 10 samples with a response" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the context has 10 samples with a response" in said
+    assert "cut away" not in said
     assert "drift" not in trained(context, "tuned")
     explicit = partial(train, output="more")
     said = refused(capsys, checkpoint, context, "--start", "start", "--keep", 5, call=explicit)
     assert "10 samples with a response" in said
+    init(checkpoint, context, *TEMPLATES, "--samples", 40, "--max_length", 4, output="cut")
+    train(checkpoint, context, "--start", "cut", "--max_steps", 1, output="from_cut")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "0 samples with a response; 40 responses are cut away at --max_length 4" in said
 
 
 @pytest.mark.parametrize("more", [["--keep", 10], ["--orientation", "two_sided"]])

@@ -103,6 +103,10 @@ def test_what_cannot_be_put_in_order_is_refused_before_the_model_is_loaded(
     assert "nowhere.jsonl" in refused(capsys, *start, "--as", "ordered", "--data", "nowhere.jsonl")
     few = refused(capsys, *start, "--as", "ordered", "--data", "rows.jsonl", "--data.samples", 5)
     assert "the context has 5 samples with a response" in few
+    assert "cut away" not in few
+    cut = refused(capsys, *start, "--as", "ordered", "--data", "rows.jsonl", "--data.max_length", 10)
+    assert "the context has 9 samples with a response" in cut  # those of one digit
+    assert cut.endswith("; 11 responses are cut away at --max_length 10")
     said = refused(capsys, *start, "--as", "ordered", "--data", "rows.jsonl", "--prompt", "{x}")
     assert "--prompt is an option of data: after --data DATA give --data.prompt" in said
     assert not (tmp_path / "out").exists()

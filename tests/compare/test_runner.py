@@ -333,7 +333,21 @@ def test_a_price_on_too_few_samples_before_anything_runs(price, recipe, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["compare", "recipe.yaml", "--output", "out"])
     assert stopped.value.code == 2
-    assert "the context has 12 samples with a response" in capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the context has 12 samples with a response" in said
+    assert "cut away" not in said
+    assert not Path("out").exists()
+
+
+def test_a_price_on_answers_that_were_cut_away_names_max_length_before_anything_runs(recipe, capsys):
+    changes = {"context": "{data: keep.jsonl, max_length: 27}", "context_samples": "20"}
+    with open(recipe({"lora": "[1.0e-3, 1.0e-2]"}, **changes), "a") as more:
+        more.write("  ours: {method: corda-kpm-anchored, options: {keep: 10}}\n")
+    with pytest.raises(SystemExit):
+        main(["compare", "recipe.yaml", "--output", "out"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the context has 10 samples with a response" in said  # of countries of one digit
+    assert said.endswith("; 30 responses are cut away at --max_length 27")
     assert not Path("out").exists()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from corda_lora.compare.job import train_prepared
 from corda_lora.compare.runner import check_methods
-from corda_lora.config import CompareConfig, CordaError, EvalConfig, MethodConfig, TrainConfig
+from corda_lora.config import CompareConfig, CordaError, DataConfig, EvalConfig, MethodConfig, TrainConfig
 from corda_lora.evaluation.evaluate import loss_and_drift
 from corda_lora.methods.keeping import contexts_of
 from corda_lora.preprocess.own_text import own_text
@@ -126,3 +126,30 @@ def test_a_price_on_the_task_is_said_before_any_run(mode, recwarn):
     check_methods(CompareConfig({"mine": entry}, "learn", EvalConfig(learn=["learn"])))
     said = [str(warning.message) for warning in recwarn]
     assert any("its price (keep) is on drift on the task itself" in each for each in said) == (mode == "ipm")
+
+
+CUT = "; 40 responses are cut away at --max_length 4"
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("corda-kpm-anchored", {"keep": 1.0, "orientation": "covariance"}),
+        ("corda-kpm-anchored", {"keep": 1.0}),  # two-sided
+        ("corda-kpm-anchored", {"keep": 1.0, "contexts": [{"data": "keep.jsonl", "max_length": 4}]}),
+        ("distill", {}),
+        ("ewc", {}),
+    ],
+)
+def test_a_method_whose_answers_are_cut_away_names_max_length(method, options, prepare, files, monkeypatch):
+    """Where a comparison did not see it before its runs: the entry has samples of its own, or needs fewer."""
+    monkeypatch.chdir(files)
+    keep = DataConfig(str(files / "keep.jsonl"), max_length=4)
+    with pytest.raises(CordaError, match=rf"response.*{CUT}$"):
+        prepare(method, options=options, train=RECIPE, keep=keep, samples=40)
+
+
+def test_some_answers_that_are_cut_away_are_said_where_few_are_left(prepare, files):
+    keep = DataConfig(str(files / "keep.jsonl"), max_length=27)  # with which countries of one digit are left
+    with pytest.raises(CordaError, match=r"only 10 samples .*; 30 responses are cut away at --max_length 27$"):
+        prepare("distill", train=RECIPE, keep=keep, samples=40)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import ContextConfig, CordaConfig, CordaError, DataConfig, ModelConfig
 from ..config.init import check_together
-from ..data.batches import encode_all, lost_answers
+from ..data.batches import cut_away, encode_all
 from ..data.overview import check_fit, overview, unseen_samples
 from ..data.samples import Sample, digest_of, load_rounds
 from ..devices import compute_device
@@ -158,7 +158,7 @@ def prepare(
         if not (work / MANIFEST).is_file() and (processes is None or processes.first):  # nothing was finished
             remove_folder(work)
         if isinstance(error, FewAnswersError):
-            raise CordaError(f"{error}{_cut_away(tokenizer, datas, shown)}") from error
+            raise CordaError(f"{error}{_all_cut_away(tokenizer, datas, shown)}") from error
         raise
     if len(datas) == 1 and config.mode == "kpm" and config.orientation != "identity" and config.rounds == 1:
         _add_held_out(start, model, stored, tokenizer, datas[0], shown[0][0], batch_tokens, processes, progress)
@@ -190,13 +190,12 @@ def data_record(datas: Sequence[DataConfig]) -> dict[str, Any]:
     return {"data": asdict(datas[0]) if datas else None}
 
 
-def _cut_away(tokenizer: Any, datas: Sequence[DataConfig], shown: Sequence[Sequence[Sequence[Sample]]]) -> str:
-    """How many answers the samples shown have lost by being cut; "" if they have lost none."""
+def _all_cut_away(tokenizer: Any, datas: Sequence[DataConfig], shown: Sequence[Sequence[Sequence[Sample]]]) -> str:
+    """`cut_away` of all samples shown."""
     said = ""
     for data, rounds in zip(datas, shown):
         samples = list(chain(*rounds))
-        if lost := lost_answers(samples, encode_all(tokenizer, samples, data.max_length)):
-            said += f"; {lost:,} responses are cut away at --max_length {data.max_length}"
+        said += cut_away(samples, encode_all(tokenizer, samples, data.max_length), data.max_length)
     return said
 
 

@@ -70,7 +70,7 @@ def export(options: Namespace) -> dict[str, Any]:
     from ..adapters.lora import BASE, CONFIG, WEIGHTS, read_marks, with_labels_of
     from ..adapters.order import NAME as ORDER
     from ..adapters.order import read_order
-    from ..data.batches import encode_all
+    from ..data.batches import cut_away, encode_all
     from ..data.overview import overview
     from ..data.samples import digest_of, load_samples
     from ..devices import compute_device
@@ -107,7 +107,7 @@ def export(options: Namespace) -> dict[str, Any]:
         tokenizer = load_tokenizer(source)
         encoded = encode_all(tokenizer, samples, data.max_length, end=True)
         out.print(overview(data.data, tokenizer, samples, encoded, data.max_length, end=True))
-        check_samples(sum(e.targets > 0 for e in encoded))
+        check_samples(sum(e.targets > 0 for e in encoded), cut_away(samples, encoded, data.max_length))
     repo = hub_repo(options)
     model = load_model(source)
     result: dict[str, Any] = {"output": str(options.output), "form": options.form, "relative_error": 0.0}

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..config import CompareConfig, CordaError, MethodConfig, ModelConfig
+from ..data.batches import cut_away
 from ..data.labels import check_labels, with_labels
 from ..data.overview import check_fit, overview
 from ..data.samples import digest_of, load_samples
@@ -161,8 +162,10 @@ def _checked_data(comparison: Comparison, tokenizer: Any, model: nn.Module | Non
             check_fit(model, (e.ids for e in encoded))
         if use == "context":
             answered, recipe = sum(1 for e in encoded if e.targets), comparison.recipe
+            cut = cut_away(shown, encoded, data.max_length)
             for entry in filter(_prices_it, recipe.entries.values()):
-                check_samples(min(answered, entry.options.get("samples") or recipe.context_samples))
+                drawn = entry.options.get("samples") or recipe.context_samples
+                check_samples(min(answered, drawn), cut if answered < drawn else "")
     for name, asked in benchmarks:
         digests.append([f"task {name}", hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()])
     return digests

@@ -68,9 +68,10 @@ def encode_all(tokenizer: Any, samples: Iterable[Sample], max_length: int, end: 
     return encoded
 
 
-def lost_answers(samples: Iterable[Sample], encoded: Iterable[Encoded]) -> int:
-    """How many samples have a response of which `max_length` left nothing."""
-    return sum(bool(s.response.strip() and e.cut and not e.targets) for s, e in zip(samples, encoded))
+def cut_away(samples: Iterable[Sample], encoded: Iterable[Encoded], max_length: int) -> str:
+    """The end of a sentence that says how few answers there are: of how many `max_length` left nothing; "" of none."""
+    lost = sum(bool(s.response.strip() and e.cut and not e.targets) for s, e in zip(samples, encoded))
+    return f"; {lost:,} responses are cut away at --max_length {max_length}" if lost else ""
 
 
 def encode(tokenizer: Any, sample: Sample, max_length: int, end: bool = False) -> Encoded:

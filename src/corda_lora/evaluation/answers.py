@@ -123,13 +123,13 @@ def read_answers(
                 base = log_probs
 
 
-def with_answers(encoded: Sequence[Encoded]) -> list[Encoded]:
+def with_answers(encoded: Sequence[Encoded], cut: str = "") -> list[Encoded]:
     """The samples that have a response token with a token before it.
 
-    Raises CordaError if no sample has."""
+    Raises CordaError if no sample has. For `cut` see `cut_away`."""
     answered = [e for e in encoded if e.targets]
     if not answered:
-        raise CordaError("no sample has a response to measure")
+        raise CordaError(f"no sample has a response to measure{cut}")
     return answered
 
 

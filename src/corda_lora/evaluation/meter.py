@@ -14,7 +14,7 @@ from ..adapters.lora import lora_layers, on_residual
 from ..config import ContextConfig, CordaError, DataConfig, KeepConfig
 from ..config.data import CONTEXT_SAMPLES, prices_of
 from ..config.train import KEEP
-from ..data.batches import Encoded, encode_all, lost_answers
+from ..data.batches import Encoded, cut_away, encode_all
 from ..data.overview import unseen_samples
 from ..data.samples import Sample, digest_of, load_rounds
 from ..files import read_json, sha256_of
@@ -165,11 +165,9 @@ def encode_kept(tokenizer: Any, config: KeepConfig, contexts: Sequence[KeptConte
         if path is not None or not asked:
             continue
         try:
-            check_samples(_answered(found[-1]))
+            check_samples(_answered(found[-1]), cut_away(samples, found[-1], data.max_length))
         except FewAnswersError as error:
-            lost = lost_answers(samples, found[-1])
-            cut = f"; {lost:,} responses are cut away at max_length {data.max_length}" if lost else ""
-            raise CordaError(f"{name}: {error}{cut}{remedy}" if name else f"{error}{cut}") from error
+            raise CordaError(f"{name}: {error}{remedy}" if name else str(error)) from error
     return found
 
 
@@ -211,12 +209,13 @@ def make_keepers(
 def _make_keeper(
     peft_model: PeftModel, tokenizer: Any, config: KeepConfig, context: KeptContext, shown: list[Encoded]
 ) -> tuple[Keeper | None, list[str]]:
-    name, data, _, drawn, keep, path = context
+    name, data, samples, drawn, keep, path = context
     others = encode_all(tokenizer, unseen_samples(peft_model, tokenizer, data, drawn, MEASURED), data.max_length)
     answered, of = _answered(shown), f" of {name}" if name else ""
     if config.keep is None and config.max_drift is None and answered < LEAST_SAMPLES:
+        cut = cut_away(samples, shown, data.max_length)
         return None, [
-            f"no drift{of} is predicted, and none held down: the context has {answered} samples with a response"
+            f"no drift{of} is predicted, and none held down: the context has {answered} samples with a response{cut}"
         ]
     statistics = Statistics.load(path) if path else _collected(peft_model, tokenizer, shown)
     few = len(others) < MEASURED // 4

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import ContextConfig, CordaError, DataConfig, MethodConfig
 from ..config.data import named_contexts, prices_of
 from ..config.init import PRICED_TASK
-from ..data.batches import Encoded, encode_all
+from ..data.batches import Encoded, cut_away, encode_all
 from ..data.overview import unseen_samples
 from ..data.samples import load_samples
 from ..evaluation.evaluate import loss_and_drift
@@ -81,7 +81,8 @@ def abilities_kept(model: nn.Module, setup: Setup, keep: float, contexts: Sequen
             encoded = encode_all(setup.tokenizer, samples, context.max_length)
             path.parent.mkdir(parents=True, exist_ok=True)
             pad_id = setup.tokenizer.pad_token_id or 0
-            collect_statistics(model, setup.targets, encoded, pad_id, progress=False).save(path)
+            cut = cut_away(samples, encoded, context.max_length)
+            collect_statistics(model, setup.targets, encoded, pad_id, progress=False, cut=cut).save(path)
         others = unseen_samples(model, setup.tokenizer, context, samples, MEASURED)
         measured = encode_all(setup.tokenizer, others, context.max_length)
         kept.append(KeptAbility(name, price, Statistics.load(path), measured))
@@ -138,13 +139,14 @@ def context_statistics(model: nn.Module, setup: Setup, kind: str, samples: int |
     path = setup.folder / (NAME if kind == "keep" else f"{kind}.{NAME}")
     if not path.is_file():
         if kind == "generic":
-            encoded = own_text(model, setup.tokenizer, progress=False)
+            encoded, cut = own_text(model, setup.tokenizer, progress=False), ""
         else:
-            length = setup.data(kind).max_length
-            encoded = encode_all(setup.tokenizer, setup.context(kind, samples), length)
+            length, shown = setup.data(kind).max_length, setup.context(kind, samples)
+            encoded = encode_all(setup.tokenizer, shown, length)
+            cut = cut_away(shown, encoded, length)
         path.parent.mkdir(parents=True, exist_ok=True)
         pad_id = setup.tokenizer.pad_token_id or 0
-        collect_statistics(model, setup.targets, encoded, pad_id, progress=False).save(path)
+        collect_statistics(model, setup.targets, encoded, pad_id, progress=False, cut=cut).save(path)
     return Statistics.load(path)
 
 

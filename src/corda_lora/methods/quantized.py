@@ -29,7 +29,7 @@ from ..algebra.folding import best_fit, fold
 from ..algebra.solvers import chosen_components
 from ..config import CordaError
 from ..config.values import Count, NonNegative
-from ..data.batches import encode_all
+from ..data.batches import cut_away, encode_all
 from ..devices import compute_device, double_device
 from ..models.weights import (
     Quantized,
@@ -153,9 +153,10 @@ def _layers(model: nn.Module, setup: Setup, of_task: bool, samples: int | None) 
     device, dtype = compute_device(model), _dtype(model)
     left, where = dict(setup.targets), double_device(device)
     if of_task:
-        max_length = setup.data("learn").max_length
-        encoded = encode_all(setup.tokenizer, setup.context("learn", samples), max_length)
-        batches = answered_batches(encoded, setup.tokenizer.pad_token_id or 0)
+        max_length, shown = setup.data("learn").max_length, setup.context("learn", samples)
+        encoded = encode_all(setup.tokenizer, shown, max_length)
+        cut = cut_away(shown, encoded, max_length)
+        batches = answered_batches(encoded, setup.tokenizer.pad_token_id or 0, cut=cut)
         for members, C, Ds in collect_sides(model, setup.targets, batches, progress=False):
             for name in members:
                 W = weight_of(left.pop(name)).to(where, torch.float32)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.lora import lora_layers
 from ..config import CordaError
 from ..config.values import Count, NonNegative, Range
-from ..data.batches import Encoded, context_batches, encode_all
+from ..data.batches import Encoded, context_batches, cut_away, encode_all
 from ..devices import compute_device, double_device
 from ..evaluation.answers import answer_log_probs, padded, with_answers
 from ..models.weights import weight_of, weight_shape
@@ -91,9 +91,7 @@ def _on_context(
     Args:
         total: (inputs of b × s tokens, answers (b, s − 1)) → the sum over the answer tokens.
     """
-    encoded = _encoded_context(setup, samples)
-    if size > len(encoded):
-        raise CordaError(f"size is {size}, but there are only {len(encoded)} samples with an answer to draw from")
+    encoded = _encoded_context(setup, samples, size)
     parts = setup.train.batch_size // (setup.train.micro_batch_size or setup.train.batch_size)
     shares = _shares(encoded, size, parts, setup.train.seed)
 
@@ -106,9 +104,17 @@ def _on_context(
     return term
 
 
-def _encoded_context(setup: Setup, samples: int | None) -> list[Encoded]:
-    max_length = setup.data("keep").max_length
-    return with_answers(encode_all(setup.tokenizer, setup.context("keep", samples), max_length))
+def _encoded_context(setup: Setup, samples: int | None, size: int = 1) -> list[Encoded]:
+    """The samples of the ability to keep that have an answer.
+
+    Raises CordaError if there are fewer than `size`."""
+    max_length, shown = setup.data("keep").max_length, setup.context("keep", samples)
+    encoded = encode_all(setup.tokenizer, shown, max_length)
+    cut = cut_away(shown, encoded, max_length)
+    encoded = with_answers(encoded, cut)
+    if size > len(encoded):
+        raise CordaError(f"size is {size}, but there are only {len(encoded)} samples with an answer to draw from{cut}")
+    return encoded
 
 
 def _shares(encoded: Sequence[Encoded], size: int, parts: int, seed: int) -> Iterator[tuple[list[Encoded], float]]:

@@ -118,21 +118,25 @@ class FewAnswersError(CordaError):
     """Too few samples of the context have an answer, as their tokens are."""
 
 
-def check_samples(answered: int) -> None:
-    """Raises FewAnswersError if so few samples with an answer say too little of others."""
+def check_samples(answered: int, cut: str = "") -> None:
+    """Raises FewAnswersError if so few samples with an answer say too little of others.
+
+    Args:
+        cut: see `cut_away`.
+    """
     if answered < LEAST_SAMPLES:
         raise FewAnswersError(
             f"the context has {answered} samples with a response, but what it costs to change the model is only known "
-            f"from {LEAST_SAMPLES} on, better some hundreds"
+            f"from {LEAST_SAMPLES} on, better some hundreds{cut}"
         )
 
 
-def answered_batches(encoded: Sequence[Encoded], pad_id: int, batch_tokens: int = 1024) -> list[Batch]:
+def answered_batches(encoded: Sequence[Encoded], pad_id: int, batch_tokens: int = 1024, cut: str = "") -> list[Batch]:
     """The samples that have an answer, in padded batches whose labels are the answers.
 
-    Raises CordaError if there are fewer than `LEAST_SAMPLES`."""
+    Raises FewAnswersError if there are fewer than `LEAST_SAMPLES`. For `cut` see `check_samples`."""
     encoded = [e for e in encoded if e.targets]
-    check_samples(len(encoded))
+    check_samples(len(encoded), cut)
     batches: list[Batch] = []
     for indices in batch_by_length([len(e.ids) for e in encoded], batch_tokens):
         batch, answers = padded_batch([encoded[i] for i in indices], pad_id)
@@ -213,6 +217,7 @@ def collect_statistics(
     batch_tokens: int = 1024,
     directions: int = DIRECTIONS,
     progress: bool = True,
+    cut: str = "",
 ) -> Statistics:
     """C and D of a causal language model's target layers over samples with answers, in small (see `compact`) and on the
     CPU.
@@ -220,11 +225,12 @@ def collect_statistics(
     Args:
         targets: as of `collect_sides`.
         directions: how many of C and of D are kept.
+        cut: see `check_samples`.
 
     Raises CordaError as `collect_sides` does, and if there are too few samples with an answer.
     """
     require_causal(model)
-    device, batches = next(model.parameters()).device, answered_batches(encoded, pad_id, batch_tokens)
+    device, batches = next(model.parameters()).device, answered_batches(encoded, pad_id, batch_tokens, cut)
     layers: dict[str, Sides] = {}
 
     def small(M: Tensor) -> Low:
