@@ -5,19 +5,21 @@ Neither data on the hub nor weights are read. A sample of such data counts as ma
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import CompareConfig, CordaConfig, DataConfig, ModelConfig
 from ..data.samples import load_samples
+from ..methods.keeping import contexts_of
 from ..methods.registry import corda_config
 from ..preprocess.machine import Machine
 from ..preprocess.plan import CONTEXT, Plan, init_plan, planned_tokens, shapes_of
 from ..training.plan import ADAM
 from .comparison import Comparison
 from .runner import check_methods
-from .schedule import count_runs
+from .schedule import Job, count_runs, start_of
 
 
 class EntryPlan(NamedTuple):
@@ -25,8 +27,8 @@ class EntryPlan(NamedTuple):
 
     Attributes:
         runs: their number, about: which are run with further seeds depends on their results.
-        start_seconds, start_bytes, disk_bytes: of the preparation that its runs share, if it is one of ours: time,
-            memory beside the model's, and size on the disk.
+        start_seconds, start_bytes, disk_bytes: of the preparations that its runs share, if they are ours: time of all,
+            memory of the largest beside the model's, and size of all on the disk.
         train_bytes: memory of the weights, and of what is trained with its gradients and moments. Activations come on
             top.
         run_seconds: a run's operations at the rate of large products: what it takes at least.
@@ -99,19 +101,13 @@ def plan_comparison(model: Any, source: ModelConfig, recipe: CompareConfig, mach
         # Forward, backward to the inputs, backward to the weights; checkpointing runs forward once more.
         passes = 2 + whole + recipe.train.gradient_checkpointing
         seconds = None if steps is None else steps * tokens * 2 * parameters * passes / machine.multiply
-        config = corda_config(entry.method, entry.options, **common)
-        start: Plan | None = None
-        if config is not None:
-            shown = data if config.mode == "ipm" else comparison.keep or data
-            shown = replace(shown, samples=entry.options.get("samples") or recipe.context_samples)
-            known = shown if Path(shown.data).exists() else replace(shown, data="")
-            read = planned_tokens(source, [known], config.rounds or 1, 4096, model.config.is_encoder_decoder)
-            start = init_plan(model, config, read, "auto", machine)
+        jobs = dict.fromkeys(start_of(scheduled, Job(name, swept=value)) for value in scheduled.swept or [()])
+        starts = [_start(model, comparison, job, common, machine) for job in jobs]
         entries.append(
             EntryPlan(
                 name,
                 count_runs({name: scheduled}, recipe.seeds, {}),
-                *_of_start(start, machine),
+                *_of_starts([start for start in starts if start is not None], machine),
                 parameters * ADAM if whole else weights + budget * ADAM,
                 seconds,
             )
@@ -119,10 +115,35 @@ def plan_comparison(model: Any, source: ModelConfig, recipe: CompareConfig, mach
     return ComparisonPlan(machine, parameters, weights, steps, entries)
 
 
-def _of_start(plan: Plan | None, machine: Machine) -> tuple[float | None, float | None, int | None]:
-    if plan is None:
+def _start(model: Any, comparison: Comparison, job: Job, common: dict[str, Any], machine: Machine) -> Plan | None:
+    """The start that a preparation makes; None if its method is another's."""
+    entry, options, source = comparison.recipe.entries[job.entry], comparison.options(job), comparison.source
+    config = corda_config(entry.method, options, **common)
+    if config is None:
+        return None
+    shown = [
+        data if Path(data.data).exists() else replace(data, data="") for data in _shown(comparison, config, options)
+    ]
+    read = planned_tokens(source, shown, config.rounds or 1, 4096, model.config.is_encoder_decoder)
+    return init_plan(model, config, read, "auto", machine, len(shown))
+
+
+def _shown(comparison: Comparison, config: CordaConfig, options: Mapping[str, Any]) -> Sequence[DataConfig]:
+    """What a start is shown, as `methods.corda` chooses it: a context for each ability."""
+    samples = options.get("samples") or comparison.recipe.context_samples
+    if contexts := options.get("contexts"):
+        return contexts_of(contexts, samples)
+    if context := options.get("context"):
+        return [DataConfig(context, samples=samples)]
+    of_recipe = comparison.learn if config.mode == "ipm" else comparison.keep or comparison.learn
+    return [replace(of_recipe, samples=samples)]
+
+
+def _of_starts(plans: Sequence[Plan], machine: Machine) -> tuple[float | None, float | None, int | None]:
+    if not plans:
         return None, None, None
-    return plan.seconds, plan.peaks[machine.accelerator is None], plan.disk_bytes
+    most = max(plan.peaks[machine.accelerator is None] for plan in plans)
+    return sum(plan.seconds for plan in plans), most, sum(plan.disk_bytes for plan in plans)
 
 
 def _count(data: DataConfig) -> int | None:
