@@ -1,5 +1,7 @@
 """Contexts of several abilities, against each collected by itself and mixed in float64."""
 
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -54,6 +56,22 @@ def test_gradients_of_each_ability_are_those_of_all_apart():
         together = (tokens[:, None, None] * D).sum(0) / tokens.sum()
         torch.testing.assert_close(together, pooled[name][1], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(D[0], first[name][1], rtol=1e-4, atol=1e-6)  # its batches have the same numbers
+
+
+def test_gradients_of_each_ability_go_as_those_of_a_layer_are_stacked(monkeypatch):
+    """Else all of a block's would be there twice."""
+    model = tiny.build("llama")
+    targets = find_targets(model, "all-linear")
+    alive, counts, stack = [], [], torch.stack
+
+    def stacked(parts, *args):
+        counts.append(sum(D() is not None for D in alive))
+        alive.extend(weakref.ref(part) for part in parts if part.ndim == 2)
+        return stack(parts, *args)
+
+    monkeypatch.setattr("torch.stack", stacked)
+    run_back(model, targets, context())
+    assert max(counts) <= 4  # three of the layer before; one is held by a loop's variable
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ from corda_lora.models.loading import empty_model
 from corda_lora.models.lockstep import find_blocks
 from corda_lora.models.targets import find_targets
 from corda_lora.models.weights import quantize
-from corda_lora.preprocess.costs import Layer, decomposing, quantizing, selecting
+from corda_lora.preprocess.collect import Group
+from corda_lora.preprocess.context import Ability, Context
+from corda_lora.preprocess.costs import EIGH, EVENING, Layer, decomposing, mixing, quantizing, selecting
 from corda_lora.preprocess.layer import (
     LayerRecord,
     choose_covariance,
@@ -37,7 +39,7 @@ from corda_lora.preprocess.layer import (
     start_layer,
 )
 from corda_lora.preprocess.machine import H100, described_machine
-from corda_lora.preprocess.pipeline import preprocess
+from corda_lora.preprocess.pipeline import _mix, preprocess
 from corda_lora.preprocess.plan import (
     Tokens,
     check_room,
@@ -292,6 +294,34 @@ def test_memory_of_a_selection_is_what_is_allocated(shape, on_cpu, orientation, 
     assert 0.95 < 8 * selecting([Layer("", m, n, "")] * 2, config, on_cpu)[1] / most < 1.4
 
 
+@pytest.mark.parametrize("orientation", ["covariance", "two_sided"])
+@pytest.mark.parametrize("weights", ["given", "compactness"])
+@pytest.mark.parametrize("abilities", [2, 4])
+@pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])
+def test_memory_of_mixing_is_what_is_allocated(shape, abilities, weights, orientation, monkeypatch):
+    """... and the eigendecompositions of even weights are about as many as are counted."""
+    torch.manual_seed(0)
+    m, n = shape
+    config = CordaConfig(r=8, weights=weights, orientation=orientation)
+    inputs = [torch.randn(2 * n, n) * torch.logspace(0, -1 - k, n) for k in range(abilities)]
+    context = Context(abilities=[Ability(str(k), 1.0) for k in range(abilities)])
+    runs, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr("torch.linalg.eigh", lambda C: runs.append(len(C)) or eigh(C))
+    group = Group(["up"], [X.T @ X for X in inputs])
+
+    def mix():
+        gradients = {"up": torch.eye(m).repeat(abilities, 1, 1)} if config.runs_back else {}
+        return _mix(group, gradients, config, context, torch.device("cpu"))
+
+    most, alpha = allocated(mix)
+    work, numbers = mixing([Layer("up", m, n, "up")], abilities, config)
+    Ds = 4 * abilities * m * m * config.runs_back
+    assert 0.95 < (8 * numbers + Ds) / most < 1.4
+    assert (len(set(alpha)) > 1) == (weights == "compactness")
+    expected = EIGH * sum(size**3 for size in runs)
+    assert expected / 2 <= work.get("eigen", 0) <= 2 * expected
+
+
 def test_layers_that_share_their_input_share_the_factor_of_its_covariance():
     """... of one round: of several, each layer may be oriented by another."""
 
@@ -349,6 +379,27 @@ def test_each_ability_of_a_mixture_has_sums_of_its_own(llama7b):
     assert plan(3, "two_sided").parked_bytes - plan(1, "two_sided").parked_bytes == 2 * (C + D)
     assert plan(3, park="device").peaks[0] > plan(1, park="device").peaks[0]
     assert plan(3).disk_bytes == one.disk_bytes
+
+
+@pytest.mark.parametrize("park", ["device", "cpu"])
+def test_weights_by_compactness_take_time_and_memory(llama7b, park):
+    """In the stage of the selection, as in a run: of each input, eigendecompositions and a C of each ability."""
+
+    def plan(abilities, weights):
+        return init_plan(llama7b, CordaConfig(r=16, weights=weights), TOKENS, park, H100, abilities)
+
+    given, even, more = plan(3, "given"), plan(3, "compactness"), plan(5, "compactness")
+    inputs = 32 * [4096, 4096, 4096, 11008]
+    assert even.flops - given.flops == sum(EVENING * (EIGH * n**3 + 3 * 2 * n * n * 16) for n in inputs)
+    assert [stage.name for stage in even.stages][:2] == ["forward", "selection"]
+    assert "selection" not in [stage.name for stage in given.stages]
+    assert even.stages[1].seconds > EVENING * H100.eigen * sum(n**3 for n in inputs)
+    at_once = 8 * (3 + 5) * 11008**2
+    assert even.stages[1].accelerator > at_once + 3 * 4 * 11008**2
+    assert more.stages[1].accelerator - even.stages[1].accelerator >= 2 * (8 + 4) * 11008**2
+    # What is decomposed is the mixture: no C of another ability is beside it.
+    one = init_plan(llama7b, CordaConfig(r=16), TOKENS, "cpu", H100)
+    assert plan(3, "given").stages[1].accelerator == one.stages[1].accelerator or park == "device"
 
 
 def test_tokens_are_counted_with_their_padding():
@@ -448,6 +499,9 @@ def test_the_verb_refuses_several_contexts_where_init_does(checkpoint, tmp_path,
         said = refused(capsys, *both, *gpus, "--keep", 10)
         assert said.startswith("corda plan: keep is the price of one context")
         assert "5 rounds are of one context, but there are 2" in refused(capsys, *both, *gpus, "--preset", "corda++")
+    for alone in ([], both[:4], ["--orientation", "identity"]):
+        said = refused(capsys, "--model", checkpoint, "--r", 4, *alone, "--weights", "compactness")
+        assert said == "corda plan: weights by compactness are of several contexts: give two or more"
     twice = [*both, "--context", tmp_path / "one.jsonl", "--context.ability", "again"]
     assert "names the same samples" in refused(capsys, *twice)
 

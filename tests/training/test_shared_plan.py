@@ -11,7 +11,8 @@ import torch
 
 from corda_lora.cli import main
 from corda_lora.config import CordaConfig
-from corda_lora.preprocess.costs import groups_of
+from corda_lora.preprocess.context import Ability, Context
+from corda_lora.preprocess.costs import group_seconds, groups_of
 from corda_lora.preprocess.machine import H100
 from corda_lora.preprocess.plan import Tokens, init_plan, shapes_of
 from corda_lora.preprocess.share import Share
@@ -50,19 +51,24 @@ def test_the_page_names_the_stages_as_the_plan_does(model):
         assert re.findall(r"^\| a step, (.+?) \|", page, re.MULTILINE) == 4 * [step.name for step in plan.steps]
 
 
+@pytest.mark.parametrize("abilities", [1, 3])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_layers_are_shared_out_as_they_will_be(processes):
+def test_layers_are_shared_out_as_they_will_be(processes, abilities):
     """5 blocks: whole ones to each process, then groups of layers. The longest of the loads that `Share` gives."""
-    config = CordaConfig(mode="kpm", r=4)
+    config = CordaConfig(mode="kpm", r=4, weights="given" if abilities == 1 else "compactness")
     model = llama(5)
     shapes = shapes_of(model, config)
     layers = {layer.name: layer for _, _, block in shapes.blocks for layer in block}
     targets = {name: model.get_submodule(name) for name in layers}
     share = Share(Processes(0, processes, None), model, targets, config, torch.device("cuda"))
+    share.part(Context(abilities=[Ability(str(k), 1.0) for k in range(abilities)][abilities == 1 :]))
     for name, layer in layers.items():
         if layer.leader == name:
             share.owner([n for n, other in layers.items() if other.leader == name], True)
-    assert busy_share(shapes, config, H100, processes) == pytest.approx(max(share.loads) / sum(share.loads))
+    planned = busy_share(shapes, config, H100, processes, abilities)
+    assert planned == pytest.approx(max(share.loads) / sum(share.loads))
+    alone = [group_seconds(group, config, False, H100) for group in groups_of(layers.values()).values()]
+    assert (sum(share.loads) > 1.1 * sum(alone)) == (abilities > 1)  # weights by compactness take time, too
 
 
 def test_what_is_sent(model):

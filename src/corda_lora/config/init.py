@@ -185,8 +185,10 @@ class CordaConfig:
 
 
 def check_together(config: CordaConfig, contexts: int) -> None:
-    """Raises CordaError if there are several contexts, where only one will do."""
+    """Raises CordaError if there are several contexts, where only one will do, or one where it takes several."""
     if contexts < 2:
+        if config.weights != "given":
+            raise CordaError(f"weights by {config.weights} are of several contexts: give two or more")
         return
     if config.keep:
         raise CordaError(

@@ -181,12 +181,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     hints = get_type_hints(getattr(prepare, "func", prepare), include_extras=True)
     for key in options.keys() & own:
         check_value(key, options[key], hints[key])
-    config, contexts = corda_config(name, options), len(options.get("contexts") or ())
-    if config is None:
-        return
-    check_together(config, contexts)
-    if contexts < 2 and config.weights != "given":
-        raise CordaError(f"weights by {config.weights} are of several contexts: give two or more as contexts")
+    config = corda_config(name, options)
+    if config is not None:
+        check_together(config, len(options.get("contexts") or ()))
 
 
 def corda_config(name: str, options: Mapping[str, Any], **common: Any) -> CordaConfig | None:

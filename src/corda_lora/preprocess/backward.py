@@ -145,6 +145,7 @@ def run_back(model: nn.Module, targets: Mapping[str, nn.Module], context: Contex
             columns = answers.any(0).nonzero().flatten()  # only these go through the output head
             logits = model(**inputs[number], logits_to_keep=columns).logits[answers[:, columns]]  # (a, vocabulary)
             drawn_log_likelihood(logits, uniform(len(logits), number)).backward()
+            del logits  # its graph holds the hooks, and these hold the sums
     groups = collector.take(list(targets))
     seen = [name for members, _ in groups for name in members]
     return StepBack(seen, groups, gradients.take(seen))

@@ -352,7 +352,8 @@ class Gradients:
                 m, _ = weight_shape(self.collector.layers[name])
                 found.setdefault(name, []).append(total.mean() if total.count else torch.zeros(m, m))
         Ds = {}
-        for name, parts in found.items():
+        for name in list(found):
+            parts = found.pop(name)  # those of each ability are freed when they are stacked
             like = next((part for part in parts if part.device.type != "cpu"), parts[0])
             D = torch.stack([part.to(like) for part in parts]) if self.collector.abilities else parts[0]
             if not bool(D.diagonal(dim1=-2, dim2=-1).isfinite().all()):

@@ -23,6 +23,7 @@ EIGVALSH = 4  # symmetric, without eigenvectors
 GRAM = 15  # both that `gram` takes: the second is of the part that the first did not resolve
 SVD = 54  # in terms of its time
 STEPS = 12  # iterations of `norms`
+EVENING = 5  # eigendecompositions of `even_weights`, of 24 at most: SmolLM2's layers took 3 to 5 for three abilities
 TRIANGLE = (1 + 1 / BLOCKS) / 2  # of a product's operations, where one factor is triangular
 
 
@@ -44,8 +45,11 @@ def groups_of(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     return groups
 
 
-def group_seconds(members: Sequence[Layer], config: CordaConfig, on_cpu: bool, machine: Machine) -> float:
-    """Seconds that layers which share their input take, from their covariances to what is kept of them."""
+def group_seconds(
+    members: Sequence[Layer], config: CordaConfig, on_cpu: bool, machine: Machine, abilities: int = 1
+) -> float:
+    """Seconds that layers which share their input take, from their covariances, of so many abilities, to what is kept
+    of them."""
     seen = members[0].leader is not None
     costs = [decomposing(layer, min(config.r, layer.m, layer.n), seen, config, on_cpu)[0] for layer in members]
     if config.quantization:
@@ -54,6 +58,8 @@ def group_seconds(members: Sequence[Layer], config: CordaConfig, on_cpu: bool, m
         costs.append(compacting(members)[0])
     if seen and ((config.rounds or 1) > 1 or config.allocates):
         costs.append(selecting(members, config, on_cpu)[0])
+    if seen and abilities > 1:
+        costs.append(mixing(members, abilities, config)[0])
     return sum(flop / rate_of(machine, kind) for cost in costs for kind, flop in cost.items())
 
 
@@ -62,6 +68,19 @@ def rate_of(machine: Machine, kind: str) -> float:
     vector (`vector`) are as fast as memory is read."""
     rates = {"eigen": EIGH / machine.eigen, "factor": machine.double / 5, "vector": machine.double / 32}
     return rates[kind] if kind in rates else float(getattr(machine, kind))
+
+
+def mixing(layers: Sequence[Layer], abilities: int, config: CordaConfig) -> tuple[dict[str, int], int]:
+    """FLOP of mixing C of several abilities, and D, into one, for layers that share their input; and the float64
+    numbers that are held at once, beside C and D of each ability."""
+    n, work = layers[0].n, Counter[str]()
+    numbers = max(n * n, *(layer.m**2 * config.runs_back for layer in layers)) // 2  # the mixture, in float32
+    if config.weights == "compactness":  # `even_weights`
+        work["eigen"] = EVENING * EIGH * n**3
+        work["double"] = EVENING * abilities * 2 * n * n * min(config.r, n - 1)
+        # Each C; their mixture and its eigenvectors, two more of its size for `eigh`, and the eigenvectors of before.
+        numbers = max(numbers, (abilities + 5) * n * n)
+    return work, numbers
 
 
 def selecting(layers: Sequence[Layer], config: CordaConfig, on_cpu: bool) -> tuple[dict[str, int], int]:

@@ -28,7 +28,18 @@ from ..models.targets import budget_of, choose_targets
 from ..models.weights import ALREADY, is_4bit, packed_bytes, quantized_names, weight_shape
 from .backward import LOGITS
 from .context import read_context, token_masks
-from .costs import Layer, compacting, decomposing, groups_of, quantizing, rate_of, selecting, small, stored_bytes
+from .costs import (
+    Layer,
+    compacting,
+    decomposing,
+    groups_of,
+    mixing,
+    quantizing,
+    rate_of,
+    selecting,
+    small,
+    stored_bytes,
+)
 from .layer import keeps_all
 from .machine import Machine, this_machine
 from .walk import tensors_that_see
@@ -310,12 +321,19 @@ def init_plan(
             # A token's activations: those that are alive at once; backward, all that gradients are computed from.
             alive = (24, sum(widths)) if config.runs_back else (6, max([0, *widths]))
             row = alive[0] * shapes.hidden + 2 * alive[1]
-            product = max([0, *sums.values(), *others.values()])  # XXᵀ of a batch, before it is added
+            # XXᵀ of a batch, before it is added; or D of all abilities, as they are stacked.
+            product = max([0, *sums.values(), *(abilities * D for D in others.values())])
             peak["forward"] = max(peak["forward"], held + parked[-1] + product + tokens.batch * row * item)
         undone = parked[-1]  # bytes of the covariances of groups that are not decomposed yet
         for name, members in groups.items():
             seen = name in sums
             other = {layer.name: others.get(layer.name, 0) for layer in members}
+            if seen and abilities > 1:  # each ability's C and D, before they are one
+                cost, numbers = mixing(members, abilities, config)
+                waiting_there = undone if park == "device" else abilities * sums[name]
+                work["selection"].update(cost)
+                peak["selection"] = max(peak["selection"], held + waiting_there + 8 * numbers)
+                undone -= (abilities - 1) * (sums[name] + sum(other.values()))
             beside = held + (undone if park == "device" else sums.get(name, 0) + max(other.values()))
             costs = [
                 ("decomposition", *decomposing(layer, kept[layer.name], seen, config, on_cpu)) for layer in members
@@ -329,7 +347,7 @@ def init_plan(
             for stage, cost, numbers in costs:
                 work[stage].update(cost)
                 peak[stage] = max(peak[stage], beside + 8 * numbers)
-            undone -= max(rounds, abilities) * sums.get(name, 0) + abilities * sum(other.values())
+            undone -= rounds * sums.get(name, 0) + sum(other.values())
         # A and B, or rows, U and energies; no B or U where B starts from zero; and the spectrum (see `Decomposed`).
         columns = {layer.name: layer.n + (0 if config.from_zero else layer.m) for layer in layers}
         sigmas = {name: min(m, n) if keeps_all(config) else config.r for name, m, n, _ in layers}

@@ -60,6 +60,7 @@ class Share:
         self.block_owners: dict[str, int] = {}
         self.owners: dict[str, int] = {}
         self.loads = [0.0] * processes.size  # seconds that the layers of each process take, by the plan
+        self.abilities = 1  # of the context
         self.order: list[str] = []
         if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
             raise CordaError(
@@ -73,6 +74,7 @@ class Share:
 
         Raises CordaError if there are fewer batches than processes."""
         size, rank, batches = self.processes.size, self.processes.rank, context.batches
+        self.abilities = max(1, len(context.abilities))
         if not batches:
             return context
         if len(batches) < size:
@@ -105,7 +107,8 @@ class Share:
             if block and (block in self.block_owners or len(self.block_owners) < self.whole_blocks):
                 least = self.block_owners.setdefault(block, least)
             layers = [Layer(name, *self.shapes[name], members[0] if seen else None) for name in members]
-            self.loads[least] += group_seconds(layers, self.config, self.device.type == "cpu", H100)
+            on_cpu = self.device.type == "cpu"
+            self.loads[least] += group_seconds(layers, self.config, on_cpu, H100, self.abilities)
             self.owners |= dict.fromkeys(members, least)
         return self.owners[members[0]]
 

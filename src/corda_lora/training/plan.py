@@ -123,7 +123,7 @@ def _preparation(
     sent = (rounds if gpus > 1 else 0) * sum(sums) * (gpus - 1) / gpus
     if not shapes.loaded:  # each process reads a part of the weights, which then pass through all of them
         sent += deciding.read_bytes * (gpus - 1) / gpus
-    share = busy_share(shapes, config, machine, gpus)
+    share = busy_share(shapes, config, machine, gpus, abilities)
     own = {"forward": Stage("forward", 0, 0, deciding.peaks[1])}  # of this process, if it decomposed all layers
     own |= {stage.name: stage for stage in deciding.stages}
     own |= {stage.name: stage for stage in collecting.stages if stage.name == "forward"}
@@ -161,11 +161,11 @@ def _sums(layers: Sequence[Layer], config: CordaConfig) -> int:
     return 4 * (inputs + config.runs_back * sum(layer.m**2 for layer in layers if layer.leader))
 
 
-def busy_share(shapes: Shapes, config: CordaConfig, machine: Machine, processes: int) -> float:
+def busy_share(shapes: Shapes, config: CordaConfig, machine: Machine, processes: int, abilities: int = 1) -> float:
     """The time in which several processes decompose all layers, of the time that one takes: as `Share.owner` shares
     them out."""
     blocks = [
-        [group_seconds(members, config, False, machine) for members in groups_of(layers).values()]
+        [group_seconds(members, config, False, machine, abilities) for members in groups_of(layers).values()]
         for _, _, layers in shapes.blocks
         if layers
     ]
