@@ -30,7 +30,8 @@ COMMON = {
     "architectures": ["LlamaForCausalLM"],
 }
 CONFIGS = {"`corda`": CordaConfig(mode="kpm", r=128), "`corda++`": CordaConfig(mode="kpm", preset="corda++", r=128)}
-SAMPLES, LENGTH, BATCH = 256, 512, 4096
+SAMPLES, LENGTH, STEP = 256, 512, 4096
+BATCH = 2048  # tokens of the context a forward: so there are 64 batches in a round, one for each of 64 GPUs
 # That of benchmarks/results/keep_cost_train_2026-11-29_h200.md
 SMALL = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
 
@@ -52,14 +53,15 @@ def main() -> None:
             for name, config in CONFIGS.items():
                 rounds = config.rounds or 1
                 total = rounds * SAMPLES * LENGTH
-                plan = shared_plan(shapes[name], config, Tokens(total, BATCH, total * LENGTH), H100, gpus, hosts)
+                tokens = Tokens(total, BATCH, total * LENGTH, total // BATCH)
+                plan = shared_plan(shapes[name], config, tokens, H100, gpus, hosts, step_tokens=STEP)
                 for stage in plan.preparation:
                     row(f"{name}: {stage.name}", stage, plan)
             for stage in plan.steps:
                 row(f"a step, {stage.name}", stage, plan)
     model, config = empty_llama(SMALL | {"num_attention_heads": 32, "num_key_value_heads": 32}), CONFIGS["`corda`"]
-    step = shared_plan(shapes_of(model, config), config, Tokens(BATCH, BATCH, BATCH), H100, 1).steps[0]
-    print(f"\n7B, one GPU: a step of {BATCH} tokens takes {step.seconds:.2f} s, {step.accelerator / 2**30:.1f} GiB")
+    step = shared_plan(shapes_of(model, config), config, Tokens(), H100, 1, step_tokens=STEP).steps[0]
+    print(f"\n7B, one GPU: a step of {STEP} tokens takes {step.seconds:.2f} s, {step.accelerator / 2**30:.1f} GiB")
 
 
 def row(name: str, stage: SharedStage, plan: SharedPlan) -> None:

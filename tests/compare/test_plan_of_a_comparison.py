@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import tiny
 
 from corda_lora import cli
 from corda_lora.compare.plan import plan_comparison
 from corda_lora.config import CompareConfig, CordaConfig, DataConfig, EvalConfig, MethodConfig, ModelConfig
 from corda_lora.preprocess.machine import H100
 from corda_lora.preprocess.plan import init_plan, planned_model, planned_tokens
+from corda_lora.training.plan import ADAM
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def start_of(folder, checkpoint):
     model = planned_model(source)
     (folder / "third.jsonl").write_text("".join((folder / "keep.jsonl").read_text().splitlines(True)[:5]))
 
-    def planned(options, method="corda-kpm-anchored", **settings):
+    def planned(options, method="corda-kpm-anchored", modules_to_save=None, **settings):
         recipe = CompareConfig(
             {"entry": MethodConfig(method, options=options, **settings)},
             DataConfig("learn.jsonl"),
@@ -27,6 +29,7 @@ def start_of(folder, checkpoint):
             DataConfig("keep.jsonl"),
             context_samples=12,
             r=4,
+            modules_to_save=modules_to_save,
         )
         (entry,) = plan_comparison(model, source, recipe, H100).entries
         return entry
@@ -76,6 +79,17 @@ def test_a_sweep_is_planned_with_the_starts_that_it_makes(start_of):
     few, more = (start_of.expected(["keep"], samples) for samples in (4, 40))
     swept = of_start(start_of({}, sweep={"samples": [4, 40]}, learning_rates=[1e-3]))
     assert swept == pytest.approx((few[0] + more[0], max(few[1], more[1]), few[2] + more[2]), rel=1e-9)
+
+
+def test_modules_that_are_trained_whole_are_counted(start_of):
+    """In the start's file and in training; those of an entry win over the comparison's."""
+    expected = start_of.expected(["keep"], modules_to_save=["lm_head"])
+    alone, whole = start_of({}), start_of({}, modules_to_save=["lm_head"])
+    assert of_start(whole) == pytest.approx(expected, rel=1e-9)
+    parameters = tiny.SIZE["vocab_size"] * tiny.SIZE["hidden_size"]
+    assert whole.disk_bytes - alone.disk_bytes == 4 * parameters
+    assert whole.train_bytes - alone.train_bytes == ADAM * parameters
+    assert of_start(start_of({"modules_to_save": ["lm_head"]}, modules_to_save=["norm"])) == of_start(whole)
 
 
 def test_contexts_that_are_not_here_count_as_samples_of_max_length(folder, recipe, capsys):

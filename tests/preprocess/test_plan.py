@@ -6,7 +6,7 @@ import re
 import resource
 import shutil
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import tiny
@@ -130,6 +130,24 @@ def test_what_runs_backward_leaves_files_of_the_planned_size(options, tmp_path):
     start.statistics.save(tmp_path / "statistics.safetensors")
     assert plan.statistics_bytes == tensor_bytes(tmp_path / "statistics.safetensors")
     assert plan.disk_bytes == plan.work_bytes + plan.adapter_bytes + plan.statistics_bytes
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("llama", {"modules_to_save": ["embed_tokens", "norm"]}),
+        ("bert", {}),  # a classifier's head is saved whole
+        ("roberta", {"modules_to_save": ["word_embeddings"]}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modules_that_are_saved_whole_are_in_the_planned_file(family, options, dtype, tmp_path):
+    model, config = tiny.build(family, dtype), CordaConfig(r=3, device="cpu", **options)
+    plan = init_plan(model, config, tiny.batches(family))
+    start = preprocess(model, config, tiny.batches(family), progress=False)
+    save_adapter(install(model, start), tmp_path / "start", {})
+    assert plan.adapter_bytes == tensor_bytes(tmp_path / "start" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("options", [{"fold": 0, "split": "paper"}, {"fold": 2}, {"double_quantization": True}])
@@ -365,6 +383,62 @@ def test_more_work_costs_more(llama7b):
     assert 2 * 6.4e9 * 131072 < one.flops < 5 * 6.4e9 * 131072
 
 
+# Options of `corda init` with what else they need to change a plan, by the option.
+CHANGES = {
+    "mode": {"mode": "ipm"},
+    "preset": {"preset": "corda+"},
+    "r": {"r": 20},
+    "rounds": {"rounds": 2},
+    "min_rank": {"preset": "corda+", "min_rank": 4},
+    "max_rank": {"preset": "corda+", "max_rank": 17},
+    "budget": {"preset": "corda+", "budget": 1e5},
+    "split": {"split": "balanced"},
+    "orientation": {"orientation": "two_sided"},
+    "solver": {"solver": "svd"},
+    "weights": {"weights": "compactness"},
+    "target_modules": {"target_modules": ["q_proj"]},
+    "quantization": {"quantization": "nf4"},
+    "double_quantization": {"quantization": "nf4", "double_quantization": True},
+    "fold": {"quantization": "nf4", "split": "balanced", "fold": 2},
+    "keep": {"keep": 10.0},
+    "exclude_modules": {"exclude_modules": ["q_proj"]},
+    "layers_to_transform": {"layers_to_transform": [0]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+}
+
+
+def test_every_option_changes_the_plan_or_the_help_says_that_it_does_not(capsys):
+    model = empty_model(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            architectures=["LlamaForCausalLM"],
+        ),
+        ModelConfig("", dtype="bfloat16"),
+    )
+
+    def figures(options):
+        abilities = 3 if "weights" in options else 1
+        plan = init_plan(model, CordaConfig(**{"r": 16} | options), TOKENS, "auto", H100, abilities)
+        return plan.flops, plan.seconds, plan.peaks, plan.disk_bytes, plan.adapter_bytes, plan.base_bytes
+
+    for option, options in CHANGES.items():
+        others = {key: value for key, value in options.items() if key != option}
+        without = figures({"weights": "given"} if option == "weights" else others)
+        assert figures(options) != without, option
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    said = capsys.readouterr().out.partition("options:")[0]
+    unchanging = {
+        option.removeprefix("--") for option in re.findall(r"--\w+", said.partition("weights are not needed.")[2])
+    }
+    elsewhere = {"bias", "device"}  # one value alone; the machine
+    assert CHANGES.keys() | unchanging | elsewhere >= {f.name for f in fields(CordaConfig)}
+    assert not CHANGES.keys() & unchanging
+
+
 def test_each_ability_of_a_mixture_has_sums_of_its_own(llama7b):
     """... which wait until they are mixed: C of each, and D of each where the context runs backward."""
 
@@ -403,8 +477,8 @@ def test_weights_by_compactness_take_time_and_memory(llama7b, park):
 
 
 def test_tokens_are_counted_with_their_padding():
-    assert count_tokens(tiny.batches()) == (3 * 12 + 2 * 10 + 4 * 8, 36, 3 * 144 + 2 * 100 + 4 * 64)
-    assert count_tokens([]) == (0, 0, 0)
+    assert count_tokens(tiny.batches()) == (3 * 12 + 2 * 10 + 4 * 8, 36, 3 * 144 + 2 * 100 + 4 * 64, 3)
+    assert count_tokens([]) == (0, 0, 0, 0)
 
 
 def test_a_described_card():
@@ -474,10 +548,10 @@ def test_the_verb_counts_all_contexts_of_a_mixture(checkpoint, tmp_path, capsys)
     rows = [json.dumps(row) + "\n" for row in SAMPLES]
     (one := tmp_path / "one.jsonl").write_text("".join(rows))
     (two := tmp_path / "two.jsonl").write_text("".join(rows[:5]))
-    flags = ["--model", checkpoint, "--r", 4, "--device", "cpu", "--samples", 10]
+    flags, on_card = ["--model", checkpoint, "--r", 4, "--samples", 10], ["--gpu", "80GB"]
 
     def tokens(*arguments):
-        shown = planned(capsys, *flags, *arguments)
+        shown = planned(capsys, *flags, *(arguments if "--gpu" in arguments else [*arguments, "--device", "cpu"]))
         assert "assumed, as no" not in shown
         return int(re.search(r"context: ([\d,]+) tokens", shown)[1].replace(",", ""))
 
@@ -485,7 +559,7 @@ def test_the_verb_counts_all_contexts_of_a_mixture(checkpoint, tmp_path, capsys)
     assert first > second > 0
     assert tokens("--context", one, "--context", two, "--context.weight", 3) == first + second
     assert tokens("--context", one, "--context.samples", 5, "--context", two) < first + second
-    assert tokens("--context", one, "--context", two, "--gpu", "80GB", "--gpus", 1) == first + second
+    assert tokens("--context", one, "--context", two, "--gpus", 1, *on_card) == first + second
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"context:\n- {one}\n- {{data: {two}, weight: 3}}\n")
     assert tokens("--config", recipe) == first + second
@@ -523,6 +597,51 @@ def test_the_verb_tells_the_output_from_what_is_on_the_disk_at_once(tmp_path, ca
     assert plan.disk_bytes == output + plan.work_bytes
     said = f"output: {size_text(output)}; on the disk at once, with OUTPUT.work: {size_text(plan.disk_bytes)}\n"
     assert said in shown
+
+
+def test_the_verb_takes_a_recipe_of_init_and_says_whether_its_disk_has_room(tmp_path, capsys, monkeypatch):
+    model, output = configuration(tmp_path / "llama", **SEVEN), tmp_path / "not" / "yet"
+    (recipe := tmp_path / "recipe.yaml").write_text(f"model: {model}\noutput: {output}\nkeep_work: true\nr: 8\n")
+    shown = planned(capsys, "--config", recipe, "--gpu", "80GB", "--samples", 256)
+    assert "fit" not in shown
+    assert not output.parent.exists()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1e6))
+    for gpus in ([], ["--gpus", 2]):
+        shown = planned(capsys, "--config", recipe, "--gpu", "80GB", "--samples", 256, *gpus)
+        assert re.search(r"does not fit: the disk of .*yet has 1.0 MB free, but", " ".join(shown.split()))
+
+
+def test_the_verb_counts_the_head_of_a_classifier_that_the_context_makes(checkpoint, tmp_path, capsys):
+    rows = [{"text": f"number {i}", "label": ["odd", "even"][i % 2]} for i in range(20)]
+    (path := tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", checkpoint, "--r", 4, "--device", "cpu"]
+    parameters = re.compile(r"model: ([\d,]+) parameters")
+    whole = planned(capsys, *flags, "--labels", "odd,even")
+    made = planned(capsys, *flags, "--context", path, "--context.label", "label")
+    assert parameters.search(made)[1] == parameters.search(whole)[1] != parameters.search(planned(capsys, *flags))[1]
+    assert "label names a column of a context: give --context, or" in refused(capsys, *flags, "--label", "label")
+
+
+def test_the_verb_refuses_what_init_refuses_of_a_model(checkpoint, tmp_path, capsys):
+    flags = ["--model", checkpoint, "--r", 4]
+    said = refused(capsys, *flags, "--gpu", "80GB", "--device", "cpu")
+    assert said == "corda plan: --gpu describes a card, and with --device cpu it does nothing: leave one of them out"
+    assert "what quantization lost" in refused(capsys, *flags, "--mode", "ipm", "--split", "balanced", "--fold", 2)
+    outside = [*flags, "--keep", 10, "--target_modules", "lm_head"]
+    assert "lm_head is outside of the model's blocks" in refused(capsys, *outside)
+    tiny.build("bert").save_pretrained(tmp_path)
+    said = refused(capsys, "--model", tmp_path, "--r", 4, "--orientation", "two_sided")
+    assert "BertForSequenceClassification is no causal language model: a context runs backward (keep" in said
+
+
+def test_the_verb_says_that_other_samples_are_not_counted(checkpoint, capsys):
+    """Those whose leak a start in kpm is compared with (see `prepare`)."""
+    flags = ["--model", checkpoint, "--r", 4, "--gpu", "80GB", "--samples", 64]
+    for several in ([], ["--gpus", 2]):
+        assert "not counted: measuring what other samples" in planned(capsys, *flags, *several)
+        for others in (["--mode", "ipm"], ["--preset", "corda++"], ["--orientation", "identity"]):
+            assert "not counted: measuring" not in planned(capsys, *flags, *several, *others)
 
 
 @pytest.mark.parametrize("size", ["24 bananas", "GB", "0GB", "-1GB"])

@@ -104,14 +104,25 @@ def test_sums_of_each_ability_are_sent_and_wait(model):
     assert three.accelerator > one.accelerator
 
 
-def test_memory_is_shared_under_fsdp_and_not_under_ddp(model):
+def test_memory_is_shared_under_fsdp_and_not_under_ddp():
     config = CordaConfig(mode="kpm", r=4)
-    shapes = shapes_of(model, config)
+    shapes = shapes_of(llama(3), config)
     eight, sixteen = (shared_plan(shapes, config, TOKENS, H100, gpus).steps for gpus in (8, 16))
     assert eight[0].accelerator == sixteen[0].accelerator
     whole = 4 * shapes.parameters + 16 * shapes.budget
     assert eight[1].accelerator - sixteen[1].accelerator == pytest.approx(whole / 16)
     assert all(math.isnan(step.host) for step in eight)
+
+
+def test_modules_that_are_trained_whole_take_memory_and_traffic(model):
+    def steps(**options):
+        config = CordaConfig(mode="kpm", r=4, **options)
+        return shared_plan(shapes_of(model, config), config, TOKENS, H100, 4).steps
+
+    head = tiny.SIZE["vocab_size"] * tiny.SIZE["hidden_size"]
+    for one, other in zip(steps(), steps(modules_to_save=["lm_head"])):
+        assert other.accelerator - one.accelerator == pytest.approx(16 * head / (1 if one.name == "DDP" else 4))
+        assert other.traffic - one.traffic == pytest.approx(4 * head * 3 / 4 * (2 if one.name == "DDP" else 1))
 
 
 def test_more_gpus_take_less_time_and_no_more_memory_each():
@@ -125,7 +136,7 @@ def test_more_gpus_take_less_time_and_no_more_memory_each():
 
 
 def plan(checkpoint, *options):
-    main(["plan", "--model", str(checkpoint), "--r", "4", "--samples", "64", "--max_length", "32", *options])
+    main(["plan", "--model", str(checkpoint), "--r", "4", "--samples", "1024", "--max_length", "32", *options])
 
 
 def test_the_command(checkpoint, capsys):
@@ -135,7 +146,13 @@ def test_the_command(checkpoint, capsys):
     assert "a step, FSDP 2" in said
     assert "a step: 4,096 tokens on each GPU (--batch_tokens), with gradient checkpointing" in said
     assert "assumed: a GPU sends 25.0 GB a second" in said
-    assert "assumed, as no --context is given: 64 samples of 32 tokens" in said
+    assert "assumed, as no --context is given: 1024 samples of 32 tokens" in said
+    assert "price" not in said
+    plan(checkpoint, "--gpu", "80GB", "--gpus", "1", "--keep", "10")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "on 1 GPU, each" in said
+    assert "not counted: what the price on drift adds to a step" in said
+    plan(checkpoint, "--gpu", "80GB", "--gpus", "14", "--orientation", "identity", "--samples", "1")  # no context
     plan(checkpoint, "--gpu", "1MB", "--gpus", "2")
     assert "(too much)" in " ".join(capsys.readouterr().out.split())
 
@@ -145,6 +162,15 @@ def test_the_command(checkpoint, capsys):
     [
         (["--gpus", "8"], "this machine has none: describe one with --gpu, such as --gpu 80GB"),
         (["--gpu", "80GB", "--gpus", "8", "--hosts", "3"], "3 hosts cannot have 8 GPUs in all with as many each"),
+        (["--gpu", "80GB", "--gpus", "4", "--hosts", "8"], "8 hosts cannot have 4 GPUs in all with as many each"),
+        (["--gpu", "80GB", "--gpus", "0"], "gpus is 0, but must be a whole number at least 1"),
+        (["--gpu", "80GB", "--gpus", "4", "--hosts", "0"], "hosts is 0, but must be a whole number at least 1"),
+        (["--gpu", "80GB", "--gpus", "1000"], "1000 processes, one on each GPU, cannot share 14 layers: --gpus 14 at"),
+        (["--gpu", "80GB", "--gpus", "2147483647"], "cannot share 14 layers"),
+        (
+            ["--gpu", "80GB", "--gpus", "14"],
+            "14 processes, one on each GPU, cannot share a context of 8 batches: --gpus 8 at most, or lower --batch_t",
+        ),
         (["--gpu", "80GB", "--hosts", "2"], "--hosts share out --gpus: give their number, too"),
     ],
 )

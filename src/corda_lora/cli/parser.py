@@ -57,6 +57,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         skip: set[str] | None = None,
         check: Callable[[Path], None] | None = check_name,
         result: bool = False,
+        writes: bool = True,
     ) -> Any:
         """Add a verb. Returns its parser, for options of its own.
 
@@ -67,6 +68,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
             skip: but for these.
             check: raises CordaError if the output cannot be written.
             result: whether `run` returns something to print: with --quiet and --json.
+            writes: whether it writes the output that is named.
         """
         sub = Parser(description=getdoc(run), formatter_class=Help)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML recipe; flags after it win over it")
@@ -79,7 +81,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Namespace], None
         subcommands.add_subcommand(name, sub, help=summary)
         if not summary:
             subcommands._choices_actions.pop()
-        verbs[name] = partial(_run_checked, sub, run, check)
+        verbs[name] = partial(_run_checked, sub, run, check, writes)
         return sub
 
     for add in (add_demo, add_init, add_plan, add_train, add_eval, add_compare, add_inspect, add_export):
@@ -91,6 +93,7 @@ def _run_checked(
     parser: ArgumentParser,
     run: Callable[[Namespace], Any],
     check: Callable[[Path], None] | None,
+    writes: bool,
     options: Namespace,
 ) -> None:
     """Run a verb when its options and its output are found in order, and print its result where --json asks for it.
@@ -101,7 +104,7 @@ def _run_checked(
     if output is not None and check is not None:
         check(output)
     reports = options.get("jobs") == 0  # also of a comparison that goes on
-    locks = output is not None and not reports and not follows(options)
+    locks = output is not None and writes and not reports and not follows(options)
     with output_lock(output) if locks else nullcontext(), spoken(options):
         for name in ("adapter", "start"):
             if options.get(name) is not None:

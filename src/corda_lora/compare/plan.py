@@ -86,7 +86,7 @@ def plan_comparison(model: Any, source: ModelConfig, recipe: CompareConfig, mach
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     parameters = sum(p.numel() for p in model.parameters())
     common: dict[str, Any] = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "target_modules": recipe.target_modules}
-    budget = shapes_of(model, CordaConfig(**common)).budget
+    shapes = shapes_of(model, CordaConfig(**common, modules_to_save=recipe.modules_to_save))
     comparison = Comparison(source, recipe, Path())
     data = comparison.learn
     samples = _count(data)
@@ -108,7 +108,7 @@ def plan_comparison(model: Any, source: ModelConfig, recipe: CompareConfig, mach
                 name,
                 count_runs({name: scheduled}, recipe.seeds, {}),
                 *_of_starts([start for start in starts if start is not None], machine),
-                parameters * ADAM if whole else weights + budget * ADAM,
+                parameters * ADAM if whole else weights + (shapes.budget + shapes.saved[0]) * ADAM,
                 seconds,
             )
         )
@@ -118,7 +118,7 @@ def plan_comparison(model: Any, source: ModelConfig, recipe: CompareConfig, mach
 def _start(model: Any, comparison: Comparison, job: Job, common: dict[str, Any], machine: Machine) -> Plan | None:
     """The start that a preparation makes; None if its method is another's."""
     entry, options, source = comparison.recipe.entries[job.entry], comparison.options(job), comparison.source
-    config = corda_config(entry.method, options, **common)
+    config = corda_config(entry.method, {"modules_to_save": comparison.recipe.modules_to_save} | options, **common)
     if config is None:
         return None
     shown = [

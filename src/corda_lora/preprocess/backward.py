@@ -73,14 +73,8 @@ def walk_back(
     Raises CordaError: the model is no causal language model; a target is outside of the blocks; the blocks form no
     chain; the context has no answer; activations or gradients have NaN or Inf.
     """
-    require_causal(model)
+    inside = targets_inside(model, targets)
     blocks = find_blocks(model, list(targets))
-    inside = {block: [n for n in targets if n.startswith(f"{name}.")] for name, block in blocks.items()}
-    if outside := set(targets).difference(*inside.values()):
-        raise CordaError(
-            f"{min(outside)} is outside of the model's blocks, so what its outputs do to the answers is not known: "
-            "leave it out of target_modules"
-        )
     if listeners is None and not any(bool(answer_mask(batch).any()) for batch in context.batches):
         raise CordaError(NO_ANSWER)
     device, finished = place.device, set(finished)
@@ -123,6 +117,21 @@ def walk_back(
     if unseen := [name for names in inside.values() for name in names]:
         with on_device([t for name in unseen for t in tensors_of(targets[name])], device, place.stored):
             yield StepBack(unseen, None if finished.issuperset(unseen) else [Group([n], []) for n in unseen], {})
+
+
+def targets_inside(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[nn.Module, list[str]]:
+    """The target layers of each block.
+
+    Raises CordaError: the model is no causal language model; a target is outside of the blocks."""
+    require_causal(model, "a context runs backward (keep, orientation two_sided) through these alone")
+    blocks = find_blocks(model, list(targets))
+    inside = {block: [n for n in targets if n.startswith(f"{name}.")] for name, block in blocks.items()}
+    if outside := set(targets).difference(*inside.values()):
+        raise CordaError(
+            f"{min(outside)} is outside of the model's blocks, so what its outputs do to the answers is not known: "
+            "leave it out of target_modules"
+        )
+    return inside
 
 
 def run_back(model: nn.Module, targets: Mapping[str, nn.Module], context: Context, progress: bool = False) -> StepBack:

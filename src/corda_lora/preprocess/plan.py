@@ -24,7 +24,7 @@ from ..data.samples import load_rounds
 from ..devices import compute_device
 from ..models.loading import class_of, empty_model, load_tokenizer, read_settings
 from ..models.lockstep import find_blocks, tensors_of
-from ..models.targets import budget_of, choose_targets
+from ..models.targets import HEADS, budget_of, choose_targets, modules_named, new_modules, task_type
 from ..models.weights import ALREADY, is_4bit, packed_bytes, quantized_names, weight_shape
 from .backward import LOGITS
 from .context import read_context, token_masks
@@ -56,11 +56,13 @@ class Tokens(NamedTuple):
         total: of all batches.
         batch: of the largest batch.
         pairs: pairs of tokens that attention multiplies, Σ b·s².
+        batches: their number; 0 where it is not known.
     """
 
     total: int = 0
     batch: int = 0
     pairs: int = 0
+    batches: int = 0
 
 
 class Shapes(NamedTuple):
@@ -71,6 +73,7 @@ class Shapes(NamedTuple):
         budget: parameters of the adapter.
         rest: bytes that are on the device throughout.
         seeing: parameters and bytes of what sees images, which is there before the first block alone.
+        saved: parameters and bytes of modules that are trained whole and saved with the adapter.
         head: parameters of the output head, which is run where the context goes backward.
         blocks: the number of parameters, the bytes and the targets of each block.
         loaded: bytes of a model that is in 4 or 8 bits, which is in the CPU's memory whole; else 0.
@@ -85,6 +88,7 @@ class Shapes(NamedTuple):
     blocks: list[tuple[int, int, list[Layer]]]
     loaded: int = 0
     seeing: tuple[int, int] = (0, 0)
+    saved: tuple[int, int] = (0, 0)
 
 
 class Stage(NamedTuple):
@@ -221,8 +225,15 @@ def shapes_of(model: nn.Module, config: CordaConfig) -> Shapes:
     parameters = sum(p.numel() for p in model.parameters())
     dtype = next(model.parameters()).dtype
     loaded, budget = _bytes(tensors_of(model), packed) if packed else 0, budget_of(targets, config, model)
-    seen = sum(t.numel() for t in seeing), _bytes(seeing, packed)
-    return Shapes(dtype, hidden, parameters, budget, _bytes(rest, packed), head_parameters, sizes, loaded, seen)
+    seen, saved = ((sum(t.numel() for t in ts), _bytes(ts, packed)) for ts in (seeing, _saved(model, config)))
+    return Shapes(dtype, hidden, parameters, budget, _bytes(rest, packed), head_parameters, sizes, loaded, seen, saved)
+
+
+def _saved(model: nn.Module, config: CordaConfig) -> set[Tensor]:
+    """The tensors of `modules_to_save`, and of a classifier's head, which PEFT adds to them."""
+    kind = task_type(model)
+    endings = [*(config.modules_to_save or ()), *new_modules(model), *(HEADS.get(kind, ()) if kind else ())]
+    return {t for ending in endings for module in modules_named(model, ending).values() for t in tensors_of(module)}
 
 
 def _bytes(tensors: Iterable[Tensor], packed: Mapping[Tensor, int]) -> int:
@@ -233,7 +244,7 @@ def count_tokens(batches: Sequence[Mapping[str, Any]]) -> Tokens:
     """The tokens of batches as `preprocess` takes them."""
     sizes = [token_masks(batch)[0].shape for batch in batches]
     largest = max((b * s for b, s in sizes), default=0)
-    return Tokens(sum(b * s for b, s in sizes), largest, sum(b * s * s for b, s in sizes))
+    return Tokens(sum(b * s for b, s in sizes), largest, sum(b * s * s for b, s in sizes), len(sizes))
 
 
 def planned_tokens(
@@ -242,8 +253,8 @@ def planned_tokens(
     """The tokens of the contexts that `corda init` would make of the data, together. If no data are named, all samples
     count as max_length tokens long."""
     each = [_planned_tokens(source, data, rounds, batch_tokens, has_decoder) for data in datas]
-    most = max((tokens.batch for tokens in each), default=0)
-    return Tokens(sum(tokens.total for tokens in each), most, sum(tokens.pairs for tokens in each))
+    total, batch, pairs, batches = zip(*each)
+    return Tokens(sum(total), max(batch), sum(pairs), sum(batches))
 
 
 def _planned_tokens(source: ModelConfig, data: DataConfig, rounds: int, batch_tokens: int, has_decoder: bool) -> Tokens:
@@ -253,8 +264,8 @@ def _planned_tokens(source: ModelConfig, data: DataConfig, rounds: int, batch_to
         context = read_context(tokenizer, samples_by_round, data.max_length, batch_tokens, has_decoder)
         return count_tokens(context.batches)
     samples, length = data.samples or 1, data.max_length
-    total = rounds * samples * length
-    return Tokens(total, min(max(1, batch_tokens // length), samples) * length, total * length)
+    total, together = rounds * samples * length, min(max(1, batch_tokens // length), samples)
+    return Tokens(total, together * length, total * length, rounds * -(-samples // together))
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -368,10 +379,12 @@ def init_plan(
         batch = 3 * tokens.batch * shapes.hidden * item
         peak["forward"] = max(peak["forward"], always + shapes.head * item + logits + batch)
     halves = 1 if config.from_zero or config.has_residual else 2  # rank 2r where the start is subtracted again
-    adapter, base = 4 * shapes.budget * halves, 0
+    adapter, base = 4 * shapes.budget * halves + shapes.saved[1], 0
     if config.quantization:
         inside = sum(parameters for parameters, _, _ in shapes.blocks)
-        base = inside * 9 // 16 + (shapes.parameters - inside) * item  # as if blocks had nothing but linear layers
+        # As if blocks had nothing but linear layers: half a byte, and a scale for 64 numbers.
+        scale = 1 / 64 + 1 / 4096 if config.double_quantization else 1 / 16
+        base = int(inside * (0.5 + scale)) + (shapes.parameters - inside) * item
     seconds = {stage: sum(flop / rate_of(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
     read = (1 + config.runs_back) * sum(weights for _, weights, _ in shapes.blocks) + rest
     reading = (shapes.loaded or read) / machine.read

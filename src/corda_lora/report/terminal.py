@@ -147,13 +147,15 @@ def shared_plan_lines(plan: SharedPlan, config: CordaConfig) -> list[Table | str
         table.add_row(
             stage.name, time_text(stage.seconds), gpu if plan.fits(stage) else f"{gpu} (too much)", host, sent
         )
-    a_host = f"{plan.gpus} GPUs" if plan.hosts == 1 else f"{plan.gpus} GPUs in {plan.hosts} hosts"
+    gpus = f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''}"
+    a_host = gpus if plan.hosts == 1 else f"{gpus} in {plan.hosts} hosts"
     return [
         f"on {a_host}, each as of {plan.machine.name}",
         table,
         f"start: {choices_of(config)}",
         f"context: {plan.tokens.total:,} tokens; preparation: about {time_text(plan.seconds)}",
         f"a step: {plan.step_tokens:,} tokens on each GPU (--batch_tokens), with gradient checkpointing",
+        *(["not counted: what the price on drift adds to a step"] if config.keep else []),
         f"assumed: a GPU sends {size_text(plan.link)} a second, and every host reads its part of the checkpoint",
     ]
 

@@ -83,7 +83,8 @@ def shared_plan(
     Args:
         abilities: see `init_plan`.
 
-    Raises CordaError if the machine has no accelerator, or the hosts have not the same number of GPUs.
+    Raises CordaError if the machine has no accelerator, the hosts have not the same number of GPUs, or there are fewer
+    layers or batches than GPUs.
     """
     if machine.accelerator is None:
         raise CordaError(
@@ -91,6 +92,14 @@ def shared_plan(
         )
     if gpus % hosts:
         raise CordaError(f"{hosts} hosts cannot have {gpus} GPUs in all with as many each")
+    layers, batches = sum(len(layers) for _, _, layers in shapes.blocks), tokens.batches if config.reads_context else 0
+    if gpus > layers:
+        raise CordaError(f"{gpus} processes, one on each GPU, cannot share {layers} layers: --gpus {layers} at most")
+    if 0 < batches < gpus:
+        raise CordaError(
+            f"{gpus} processes, one on each GPU, cannot share a context of {batches} "
+            f"batch{'es' if batches > 1 else ''}: --gpus {batches} at most, or lower --batch_tokens"
+        )
     link = NVLINK if hosts == 1 else NETWORK
     preparation = _preparation(shapes, config, tokens, machine, gpus, hosts, park, link, abilities)
     steps = _steps(shapes, machine, gpus, step_tokens, link)
@@ -192,10 +201,10 @@ def _steps(shapes: Shapes, machine: Machine, gpus: int, tokens: int, link: float
     states = len(shapes.blocks) * shapes.hidden * item + 24 * shapes.hidden + 2 * widths
     logits = LOGIT * shapes.head // max(1, shapes.hidden)
     activations = tokens * (states + logits)
-    trained = ADAM * shapes.budget
+    trained = ADAM * (shapes.budget + shapes.saved[0])
     compute = 6 * shapes.parameters * tokens / (TRAINED * machine.multiply)
     others = (gpus - 1) / gpus
-    gradients = 2 * 4 * shapes.budget * others  # all-reduce: each GPU sends them nearly twice
+    gradients = 2 * 4 * (shapes.budget + shapes.saved[0]) * others  # all-reduce: each GPU sends them nearly twice
     gathered = 2 * weights * others  # for forward and for backward
     whole = weights + trained + activations
     # Of the next block, too; and the head with the embeddings, which are gathered throughout.
