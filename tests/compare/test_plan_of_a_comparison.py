@@ -95,6 +95,7 @@ def test_modules_that_are_trained_whole_are_counted(start_of):
 def test_contexts_that_are_not_here_count_as_samples_of_max_length(folder, recipe, capsys):
     path = Path(recipe({"lora": [1e-3, 2e-3]}))
     entry = "  mixed: {method: corda-kpm-anchored, options: {contexts: [{data: some/hub}, {data: other/rows}]}}\n"
-    path.write_text(path.read_text() + entry)
+    path.write_text(f"output: results\n{path.read_text()}{entry}")  # a recipe may also say where compare writes
     cli.main(["plan", str(path), "--gpu", "80GB"])
     assert "mixed" in capsys.readouterr().out
+    assert not Path("results").exists()

@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 
+from corda_lora.adapters.prepare import prepare
 from corda_lora.cli import main
-from corda_lora.config import CordaConfig
+from corda_lora.config import CordaConfig, ModelConfig
 from corda_lora.preprocess.context import Ability, Context
 from corda_lora.preprocess.costs import group_seconds, groups_of
 from corda_lora.preprocess.machine import H100
-from corda_lora.preprocess.plan import Tokens, init_plan, shapes_of
+from corda_lora.preprocess.plan import Tokens, init_plan, planned_model, shapes_of
 from corda_lora.preprocess.share import Share
 from corda_lora.processes import Processes
 from corda_lora.training.plan import NETWORK, NVLINK, TRAINED, busy_share, shared_plan
@@ -123,6 +124,32 @@ def test_modules_that_are_trained_whole_take_memory_and_traffic(model):
     for one, other in zip(steps(), steps(modules_to_save=["lm_head"])):
         assert other.accelerator - one.accelerator == pytest.approx(16 * head / (1 if one.name == "DDP" else 4))
         assert other.traffic - one.traffic == pytest.approx(4 * head * 3 / 4 * (2 if one.name == "DDP" else 1))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_step_over_a_quantized_base_holds_the_base(double):
+    """... that a start with the same options writes: 4.5 or 4.13 bits for a number in a block."""
+    model = tiny.build("llama_for_nf4")
+    config = CordaConfig(r=4, quantization="nf4", double_quantization=double)
+    shapes = shapes_of(model, config)
+    full, packed = (shared_plan(shapes, c, TOKENS, H100, 4).steps for c in (CordaConfig(r=4), config))
+    base = init_plan(shapes, config, TOKENS, "auto", H100).base_bytes
+    saved = 4 * shapes.parameters - base
+    assert full[0].accelerator - packed[0].accelerator == saved
+    assert full[1].traffic - packed[1].traffic == pytest.approx(2 * saved * 3 / 4)
+    assert full[1].accelerator - packed[1].accelerator > saved / 4  # two blocks are gathered, too
+
+
+def test_a_step_over_a_model_in_4_bits_holds_its_bytes(tmp_path, tokenizer):
+    tiny.build("llama_for_nf4").save_pretrained(tmp_path / "full")
+    tokenizer.save_pretrained(tmp_path / "full")
+    start = CordaConfig(mode="ipm", orientation="identity", quantization="nf4", fold=0)
+    prepare(ModelConfig(str(tmp_path / "full")), start, None, tmp_path / "start", progress=False)
+    config = CordaConfig(r=4)
+    shapes = shapes_of(planned_model(ModelConfig(str(tmp_path / "start" / "base"))), config)
+    bare = shapes._replace(loaded=0)
+    held, expanded = (shared_plan(each, config, TOKENS, H100, 4).steps[0].accelerator for each in (shapes, bare))
+    assert expanded - held == shapes.parameters * shapes.dtype.itemsize - shapes.loaded
 
 
 def test_more_gpus_take_less_time_and_no_more_memory_each():

@@ -41,8 +41,9 @@ def add_plan(verb: AddVerb) -> None:
     _add_machine(parser)
     parser.add_argument("--gpus", type=Count | None, help="plan for so many GPUs in all: init, and a step of train")
     parser.add_argument("--hosts", type=Count, default=1, help="the hosts that these GPUs are in")
-    parser = verb(PLAN_RECIPE, plan_recipe, "", ModelConfig, CompareConfig)
+    parser = verb(PLAN_RECIPE, plan_recipe, "", ModelConfig, CompareConfig, writes=False)
     parser.prog = parser.prog.replace(PLAN_RECIPE, "plan RECIPE")
+    parser.add_argument("--output", type=Path | None, help="as of compare; it changes nothing here")
     _add_machine(parser)
 
 

@@ -382,9 +382,7 @@ def init_plan(
     adapter, base = 4 * shapes.budget * halves + shapes.saved[1], 0
     if config.quantization:
         inside = sum(parameters for parameters, _, _ in shapes.blocks)
-        # As if blocks had nothing but linear layers: half a byte, and a scale for 64 numbers.
-        scale = 1 / 64 + 1 / 4096 if config.double_quantization else 1 / 16
-        base = int(inside * (0.5 + scale)) + (shapes.parameters - inside) * item
+        base = in_4_bits(inside, config) + (shapes.parameters - inside) * item
     seconds = {stage: sum(flop / rate_of(machine, kind) for kind, flop in cost.items()) for stage, cost in work.items()}
     read = (1 + config.runs_back) * sum(weights for _, weights, _ in shapes.blocks) + rest
     reading = (shapes.loaded or read) / machine.read
@@ -422,6 +420,11 @@ def init_plan(
         shapes.loaded or read,
         reading,
     )
+
+
+def in_4_bits(parameters: int, config: CordaConfig) -> int:
+    """Bytes of a quantized block, as if it had nothing but linear layers: half a byte, and a scale for 64 numbers."""
+    return int(parameters * (0.5 + (1 / 64 + 1 / 4096 if config.double_quantization else 1 / 16)))
 
 
 def _place(park: str, waiting: int, machine: Machine) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..config import CordaConfig, CordaError
 from ..preprocess.costs import Layer, group_seconds, groups_of
 from ..preprocess.machine import Machine
-from ..preprocess.plan import CONTEXT, Plan, Shapes, Stage, Tokens, init_plan
+from ..preprocess.plan import CONTEXT, Plan, Shapes, Stage, Tokens, in_4_bits, init_plan
 
 # Bytes/s of what a GPU sends, assumed: a third of what an H100's NVLink is sold as, and half of a 400 Gbit/s adapter
 # for each GPU.
@@ -102,7 +102,7 @@ def shared_plan(
         )
     link = NVLINK if hosts == 1 else NETWORK
     preparation = _preparation(shapes, config, tokens, machine, gpus, hosts, park, link, abilities)
-    steps = _steps(shapes, machine, gpus, step_tokens, link)
+    steps = _steps(shapes, config, machine, gpus, step_tokens, link)
     return SharedPlan(machine, gpus, hosts, tokens, preparation, steps, step_tokens, link)
 
 
@@ -190,12 +190,20 @@ def busy_share(shapes: Shapes, config: CordaConfig, machine: Machine, processes:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _steps(shapes: Shapes, machine: Machine, gpus: int, tokens: int, link: float) -> list[SharedStage]:
+def _steps(
+    shapes: Shapes, config: CordaConfig, machine: Machine, gpus: int, tokens: int, link: float
+) -> list[SharedStage]:
     """A step under each engine: forward, forward once more and backward to the inputs. Weights come while blocks
     compute."""
     item = shapes.dtype.itemsize
+    blocks = [parameters * item for parameters, _, _ in shapes.blocks]
     weights = shapes.parameters * item
-    block = max(parameters for parameters, _, _ in shapes.blocks) * item
+    if config.quantization:  # the model that is trained is the base that `init` writes
+        packed = [in_4_bits(parameters, config) for parameters, _, _ in shapes.blocks]
+        weights, blocks = weights - sum(blocks) + sum(packed), packed
+    elif shapes.loaded:
+        weights, blocks = shapes.loaded, [size for _, size, _ in shapes.blocks]
+    block = max(blocks)
     widths = max(sum(m + n for _, m, n, _ in layers) for _, _, layers in shapes.blocks)
     # Each block's input, all of one block, and the logits.
     states = len(shapes.blocks) * shapes.hidden * item + 24 * shapes.hidden + 2 * widths
