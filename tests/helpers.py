@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import tiny
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from corda_lora import CordaConfig
 from corda_lora.adapters.lora import install, lora_layers, save_adapter
@@ -163,3 +164,15 @@ def browse(page, probe, folder, theme):
     text = re.sub("|".join(unescape), lambda m: unescape[m[0]], printed[1] if printed else "")
     pages = sorted((json.loads(line) for line in text.splitlines()), key=lambda page: -page["width"])
     return {"pages": pages, "console": console, "theme": theme}
+
+
+def allocated(run):
+    """Most bytes that PyTorch handed out at a time, beyond those at the beginning; and the result."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = run()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most, result

@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 import pytest
 import tiny
 import torch
+from helpers import allocated
 from safetensors import safe_open
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from corda_lora.adapters.lora import install, save_adapter
@@ -201,18 +201,6 @@ def test_a_model_that_cannot_be_run_without_numbers_shares_nothing():
     model.config = None
     targets = find_targets(model, "all-linear")
     assert shared_inputs(model, targets, []) == {name: name for name in targets}
-
-
-def allocated(run):
-    """Most bytes that PyTorch handed out at a time, beyond those at the beginning; and the result."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        result = run()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most, result
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (512, 192), (192, 512)])

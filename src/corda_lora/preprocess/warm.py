@@ -70,22 +70,26 @@ def _work(mode: Literal["kpm", "ipm"], device: torch.device) -> None:
 @torch.no_grad()
 def _run_first_block(empty: nn.Module, tokens: int, device: torch.device) -> None:
     """Run a batch without padding and one with it through all that comes before the second block, and take the
-    covariances. The weights are zeros; those of `empty` are not touched."""
-    model = copy.deepcopy(empty)
-    for parameter in model.parameters():  # takes no memory
-        parameter.data = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-    sees = image_side(model)
-    blocks = find_blocks(model, [name for name, m in model.named_modules() if is_linear(m) and not sees(name)])
-    for parent in {name.rpartition(".")[0] for name in blocks}:
+    covariances, of a model like this one whose weights are zeros."""
+    sees = image_side(empty)
+    blocks = find_blocks(empty, [name for name, m in empty.named_modules() if is_linear(m) and not sees(name)])
+    first = {name.rpartition(".")[0]: block for name, block in reversed(blocks.items())}  # of each list of blocks
+    others = [block for block in blocks.values() if block not in first.values()]
+    left_out = {p for block in others for p in block.parameters()}
+    copies: dict[int, nn.Module | nn.Parameter] = {id(block): nn.Module() for block in others}
+    for p in empty.parameters():
+        if p not in left_out:
+            copies[id(p)] = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), requires_grad=False)
+    model = copy.deepcopy(empty, copies)
+    for parent in first:
         del model.get_submodule(parent)[1:]  # type: ignore[operator]
-    name, block = next(iter(blocks.items()))
-    for parameter in block.parameters():
-        parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-    targets = {f"{name}.{n}": m for n, m in block.named_modules() if is_linear(m)}
+    name = next(iter(blocks))
+    targets = {f"{name}.{n}": m for n, m in model.get_submodule(name).named_modules() if is_linear(m)}
     ids = torch.zeros(max(1, tokens // LENGTH), min(tokens, LENGTH), dtype=torch.long)
     padded = torch.ones_like(ids)
     padded[:, -1] = 0
     batches = [{"input_ids": ids, "attention_mask": mask} for mask in (torch.ones_like(ids), padded)]
     for _, groups in walk(model, targets, Context(batches, rounds=[0, 0]), Place(device)):
         del groups
+    del model, copies
     release_cache(device)
