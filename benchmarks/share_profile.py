@@ -124,7 +124,7 @@ def main() -> None:
     watch(pipeline, "synchronize", "lap: synchronize")
     watch(pipeline, "release_cache", "lap: release_cache")
     watch(warm, "_work", "thread: make warm")
-    watch(warm, "_run_first_block", "thread: run the first block")
+    watch(warm, "_run_first_blocks", "thread: run the first blocks")
     watch(pipeline, "choose_targets", "in no stage: choose_targets")
     watch(pipeline, "check_context", "in no stage: check_context")
     watch(pipeline, "_digests", "in no stage: _digests")

@@ -48,7 +48,7 @@ def test_a_pass_through_the_first_block_leaves_the_model_as_it_is(device, family
     model, stored = open_model(ModelConfig(str(tmp_path)))
     assert stored
     before = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in model.state_dict().items()}
-    warm._run_first_block(model, 16, torch.device(device))
+    warm._run_first_blocks(model, 16, torch.device(device))
     assert {name: (tensor.data_ptr(), tensor.shape) for name, tensor in model.state_dict().items()} == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -56,6 +56,6 @@ def test_a_pass_through_the_first_block_leaves_the_model_as_it_is(device, family
 def test_the_blocks_that_are_not_run_take_no_memory(tmp_path):
     tiny.build("llama_for_nf4", num_hidden_layers=8, hidden_size=256).save_pretrained(tmp_path)
     model, _ = open_model(ModelConfig(str(tmp_path)))
-    most, _ = allocated(lambda: warm._run_first_block(model, 16, torch.device("cpu")))
+    most, _ = allocated(lambda: warm._run_first_blocks(model, 16, torch.device("cpu")))
     block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     assert block < most < 4 * block

@@ -99,7 +99,7 @@ def prepare(
     assert config.rounds is not None
     datas = [data] if isinstance(data, DataConfig) else list(data or ())
     check_together(config, len(datas))
-    with warming(config, source if isinstance(source, nn.Module) else None) as warm:
+    with warming(config, source if isinstance(source, nn.Module) else None, processes) as warm:
         shown = [load_rounds(each, config.rounds) for each in datas] if shown is None else shown
         base: nn.Module | None = None
         if isinstance(source, ModelConfig):
