@@ -2,20 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test cluster quick lint format docs clean
+.PHONY: demo test cluster gpu quick lint format docs clean
 
 demo: .venv/ready
 	rm -rf demo
 	$(BIN)/corda demo --output demo
 
 # Two processes, each with whole files, the longest first (see tests/conftest.py). The many processes that tests start find
-# our modules compiled.
+# our modules compiled. A machine's GPUs are hidden: the results are the same on every machine.
 test: .venv/ready
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster"
+	env -u PYTHONDONTWRITEBYTECODE CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster"
 
 # Two minutes more, of nodes that die.
 cluster: .venv/ready
 	$(BIN)/python -m pytest -m cluster
+
+# The cases for a GPU.
+gpu: .venv/ready
+	$(BIN)/python -m pytest -m gpu
 
 # For the inner loop: under two minutes on two slow cores. (Comparisons, training and whole commands are in `make test`.)
 QUICK := $(addprefix tests/,algebra data adapters models preprocess test_links.py test_docs.py test_benchmarks.py)

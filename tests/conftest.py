@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+
+
 def pytest_collection_finish():
     """Every training ends with a garbage collection: it need not go through all that was imported (0.8 s)."""
     gc.freeze()

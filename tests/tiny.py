@@ -216,8 +216,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: nn.Module, family: str = "llama") -> Tensor:
     """Logits of the first batch."""
-    device = next(model.parameters()).device
-    return model(**{name: x.to(device) for name, x in batches(family)[0].items()}).logits
+    return model(**batches(family)[0]).logits
 
 
 def start_of(W: Tensor, C: Tensor | None, config: CordaConfig, D: Tensor | None = None) -> LayerStart:

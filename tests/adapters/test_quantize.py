@@ -390,7 +390,7 @@ def test_drift_from_a_residual_cannot_be_predicted():
         PredictedDrift(adapted, replace(statistics.statistics))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["paper", "two-sided", "double", "anchored"])
 def test_on_a_gpu(kind, source, rows, tmp_path):
     full = source(built(torch.bfloat16))

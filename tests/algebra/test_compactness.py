@@ -18,7 +18,7 @@ from corda_lora.algebra.solvers import lanczos
 from corda_lora.config import CordaConfig
 from corda_lora.preprocess.layer import choose_covariance, extremes_of
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def random_model(seed, layers=7):

@@ -8,7 +8,7 @@ from corda_lora import CordaConfig
 from corda_lora.algebra.covariance import Covariance, add_gram, float32_products, mirror
 from corda_lora.preprocess.pipeline import preprocess
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def reference(x, lengths, scales):
@@ -45,7 +45,7 @@ def test_samples_of_any_length_by_their_own_weights(dtype, device):
     assert (total.double() - expected).norm() < 1e-6 * expected.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu_the_kernel_sums_half_precision(dtype, monkeypatch):
     """Fails where Triton is missing, or where another path runs in the kernel's place."""

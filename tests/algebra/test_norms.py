@@ -7,7 +7,7 @@ from corda_lora.algebra import norms as module
 from corda_lora.algebra.norms import norms
 from corda_lora.algebra.solvers import leading_singular_vectors
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Spectra (R,): as of random numbers, falling, over many decades, below a tower or several, and of low rank.
 SPECTRA = {
     "flat": lambda R: torch.linspace(2, 1, R),

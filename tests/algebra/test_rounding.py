@@ -78,7 +78,7 @@ def test_a_zero_weight_stays_zero():
     assert not values(optq(torch.zeros(3, 16), metric(16), LEVELS, scales), scales, 8).any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's kernel runs on a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_chooses_the_same_levels(dtype):
     W, H = torch.randn(70, 160, dtype=torch.float64), metric(160)

@@ -15,7 +15,7 @@ from corda_lora.algebra.solvers import chosen_components, components
 from corda_lora.config import CordaConfig, CordaError
 from corda_lora.devices import double_device, float64_seconds
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = {"square": (300, 300), "tall": (420, 260), "wide": (260, 420)}
 
 

@@ -19,7 +19,6 @@ from corda_lora.preprocess.context import Context
 from corda_lora.preprocess.walk import Place, walk
 
 CPU = torch.device("cpu")
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 FAMILIES = ["llama", "gemma3", "gpt2_conv1d", "bert", "roberta", "t5", "mixtral"]
 
 
@@ -206,7 +205,7 @@ def large(device, dtype=torch.bfloat16):
     return model.to(device, dtype).eval(), batches
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_states_parked_from_a_gpu_come_back_as_they_were(place, tmp_path):
     model, batches = large("cuda")
@@ -235,7 +234,7 @@ def test_states_parked_from_a_gpu_come_back_as_they_were(place, tmp_path):
     assert many[1] < few[1] + 4 * state  # of 24 batches
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["corda", "corda++"])
 def test_a_model_that_visits_the_gpu_starts_as_one_that_is_there(preset):
     config = CordaConfig(preset=preset, r=8, **({"rounds": 3} if preset == "corda++" else {}))
@@ -253,7 +252,7 @@ def test_a_model_that_visits_the_gpu_starts_as_one_that_is_there(preset):
             assert torch.equal(start.layers[name].B, layer.B), name
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("place", ["device", "cpu"])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_the_host_waits_for_nothing_inside_a_block(place, per_sample, monkeypatch):

@@ -172,7 +172,7 @@ def test_parked_and_from_a_checkpoint_they_are_the_same(tmp_path, where):
         assert all(torch.equal(M, exact) for M, exact in zip(both, expected[name]))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("where", ["device", "cpu"])
 def test_on_a_gpu_they_are_the_same(where):
     model, targets = llama()
