@@ -25,6 +25,12 @@ from .config.values import short
 
 CHECKSUMS = "sha256.json"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
+# What there is no room for, by what is in the messages of Python and safetensors.
+NO_ROOM = {
+    "No space left": "the disk is full",
+    "Disk quota exceeded": "the quota of this disk is used up",
+    "File too large": "a file may not be as large here (ulimit -f)",
+}
 LONGEST_NAME = 255  # bytes, on every common file system
 
 
@@ -330,8 +336,9 @@ def _full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # safetensors has an error type of its own
-        if "No space left" in str(error):
-            raise CordaError(f"the disk is full: {path} could not be written, and nothing is left of it") from error
+        for sign, reason in NO_ROOM.items():
+            if sign in str(error):
+                raise CordaError(f"{reason}: {path} could not be written, and nothing is left of it") from error
         raise
 
 

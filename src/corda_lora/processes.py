@@ -37,6 +37,11 @@ def rank_here() -> int:
     return _number("RANK", "0")
 
 
+def is_first_of_host() -> bool:
+    """Whether this process is the first of those that a launcher started on this host, or alone."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def launched() -> list[str]:
     """The words before a verb that start it as this command was started. A launcher's further options are not known."""
     if number_of_processes() == 1:
@@ -269,6 +274,7 @@ def joined() -> Iterator[Processes]:
 def _find_store() -> tuple[Any, int, int]:
     """Where the processes meet, the number of this one, and how many there are. A thread looks for it: where something
     else listens at that port and says nothing, torch waits on, deaf to signals."""
+    from torch.distributed import DistNetworkError
     from torch.distributed.rendezvous import rendezvous
 
     found: list[Any] = []
@@ -282,6 +288,8 @@ def _find_store() -> tuple[Any, int, int]:
     thread = threading.Thread(target=find, daemon=True)
     thread.start()
     thread.join(MEETING + PATIENCE)
+    if not found or isinstance(found[0], DistNetworkError):
+        _check_someone_listens()
     if not found:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise CordaError(
@@ -291,3 +299,15 @@ def _find_store() -> tuple[Any, int, int]:
         raise found[0]
     store, rank, size = found[0]
     return store, rank, size
+
+
+def _check_someone_listens() -> None:
+    """Raises CordaError if nobody is where the processes meet."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except OSError as error:
+        raise CordaError(
+            f"nobody is to be reached at {host}:{port}, where the processes meet ({error.strerror or error}): start "
+            "the first process there, too"
+        ) from error

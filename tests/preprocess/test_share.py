@@ -24,6 +24,7 @@ from corda_lora.processes import Processes
 
 ROWS = [{"prompt": f"The capital of country {i}?", "response": f" It is city {i}."} for i in range(120)]
 
+HURRIED = "from corda_lora.cli import command; command.PATIENCE = 0"
 IMPATIENT = "import corda_lora.processes; corda_lora.processes.MEETING = 1"
 
 
@@ -178,7 +179,8 @@ def test_torchrun_starts_it(command, tmp_path):
 
 def test_a_process_that_never_comes_ends_the_others(command, tmp_path):
     there = command("out")
-    ended = run_together(3, [there, [*there, "--nonsense"], there], tmp_path / "log", FIRST=IMPATIENT)
+    elsewhere = in_process_1("os.environ['LOCAL_RANK'] = '0'")
+    ended = run_together(3, [there, [*there, "--nonsense"], there], tmp_path / "log", FIRST=elsewhere)
     assert ended.codes == [2, 2, 2]
     assert "unrecognized arguments" in ended.err[1]
     lines = [line for text in ended.err for line in text.splitlines() if "have not come" in line]
@@ -193,13 +195,40 @@ def in_process_1(code):
     return f"{IMPATIENT}\nimport os\nif os.environ['RANK'] == '1':\n    {code}"
 
 
+def at_port(port):
+    """FIRST, by which a process is the second of two that meet at a port."""
+    lines = "corda_lora.processes.PATIENCE = 1; import os; os.environ.pop('TORCHELASTIC_USE_AGENT_STORE')"
+    return f"{IMPATIENT}; {lines}; os.environ.update(WORLD_SIZE='2', RANK='1', MASTER_PORT='{port}')"
+
+
 def test_a_port_where_something_else_listens_ends_a_process(command, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        lines = "corda_lora.processes.PATIENCE = 1; import os; os.environ.pop('TORCHELASTIC_USE_AGENT_STORE')"
-        lines += f"; os.environ.update(WORLD_SIZE='2', RANK='1', MASTER_PORT='{silent.getsockname()[1]}')"
-        ended = run_together(1, command("out"), tmp_path / "log", FIRST=f"{IMPATIENT}; {lines}")
+        ended = run_together(1, command("out"), tmp_path / "log", FIRST=at_port(silent.getsockname()[1]))
     assert ended.codes == [2]
     assert "where the processes meet, does not answer: choose another MASTER_PORT" in ended.err[0]
+
+
+def test_a_port_where_nobody_listens_ends_a_process(command, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    ended = run_together(1, command("out"), tmp_path / "log", FIRST=at_port(port))
+    assert ended.codes == [2]
+    [line] = [line for line in ended.err[0].splitlines() if line.startswith("corda init:")]
+    assert f"nobody is to be reached at 127.0.0.1:{port}, where the processes meet (Connection refused)" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--tokens", "answers"], 2, "tokens is answers, but must be one of all, text, image"),
+        (["--help"], 0, "usage: corda [options] init"),
+    ],
+)
+def test_what_all_processes_of_a_host_would_say_is_said_once(command, tmp_path, options, code, said):
+    ended = run_together(3, command("out", *options), tmp_path / "log", FIRST=HURRIED)
+    assert ended.codes == [code] * 3
+    assert said in ended.out[0] + ended.err[0]
+    assert ended.out[1:] == ended.err[1:] == [""] * 2
 
 
 def test_a_process_that_ends_before_all_are_connected_ends_the_others(command, tmp_path):
@@ -242,9 +271,10 @@ def test_what_cannot_be_shared_is_refused(given, command, tmp_path):
     ended = run_together(2, [there, command("elsewhere")], tmp_path / "log")
     assert ended.codes == [2, 2]
     assert "must be in a folder that all hosts share" in "".join(ended.err)
-    ended = run_together(2, ["export", "--model", "m", "--adapter", "a", "--output", tmp_path / "x"], tmp_path / "log")
+    export = ["export", "--model", "m", "--adapter", "a", "--output", tmp_path / "x"]
+    ended = run_together(2, export, tmp_path / "log", FIRST=HURRIED)
     assert ended.codes == [2, 2]
-    assert "export does not share its work among processes" in ended.err[0]
+    assert "".join(ended.err).count("export does not share its work among processes") == 1
     assert not list(tmp_path.glob("out*"))
 
 

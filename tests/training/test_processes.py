@@ -171,6 +171,16 @@ def test_the_adapter_of_one_process_in_bfloat16(given, command, tmp_path, size, 
     assert torch.allclose(*map(torch.tensor, predicted), rtol=0.02, atol=0)
 
 
+def test_the_page_of_torchrun_has_no_line_of_torch(command, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "corda_lora", "--"]
+    done = subprocess.run([*launch, *map(str, command("out", "--max_steps", 2))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr  # such as DDP's, in each process, of how it looks for parameters
+    assert done.stdout.count("written to") == 1
+    [bar] = [line for line in done.stderr.splitlines() if line.startswith("training ")]
+    assert " 2/2 " in bar
+
+
 def test_the_engine_of_the_page_is_the_one_tested_here(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
     [text] = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

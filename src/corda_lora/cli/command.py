@@ -8,10 +8,11 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,7 +21,8 @@ from rich.text import Text
 
 from ..config import CordaError
 from ..config.values import short
-from ..processes import Processes, is_lost_connection, joined, number_of_processes
+from ..files import NO_ROOM
+from ..processes import PATIENCE, Processes, is_first_of_host, is_lost_connection, joined, number_of_processes
 from ..progress import console
 from .arguments import PLAN_RECIPE, for_parser
 from .parser import build_parser
@@ -40,19 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     atexit.register(gc.freeze)  # else the interpreter's end looks through all objects of torch, which takes seconds
     given = list(sys.argv[1:] if argv is None else argv)
     given = given[1:] if given[:1] == ["--"] else given  # torchrun -m corda_lora -- VERB, which some versions leave
-    try:
-        arguments = for_parser(given)
-    except CordaError as error:
-        _say(given[0], str(error))
-        raise SystemExit(2) from error
-    parser, verbs = build_parser()
-    try:
-        options = parser.parse_args(arguments)
-    except UnicodeDecodeError as error:
-        parser.error(f"the recipe is not UTF-8: it has the byte 0x{error.object[error.start]:02x}")
-    if options.verb is None:
-        parser.print_help()
-        raise SystemExit(2)
+    parser, verbs, options = _parse(given)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT, at each checkpoint, of whether embeddings were resized. They never are.
     warnings.filterwarnings("ignore", message="Could not find a config file in ")
@@ -61,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     processes: Processes | None = None
     try:
-        with _sigterm_as_interrupt(), _processes(options.verb) as processes:
+        with _sigterm_as_interrupt(), _processes() as processes:
             if processes:
                 processes.meet(partial(_say, options.verb))
             options = instantiate(parser, options)
@@ -80,15 +70,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         _end(options.verb, 1, "this is a bug of corda-lora: please report it with the lines above", processes, error)
 
 
+def _parse(given: Sequence[str]) -> tuple[ArgumentParser, dict[str, Any], Namespace]:
+    """The parser, the functions of the verbs, and what a command line says. Exits where that is wrong, or help is asked
+    for: of the processes that a launcher started with it on this host, the first alone prints why."""
+    if is_first_of_host():
+        return _parsed(given)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            return _parsed(given)
+        except SystemExit as end:
+            if end.code:
+                time.sleep(PATIENCE)  # or the launcher might end the first one before it has printed
+            raise
+
+
+def _parsed(given: Sequence[str]) -> tuple[ArgumentParser, dict[str, Any], Namespace]:
+    try:
+        arguments = for_parser(given)
+        parser, verbs = build_parser()
+        options = parser.parse_args(arguments)
+        if options.verb not in (*SHARED, None) and number_of_processes() > 1:
+            raise CordaError(
+                f"{given[0]} does not share its work among processes: start it by itself, not by a launcher"
+            )
+    except CordaError as error:
+        _say(given[0], str(error))
+        raise SystemExit(2) from error
+    except UnicodeDecodeError as error:
+        parser.error(f"the recipe is not UTF-8: it has the byte 0x{error.object[error.start]:02x}")
+    if options.verb is None:
+        parser.print_help()
+        raise SystemExit(2)
+    return parser, verbs, options
+
+
 @contextmanager
-def _processes(verb: str) -> Iterator[Processes | None]:
-    """The processes that torchrun or accelerate started for a command, if they are several. Raises CordaError for a
-    verb that does not share its work."""
+def _processes() -> Iterator[Processes | None]:
+    """The processes that torchrun or accelerate started for a command, if they are several."""
     if number_of_processes() == 1:
         yield None
         return
-    if verb not in SHARED:
-        raise CordaError(f"{verb} does not share its work among processes: start it by itself, not by a launcher")
+    # Each process would print what torch warns of in C++: how DDP looks for parameters, stacks of lost connections.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with joined() as processes:
         yield processes
 
@@ -134,8 +157,7 @@ def _mendable(error: Exception) -> str | None:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, CordaError):
         return str(error)
-    # "No space left" is in the messages of Python and safetensors, "inline_container.cc" in that of `torch.save`.
-    if any(sign in str(error) for sign in ("No space left", "inline_container.cc")):
+    if any(sign in str(error) for sign in (*NO_ROOM, "inline_container.cc")):  # the last one is of `torch.save`
         return f"the disk is full or cannot be written ({text})"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
         return f"out of memory ({text})"
