@@ -19,6 +19,7 @@ from corda_lora.algebra.second_order import Low, whole
 from corda_lora.config import CordaConfig, CordaError
 from corda_lora.models.targets import find_targets
 from corda_lora.preprocess.context import Context
+from corda_lora.preprocess.pipeline import preprocess
 from corda_lora.preprocess.share import Share
 from corda_lora.processes import Processes
 
@@ -316,6 +317,30 @@ def test_the_parts_of_a_context_are_in_order_and_alike():
         assert max(tokens) <= sum(lengths) * 2 / size + 6 or size == 9
     with pytest.raises(CordaError, match="10 processes cannot share 9 batches"):
         Share(Processes(0, 10, None), model, targets, CordaConfig(r=1), torch.device("cpu")).part(Context(batches))
+
+
+def test_a_batch_that_is_not_finite_has_its_number_among_all():
+    """Where samples cannot be told apart: here the first token is left out, as routing to an expert leaves some out."""
+
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.expert = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, input_ids):
+            return self.expert(self.embed(input_ids).flatten(0, 1)[1:])
+
+    model = Routed()
+    model.embed.weight.data[5] = torch.nan
+    part = Context([{"input_ids": torch.full((2, 3), token)} for token in (1, 5)], begin=4)  # of a second process
+    with pytest.raises(CordaError, match="input of expert, batch 5 of the context"):
+        preprocess(model, CordaConfig(r=2, target_modules=["expert"]), part, progress=False)
+
+
+def test_hosts_with_other_numbers_of_cores_share_the_work(command, tmp_path):
+    """A process computes with its part of its host's cores."""
+    threads = "import os, torch; torch.set_num_threads(1 + int(os.environ['RANK']))"
+    ran(run_together(2, command("out"), tmp_path / "log", FIRST=threads))
 
 
 def test_layers_are_shared_out_by_blocks_and_the_rest_by_cost():

@@ -144,13 +144,14 @@ def prepare(
     tokens = b"".join(batch["input_ids"].numpy().tobytes() for batch in context.batches)
     run = {**record, "config": asdict(config), "dtype": dtype, "batch_tokens": batch_tokens}
     run |= {"tokens": hashlib.sha256(tokens).hexdigest(), "corda-lora": __version__}
-    run |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    run |= {"torch": torch.__version__}
     if processes:
         versions = {name: version(name) for name in ("transformers", "peft", "safetensors")}
         sources = [each for each in (source, original) if isinstance(each, ModelConfig)]
         versions |= {f"checkpoint {each.model}": checkpoint_digest(each) for each in sources}
         processes.check_same({**run, **versions, "context": record.get("samples_sha256")})
         run |= {"processes": processes.size}
+    run |= {"threads": torch.get_num_threads()}  # of the first process: not all hosts have as many cores
     work = open_work(output, run, lambda folder: (folder / MANIFEST).is_file(), processes)
     try:
         start = preprocess(model, config, context, progress, stored, work, park, base, processes)

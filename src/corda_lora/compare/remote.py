@@ -189,7 +189,7 @@ def _death(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"its process failed: {lines[-1]}"
-    return "its process died: " + next((line for line in lines if "died because" in line), lines[0])
+    return "its process died: " + next((line for line in lines if "died because" in line), lines[0]).rstrip(".")
 
 
 def _resources() -> list[dict[str, Any]]:

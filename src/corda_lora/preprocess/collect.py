@@ -77,7 +77,7 @@ class Collector:
         self.has_decoder = has_decoder(model)
         self.per_sample = per_sample
         self.counted = counted_tokens(model, context)
-        self.numbers = context.numbers
+        self.numbers, self.begin = context.numbers, context.begin
         self.abilities = [ability.name for ability in context.abilities]
         self.counts: dict[str, int] = {}
         self.covariances: dict[Call, dict[int, Covariance]] = {}  # call -> round -> sum
@@ -305,7 +305,7 @@ class Collector:
         """Names the first sample of a batch that is not finite, or the batch if its samples cannot be told apart."""
         tokens, _ = self.tokens[batch]
         if tokens is None or finite.numel() != len(tokens.real):
-            return f"batch {batch} of the context (counted from 0)"
+            return f"batch {self.begin + batch} of the context (counted from 0)"
         sample = self.first_sample[batch] + int((~finite).nonzero()[0])
         return f"sample {self.numbers[sample] if self.numbers else sample} of the context (counted from 0)"
 
