@@ -7,7 +7,7 @@ import tiny
 import torch
 from helpers import allocated
 
-from corda_lora.config import CordaConfig, ModelConfig
+from corda_lora.config import CordaConfig, CordaError, ModelConfig
 from corda_lora.models.loading import open_model
 from corda_lora.preprocess import warm
 
@@ -56,3 +56,11 @@ def test_the_blocks_that_are_not_run_take_no_memory(tmp_path):
     most, _ = allocated(lambda: warm._run_first_blocks(model, 16, torch.device("cpu")))
     block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     assert block < most < 4 * block
+
+
+def test_a_model_of_fewer_positions_is_left_alone(tmp_path, monkeypatch):
+    tiny.build("gpt2_conv1d").save_pretrained(tmp_path)
+    model, _ = open_model(ModelConfig(str(tmp_path)))
+    monkeypatch.setattr(warm, "LENGTH", 257)
+    with pytest.raises(CordaError, match="256 positions"):
+        warm._run_first_blocks(model, 300, torch.device("cpu"))

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ..algebra.covariance import add_gram, mirror
 from ..config import CordaConfig
+from ..data.overview import check_fit
 from ..devices import accelerator, compute_device, release_cache, to_this_gpu
 from ..models.lockstep import find_blocks, shared_out
 from ..models.seeing import image_side
@@ -28,7 +29,7 @@ LENGTH = 256  # tokens of a sample
 @contextmanager
 def warming(
     config: CordaConfig, model: nn.Module | None = None, processes: Processes | None = None
-) -> Iterator[Callable[[nn.Module, int], None]]:
+) -> Iterator[Callable[[nn.Module, int], object]]:
     """For a `with` block a thread has the CUDA device, if there is one, do on small matrices what it will do in a
     block: a process that does so for the first time waits some two seconds for libraries and kernels.
 
@@ -51,13 +52,14 @@ def warming(
 
     def first_blocks(empty: nn.Module, tokens: int) -> None:
         if device().type == "cuda":
-            _run_first_blocks(empty, tokens, device(), processes)
+            with suppress(Exception):  # the memory is full, say
+                _run_first_blocks(empty, tokens, device(), processes)
+            release_cache(device())
 
+    # Nobody asks for an error: what fails here fails where it is needed, with a sentence.
     with ThreadPoolExecutor(1, initializer=to_this_gpu()) as thread:
-        begun = [thread.submit(work)]
-        yield lambda empty, tokens: begun.append(thread.submit(first_blocks, empty, tokens))
-        for job in begun:
-            job.exception()  # of no interest: what fails here fails where it is needed, with a sentence
+        thread.submit(work)
+        yield lambda empty, tokens: thread.submit(first_blocks, empty, tokens)
 
 
 def _work(mode: Literal["kpm", "ipm"], device: torch.device) -> None:
@@ -77,13 +79,12 @@ def _run_first_blocks(empty: nn.Module, tokens: int, device: torch.device, proce
     one, and take the covariances."""
     model, targets = _first_blocks(empty, device, processes)
     ids = torch.zeros(max(1, tokens // LENGTH), min(tokens, LENGTH), dtype=torch.long)
+    check_fit(empty, ids.tolist())  # a GPU that looks up what is not there is of no use to this process any more
     padded = torch.ones_like(ids)
     padded[:, -1] = 0
     batches = [{"input_ids": ids, "attention_mask": mask} for mask in (torch.ones_like(ids), padded)]
     for _, groups in walk(model, targets, Context(batches, rounds=[0, 0]), Place(device)):
         del groups
-    del model, targets
-    release_cache(device)
 
 
 def _first_blocks(
