@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from corda_lora.adapters.lora import lora_layers
 from corda_lora.compare.job import train_prepared
-from corda_lora.config import CordaError, TrainConfig
+from corda_lora.config import CordaError, DataConfig, TrainConfig
 from corda_lora.data.batches import context_batches
 from corda_lora.methods.baselines import labelled_batches
 from corda_lora.methods.registry import METHODS, count_parameters
@@ -180,3 +180,10 @@ def test_a_quantized_base_does_not_fit_lora_ga(setup_of):
     model.is_quantized = True
     with pytest.raises(CordaError, match="quantized"):
         METHODS["lora-ga"].prepare(model, setup_of(model))
+
+
+@pytest.mark.parametrize("name", ["lora-ga", "eva"])
+def test_a_start_from_answers_that_were_all_cut_away_is_refused(name, prepare, files):
+    learn = DataConfig(str(files / "learn.jsonl"), max_length=2)
+    with pytest.raises(CordaError, match="responses are cut away at --max_length 2"):
+        prepare(name, learn=learn)

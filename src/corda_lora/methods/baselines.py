@@ -15,7 +15,7 @@ from .. import peft as peft_
 from ..adapters.lora import install, lora_layers
 from ..config import CordaConfig, CordaError
 from ..config.values import NonNegative
-from ..data.batches import context_batches, encode, encode_all, padded_batch
+from ..data.batches import context_batches, cut_away, encode, encode_all, padded_batch
 from ..data.samples import Sample
 from ..devices import compute_device, double_device
 from ..models.seeing import freeze_tower, image_side
@@ -234,9 +234,14 @@ def dylora(model: nn.Module, setup: Setup) -> Prepared:
 def labelled_batches(
     setup: Setup, samples: Sequence[Sample], model: nn.Module, size: int = 8
 ) -> list[dict[str, Tensor]]:
-    """Batches of `size` samples with labels. The prompt is masked as in training."""
-    encoded = encode_all(setup.tokenizer, samples, setup.learn.max_length, end=True)
-    encoded = [e for e in encoded if e.targets]
+    """Batches of `size` samples with labels. The prompt is masked as in training.
+
+    Raises CordaError if no sample has a response."""
+    whole = encode_all(setup.tokenizer, samples, setup.learn.max_length, end=True)
+    encoded = [e for e in whole if e.targets]
+    if not encoded:
+        lost = cut_away(samples, whole, setup.learn.max_length)
+        raise CordaError(f"none of {len(samples)} samples that are learned has a response to take gradients of{lost}")
     device, batches = next(model.parameters()).device, []
     for i in range(0, len(encoded), size):
         rows = encoded[i : i + size]
