@@ -63,7 +63,8 @@ deepspeed_config:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, tokenizer):
-    """A model, data, and the starts anchored, paper and seeded; anchored and paper of the model in bfloat16, too."""
+    """A model, data, and the starts anchored, paper and seeded, and head, with which the output head is trained;
+    anchored and paper of the model in bfloat16, too."""
     folder = tmp_path_factory.mktemp("given")
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.SIZE)).save_pretrained(folder / "model")
@@ -76,6 +77,8 @@ def given(tmp_path_factory, tokenizer):
         output = folder / (split if dtype == "float32" else f"{split}-{dtype}")
         options = ["--split", split, "--dtype", dtype, "--output", output]
         ran(run_together(1, ["init", "--model", folder / "model", *context, *options], folder / "log"))
+    head = ["--modules_to_save", "[lm_head]", "--output", folder / "head"]
+    ran(run_together(1, ["init", "--model", folder / "model", *context, *head], folder / "log"))
     return folder
 
 
@@ -124,6 +127,8 @@ def same_end(one, many):
         (3, "paper", ["--micro_batch_size", 2], FSDP),
         (2, "seeded", ["--keep", 0, "--weight_decay", 0.1], FSDP),
         (2, "anchored", [], FSDP | MIXED),
+        (2, "head", ["--checkpoints", 0], FSDP),  # the meter's last forward leaves the head gathered
+        (3, "head", ["--micro_batch_size", 2, "--keep", 0], FSDP),
     ],
 )
 def test_the_adapter_of_one_process(given, command, tmp_path, size, start, options, environment):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import TrainerCallback
@@ -279,6 +280,9 @@ def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def gather_adapter(peft_model: nn.Module) -> None:
     """Put the adapter of a sharded model, and all that trains, together again, on the CPU, to be saved. All processes
     call this. The model cannot be run any more."""
+    for module in peft_model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a forward has gathered for a backward that does not come
     wanted = {id(p) for name, p in peft_model.named_parameters() if p.requires_grad or ".lora_" in name}
     for module in list(peft_model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import unset_hf_deepspeed_config
@@ -427,6 +427,13 @@ class _Trainer(_Terms, SFTTrainer):
             rows: datasets.Dataset = self.train_dataset  # type: ignore[has-type]
             blank = rows.select([0]).map(lambda row: {"labels": [-100] * len(row["labels"])}, features=rows.features)
             self.train_dataset, self.has_blank = datasets.concatenate_datasets([rows, blank]), True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        head: Any = self.model.get_output_embeddings()
+        if head.weight.requires_grad and isinstance(head, FSDPModule):
+            # TRL reads it past its forward, for which FSDP would gather it, and gathers it without adding up gradients.
+            head.unshard()
+        return super().training_step(*args, **kwargs)
 
     @torch.no_grad()
     def _check_head(self) -> None:
