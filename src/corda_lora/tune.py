@@ -30,7 +30,7 @@ from .processes import Processes
 from .progress import console
 from .training.arguments import check_engine, check_trainer, is_sharded, uses_deepspeed
 from .training.keeping import Keepers
-from .training.train import DivergedError, check_checkpoints, last_checkpoint, plain_lora, train
+from .training.train import DivergedError, check_checkpoints, check_sharded, last_checkpoint, plain_lora, train
 from .version import __version__
 
 
@@ -226,11 +226,15 @@ def _adapted(tuning: Tuning) -> Any:
     # What FSDP or DeepSpeed is to split, and no device holds whole, is moved to the devices by them, in pieces.
     if not (is_sharded() or uses_deepspeed()) or room is None or 1.2 * sum(p.nbytes for p in model.parameters()) < room:
         model = model.to(device)
+    adapted: Any
     if isinstance(tuning.start, LoraStart):
-        return plain_lora(model, tuning.start, tuning.config)
-    adapted = load_adapter(model, tuning.start, trainable=True, lora_dropout=tuning.config.lora_dropout or None)
-    if tuning.record and not (tuning.start / TRAINING).is_file():
-        renew_heads(adapted)
+        adapted = plain_lora(model, tuning.start, tuning.config)
+    else:
+        adapted = load_adapter(model, tuning.start, trainable=True, lora_dropout=tuning.config.lora_dropout or None)
+        if tuning.record and not (tuning.start / TRAINING).is_file():
+            renew_heads(adapted)
+    if is_sharded():
+        check_sharded(adapted)
     return adapted
 
 

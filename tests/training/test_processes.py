@@ -143,6 +143,33 @@ def test_the_adapter_of_one_process(given, command, tmp_path, size, start, optio
     assert not (tmp_path / "many.work").exists()
 
 
+@pytest.mark.parametrize("environment", [{}, FSDP])
+def test_the_classifier_of_one_process(tmp_path, tokenizer, environment):
+    """BERT, whose input embeddings are in a block, and FSDP splits them apart from it."""
+    torch.manual_seed(0)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**tiny.ENCODER | still))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"the number {i}", "kind": "abc"[i % 3]} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", "--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--label", "kind"]
+    train += ["--max_steps", 6, "--batch_size", 12, "--precision", "fp32", "--r", 2, "--output"]
+    ran(run_together(1, [*train, tmp_path / "one"], tmp_path / "log"))
+    ran(run_together(2, [*train, tmp_path / "many"], tmp_path / "log", **environment))
+    same_end(tmp_path / "one", tmp_path / "many")
+
+
+def test_fsdp_refuses_a_copy_of_a_module_that_shares_its_weight(command, tokenizer, tmp_path):
+    tiny.build("llama_tied").save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    whole = command("out", "--model", tmp_path / "tied", "--modules_to_save", "[lm_head]", start=None)
+    ended = run_together(2, whole, tmp_path / "log", **FSDP)
+    assert ended.codes == [2, 2]
+    assert " ".join("".join(ended.err).split()).count("lm_head shares its own with another module") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize(
     ("size", "start", "options", "more"),
     [

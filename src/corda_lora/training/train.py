@@ -3,6 +3,7 @@
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -94,6 +96,29 @@ def check_precision(model: nn.Module, precision: str) -> None:
                     f"the quantized model computes in {own}, which does not go with --precision {precision}: "
                     f"--precision {own} or fp32, or --dtype {dtype}"
                 )
+
+
+def leave_embeddings(plugin: Any, model: nn.Module) -> None:
+    """Have FSDP 2 split no block that holds the input embeddings, as BERT's first: accelerate splits these apart."""
+    names: list[str] = list(getattr(model, "_no_split_modules", None) or ())
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    blocks = {type(module).__name__ for module in model.modules() if embeddings in set(module.modules()) - {module}}
+    if plugin.transformer_cls_names_to_wrap is None and blocks & set(names):
+        plugin.transformer_cls_names_to_wrap = [name for name in names if name not in blocks]
+
+
+def check_sharded(model: nn.Module) -> None:
+    """Raises CordaError if FSDP 2 cannot split a model: a module that is trained as a copy of itself has a weight that
+    it shares with another."""
+    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and any(
+            shared[id(p)] > 1 for p in module.original_module.parameters()
+        ):
+            raise CordaError(
+                f"FSDP splits a weight once, and {name.rpartition('.')[2]} shares its own with another module: leave "
+                "it out of modules_to_save, or use DDP"
+            )
 
 
 def warn_without_bfloat16(config: TrainConfig, device: torch.device) -> None:
@@ -192,6 +217,8 @@ def train(
     )
     trainer.penalties, trainer.rehearsals = penalties or {}, rehearsals or {}
     trainer.remove_callback(PrinterCallback)
+    if is_sharded():
+        leave_embeddings(trainer.accelerator.state.fsdp_plugin, model)
     if progress:
         console.print(trained_share(model), highlight=False)
         if whose:
