@@ -133,6 +133,11 @@ def check_tuning(tuning: Tuning, output: Path) -> None:
     marks = read_marks(tuning.start) if isinstance(tuning.start, Path) else None
     keeps = bool(tuning.contexts or tuning.keep.keep_generic)
     check_engine(tuning.config, (marks or {}).get("split"), keeps)
+    if (is_sharded() or uses_deepspeed()) and len({bool(s.images) for s in (*tuning.samples, *tuning.evaluated)}) > 1:
+        raise CordaError(
+            "FSDP and DeepSpeed split the vision tower among processes that all come to it, and one whose samples have "
+            "no image does not: give all rows an image, or use DDP"
+        )
     check_trainer(tuning.config, devices.accelerator(), evaluates=bool(tuning.held_out))
 
 

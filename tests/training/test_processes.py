@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import tiny_vision
 import torch
 import transformers
 from accelerate import FullyShardedDataParallelPlugin
@@ -160,6 +161,26 @@ def test_the_classifier_of_one_process(tmp_path, tokenizer, environment):
     same_end(tmp_path / "one", tmp_path / "many")
 
 
+@pytest.mark.parametrize("pictures", [24, 12])
+def test_fsdp_trains_a_model_that_sees_images_where_all_rows_have_one(tmp_path, pictures):
+    """Its processes would not come to the parts of the vision tower together."""
+    model = tiny_vision.save(tmp_path)
+    (tmp_path / "cat.png").write_bytes(tiny_vision.png(1))
+    row = {"prompt": "What?", "response": " a cat"}
+    seen = {"image": str(tmp_path / "cat.png")}
+    rows = [row | (seen if i < pictures else {}) for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", "--model", model, "--data", tmp_path / "rows.jsonl", "--max_steps", 6, "--batch_size", 12]
+    train += ["--precision", "fp32", "--r", 2, "--output"]
+    ended = run_together(2, [*train, tmp_path / "many"], tmp_path / "log", **FSDP)
+    if pictures < len(rows):
+        assert ended.codes == [2, 2]
+        assert " ".join("".join(ended.err).split()).count("give all rows an image, or use DDP") == 1
+        return
+    ran(run_together(1, [*train, tmp_path / "one"], tmp_path / "log"))
+    same_end(tmp_path / "one", tmp_path / "many")
+
+
 def test_fsdp_refuses_a_copy_of_a_module_that_shares_its_weight(command, tokenizer, tmp_path):
     tiny.build("llama_tied").save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
@@ -228,18 +249,19 @@ def test_the_engine_of_the_page_is_the_one_tested_here(tmp_path, monkeypatch):
     assert (engine.fsdp_version, engine.reshard_after_forward) == (2, True)
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP])
-def test_a_killed_training_goes_on_with_another_number_of_processes(command, tmp_path, environment):
-    ran(run_together(1, command("one"), tmp_path / "log"))
+@pytest.mark.parametrize(("environment", "options"), [({}, []), (FSDP, []), ({}, ["--samples", 23])])
+def test_a_killed_training_goes_on_with_another_number_of_processes(command, tmp_path, environment, options):
+    """Of 23 samples, in the midst of the second epoch."""
+    ran(run_together(1, command("one", *options), tmp_path / "log"))
     kills = {0: ("open", "checkpoint-6/trainer_state.json")}
-    ended = run_together(2, command("many"), tmp_path / "log", kills=kills, **environment)
+    ended = run_together(2, command("many", *options), tmp_path / "log", kills=kills, **environment)
     assert ended.codes[0] == -signal.SIGKILL
     assert ended.codes[1] == 2
     [line] = [line for line in ended.err[1].splitlines() if line.startswith("corda train:")]
     assert "the same command goes on" in line
     left = {path.name for path in (tmp_path / "many.work" / "checkpoint-3").iterdir()}
     assert ("pytorch_model_fsdp_0" in left) == bool(environment)  # it was sharded
-    again = ran(run_together(3, command("many"), tmp_path / "log", **environment))
+    again = ran(run_together(3, command("many", *options), tmp_path / "log", **environment))
     same_end(tmp_path / "one", tmp_path / "many")
     assert "6/6" in again.err[0]
 

@@ -98,13 +98,15 @@ def check_precision(model: nn.Module, precision: str) -> None:
                 )
 
 
-def leave_embeddings(plugin: Any, model: nn.Module) -> None:
-    """Have FSDP 2 split no block that holds the input embeddings, as BERT's first: accelerate splits these apart."""
-    names: list[str] = list(getattr(model, "_no_split_modules", None) or ())
+def choose_blocks(plugin: Any, model: nn.Module) -> None:
+    """Have FSDP 2 split a model into the blocks that it names, if they are there (a vision tower brings names of a text
+    tower) and do not hold the input embeddings, as BERT's first: accelerate splits these apart."""
+    kinds = {type(module).__name__: module for module in model.modules()}
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    blocks = {type(module).__name__ for module in model.modules() if embeddings in set(module.modules()) - {module}}
-    if plugin.transformer_cls_names_to_wrap is None and blocks & set(names):
-        plugin.transformer_cls_names_to_wrap = [name for name in names if name not in blocks]
+    if plugin.transformer_cls_names_to_wrap is None:
+        named: list[str] = list(getattr(model, "_no_split_modules", None) or ())
+        blocks = [name for name in named if name in kinds and embeddings not in set(kinds[name].modules())]
+        plugin.transformer_cls_names_to_wrap = blocks or None
 
 
 def check_sharded(model: nn.Module) -> None:
@@ -218,7 +220,7 @@ def train(
     trainer.penalties, trainer.rehearsals = penalties or {}, rehearsals or {}
     trainer.remove_callback(PrinterCallback)
     if is_sharded():
-        leave_embeddings(trainer.accelerator.state.fsdp_plugin, model)
+        choose_blocks(trainer.accelerator.state.fsdp_plugin, model)
     if progress:
         console.print(trained_share(model), highlight=False)
         if whose:
@@ -426,7 +428,11 @@ class _Terms(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Micro-batches of a step. None where what is resumed had ended: the trainer looks for that after a step."""
-        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args, **kwargs)
+        if self.control.should_training_stop:
+            return [], None
+        # Where a resume skips batches in several processes, accelerate does not tell our sampler which epoch it is in.
+        self.order.set_epoch(int(self.state.epoch or 0))  # it asks for that at an epoch's first step
+        return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # a data loader draws a number: the training is the same without it
@@ -437,7 +443,8 @@ class _Terms(Trainer):
         at_once = self.args.per_device_train_batch_size * self.args.world_size
         lengths = [len(ids) for ids in rows["input_ids"]][: -1 if self.has_blank else None]
         step_size = at_once * self.args.gradient_accumulation_steps
-        return SimilarLengths(lengths, step_size, self.args.data_seed, at_once if self.has_blank else 1)
+        self.order = SimilarLengths(lengths, step_size, self.args.data_seed, at_once if self.has_blank else 1)
+        return self.order
 
 
 class _Trainer(_Terms, SFTTrainer):
