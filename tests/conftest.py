@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import functools
 import gc
+import importlib
 import importlib.util
 import signal
 from pathlib import Path
@@ -51,6 +52,14 @@ def pytest_collection_finish():
 def datasets_cache(tmp_path, monkeypatch):
     """`datasets` caches by file path and contents: not in the home directory of whoever runs the tests."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture
+def no_model_is_loaded(monkeypatch):
+    """Loading a model fails the test. Modules that took the function by its name are imported before it is another."""
+    names = ("models.loading", "adapters.prepare", "compare.job", "methods.corda", "tune")
+    for module in [importlib.import_module(f"corda_lora.{name}") for name in names]:
+        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
 
 
 @pytest.fixture

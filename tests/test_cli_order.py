@@ -94,9 +94,8 @@ def test_the_half_that_gains_most_keeps_more_than_the_half_it_was_trained_in(lor
 
 
 def test_what_cannot_be_put_in_order_is_refused_before_the_model_is_loaded(
-    lora, checkpoint, tmp_path, capsys, monkeypatch
+    lora, checkpoint, tmp_path, capsys, no_model_is_loaded
 ):
-    monkeypatch.setattr("corda_lora.models.loading.load_model", None)
     start = ["--model", checkpoint, "--adapter", "lora", "--output", "out"]
     assert "--as ordered goes with --data" in refused(capsys, *start, "--as", "ordered")
     assert "--as ordered goes with --data" in refused(capsys, *start, "--data", "rows.jsonl")

@@ -265,13 +265,12 @@ def test_a_start_that_holds_a_part_of_the_model_is_not_put_in_order_untrained(mo
     run(*order, "--adapter", "tuned")
 
 
-def test_an_original_is_of_a_quantized_model(model, here, capsys, monkeypatch):
+def test_an_original_is_of_a_quantized_model(model, here, capsys, request):
     init(model, "--mode", "ipm", "--split", "paper")
     run("export", "--model", model, "--adapter", "start", "--as", "residual", "--output", "left")
     beside = ["--original", model, "--output", "onto"]
     run("export", "--model", "left", "--adapter", "left/adapter", *beside)  # which lacks a part of the model, too
-    monkeypatch.setattr("corda_lora.models.loading.load_model", None)
-    monkeypatch.setattr("corda_lora.adapters.prepare.load_model", None)
+    request.getfixturevalue("no_model_is_loaded")  # from here on
     said = refused(capsys, "export", "--model", model, "--adapter", "start", *beside[:-1], "no")
     assert f"full model that a quantized MODEL was made from, and {model} is not quantized" in said
     said = refused(capsys, "init", "--model", model, "--context", "keep.jsonl", "--r", 4, *beside[:-1], "no")

@@ -271,8 +271,7 @@ def test_an_unreadable_image(llava, data, capsys):
     assert json.loads((data / "work" / "start" / "corda.json").read_text())["context"]["samples"] == 23
 
 
-def test_what_cannot_be_measured_is_refused_before_the_model_is_loaded(llava, data, capsys, monkeypatch):
-    monkeypatch.setattr("corda_lora.models.loading.load_model", None)
+def test_what_cannot_be_measured_is_refused_before_the_model_is_loaded(llava, data, capsys, no_model_is_loaded):
     (data / "pics" / "43.png").write_text("no image")
     assert "row 4 of" in refused(capsys, "eval", "--model", llava, "--learn", data / "test.jsonl")
     cut = ["--keep", data / "keep.jsonl", "--keep.max_length", 12]

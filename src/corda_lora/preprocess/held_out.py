@@ -34,7 +34,7 @@ def held_out_leaks(
         share = Share(processes, model, targets, start.config, place.device)
         context = share.part(context)
         collector = SharedCollector(model, targets, context, 1, share)
-    with progress_bar("other samples", len(targets), progress and collector is None) as advance:
+    with progress_bar("other samples", len(targets), progress) as advance:
         for _, groups in walk(model, targets, context, place, collector=collector):
             for members, covariances in groups or []:
                 for C in covariances:

@@ -133,7 +133,7 @@ def preprocess(
             in the activations. All but the last two before any long work. More processes than layers or batches;
             ProcessEndedError where another process has ended.
     """
-    began = time.perf_counter()
+    began, waited = time.perf_counter(), processes.waited if processes else 0.0
     targets = choose_targets(model, config)
     device = compute_device(model, config.device)
     check_quantization(model, targets, config, device, base)
@@ -250,7 +250,7 @@ def preprocess(
     if clock.peaks:
         took["peak_accelerator_bytes"] = clock.peaks
     if processes:
-        took["seconds"]["waiting"] = processes.waited
+        took["seconds"]["waiting"] = processes.waited - waited
         took["processes"] = processes.gather(took["seconds"])
     return Start(config, layers, record, took, statistics, quantized)
 

@@ -459,8 +459,12 @@ class _Trainer(_Terms, SFTTrainer):
             self._check_head()
         if self.args.world_size > 1:  # for the places that samples leave where an epoch ends
             rows: datasets.Dataset = self.train_dataset  # type: ignore[has-type]
-            blank = rows.select([0]).map(lambda row: {"labels": [-100] * len(row["labels"])}, features=rows.features)
-            self.train_dataset, self.has_blank = datasets.concatenate_datasets([rows, blank]), True
+            self.train_dataset, self.has_blank = datasets.concatenate_datasets([rows, _blank(rows)]), True
+            held_out: datasets.Dataset | None = self.eval_dataset  # type: ignore[has-type]
+            if held_out is not None:  # else accelerate would fill the last batches with samples, once more
+                missing = -len(held_out) % (self.args.per_device_eval_batch_size * self.args.world_size)
+                self.eval_dataset = datasets.concatenate_datasets([held_out, *[_blank(held_out)] * missing])
+        self.held_out = [0.0, 0]  # the sum of the losses of held-out tokens, and their number
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         head: Any = self.model.get_output_embeddings()
@@ -468,6 +472,24 @@ class _Trainer(_Terms, SFTTrainer):
             # TRL reads it past its forward, for which FSDP would gather it, and gathers it without adding up gradients.
             head.unshard()
         return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        if tokens := int((inputs["labels"][:, 1:] != -100).sum()):
+            self.held_out = [self.held_out[0] + float(found[0]) * tokens, self.held_out[1] + tokens]
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The held-out loss is a mean over tokens, as the training loss is. Transformers' is a mean over samples of the
+        mean of their batch, which depends on the batches."""
+        self.held_out = [0.0, 0]
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = torch.tensor([self.held_out], dtype=torch.float64)
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums.to(self.args.device)).cpu()
+        total, tokens = sums.sum(0).tolist()
+        output.metrics["eval_loss"] = total / tokens
+        return output
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -490,6 +512,11 @@ class _Trainer(_Terms, SFTTrainer):
             f"{type(model).__name__} does more before its logits than TRL's trainer knows, which multiplies the "
             "last hidden states by the head's weight: this model cannot be trained here"
         )
+
+
+def _blank(rows: datasets.Dataset) -> datasets.Dataset:
+    """A row without a label."""
+    return rows.select([0]).map(lambda row: {"labels": [-100] * len(row["labels"])}, features=rows.features)
 
 
 @contextmanager
