@@ -77,6 +77,8 @@ def test_the_same_bytes_where_each_sum_is_of_one_process(command, tmp_path, size
     assert "written to" in ended.out[0]
     assert f"next: torchrun --nproc-per-node {size} -m corda_lora -- train --model" in ended.out[0]
     assert ended.out[1:] == ended.err[1:] == [""] * (size - 1)
+    for seconds in json.loads((tmp_path / "many" / "timing.json").read_text())["processes"]:
+        assert 0 < seconds["waiting"] < seconds["all"]
 
 
 @pytest.mark.parametrize(
