@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import peft
 import pytest
 import tiny
 import torch
@@ -60,3 +61,16 @@ def test_a_quantized_weight_that_a_forward_has_reordered(monkeypatch):
     assert torch.equal(weight_of(layer), numbers.float())
     layer.reorder(packing=True)
     assert layer_digest(layer) == digest
+
+
+def test_peft_is_asked_about_each_kind_of_layer_once(monkeypatch):
+    asked, inner = [], peft.get_peft_model
+
+    def spy(model, config, **options):
+        asked.append(sorted(config.target_modules))
+        return inner(model, config, **options)
+
+    monkeypatch.setattr(peft, "get_peft_model", spy)
+    targets = find_targets(tiny.build("llama"), "all-linear")
+    assert asked == [sorted(name for name in targets if ".0." in name)]
+    assert len(targets) == 2 * len(asked[0])

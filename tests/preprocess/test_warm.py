@@ -9,7 +9,9 @@ from helpers import allocated
 
 from corda_lora.config import CordaConfig, CordaError, ModelConfig
 from corda_lora.models.loading import open_model
+from corda_lora.models.lockstep import shared_out
 from corda_lora.preprocess import warm
+from corda_lora.processes import Processes
 
 
 @pytest.mark.parametrize("chosen", [None, "cuda:2"])
@@ -64,3 +66,31 @@ def test_a_model_of_fewer_positions_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(warm, "LENGTH", 257)
     with pytest.raises(CordaError, match="256 positions"):
         warm._run_first_blocks(model, 300, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_another_process_will_read_is_not_pinned_here(rank, tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path)
+    model, _ = open_model(ModelConfig(str(tmp_path)))
+    copy, _ = warm._first_blocks(model, torch.device("meta"), Processes(rank, 2, None))
+    for block in copy.model.layers:
+        here = {name for name, parameter in block.named_parameters() if not parameter.is_meta}
+        readers = shared_out(list(block.parameters()), 2)
+        assert here == {name for name, parameter in block.named_parameters() if readers[parameter] == rank}
+    assert copy.model.embed_tokens.weight.is_meta
+
+
+def test_the_first_blocks_are_run_by_the_thread_and_an_error_is_lost(monkeypatch):
+    ran = []
+
+    def run(*given):
+        ran.append(given)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(warm, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(warm, "_work", lambda *_: None)
+    monkeypatch.setattr(warm, "release_cache", lambda device: ran.append(device.type))
+    monkeypatch.setattr(warm, "_run_first_blocks", run)
+    with warm.warming(CordaConfig(), processes="both") as first_blocks:
+        first_blocks("empty", 4096)
+    assert ran == [("empty", 4096, torch.device("cuda"), "both"), "cuda"]

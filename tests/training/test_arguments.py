@@ -202,12 +202,15 @@ def test_a_comparison_refuses_options_before_its_first_run(folder, capsys):
 # --- held-out samples ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("size", [1, 3, 8])
 def test_the_held_out_loss_is_that_of_eval(size, folder):
-    log = corda_train("--max_steps", 4, "--eval_data", "other.jsonl", "--trainer.per_device_eval_batch_size", size)
+    """A mean over tokens, however the samples are put into batches."""
+    rows = ({"prompt": f"{i} - {i} =", "response": " 0" * (1 + i % 3)} for i in range(8))
+    (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = corda_train("--max_steps", 4, "--eval_data", "long.jsonl", "--trainer.per_device_eval_batch_size", size)
     assert [step for step, _ in log["held_out_loss"]] == [1, 2, 3, 4]
-    corda("eval --model model --adapter tuned --learn other.jsonl --output eval.json")
-    measured = json.loads((folder / "eval.json").read_text())["results"]["learn"]["other.jsonl"]["tuned"]["loss"]
+    corda("eval --model model --adapter tuned --learn long.jsonl --output eval.json")
+    measured = json.loads((folder / "eval.json").read_text())["results"]["learn"]["long.jsonl"]["tuned"]["loss"]
     assert log["held_out_loss"][-1][1] == pytest.approx(measured, rel=1e-5)
 
 

@@ -23,7 +23,7 @@ EIGVALSH = 4  # symmetric, without eigenvectors
 GRAM = 15  # both that `gram` takes: the second is of the part that the first did not resolve
 SVD = 54  # in terms of its time
 STEPS = 12  # iterations of `norms`
-EVENING = 5  # eigendecompositions of `even_weights`, of 24 at most: SmolLM2's layers took 3 to 5 for three abilities
+EVENING = 5  # eigendecompositions of `even_weights` that are assumed; it makes 24 at most
 TRIANGLE = (1 + 1 / BLOCKS) / 2  # of a product's operations, where one factor is triangular
 
 
